@@ -1,0 +1,18 @@
+"""Checkpoints made and saved by transformers itself, once per session."""
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.parity.cases import CASES
+
+if TYPE_CHECKING:  # the module needs torch, and this file is read without it too
+    from tests.parity.made import Made
+
+
+@pytest.fixture(scope="session", params=CASES, ids=lambda case: case.name)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "Made":
+    """Each checkpoint in turn."""
+    from tests.parity.made import make
+
+    return make(request.param, tmp_path_factory.mktemp(request.param.name))

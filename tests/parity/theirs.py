@@ -1,0 +1,104 @@
+"""transformers' side: random models, cached forwards, and what enters and leaves each of their blocks."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache, Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
+
+from tests.parity.cases import Case
+
+Array = np.ndarray[Any, Any]
+
+
+def build(case: Case) -> Glm4MoeLiteForCausalLM:
+    """A float32 model with every parameter and buffer random: norms round 1, router biases round 0."""
+    theirs = _first_dense_is_explicit(case.config)
+    model = Glm4MoeLiteForCausalLM(Glm4MoeLiteConfig(**theirs))
+    generator = torch.Generator().manual_seed(case.seed)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(_draw(name, tensor.shape, generator))
+    return model.float().eval()
+
+
+def _first_dense_is_explicit(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers ignores `first_k_dense_replace`, so the layer kinds are spelled out for it."""
+    dense = config.get("first_k_dense_replace", 1)
+    kinds = ["dense"] * dense + ["sparse"] * (config["num_hidden_layers"] - dense)
+    return {"mlp_layer_types": kinds, **{k: v for k, v in config.items() if k not in ("architectures", "model_type")}}
+
+
+def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    values = torch.randn(shape, generator=generator)
+    if name.endswith("e_score_correction_bias"):
+        return 0.3 * values
+    if "norm" in name:
+        return 1 + 0.3 * values
+    gain = 2.0 if name.endswith("mlp.gate.weight") else 1.0
+    return gain * values / shape[-1] ** 0.5
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Glm4MoeLiteForCausalLM:
+    """transformers' model of a folder, with plain attention and the layer kinds of its config.json."""
+    config = Glm4MoeLiteConfig(**_first_dense_is_explicit(json.loads((folder / "config.json").read_text())))
+    options: dict[str, Any] = {"attn_implementation": "eager", "dtype": dtype}
+    return Glm4MoeLiteForCausalLM.from_pretrained(folder, config=config, **options).eval()
+
+
+@torch.no_grad()
+def logits(model: Glm4MoeLiteForCausalLM, tokens: Array, lengths: Sequence[int] | None = None) -> Array:
+    """Logits [B, T, V]; rows are right-padded when lengths are given."""
+    mask = None if lengths is None else torch.arange(tokens.shape[1])[None] < torch.tensor(lengths)[:, None]
+    return model(torch.from_numpy(tokens).long(), attention_mask=mask).logits.numpy()
+
+
+@torch.no_grad()
+def greedy(model: Glm4MoeLiteForCausalLM, tokens: Sequence[int], count: int) -> list[int]:
+    """`count` greedy tokens with transformers' own cache."""
+    cache = DynamicCache(config=model.config)
+    out = model(torch.tensor([list(tokens)]), past_key_values=cache).logits[0, -1]
+    new = [int(out.argmax())]
+    while len(new) < count:
+        new.append(int(model(torch.tensor([new[-1:]]), past_key_values=cache).logits[0, -1].argmax()))
+    return new
+
+
+@torch.no_grad()
+def block(model: Glm4MoeLiteForCausalLM, layer: int, x: Array) -> dict[str, Array]:
+    """What layer `layer` makes of block input x [B, T, D]: attn, mlp or moe, moe.router, moe.experts, out."""
+    seen: dict[str, Any] = {}
+    module = model.model.layers[layer]
+    parts = {"attn": module.self_attn}
+    if model.config.mlp_layer_types[layer] == "dense":
+        parts["mlp"] = module.mlp
+    else:
+        parts |= {"moe": module.mlp, "moe.router": module.mlp.gate, "moe.experts": module.mlp.experts}
+    hooks = [part.register_forward_hook(_keep(seen, name)) for name, part in parts.items()]
+    hidden = torch.from_numpy(x)
+    positions = torch.arange(x.shape[1])[None]
+    causal = torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)[None, None]
+    rotary = model.model.rotary_emb(hidden, positions)
+    seen["out"] = module(hidden, attention_mask=causal, position_ids=positions, position_embeddings=rotary)
+    for hook in hooks:
+        hook.remove()
+    return _arrays(seen, model.config.n_routed_experts, x.shape)
+
+
+def _keep(seen: dict[str, Any], name: str) -> Callable[..., None]:
+    def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        seen[name] = output
+
+    return hook
+
+
+def _arrays(seen: dict[str, Any], experts: int, shape: tuple[int, ...]) -> dict[str, Array]:
+    """Hook outputs as [B, T, ...]; the router's weights are put at their experts."""
+    out = {name: value for name, value in seen.items() if isinstance(value, torch.Tensor)}
+    out["attn"] = seen["attn"][0]
+    if "moe.router" in seen:
+        _, weights, chosen = seen["moe.router"]
+        out["moe.router"] = torch.zeros(len(weights), experts).scatter(1, chosen, weights)
+    return {name: value.numpy().reshape(*shape[:2], -1) for name, value in out.items()}
