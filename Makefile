@@ -1,0 +1,55 @@
+# Every command sets up what it needs, once, on a machine that has only Python >= 3.11 and make.
+# PYTHON=/path/to/python chooses the interpreter.
+
+# Taken as typed: make expands $ in variables, and a prompt may hold anything.
+override PROMPT := $(value PROMPT)
+export PROMPT
+
+VENV := .venv/bin
+WORKERS ?= 2
+PIN := -c constraints.txt
+
+.PHONY: help venv generate test test-parity test-newest soak lint wheel clean
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+venv: .venv/.stamp  ## make .venv with everything but torch
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@.ci/make-venv .venv 3.11 $(PIN) -e ".[test,train,dev]"
+	@touch $@
+
+.venv-parity/.stamp: pyproject.toml constraints.txt
+	@# torch by itself first: exactly this version, so that transformers finds it there and pulls no other build.
+	@.ci/make-venv .venv-parity 3.11 torch==2.13.0
+	@.ci/make-venv .venv-parity 3.11 $(PIN) -e ".[test,parity]"
+	@touch $@
+
+generate: .venv/.stamp  ## continue a text: make generate PROMPT="def fib(n):" [ARGS="--max-tokens 32"]
+	@$(VENV)/python -m glm_jax.generate $(ARGS) -- "$$PROMPT"
+
+test: .venv/.stamp  ## unit, property, sharding and end-to-end tests on the CPU: make test [ARGS="-k rope"]
+	@$(VENV)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-parity: .venv-parity/.stamp  ## the same numbers as transformers, in an environment of its own
+	@.venv-parity/bin/python -m pytest -m parity $(ARGS)
+
+test-newest: .venv/.stamp  ## a smoke run on the newest JAX, when a Python >= 3.12 is on the machine
+	@.ci/smoke-newest
+
+soak: .venv/.stamp  ## the long tests, with new random examples each time
+	@$(VENV)/python -m pytest -m soak --hypothesis-profile=soak $(ARGS)
+	@$(VENV)/python -m pytest -n $(WORKERS) --hypothesis-profile=soak $(ARGS)
+
+lint: .venv/.stamp  ## ruff and pyright
+	@$(VENV)/ruff check .
+	@$(VENV)/ruff format --check .
+	@$(VENV)/pyright
+
+wheel: .venv/.stamp  ## build dist/*.whl, and check that it installs, imports and generates by itself
+	@.ci/wheel
+
+clean:  ## remove what make made, environments included
+	rm -rf .venv .venv-parity .venv-newest .cache .hypothesis .pytest_cache .ruff_cache build dist
