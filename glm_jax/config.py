@@ -1,0 +1,359 @@
+"""The architecture of a GLM-4.7-Flash checkpoint, as ``config.json`` states it.
+
+:class:`Config` holds what the mathematics needs and nothing about how it is run. Names are those of ``config.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from glm_jax.errors import ConfigError
+
+LayerKind = Literal["dense", "sparse"]
+
+# Keys that say nothing about the mathematics of the forward pass.
+_IGNORED = frozenset(
+    """architectures model_type dtype torch_dtype transformers_version use_cache initializer_range pretraining_tp
+    bos_token_id attention_dropout output_router_logits router_aux_loss_coef num_key_value_heads max_length
+    tokenizer_class is_decoder is_encoder_decoder add_cross_attention chunk_size_feed_forward id2label label2id
+    problem_type return_dict output_hidden_states output_attentions auto_map quantization_config ep_size
+    name_or_path _name_or_path sep_token_id cross_attention_hidden_size tf_legacy_loss task_specific_params
+    unsloth_fixed unsloth_version seq_aux aux_loss_alpha num_local_experts""".split()
+)
+_REQUIRED = """vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim
+    qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size n_routed_experts num_experts_per_tok""".split()
+# Absent from at least one real spelling; the value is what that spelling means.
+_DEFAULTS: dict[str, Any] = {
+    "q_lora_rank": None,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "num_nextn_predict_layers": 0,
+    "rope_interleave": True,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 202_752,
+    "tie_word_embeddings": False,
+}
+# Keys that may only have the value this architecture has.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "scoring_func": ("sigmoid", None),
+    "topk_method": ("noaux_tc", None),
+    "moe_layer_freq": (1, None),
+    "partial_rotary_factor": (1.0, 1, None),
+    "first_k_dense_replace": (),
+    "mlp_layer_types": (),
+    "rope_theta": (),
+    "rope_scaling": (),
+    "rope_parameters": (),
+    "head_dim": (),
+    "qk_head_dim": (),
+    "eos_token_id": (),
+    "pad_token_id": (),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerRun:
+    """A stretch of ``count`` consecutive layers of one kind, the first of which is layer ``start``."""
+
+    kind: LayerKind
+    start: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Architecture of one model; frozen and hashable, so it can be a static argument of ``jax.jit``.
+
+    ``latent_eps`` is the epsilon of the two norms inside the attention (``q_a``, ``kv_a``): transformers uses 1e-6 there,
+    vLLM, SGLang and llama.cpp use ``rms_norm_eps``. ``mtp_own_embeddings`` says that the prediction layer's copies of the
+    embedding and of the head differ from the model's and are kept.
+
+    Raises:
+        ConfigError: if a value is impossible; the message names all of them.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    mlp_layer_types: tuple[LayerKind, ...]
+    n_shared_experts: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    num_nextn_predict_layers: int = 0
+    rope_theta: float = 10_000.0
+    rope_interleave: bool = True
+    rms_norm_eps: float = 1e-5
+    latent_eps: float = 1e-6
+    max_position_embeddings: int = 202_752
+    tie_word_embeddings: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    mtp_own_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        problems = [*_wrong_types(self), *_impossible(self)] if not _wrong_types(self) else _wrong_types(self)
+        if problems:
+            raise ConfigError("impossible config: " + "; ".join(problems))
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query or key head; its inverse square root scales the scores."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Values kept per token and layer: the normed latent and the rotated rope key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def shared_width(self) -> int:
+        """Width of the always-on expert."""
+        return self.n_shared_experts * self.moe_intermediate_size
+
+    @property
+    def runs(self) -> tuple[LayerRun, ...]:
+        """The layers as runs of one kind, in order; each run's parameters are stacked."""
+        runs: list[LayerRun] = []
+        for layer, kind in enumerate(self.mlp_layer_types):
+            if runs and runs[-1].kind == kind:
+                runs[-1] = dataclasses.replace(runs[-1], count=runs[-1].count + 1)
+            else:
+                runs.append(LayerRun(kind, layer, 1))
+        return tuple(runs)
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def flash(cls, *, layers: int = 47) -> Config:
+        """GLM-4.7-Flash (``zai-org/GLM-4.7-Flash``), or its first ``layers`` layers."""
+        return cls(
+            vocab_size=154_880,
+            hidden_size=2048,
+            num_hidden_layers=layers,
+            num_attention_heads=20,
+            q_lora_rank=768,
+            kv_lora_rank=512,
+            qk_nope_head_dim=192,
+            qk_rope_head_dim=64,
+            v_head_dim=256,
+            intermediate_size=10_240,
+            moe_intermediate_size=1536,
+            n_routed_experts=64,
+            num_experts_per_tok=4,
+            mlp_layer_types=("dense",) + ("sparse",) * (layers - 1),
+            routed_scaling_factor=1.8,
+            num_nextn_predict_layers=1,
+            rope_theta=1_000_000.0,
+            eos_token_ids=(154_820, 154_827, 154_829),
+            pad_token_id=154_820,
+        )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], *, latent_eps: float | None = None) -> Config:
+        """Reads the dictionary of a ``config.json`` in any spelling that real checkpoints use.
+
+        Args:
+            config: the parsed file: the original one, one saved again by transformers 5, or one made from scratch.
+            latent_eps: epsilon of the q_a and kv_a norms; 1e-6, as transformers has it, unless given.
+
+        Raises:
+            ConfigError: for another architecture, a key that is not understood, keys that disagree, or rope scaling.
+        """
+        _check_keys(config)
+        values = {key: config[key] for key in _REQUIRED}
+        for key, default in _DEFAULTS.items():
+            given = config.get(key, default)
+            values[key] = default if given is None and default is not None else given
+        return cls(
+            **values,
+            mlp_layer_types=_layer_types(config),
+            rope_theta=_rope_theta(config),
+            eos_token_ids=_token_ids(config.get("eos_token_id")),
+            pad_token_id=config.get("pad_token_id"),
+            latent_eps=1e-6 if latent_eps is None else latent_eps,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The ``config.json`` of this model, readable by transformers and by serving engines (both spellings at once)."""
+        names = [*_REQUIRED, *_DEFAULTS]
+        leading = next((i for i, kind in enumerate(self.mlp_layer_types) if kind == "sparse"), self.num_hidden_layers)
+        only_leading = "dense" not in self.mlp_layer_types[leading:]
+        return {
+            "architectures": ["Glm4MoeLiteForCausalLM"],
+            "model_type": "glm4_moe_lite",
+            **{name: getattr(self, name) for name in names},
+            "num_key_value_heads": self.num_attention_heads,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "qk_head_dim": self.qk_head_dim,
+            "mlp_layer_types": list(self.mlp_layer_types),
+            **({"first_k_dense_replace": leading} if only_leading else {}),
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta, "partial_rotary_factor": 1.0},
+            "partial_rotary_factor": 1.0,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "eos_token_id": list(self.eos_token_ids) or None,
+            "pad_token_id": self.pad_token_id,
+        }
+
+
+def _check_keys(config: Mapping[str, Any]) -> None:
+    model_type = config.get("model_type", "glm4_moe_lite")
+    if model_type != "glm4_moe_lite":
+        raise ConfigError(f"model_type is {model_type!r}; this stack runs glm4_moe_lite (GLM-4.7-Flash and relatives)")
+    missing = [key for key in _REQUIRED if config.get(key) is None]
+    if missing:
+        raise ConfigError(f"config.json lacks {', '.join(missing)}")
+    for key in _REQUIRED:
+        _require_int(key, config[key])
+    known = {*_REQUIRED, *_DEFAULTS, *_FIXED, *_IGNORED}
+    # A key without a value switches nothing on, whatever it means.
+    unknown = [key for key, value in config.items() if key not in known and value not in (None, False)]
+    if unknown:
+        raise ConfigError(f"config.json has keys this version does not understand: {', '.join(sorted(unknown))}")
+    for key, allowed in _FIXED.items():
+        if allowed and config.get(key, allowed[0]) not in allowed:
+            raise ConfigError(f"{key} is {config[key]!r}; this architecture has {allowed[0]!r}")
+    _check_head_dims(config)
+
+
+def _check_head_dims(config: Mapping[str, Any]) -> None:
+    rope, nope = config["qk_rope_head_dim"], config["qk_nope_head_dim"]
+    # transformers calls the rope width ``head_dim``; nothing here is sized by it.
+    for key, expected in (("head_dim", (rope, rope + nope)), ("qk_head_dim", (rope + nope,))):
+        if config.get(key) is not None and config[key] not in expected:
+            raise ConfigError(f"{key} is {config[key]}, but qk_nope_head_dim {nope} and qk_rope_head_dim {rope} disagree")
+
+
+def _layer_types(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
+    layers, kinds, leading = config["num_hidden_layers"], config.get("mlp_layer_types"), config.get("first_k_dense_replace")
+    _require_int("num_hidden_layers", layers)
+    if leading is not None:
+        _require_int("first_k_dense_replace", leading)
+    from_leading: tuple[LayerKind, ...] = tuple("dense" if i < (1 if leading is None else leading) else "sparse" for i in range(layers))
+    if kinds is None:
+        return from_leading
+    if not isinstance(kinds, (list, tuple)) or any(kind not in ("dense", "sparse") for kind in kinds):
+        raise ConfigError(f"mlp_layer_types must list 'dense' or 'sparse' for each layer, not {kinds!r}")
+    if leading is not None and tuple(kinds) != from_leading:
+        raise ConfigError(
+            f"mlp_layer_types has {list(kinds).count('dense')} dense layers, first_k_dense_replace says {leading}: "
+            "transformers follows the first, serving engines the second; correct config.json"
+        )
+    return tuple(kinds)
+
+
+_ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+
+
+def _rope_theta(config: Mapping[str, Any]) -> float:
+    scaling = config.get("rope_scaling") or {}
+    parameters = config.get("rope_parameters") or {}
+    for key, rope in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        if not isinstance(rope, Mapping):
+            raise ConfigError(f"{key} must be a dictionary or null, not {rope!r}")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ConfigError(
+                f"rope type {kind!r} is not supported: GLM-4.7-Flash has no rope scaling (its context is 202,752 tokens without it)"
+            )
+        unknown = [name for name, value in rope.items() if name not in _ROPE_KEYS and value is not None]
+        if unknown:
+            raise ConfigError(f"{key} has keys this version does not understand: {', '.join(sorted(unknown))}")
+        if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
+            raise ConfigError(f"partial_rotary_factor is {rope['partial_rotary_factor']}; this architecture has 1.0")
+    # Without any rope key transformers' own default holds.
+    given = [t for t in (config.get("rope_theta"), scaling.get("rope_theta"), parameters.get("rope_theta")) if t is not None]
+    for theta in given:
+        if not _is_number(theta):
+            raise ConfigError(f"rope_theta must be a number, not {theta!r}")
+    thetas = {float(theta) for theta in given} or {10_000.0}
+    if len(thetas) > 1:
+        raise ConfigError(f"rope_theta and rope_parameters.rope_theta disagree: {sorted(thetas)}")
+    return thetas.pop()
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    ids = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
+    for token in ids:
+        _require_int("eos_token_id", token)
+    return tuple(ids)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require_int(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ConfigError(f"{name} must be a non-negative integer, not {value!r}")
+
+
+_POSITIVE = tuple(key for key in _REQUIRED if key != "qk_nope_head_dim") + ("max_position_embeddings", "n_group", "topk_group")
+
+
+def _wrong_types(cfg: Config) -> list[str]:
+    problems = []
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+            problems.append(f"{field.name} must be an integer, not {value!r}")
+        if field.type == "float" and (not _is_number(value) or not value > 0):
+            problems.append(f"{field.name} must be a positive number, not {value!r}")
+        if field.type == "bool" and not isinstance(value, bool):
+            problems.append(f"{field.name} must be true or false, not {value!r}")
+    if not isinstance(cfg.mlp_layer_types, tuple) or any(kind not in ("dense", "sparse") for kind in cfg.mlp_layer_types):
+        problems.append(f"mlp_layer_types must be a tuple of 'dense' and 'sparse', not {cfg.mlp_layer_types!r}")
+    if not isinstance(cfg.eos_token_ids, tuple) or any(type(token) is not int for token in cfg.eos_token_ids):
+        problems.append(f"eos_token_ids must be a tuple of integers, not {cfg.eos_token_ids!r}")
+    for name in ("q_lora_rank", "pad_token_id"):
+        value = getattr(cfg, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            problems.append(f"{name} must be an integer or null, not {value!r}")
+    return problems
+
+
+def _impossible(cfg: Config) -> list[str]:
+    checks = [(getattr(cfg, name) > 0, f"{name} is {getattr(cfg, name)}, must be positive") for name in _POSITIVE]
+    checks += [
+        (cfg.q_lora_rank is None or cfg.q_lora_rank > 0, f"q_lora_rank is {cfg.q_lora_rank}, must be positive or null"),
+        (cfg.qk_nope_head_dim >= 0, f"qk_nope_head_dim is {cfg.qk_nope_head_dim}, must not be negative"),
+        (cfg.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim is {cfg.qk_rope_head_dim}, must be even"),
+        (len(cfg.mlp_layer_types) == cfg.num_hidden_layers, f"mlp_layer_types has {len(cfg.mlp_layer_types)} entries for {cfg.num_hidden_layers} layers"),
+        (cfg.n_shared_experts >= 0, f"n_shared_experts is {cfg.n_shared_experts}, must not be negative"),
+        (cfg.num_nextn_predict_layers in (0, 1), f"num_nextn_predict_layers is {cfg.num_nextn_predict_layers}, must be 0 or 1"),
+    ]
+    if any(not ok for ok, _ in checks):
+        return [text for ok, text in checks if not ok]
+    per_group, kept = cfg.n_routed_experts // cfg.n_group, cfg.n_routed_experts // cfg.n_group * cfg.topk_group
+    checks += [
+        (cfg.n_routed_experts % cfg.n_group == 0, f"n_group {cfg.n_group} does not divide n_routed_experts {cfg.n_routed_experts}"),
+        (cfg.topk_group <= cfg.n_group, f"topk_group {cfg.topk_group} is more than n_group {cfg.n_group}"),
+        (cfg.n_group == 1 or per_group >= 2, f"n_group {cfg.n_group} leaves {per_group} expert per group, must be two or more"),
+        (cfg.num_experts_per_tok <= kept, f"num_experts_per_tok {cfg.num_experts_per_tok} is more than the {kept} experts to choose from"),
+        (all(0 <= i < cfg.vocab_size for i in cfg.eos_token_ids), f"eos_token_id {list(cfg.eos_token_ids)} is outside the vocabulary"),
+    ]
+    return [text for ok, text in checks if not ok]

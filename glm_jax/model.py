@@ -1,0 +1,267 @@
+"""GLM-4.7-Flash as a functional Flax module.
+
+The module only declares its parameters and calls; the mathematics is in :mod:`glm_jax.ops`. ``apply`` is a pure function
+of parameters, tokens and cache::
+
+    logits, cache = GLM(cfg).apply({"params": params}, tokens, positions=positions, cache=cache)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from glm_jax import mtp
+from glm_jax.cache import AXES as CACHE_AXES
+from glm_jax.cache import LatentCache
+from glm_jax.config import Config, LayerRun
+from glm_jax.errors import ConfigError, ShardingError
+from glm_jax.ops.block import Context, Edit, Taps, block, tap_names
+from glm_jax.ops.linear import embed, linear
+from glm_jax.ops.mla import Form
+from glm_jax.ops.norm import rms_norm
+from glm_jax.params import ParamSpec, map_specs, param_specs
+from glm_jax.sharding import Rules
+
+
+class GLM(nn.Module):
+    """The language model.
+
+    Attributes:
+        cfg: the architecture.
+        rules: mesh axis of each logical axis. When any is set, calls must run under ``jax.set_mesh(mesh)``.
+        dtype: of parameters made by ``init``; ``apply`` computes in the dtype of the parameters it is given.
+    """
+
+    cfg: Config
+    rules: Rules = Rules()
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Declares every parameter from the one table of shapes; the prediction layer is optional in ``apply``."""
+        specs = param_specs(self.cfg)
+        if not self.is_initializing() and not self.has_variable("params", "mtp"):
+            specs.pop("mtp", None)
+        # A tuple of pairs: Linen would freeze a dictionary, and shard_map wants the tree it was described.
+        self.declared = tuple((name, self.param(name, _init, spec, self.dtype)) for name, spec in specs.items())
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """The parameters as a plain nested dictionary."""
+        return dict(self.declared)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        cache: LatentCache | None = None,
+        *,
+        logits_at: jax.Array | None = None,
+        trace: Sequence[str] = (),
+        edit: Mapping[str, Edit] | None = None,
+        attention: Form = "auto",
+    ) -> tuple[Any, ...]:
+        """Logits of every token.
+
+        Args:
+            tokens: int32 ``[B, T]``; rows may be padded on the right.
+            positions: int32 ``[B, T]``, ``0 .. T-1`` unless given; needed with a cache. A token sees cache slots up to
+                its own position, so padding is whatever lies after a row's last real token.
+            cache: latents of earlier tokens; the new ones are written into it.
+            logits_at: int32 ``[B]``, the one index of each row whose logits are wanted.
+            trace: names of activations to return (see :func:`activation_names`).
+            edit: functions that replace activations by name.
+            attention: "absorbed" or "expanded" force one form of the same result.
+
+        Returns:
+            ``(logits, cache)``, logits float32 ``[B, T, V]`` (``[B, 1, V]`` with ``logits_at``); with ``trace`` or ``edit``
+            also a dictionary of the traced activations.
+        """
+        hidden, cache, recorded = self._hidden(tokens, positions, cache, trace, edit, attention)
+        if logits_at is not None:
+            hidden = jnp.take_along_axis(hidden, logits_at[:, None, None], axis=1)
+        logits = self.head(hidden)
+        return (logits, cache, recorded) if trace or edit else (logits, cache)
+
+    def hidden(
+        self, tokens: jax.Array, positions: jax.Array | None = None, cache: LatentCache | None = None, *, attention: Form = "auto"
+    ) -> tuple[jax.Array, LatentCache | None]:
+        """States after the final norm, ``[B, T, D]``, and the cache; arguments as in ``__call__``."""
+        hidden, cache, _ = self._hidden(tokens, positions, cache, (), None, attention)
+        return hidden, cache
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Logits float32 ``[B, T, V]`` of final-norm states ``[B, T, D]``."""
+        weights = self.weights.get("head", self.weights["embed"])
+        return self._head(hidden, weights)
+
+    def draft(
+        self,
+        hidden: jax.Array,
+        next_tokens: jax.Array,
+        positions: jax.Array | None = None,
+        cache: LatentCache | None = None,
+        *,
+        attention: Form = "auto",
+    ) -> tuple[jax.Array, jax.Array, LatentCache | None]:
+        """The prediction layer: logits for the token after ``next_tokens``.
+
+        Args:
+            hidden: ``[B, T, D]`` from :meth:`hidden` (or from this method, to draft further).
+            next_tokens: int32 ``[B, T]``: entry ``p`` is the token at position ``p + 1``.
+            positions: int32 ``[B, T]`` of ``hidden``.
+            cache: the layer's own cache (``LatentCache.create(..., layers=1)``).
+
+        Returns:
+            Logits float32 ``[B, T, V]``, the state after ``shared_head.norm`` ``[B, T, D]``, and the cache.
+
+        Raises:
+            ConfigError: if the parameters hold no prediction layer.
+        """
+        if "mtp" not in self.weights:
+            raise ConfigError("this model has no multi-token-prediction layer (num_nextn_predict_layers is 0)")
+        positions = _positions(next_tokens, positions, cache)
+        weights = self.weights["mtp"]
+        table = weights.get("embed", self.weights["embed"])
+        core = {name: value for name, value in weights.items() if name not in ("embed", "head")}
+        local = _Local(self.cfg, self.rules, attention)
+        specs = param_specs(self.cfg)
+        axes = {name: specs["mtp"][name] for name in core}
+        call = local.wrap(local.draft, (_spec_tree(axes, self.rules), _spec(specs["embed"], self.rules)), cache is not None)
+        state, data = call((core, table), (hidden, next_tokens, positions), None if cache is None else cache.data)
+        logits = self._head(state, weights.get("head", self.weights.get("head", self.weights["embed"])))
+        return logits, state, None if data is None else LatentCache(data)
+
+    def _hidden(self, tokens, positions, cache, trace, edit, attention):  # noqa: ANN001, ANN202
+        positions = _positions(tokens, positions, cache)
+        edit = edit or {}
+        _check_names(self.cfg, [*trace, *edit])
+        body = {name: self.weights[name] for name in ("embed", "runs", "norm")}
+        local = _Local(self.cfg, self.rules, attention, tuple(trace), edit)
+        specs = param_specs(self.cfg)
+        axes = _spec_tree({name: specs[name] for name in body}, self.rules)
+        call = local.wrap(local.hidden, axes, cache is not None)
+        (hidden, recorded), data = call(body, (tokens, positions), None if cache is None else cache.data)
+        return hidden, None if data is None else LatentCache(data), recorded
+
+    def _head(self, hidden: jax.Array, weight: Any) -> jax.Array:
+        def local(weight: Any, hidden: jax.Array) -> jax.Array:
+            return linear(hidden, weight, dtype=jnp.dtype(jnp.float32))
+
+        rules = self.rules
+        if not rules.mesh_axes:
+            return local(weight, hidden)
+        _require_mesh(rules)
+        logits = jax.shard_map(
+            local, in_specs=(rules.spec("vocab", "embed"), rules.spec("batch", None, None)), out_specs=rules.spec("batch", None, "vocab")
+        )(weight, hidden)
+        return jax.reshard(logits, rules.spec("batch", None, None))
+
+
+class _Local:
+    """The forward pass on one device's part of the weights, and its placement on the mesh."""
+
+    def __init__(
+        self, cfg: Config, rules: Rules, form: Form, trace: tuple[str, ...] = (), edit: Mapping[str, Edit] | None = None
+    ) -> None:
+        self.cfg, self.rules, self.form = cfg, rules, form
+        self.trace, self.edit = trace, edit or {}
+
+    def hidden(self, w: dict[str, Any], inputs: tuple[jax.Array, ...], cache: Any) -> tuple[tuple[jax.Array, dict[str, Any]], Any]:
+        tokens, positions = inputs
+        ctx = Context(self.cfg, self.rules, positions, self.form, Taps(frozenset(self.trace), self.edit))
+        first = self.rules.index("vocab") * w["embed"].shape[0]
+        h = ctx.taps("embed", self.rules.psum(embed(w["embed"], tokens, first), "vocab"))
+        for i, run in enumerate(self.cfg.runs):
+            h, cache = _run(ctx, run, h, cache, w["runs"][str(i)])
+        h = ctx.taps("norm", rms_norm(h, w["norm"], self.cfg.rms_norm_eps))
+        return (h, ctx.taps.recorded), cache
+
+    def draft(self, w: tuple[dict[str, Any], Any], inputs: tuple[jax.Array, ...], cache: Any) -> tuple[jax.Array, Any]:
+        hidden, next_tokens, positions = inputs
+        ctx = Context(self.cfg, self.rules, positions, self.form)
+        return mtp.draft_hidden(ctx, hidden, next_tokens, cache, *w)
+
+    def wrap(self, function: Any, weight_axes: Any, with_cache: bool) -> Any:
+        """``function(weights, inputs, cache) -> (states, cache)`` as one manual region over the whole mesh."""
+        if not self.rules.mesh_axes:
+            return function
+        _require_mesh(self.rules)
+        rows = self.rules.spec("batch")
+        cache_axes = self.rules.spec(*CACHE_AXES) if with_cache else None
+        return jax.shard_map(function, in_specs=(weight_axes, rows, cache_axes), out_specs=(rows, cache_axes))
+
+
+def activation_names(cfg: Config) -> tuple[str, ...]:
+    """Every name that ``trace`` and ``edit`` know, in the order of computation."""
+    blocks = [tap_names(kind, f"block.{i}") for i, kind in enumerate(cfg.mlp_layer_types)]
+    return ("embed", *(name for names in blocks for name in names), "norm")
+
+
+def _run(ctx: Context, run: LayerRun, h: jax.Array, cache: Any, w: dict[str, Any]) -> tuple[jax.Array, Any]:
+    if run.count == 1 or ctx.taps:
+        # Named activations exist only where each layer is spelled out.
+        for i in range(run.count):
+            h, cache = block(ctx, h, cache, w, i, run.start + i, f"block.{run.start + i}")
+        return h, cache
+
+    def step(carry, i):  # noqa: ANN001, ANN202
+        return block(ctx, *carry, w, i, run.start + i), None
+
+    (h, cache), _ = jax.lax.scan(step, (h, cache), jnp.arange(run.count, dtype=jnp.int32))
+    return h, cache
+
+
+def _init(key: jax.Array, spec: Any, dtype: Any) -> Any:
+    if isinstance(spec, ParamSpec):
+        return _draw(key, spec, dtype)
+    return map_specs(lambda path, leaf: _draw(jax.random.fold_in(key, hash(path) & 0x7FFFFFFF), leaf, dtype), spec)
+
+
+def _draw(key: jax.Array, spec: ParamSpec, dtype: Any) -> jax.Array:
+    kind = spec.dtype or dtype
+    if spec.init == "normal":
+        return jax.random.normal(key, spec.shape, kind) * jnp.asarray(spec.scale, kind)
+    return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, kind)
+
+
+def _positions(tokens: jax.Array, positions: jax.Array | None, cache: LatentCache | None) -> jax.Array:
+    if tokens.ndim != 2:
+        raise ConfigError(f"tokens must be [batch, length], not {tokens.shape}")
+    if positions is None and cache is not None:
+        raise ConfigError("positions are needed with a cache: they say which slots the tokens take")
+    if positions is None:
+        return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    if positions.shape != tokens.shape:
+        raise ConfigError(f"positions {positions.shape} must have the shape of the tokens, {tokens.shape}")
+    if cache is not None and cache.batch != tokens.shape[0]:
+        raise ConfigError(f"the cache has {cache.batch} rows, the tokens {tokens.shape[0]}")
+    return positions
+
+
+def _check_names(cfg: Config, names: Sequence[str]) -> None:
+    known = activation_names(cfg)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 3) or ["embed", "block.0.out", "norm"]
+            raise ConfigError(f"no activation {name!r}; there are for example {', '.join(close)} (see activation_names)")
+
+
+def _spec(leaf: ParamSpec, rules: Rules) -> jax.P:
+    return rules.spec(*leaf.axes)
+
+
+def _spec_tree(specs: dict[str, Any], rules: Rules) -> dict[str, Any]:
+    return map_specs(lambda _, leaf: _spec(leaf, rules), specs)
+
+
+def _require_mesh(rules: Rules) -> None:
+    mesh = jax.sharding.get_abstract_mesh()
+    missing = [axis for axis in rules.mesh_axes if axis not in mesh.axis_names]
+    if missing:
+        raise ShardingError(f"mesh axis {missing[0]!r} is not there: call under `with jax.set_mesh(mesh):`")

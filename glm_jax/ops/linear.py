@@ -1,0 +1,90 @@
+"""Products with weights: the one place that knows how a weight is stored.
+
+A weight may be a stack (layers, experts) from which an index picks one matrix. The whole stack and the index go into
+the product, so that nothing but the rows being multiplied is read.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from glm_jax.quant import Bfloat16Bits, Weight
+
+Index = jax.Array | int
+
+
+def pick(weight: Weight, *index: Index) -> jax.Array:
+    """``weight[index]`` with traced indices on the leading axes, in a dtype to compute with (bits become float32)."""
+    if isinstance(weight, Bfloat16Bits):
+        return Bfloat16Bits(_take(weight.bits, index)).widen()
+    return _take(weight, index)
+
+
+def linear(x: jax.Array, weight: Weight, *index: Index, dtype: jnp.dtype | None = None) -> jax.Array:
+    """``x @ weight[index].T``, accumulated in float32.
+
+    Args:
+        x: ``[..., I]``.
+        weight: ``[*stack, O, I]``, as checkpoints store it.
+        index: one per stack axis.
+        dtype: of the result; that of ``x`` unless given.
+
+    Returns:
+        ``[..., O]``.
+    """
+    matrix = pick(weight, *index)
+    wide = jnp.promote_types(x.dtype, matrix.dtype)
+    # Two-dimensional with the weight on the right: the form that XLA:CPU fuses with the slice for a single row.
+    rows = x.reshape(-1, x.shape[-1]).astype(wide)
+    product = jax.lax.dot_general(
+        rows, matrix.astype(wide), (((1,), (1,)), ((), ())), preferred_element_type=jnp.promote_types(wide, jnp.float32)
+    )
+    return product.reshape(*x.shape[:-1], matrix.shape[0]).astype(dtype or x.dtype)
+
+
+def heads_linear(x: jax.Array, weight: Weight, *index: Index, transpose: bool = False) -> jax.Array:
+    """A product per head: ``out[..., n, :] = weight[n] @ x[..., n, :]`` (or with ``weight[n].T``).
+
+    Args:
+        x: ``[..., N, I]`` (``[..., N, O]`` when ``transpose``).
+        weight: ``[*stack, N, O, I]``.
+
+    Returns:
+        ``[..., N, O]`` (``[..., N, I]`` when ``transpose``).
+    """
+    matrix = pick(weight, *index)
+    wide = jnp.promote_types(x.dtype, matrix.dtype)
+    product = jnp.einsum(
+        "...no,noi->...ni" if transpose else "...ni,noi->...no",
+        x.astype(wide),
+        matrix.astype(wide),
+        preferred_element_type=jnp.promote_types(wide, jnp.float32),
+    )
+    return product.astype(x.dtype)
+
+
+def embed(table: Weight, tokens: jax.Array, first_row: Index = 0) -> jax.Array:
+    """Rows of an embedding table; zero for tokens outside the rows that this table holds.
+
+    Args:
+        table: ``[V, D]``, rows ``first_row`` and up of the whole one.
+        tokens: int32 ``[...]``.
+
+    Returns:
+        ``[..., D]`` in the table's dtype.
+    """
+    local = tokens - first_row
+    here = (local >= 0) & (local < table.shape[0])
+    rows = jnp.where(here, local, 0)
+    values = Bfloat16Bits(table.bits[rows]).widen() if isinstance(table, Bfloat16Bits) else table[rows]
+    return jnp.where(here[..., None], values, jnp.zeros((), values.dtype)).astype(table.dtype)
+
+
+def _take(stack: jax.Array, index: tuple[Index, ...]) -> jax.Array:
+    if all(isinstance(i, int) for i in index):
+        return stack[index]
+    # One slice for all axes: a slice of a slice would copy the outer one.
+    inner = stack.shape[len(index) :]
+    starts = [jnp.asarray(i, jnp.int32) for i in index] + [jnp.int32(0)] * len(inner)
+    return jax.lax.dynamic_slice(stack, starts, (1,) * len(index) + inner).reshape(inner)

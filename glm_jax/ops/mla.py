@@ -1,0 +1,174 @@
+"""Multi-head latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1).
+
+The cache keeps one row ``[latent | rope key]`` per token for all heads. New tokens attend to it in one of two forms with
+the same result:
+
+* *expanded*: keys and values of every head are computed from the latents; fewer operations per query-key pair;
+* *absorbed*: the key and value projections are applied to query and output instead, and the latents themselves are
+  keys and values; nothing is computed per key, which wins for few new tokens over a long context.
+
+The scale is ``(nope + rope)^-1/2`` in both.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from glm_jax.config import Config
+from glm_jax.ops.linear import Index, heads_linear, linear, pick
+from glm_jax.ops.norm import rms_norm
+from glm_jax.ops.rope import apply_rope, rope_table
+from glm_jax.quant import Weight
+
+Form = Literal["auto", "absorbed", "expanded"]
+Weights = dict[str, Weight]
+
+# Keys attended to at a time: bounds the scores and the expanded keys of a long context.
+KEY_BLOCK = 1024
+_MASKED = -1e30  # finite, so that a fully masked block leaves no NaN in the running maximum
+
+
+class Queries(NamedTuple):
+    """Query heads: ``nope [B, T, N, Hn]`` and rotated ``rope [B, T, N, P]``."""
+
+    nope: jax.Array
+    rope: jax.Array
+
+
+def project(
+    cfg: Config, x: jax.Array, w: Weights, layer: Index, positions: jax.Array, heads: int
+) -> tuple[Queries, jax.Array]:
+    """Queries and cache rows of new tokens.
+
+    Args:
+        x: normed input ``[B, T, D]``.
+        w: the attention parameters, stacked by layer.
+        positions: int32 ``[B, T]``.
+        heads: query heads on this device.
+
+    Returns:
+        The queries, and the rows ``[B, T, R + P]`` to cache: the normed latent and the rotated rope key.
+    """
+    if cfg.q_lora_rank is None:
+        q = linear(x, w["q"], layer)
+    else:
+        q = linear(rms_norm(linear(x, w["q_a"], layer), pick(w["q_a_norm"], layer), cfg.latent_eps), w["q_b"], layer)
+    nope, rope = jnp.split(q.reshape(*x.shape[:2], heads, cfg.qk_head_dim), [cfg.qk_nope_head_dim], axis=-1)
+    latent, key = jnp.split(linear(x, w["kv_a"], layer), [cfg.kv_lora_rank], axis=-1)
+    latent = rms_norm(latent, pick(w["kv_a_norm"], layer), cfg.latent_eps)
+    cos, sin = rope_table(positions, cfg.qk_rope_head_dim, cfg.rope_theta, x.dtype)
+    key = apply_rope(key, cos, sin, interleave=cfg.rope_interleave)
+    rope = apply_rope(rope, cos[:, :, None], sin[:, :, None], interleave=cfg.rope_interleave)
+    return Queries(nope, rope), jnp.concatenate([latent, key], axis=-1)
+
+
+def attend(
+    cfg: Config, q: Queries, rows: jax.Array, positions: jax.Array, w: Weights, layer: Index, form: Form = "auto"
+) -> jax.Array:
+    """Causal attention of new tokens over cached rows.
+
+    Args:
+        q: queries of ``T`` tokens.
+        rows: ``[B, S, R + P]``; slot ``s`` holds the token at position ``s``.
+        positions: int32 ``[B, T]``; a query sees slots up to its own position.
+        w: ``k_b [.., N, Hn, R]`` and ``v_b [.., N, Hv, R]``, stacked by layer.
+        form: "auto" takes the cheaper one for these shapes.
+
+    Returns:
+        ``[B, T, N, Hv]``.
+    """
+    length, slots = positions.shape[1], rows.shape[1]
+    if form == "auto":
+        form = "expanded" if expanded_is_cheaper(cfg, length, slots) else "absorbed"
+    scale = cfg.qk_head_dim**-0.5
+    if form == "expanded":
+        k_b, v_b = pick(w["k_b"], layer), pick(w["v_b"], layer)
+        return _softmax_over_blocks(
+            lambda block: _expand(cfg, q, block, k_b, v_b), rows, positions, scale, q.nope.shape, cfg.v_head_dim
+        ).astype(q.nope.dtype)
+    query = jnp.concatenate([heads_linear(q.nope, w["k_b"], layer, transpose=True), q.rope], axis=-1)
+    latent = _softmax_over_blocks(
+        lambda block: (jnp.einsum("btnr,bsr->bnts", query, block, preferred_element_type=jnp.float32), block[:, :, None]),
+        rows,
+        positions,
+        scale,
+        q.nope.shape,
+        cfg.cache_width,
+    )
+    return heads_linear(latent[..., : cfg.kv_lora_rank].astype(q.nope.dtype), w["v_b"], layer)
+
+
+def expanded_is_cheaper(cfg: Config, new: int, slots: int) -> bool:
+    """Whether expanding ``slots`` keys costs fewer multiplications than absorbing ``new`` queries."""
+    projection = (cfg.qk_nope_head_dim + cfg.v_head_dim) * cfg.kv_lora_rank
+    expanded = slots * projection + new * slots * (cfg.qk_head_dim + cfg.v_head_dim)
+    absorbed = new * projection + new * slots * (cfg.cache_width + cfg.kv_lora_rank)
+    return expanded < absorbed
+
+
+def _expand(cfg: Config, q: Queries, block: jax.Array, k_b: jax.Array, v_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    latent, rope = jnp.split(block, [cfg.kv_lora_rank], axis=-1)
+    wide = jnp.promote_types(latent.dtype, k_b.dtype)
+    keys = jnp.einsum("bsr,nhr->bsnh", latent.astype(wide), k_b.astype(wide)).astype(block.dtype)
+    values = jnp.einsum("bsr,nhr->bsnh", latent.astype(wide), v_b.astype(wide)).astype(block.dtype)
+    scores = jnp.einsum("btnh,bsnh->bnts", q.nope, keys, preferred_element_type=jnp.float32)
+    scores += jnp.einsum("btnp,bsp->bnts", q.rope, rope, preferred_element_type=jnp.float32)
+    return scores, values
+
+
+def _softmax_over_blocks(score, rows, positions, scale, q_shape, width):  # noqa: ANN001, ANN202
+    """``softmax(scores) @ values`` in float32, over key blocks when the context is long.
+
+    ``score(block)`` gives scores ``[B, N, T, s]`` and values ``[B, s, N or 1, width]``.
+    """
+    slots = rows.shape[1]
+    if slots <= 2 * KEY_BLOCK:
+        scores, values = score(rows)
+        scores = _mask(scores * scale, positions, 0)
+        weights = jax.nn.softmax(scores, axis=-1)
+        return _weighted(weights.astype(rows.dtype), values)
+    return _blockwise(score, rows, positions, scale, q_shape, width)
+
+
+def _blockwise(score, rows, positions, scale, q_shape, width):  # noqa: ANN001, ANN202
+    batch, length, heads, _ = q_shape
+    blocks = -(-rows.shape[1] // KEY_BLOCK)
+    rows = jnp.pad(rows, ((0, 0), (0, blocks * KEY_BLOCK - rows.shape[1]), (0, 0)))
+    last = jnp.max(positions)
+
+    def attend_block(carry, i):  # noqa: ANN001, ANN202
+        top, total, out = carry
+        scores, values = score(jax.lax.dynamic_slice_in_dim(rows, i * KEY_BLOCK, KEY_BLOCK, axis=1))
+        scores = _mask(scores * scale, positions, i * KEY_BLOCK)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+        weights, rescale = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
+        total = total * rescale + jnp.sum(weights, axis=-1)
+        out = out * jnp.moveaxis(rescale, 1, 2)[..., None] + _weighted(weights.astype(rows.dtype), values)
+        return new_top, total, out
+
+    def step(carry, i):  # noqa: ANN001, ANN202
+        # Blocks past the newest token are not read.
+        return jax.lax.cond(i * KEY_BLOCK <= last, attend_block, lambda c, _: c, carry, i), None
+
+    start = (
+        jnp.full((batch, heads, length), _MASKED, jnp.float32),
+        jnp.zeros((batch, heads, length), jnp.float32),
+        jnp.zeros((batch, length, heads, width), jnp.float32),
+    )
+    (_, total, out), _ = jax.lax.scan(step, start, jnp.arange(blocks, dtype=jnp.int32))
+    return out / jnp.moveaxis(total, 1, 2)[..., None]
+
+
+def _mask(scores: jax.Array, positions: jax.Array, first_slot: Index) -> jax.Array:
+    slots = first_slot + jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    visible = slots[None, None, :] <= positions[:, :, None]
+    return jnp.where(visible[:, None], scores, _MASKED)
+
+
+def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
+    if values.shape[2] == 1:  # one value per slot for all heads
+        return jnp.einsum("bnts,bsw->btnw", weights, values[:, :, 0], preferred_element_type=jnp.float32)
+    return jnp.einsum("bnts,bsnw->btnw", weights, values, preferred_element_type=jnp.float32)

@@ -1,0 +1,22 @@
+"""The gated feed-forward network (SwiGLU)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from glm_jax.ops.linear import Index, linear
+from glm_jax.quant import Weight
+
+
+def swiglu(x: jax.Array, gate: Weight, up: Weight, down: Weight, *index: Index, dtype: jnp.dtype | None = None) -> jax.Array:
+    """``(silu(x @ gate.T) * (x @ up.T)) @ down.T``.
+
+    Args:
+        x: ``[..., D]``.
+        gate: ``[*stack, F, D]``; ``up`` the same; ``down`` ``[*stack, D, F]``.
+        index: one per stack axis.
+        dtype: of the result; that of ``x`` unless given.
+    """
+    hidden = jax.nn.silu(linear(x, gate, *index)) * linear(x, up, *index)
+    return linear(hidden, down, *index, dtype=dtype)

@@ -1,0 +1,190 @@
+"""Mixture of experts: the router, and three ways to apply the chosen experts with the same result.
+
+Routing is that of DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section 2.1.2): sigmoid scores, a bias that takes part
+in the choice only, the chosen scores normalised to sum to ``routed_scaling_factor``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from glm_jax.config import Config
+from glm_jax.ops.linear import Index, linear, pick
+from glm_jax.ops.mlp import swiglu
+from glm_jax.quant import Weight
+from glm_jax.sharding import Rules
+
+Weights = dict[str, Weight]
+Method = Literal["auto", "pairs", "blocks", "dense"]
+
+
+class Routing(NamedTuple):
+    """Experts of each token: ``experts`` int32 ``[n, X]`` and their ``weights`` float32 ``[n, X]``."""
+
+    experts: jax.Array
+    weights: jax.Array
+
+
+def route(cfg: Config, x: jax.Array, router: jax.Array, bias: jax.Array) -> Routing:
+    """Chooses ``num_experts_per_tok`` experts per token, in float32 at full matmul precision.
+
+    Args:
+        x: normed input ``[n, D]``.
+        router: ``[E, D]``; ``bias``: float32 ``[E]``, decides only who is chosen.
+    """
+    logits = jnp.matmul(x.astype(jnp.float32), router.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
+    scores = jax.nn.sigmoid(logits)
+    _, experts = jax.lax.top_k(_limit_groups(cfg, scores + bias[None]), cfg.num_experts_per_tok)
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if cfg.norm_topk_prob:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return Routing(experts, weights * cfg.routed_scaling_factor)
+
+
+def _limit_groups(cfg: Config, choice: jax.Array) -> jax.Array:
+    """Keeps the ``topk_group`` groups of experts with the highest sum of their two best; the rest become 0."""
+    if cfg.n_group == 1:
+        return choice
+    grouped = choice.reshape(choice.shape[0], cfg.n_group, -1)
+    strength = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+    _, kept = jax.lax.top_k(strength, cfg.topk_group)
+    mask = jnp.any(jax.nn.one_hot(kept, cfg.n_group, dtype=jnp.bool_), axis=1)
+    return jnp.where(mask[..., None], grouped, 0.0).reshape(choice.shape)
+
+
+def to_dense(routing: Routing, experts: int) -> jax.Array:
+    """The weights as ``[n, E]``, zero for experts that were not chosen."""
+    chosen = jax.nn.one_hot(routing.experts, experts, dtype=jnp.float32)
+    return jnp.einsum("nxe,nx->ne", chosen, routing.weights, precision=jax.lax.Precision.HIGHEST)
+
+
+def from_dense(cfg: Config, weights: jax.Array) -> Routing:
+    """The routing of the ``num_experts_per_tok`` largest weights of each row of ``[n, E]``."""
+    top, experts = jax.lax.top_k(weights, cfg.num_experts_per_tok)
+    return Routing(experts, top)
+
+
+def apply_experts(
+    x: jax.Array, routing: Routing, w: Weights, layer: Index, rules: Rules = Rules(), method: Method = "auto"
+) -> jax.Array:
+    """``sum_k weight_k * expert_k(x)`` over the chosen experts, summed over the devices that share the work.
+
+    Args:
+        x: ``[n, D]``.
+        w: ``gate, up [.., E, F, D]`` and ``down [.., E, D, F]``, stacked by layer; the local part of them.
+        method: "pairs" scans over (token, expert) pairs and reads each pair's expert; "blocks" sorts the pairs and reads
+            an expert once per block of rows; "dense" applies all experts to all tokens. "auto" takes the cheapest.
+
+    Returns:
+        ``[n, D]`` in float32.
+    """
+    local = w["gate"].shape[1]
+    routing = _only_local(routing, rules.index("experts") * local, local)
+    if method == "auto":
+        method = cheapest(x.shape[0], routing.experts.shape[1], local)
+    out = {"pairs": _pairs, "blocks": _blocks, "dense": _dense}[method](x, routing, w, layer)
+    return rules.psum(out, "experts", "ffn")
+
+
+def apply_shared(x: jax.Array, w: Weights, layer: Index, rules: Rules = Rules()) -> jax.Array:
+    """The always-on expert: ``[n, D]`` to ``[n, D]`` in float32."""
+    out = swiglu(x, w["shared_gate"], w["shared_up"], w["shared_down"], layer, dtype=jnp.dtype(jnp.float32))
+    return rules.psum(out, "ffn")
+
+
+def cheapest(tokens: int, chosen: int, experts: int) -> Method:
+    """The method that reads and computes least for these numbers."""
+    if experts <= 2 * chosen and tokens > 8:
+        return "dense"
+    return "blocks" if tokens * chosen >= 2 * experts else "pairs"
+
+
+def _only_local(routing: Routing, first: Index, count: int) -> Routing:
+    local = routing.experts - first
+    here = (local >= 0) & (local < count)
+    return Routing(jnp.where(here, local, 0), jnp.where(here, routing.weights, 0.0))
+
+
+def _pairs(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    tokens, chosen = routing.experts.shape
+    token_of = jnp.repeat(jnp.arange(tokens, dtype=jnp.int32), chosen)
+
+    def one(_, pair):  # noqa: ANN001, ANN202
+        token, expert = pair
+        row = jax.lax.dynamic_slice_in_dim(x, token, 1)
+        return None, swiglu(row, w["gate"], w["up"], w["down"], layer, expert, dtype=jnp.dtype(jnp.float32))[0]
+
+    _, outs = jax.lax.scan(one, None, (token_of, routing.experts.reshape(-1)))
+    return _combine(outs.reshape(tokens, chosen, -1), routing.weights)
+
+
+def _dense(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    gate, up, down = (pick(w[name], layer) for name in ("gate", "up", "down"))
+    experts, width, _ = gate.shape
+    flat = experts * width
+    hidden = jax.nn.silu(linear(x, gate.reshape(flat, -1))) * linear(x, up.reshape(flat, -1))
+    weights = to_dense(routing, experts)
+    weighted = hidden.reshape(-1, experts, width).astype(jnp.float32) * weights[..., None]
+    columns = jnp.moveaxis(down, 0, 1).reshape(-1, flat)
+    return linear(weighted.astype(x.dtype).reshape(-1, flat), columns, dtype=jnp.dtype(jnp.float32))
+
+
+def _blocks(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    tokens, chosen = routing.experts.shape
+    plan = plan_blocks(routing.experts.reshape(-1), w["gate"].shape[1])
+    padded = jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])
+
+    def apply(rows, expert):  # noqa: ANN001, ANN202
+        return swiglu(rows, w["gate"], w["up"], w["down"], layer, expert, dtype=jnp.dtype(jnp.float32))
+
+    def one(_, block):  # noqa: ANN001, ANN202
+        expert, pairs = block
+        rows = padded[jnp.where(pairs < 0, tokens, pairs // chosen)]
+        skip = jnp.zeros(rows.shape, jnp.float32)
+        return None, jax.lax.cond(expert >= 0, apply, lambda *_: skip, rows, jnp.maximum(expert, 0))
+
+    _, outs = jax.lax.scan(one, None, (plan.experts, plan.pairs))
+    by_pair = outs.reshape(-1, x.shape[1])[plan.slot_of_pair]
+    return _combine(by_pair.reshape(tokens, chosen, -1), routing.weights)
+
+
+class BlockPlan(NamedTuple):
+    """Pairs sorted by expert into blocks of equal height, each of one expert.
+
+    ``experts [blocks]`` is the expert of a block or -1, ``pairs [blocks, height]`` the pairs in it or -1, and
+    ``slot_of_pair [pairs]`` where each pair went.
+    """
+
+    experts: jax.Array
+    pairs: jax.Array
+    slot_of_pair: jax.Array
+
+
+def plan_blocks(expert_of_pair: jax.Array, experts: int) -> BlockPlan:
+    """Sorts pairs by expert into blocks.
+
+    Args:
+        expert_of_pair: int32 ``[n * X]``.
+        experts: number of experts.
+    """
+    pairs = expert_of_pair.shape[0]
+    height = min(64, max(8, 1 << (max(pairs // experts, 1) - 1).bit_length()))
+    blocks = min(pairs, experts + pairs // height)
+    order = jnp.argsort(expert_of_pair, stable=True).astype(jnp.int32)
+    counts = jnp.bincount(expert_of_pair, length=experts).astype(jnp.int32)
+    blocks_of = -(-counts // height)
+    first_block, first_pair = jnp.cumsum(blocks_of) - blocks_of, jnp.cumsum(counts) - counts
+    sorted_experts = expert_of_pair[order]
+    rank = jnp.arange(pairs, dtype=jnp.int32) - first_pair[sorted_experts]
+    slot = first_block[sorted_experts] * height + rank
+    table = jnp.full(blocks * height, -1, jnp.int32).at[slot].set(order).reshape(blocks, height)
+    first = table[:, 0]
+    owners = jnp.where(first >= 0, expert_of_pair[jnp.maximum(first, 0)], -1)
+    return BlockPlan(owners, table, jnp.zeros(pairs, jnp.int32).at[order].set(slot))
+
+
+def _combine(outs: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.einsum("nxd,nx->nd", outs, weights, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,233 @@
+"""Shape, axes and dtype of every parameter, known before any byte is read.
+
+:func:`param_specs` is the only source of shapes: the module's initialiser, the loaders and the memory plan all use it.
+Matrices keep the checkpoint's orientation ``[out, in]``; the layers of a run are stacked along a leading axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from glm_jax.config import Config
+from glm_jax.sharding import LogicalAxis, Rules
+
+Tree = dict[str, Any]
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One parameter before it exists.
+
+    Attributes:
+        shape: of the whole array, the layer axis first where there is one.
+        axes: logical axis of each dimension; ``None`` is never split.
+        dtype: fixed dtype, or ``None`` for the model's.
+        init: "normal" with standard deviation ``scale``, "ones" or "zeros".
+        scale: standard deviation of the random initialiser.
+        stacked: leading dimensions that enumerate matrices (layers, experts) and are drawn one matrix at a time.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[LogicalAxis | None, ...]
+    dtype: str | None = None
+    init: Literal["normal", "ones", "zeros"] = "normal"
+    scale: float = 1.0
+    stacked: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+def param_specs(cfg: Config) -> Tree:
+    """The whole parameter tree of a model as nested dictionaries of :class:`ParamSpec`."""
+    table = ParamSpec((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), scale=1.0)
+    head = dataclasses.replace(table, scale=cfg.hidden_size**-0.5)
+    tree: Tree = {"embed": table, "norm": _norm(cfg.hidden_size)}
+    if not cfg.tie_word_embeddings:
+        tree["head"] = head
+    tree["runs"] = {str(i): _block(cfg, run.kind, run.count) for i, run in enumerate(cfg.runs)}
+    if cfg.num_nextn_predict_layers:
+        copies = {"embed": table, "head": head} if cfg.mtp_own_embeddings else {}
+        tree["mtp"] = {**_mtp(cfg), **copies}
+    return tree
+
+
+def _norm(width: int, layers: int | None = None) -> ParamSpec:
+    if layers is None:
+        return ParamSpec((width,), (None,), init="ones")
+    return ParamSpec((layers, width), (None, None), init="ones", stacked=1)
+
+
+def _matrix(layers: int, shape: tuple[int, ...], axes: tuple[LogicalAxis | None, ...], stacked: int = 0) -> ParamSpec:
+    return ParamSpec((layers, *shape), (None, *axes), scale=shape[-1] ** -0.5, stacked=1 + stacked)
+
+
+def _block(cfg: Config, kind: str, layers: int) -> Tree:
+    feed_forward = {"mlp": _mlp(cfg, layers)} if kind == "dense" else {"moe": _moe(cfg, layers)}
+    return {"attn": _attention(cfg, layers), **feed_forward}
+
+
+def _attention(cfg: Config, l: int) -> Tree:  # noqa: E741  (the axis letter of the glossary)
+    d, n, r = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank
+    if cfg.q_lora_rank is None:
+        query = {"q": _matrix(l, (n * cfg.qk_head_dim, d), ("heads", "embed"))}
+    else:
+        query = {
+            "q_a": _matrix(l, (cfg.q_lora_rank, d), ("latent", "embed")),
+            "q_a_norm": _norm(cfg.q_lora_rank, l),
+            "q_b": _matrix(l, (n * cfg.qk_head_dim, cfg.q_lora_rank), ("heads", "latent")),
+        }
+    return {
+        "norm": _norm(d, l),
+        **query,
+        "kv_a": _matrix(l, (cfg.cache_width, d), ("latent", "embed")),
+        "kv_a_norm": _norm(r, l),
+        "k_b": _matrix(l, (n, cfg.qk_nope_head_dim, r), ("heads", None, "latent"), stacked=1),
+        "v_b": _matrix(l, (n, cfg.v_head_dim, r), ("heads", None, "latent"), stacked=1),
+        "o": _matrix(l, (d, n * cfg.v_head_dim), ("embed", "heads")),
+    }
+
+
+def _swiglu(layers: int, width: int, hidden: int, prefix: str = "") -> Tree:
+    return {
+        f"{prefix}gate": _matrix(layers, (width, hidden), ("ffn", "embed")),
+        f"{prefix}up": _matrix(layers, (width, hidden), ("ffn", "embed")),
+        f"{prefix}down": _matrix(layers, (hidden, width), ("embed", "ffn")),
+    }
+
+
+def _mlp(cfg: Config, layers: int) -> Tree:
+    return {"norm": _norm(cfg.hidden_size, layers), **_swiglu(layers, cfg.intermediate_size, cfg.hidden_size)}
+
+
+def _moe(cfg: Config, l: int) -> Tree:  # noqa: E741
+    d, e, f = cfg.hidden_size, cfg.n_routed_experts, cfg.moe_intermediate_size
+    shared = _swiglu(l, cfg.shared_width, d, "shared_") if cfg.n_shared_experts else {}
+    return {
+        "norm": _norm(d, l),
+        "router": _matrix(l, (e, d), (None, "embed")),
+        "router_bias": ParamSpec((l, e), (None, None), dtype="float32", init="zeros", stacked=1),
+        "gate": _matrix(l, (e, f, d), ("experts", "ffn", "embed"), stacked=1),
+        "up": _matrix(l, (e, f, d), ("experts", "ffn", "embed"), stacked=1),
+        "down": _matrix(l, (e, d, f), ("experts", "embed", "ffn"), stacked=1),
+        **shared,
+    }
+
+
+def _mtp(cfg: Config) -> Tree:
+    d = cfg.hidden_size
+    joined = ParamSpec((d, 2 * d), (None, None), scale=(2 * d) ** -0.5)
+    return {"enorm": _norm(d), "hnorm": _norm(d), "eh_proj": joined, "norm": _norm(d), **_block(cfg, "sparse", 1)}
+
+
+def leaves(tree: Tree, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The leaves of a nested dictionary with their paths, in the order of the tree."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*prefix, name))
+        else:
+            yield (*prefix, name), value
+
+
+def map_specs(function: Callable[[Path, ParamSpec], Any], tree: Tree, prefix: Path = ()) -> Tree:
+    """A tree of the same structure with ``function(path, spec)`` in place of each spec."""
+    return {
+        name: map_specs(function, value, (*prefix, name)) if isinstance(value, dict) else function((*prefix, name), value)
+        for name, value in tree.items()
+    }
+
+
+def abstract_params(cfg: Config, dtype: Any = jnp.bfloat16, rules: Rules = Rules(), mesh: Mesh | None = None) -> Tree:
+    """Shape, dtype and (with a mesh) sharding of every parameter, as ``jax.ShapeDtypeStruct`` leaves."""
+
+    def abstract(_: Path, spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else NamedSharding(mesh, rules.spec(*spec.axes))
+        return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype or dtype), sharding=sharding)
+
+    return map_specs(abstract, param_specs(cfg))
+
+
+def init_params(
+    cfg: Config, seed: int = 0, dtype: Any = jnp.bfloat16, rules: Rules = Rules(), mesh: Mesh | None = None
+) -> Tree:
+    """Random parameters of realistic scale (logits with a standard deviation near 1), built on the device.
+
+    Each matrix is drawn from (seed, path, layer, expert), so a model of fewer layers holds a prefix of a deeper one's
+    layers, and :func:`draw` gives any single matrix alone.
+    """
+
+    def build(path: Path, spec: ParamSpec) -> jax.Array:
+        sharding = None if mesh is None else NamedSharding(mesh, rules.spec(*spec.axes))
+        first = cfg.runs[int(path[1])].start if path[0] == "runs" else 0
+        fill = jax.jit(_fill, static_argnums=(2, 3), out_shardings=sharding)
+        return fill(_path_key(path, seed), jnp.int32(first), spec, jnp.dtype(spec.dtype or dtype).name)
+
+    return map_specs(build, param_specs(cfg))
+
+
+def draw(path: Path, spec: ParamSpec, seed: int, dtype: Any, layer: int, index: tuple[int, ...] = ()) -> np.ndarray:
+    """One matrix of :func:`init_params`: the same values, without building the stack around it.
+
+    Args:
+        path: of the stacked parameter, as in the tree.
+        spec: of the stacked parameter.
+        layer: number of the layer in the model (0 for parameters without a layer axis).
+        index: position in the stacked axes after the layer axis (expert or head).
+    """
+    name = jnp.dtype(spec.dtype or dtype).name
+    if not spec.stacked:
+        return np.asarray(jax.jit(_fill, static_argnums=(2, 3))(_path_key(path, seed), jnp.int32(0), spec, name))
+    numbers = jnp.asarray((layer, *index), jnp.int32)
+    return np.asarray(_draw_one(_path_key(path, seed), numbers, _matrix_spec(spec), name))
+
+
+def _path_key(path: Path, seed: int) -> jax.Array:
+    # A run is numbered by its place; its layers are numbered in the model, so only the names below it count.
+    names = path[2:] if path[0] == "runs" else path
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32("/".join(names).encode()) & 0x7FFFFFFF)
+
+
+def _matrix_spec(spec: ParamSpec) -> ParamSpec:
+    return dataclasses.replace(spec, shape=spec.shape[spec.stacked :], axes=spec.axes[spec.stacked :], stacked=0)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _draw_one(key: jax.Array, numbers: jax.Array, spec: ParamSpec, dtype: str) -> jax.Array:
+    if spec.init != "normal":
+        return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, dtype)
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    return (jax.random.normal(key, spec.shape, jnp.float32) * spec.scale).astype(dtype)
+
+
+def _fill(key: jax.Array, first_layer: jax.Array, spec: ParamSpec, dtype: str) -> jax.Array:
+    if spec.init != "normal":
+        return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, dtype)
+    if not spec.stacked:
+        rows = _row_blocks(spec.shape[0])
+        numbers = jnp.arange(rows, dtype=jnp.int32)[:, None]
+        block = dataclasses.replace(spec, shape=(spec.shape[0] // rows, *spec.shape[1:]))
+    else:
+        grid = np.indices(spec.shape[: spec.stacked], np.int32).reshape(spec.stacked, -1).T
+        numbers = jnp.asarray(grid).at[:, 0].add(first_layer)
+        block = _matrix_spec(spec)
+    # One matrix at a time, so that drawing needs no more than a matrix beside the result.
+    drawn = jax.lax.map(lambda n: _draw_one(key, n, block, dtype), numbers)
+    return drawn.reshape(spec.shape)
+
+
+def _row_blocks(rows: int) -> int:
+    return next((n for n in (64, 32, 16, 8, 4, 2) if rows % n == 0), 1)
