@@ -1,0 +1,61 @@
+"""``python -m convert SRC DST``: checkpoints to and from this program's own folder layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from typing import Annotated, Literal
+
+import tyro
+
+from glm_jax.errors import GlmError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Convert a checkpoint. Run the same command again after a kill to go on; the result is the same."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Hugging Face folder, hub id, converted folder, "tiny", or synthetic:flash?layers=4&seed=0."""
+    destination: Annotated[str, tyro.conf.Positional]
+    """A new or empty folder, or that of a stopped conversion."""
+    to: Literal["orbax", "safetensors"] = "orbax"
+    """orbax: loads fast and in slices. safetensors: a Hugging Face folder."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of the weights; unchanged unless given."""
+    check: bool = False
+    """Refuse weights that are NaN or infinite."""
+    force: bool = False
+    """Replace an earlier conversion in the destination."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0 done, 2 for bad input."""
+    options = tyro.cli(Options, args=arguments, prog="python -m convert")
+    # Conversion is the host's work: leave accelerators, and most of their memory, to others.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from convert.pipeline import convert
+
+    try:
+        report = convert(
+            options.source,
+            options.destination,
+            to=options.to,
+            dtype=options.dtype,
+            check=options.check,
+            force=options.force,
+            progress=True,
+        )
+    except GlmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
+    kept = f" ({report.kept} of {report.kept + report.written} parts were there already)" if report.kept else ""
+    print(f"{report.folder}: {report.nbytes / 1e9:.2f} GB{kept}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

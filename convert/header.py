@@ -1,0 +1,168 @@
+"""The header of a safetensors file, checked in full before anything trusts it.
+
+Format (https://github.com/huggingface/safetensors): eight bytes with the little-endian length of a JSON object, the
+object, then the tensors' bytes without gaps. Every field is hostile until checked: a file that passes can be mapped
+and sliced without further tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from glm_jax.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
+LENGTH_BYTES = 8
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+        "I8": np.int8,
+        "U16": np.uint16,
+        "I16": np.int16,
+        "U32": np.uint32,
+        "I32": np.int32,
+        "U64": np.uint64,
+        "I64": np.int64,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F32": np.float32,
+        "F64": np.float64,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    }.items()
+}
+NAMES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: dtype, shape and its byte range within the file."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Header:
+    """The tensors of one file by name, and the free-form metadata."""
+
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+
+
+def header_length(prefix: bytes, file_size: int, file: str) -> int:
+    """Length of the JSON header, from the first eight bytes.
+
+    Raises:
+        CheckpointError: if the file is too short for it.
+    """
+    if len(prefix) < LENGTH_BYTES:
+        raise CheckpointError(f"{file} has {file_size} bytes, too few for a safetensors file: download it again")
+    length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
+    if length > min(MAX_HEADER_BYTES, file_size - LENGTH_BYTES):
+        raise CheckpointError(
+            f"{file} announces a header of {length} bytes but has {file_size} bytes in all: "
+            "it is truncated or not a safetensors file"
+        )
+    return length
+
+
+def parse_header(raw: bytes, file_size: int, file: str) -> Header:
+    """Parses and checks a header.
+
+    Args:
+        raw: the JSON object, without the eight bytes before it.
+        file_size: bytes of the whole file.
+        file: name for messages.
+
+    Raises:
+        CheckpointError: for broken JSON, unknown dtypes, and byte ranges that lie outside the file, do not fit the
+            dtype and shape, overlap, or leave gaps.
+    """
+    fields = _load_object(raw, file)
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{file}: __metadata__ must map names to strings")
+    base = LENGTH_BYTES + len(raw)
+    tensors = {name: _entry(name, value, base, file) for name, value in fields.items()}
+    _check_ranges(tensors, base, file_size, file)
+    return Header(tensors, metadata)
+
+
+def _load_object(raw: bytes, file: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique(file))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise CheckpointError(f"{file}: the header is not valid JSON ({printable(str(error))})") from None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file}: the header must be a JSON object")
+    return fields
+
+
+def _unique(file: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+            raise CheckpointError(f"{file}: the header names {printable(twice)} twice")
+        return fields
+
+    return build
+
+
+def _entry(name: str, value: Any, base: int, file: str) -> TensorEntry:
+    where = f"{file}: tensor {printable(name)}"
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where} must have dtype, shape and data_offsets, and nothing else")
+    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPES:
+        raise CheckpointError(f"{where} has dtype {printable(str(value['dtype']))}; known are {', '.join(DTYPES)}")
+    shape, offsets = value["shape"], value["data_offsets"]
+    if not _naturals(shape) or len(shape) > 32 or not _naturals(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{where} has a shape or data_offsets that are not non-negative integers")
+    dtype, (begin, end) = DTYPES[value["dtype"]], offsets
+    expected = math.prod(shape) * dtype.itemsize
+    if end - begin != expected:
+        raise CheckpointError(
+            f"{where} has {end - begin} bytes where {value['dtype']} {shape} needs {expected}: the file is damaged"
+        )
+    return TensorEntry(dtype, tuple(shape), base + begin, base + end)
+
+
+def _naturals(value: Any) -> bool:
+    # Sizes past 2**62 cannot be mapped and would overflow in C code further on.
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**62 for n in value)
+
+
+def _check_ranges(tensors: Mapping[str, TensorEntry], base: int, file_size: int, file: str) -> None:
+    at = base
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.end > file_size:
+            raise CheckpointError(
+                f"{file} is truncated: tensor {printable(name)} ends at byte {entry.end}, the file at {file_size}"
+            )
+        if entry.begin != at:
+            kind = "overlaps the tensor before it" if entry.begin < at else f"leaves a gap of {entry.begin - at} bytes"
+            raise CheckpointError(f"{file}: tensor {printable(name)} {kind}")
+        at = entry.end
+    if at != file_size:
+        raise CheckpointError(f"{file} has {file_size - at} bytes after the last tensor: it is damaged")
+
+
+def printable(text: str, limit: int = 120) -> str:
+    """Text from a file, safe to print: no control characters or lone surrogates, and not endless."""
+    text = text if len(text) <= limit else text[:limit] + "…"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

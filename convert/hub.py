@@ -1,0 +1,45 @@
+"""Checkpoints by hub id, through huggingface_hub and its cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from glm_jax.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_FILES = ["*.safetensors", "*.json", "*.jinja"]  # never *.bin: a pickle can run any code
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of a hub id, such as ``zai-org/GLM-4.7-Flash``."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def download(repo: str) -> Path:
+    """The local folder of a hub repository's newest revision, downloaded if it is not in the cache.
+
+    Raises:
+        CheckpointError: if it cannot be had, saying why: no such repository, not accepted, or no network.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=_FILES, ignore_patterns=["*/*"]))
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"{repo} is gated: accept its terms on its Hugging Face page, then log in with `hf auth login`"
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise CheckpointError(
+            f"there is no file or folder {repo}, and no Hugging Face repository of that name that you may read "
+            "(if it is private, log in with `hf auth login`)"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise CheckpointError(
+            f"there is no file or folder {repo}; as a Hugging Face repository it is not in the local cache, "
+            "and the hub cannot be reached (offline, or HF_HUB_OFFLINE is set): download it on a machine with a "
+            "network and give the folder's path"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"downloading {repo} failed: {error}") from None

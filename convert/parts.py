@@ -1,0 +1,145 @@
+"""One part of a converted folder is one Orbax checkpoint: written whole and atomically, read in slices.
+
+Plain Zarr 3 files (no OCDBT), uncompressed, so that any slice can be read alone and the arrays open in other programs.
+An array of experts has a chunk per expert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.layout import Leaf
+from glm_jax.errors import CheckpointError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+CHUNK_BYTES = 16 << 20
+READ_BYTES = 32 << 20
+
+
+def part_folder(folder: Path, part: str) -> Path:
+    """Where a part lies in a converted folder."""
+    return folder / "parts" / part
+
+
+def remove_part(folder: Path, part: str) -> None:
+    """Removes a part and whatever a killed run left of it."""
+    path = part_folder(folder, part)
+    for leftover in path.parent.glob(f"{part}*"):
+        if leftover.name == part or leftover.name.startswith(f"{part}.orbax-checkpoint-tmp"):
+            shutil.rmtree(leftover)
+
+
+def write_part(folder: Path, part: str, leaves: Sequence[Leaf], arrays: Mapping[str, Array]) -> None:
+    """Writes the arrays of a part; the folder appears under its name when all of them are complete.
+
+    Args:
+        folder: the converted folder.
+        part: name of the part.
+        leaves: its layout.
+        arrays: contiguous, by leaf name.
+    """
+    import orbax.checkpoint as ocp  # takes a second, and only writing needs it
+
+    tree, save_args = {}, {}
+    for leaf in leaves:
+        by_expert = (0,) if "experts" in leaf.spec.axes else ()
+        _insert(tree, leaf.path, arrays[leaf.name])
+        _insert(save_args, leaf.path, ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=by_expert))
+    remove_part(folder, part)
+    with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
+        checkpointer.save(part_folder(folder, part).resolve(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+
+
+def _handler() -> Any:
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import type_handlers
+
+    # The arrays do not change while they are written, so Orbax need not copy them first.
+    numpy_handler = type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    return ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False,
+        use_zarr3=True,
+        use_compression=False,
+        type_handler_registry=type_handlers.create_type_handler_registry((np.ndarray, numpy_handler)),
+    )
+
+
+def read_leaf(folder: Path, leaf: Leaf, dtype: str, start: int, stop: int) -> Iterator[tuple[int, Array]]:
+    """Rows ``start`` to ``stop`` of an array in pieces of about 32 MB, the next one read while one is used.
+
+    Raises:
+        CheckpointError: if the array is missing, damaged, or not of the shape and dtype expected.
+    """
+    with _explained(leaf):
+        store = _open(part_folder(folder, leaf.part) / leaf.name)
+        if store.shape != leaf.shape or store.dtype.name != dtype:
+            raise CheckpointError(
+                f"{leaf.part}/{leaf.name} is {store.dtype.name} {list(store.shape)}, "
+                f"the manifest says {dtype} {list(leaf.shape)}: convert again"
+            )
+        bounds = list(_row_blocks(store, start, stop))
+        futures = [store[first:last].read() for first, last in bounds[:1]]
+    for i, (first, last) in enumerate(bounds):
+        del last
+        with _explained(leaf):
+            piece = futures.pop(0).result()
+            futures += [store[a:b].read() for a, b in bounds[i + 1 : i + 2]]
+        yield first, piece
+
+
+def _open(path: Path) -> Any:
+    import tensorstore as ts
+
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{path.resolve()}/"},
+        # Zarr reads a missing chunk as zeros unless told that it is an error.
+        "fill_missing_data_reads": False,
+    }
+    return ts.open(spec, open=True, read=True).result()
+
+
+def _row_blocks(store: Any, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    row_bytes = max(1, int(np.prod(store.shape[1:])) * store.dtype.numpy_dtype.itemsize)
+    chunk_rows = store.chunk_layout.read_chunk.shape[0]
+    rows = max(1, READ_BYTES // row_bytes // chunk_rows) * chunk_rows
+    # Blocks end where chunks do, so that no chunk is read twice.
+    edges = [start, *range((start // rows + 1) * rows, stop, rows), stop]
+    return itertools.pairwise(edges)
+
+
+def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value
+
+
+@contextlib.contextmanager
+def _explained(leaf: Leaf) -> Iterator[None]:
+    """Turns TensorStore's errors into ours; it raises ValueError for everything."""
+    try:
+        yield
+    except ValueError as error:
+        reason = str(error).split(" [")[0]
+        raise CheckpointError(f"{leaf.part}/{leaf.name} is missing or damaged ({reason}): convert again") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax warns once per part of the features that these options leave out."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,158 @@
+"""Where weights come from: one interface for Hugging Face folders, converted folders and made-up weights."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from convert.header import printable
+from convert.layout import Leaf, layout
+from glm_jax.config import Config
+from glm_jax.errors import CheckpointError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Kind = Literal["huggingface", "converted", "synthetic"]
+
+# What lies beside the weights and goes wherever they go.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Original:
+    """What a checkpoint had that its parameters do not show, so that it can be written back bit for bit.
+
+    Attributes:
+        mtp_copies: which of "embed" and "head" the prediction layer had tensors for.
+        head_copy: whether a model with tied embeddings had a head tensor all the same.
+        dtypes: dtype in the checkpoint of arrays that are kept in another one, by ``part/name``.
+    """
+
+    mtp_copies: tuple[str, ...] = ()
+    head_copy: bool = False
+    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SourceInfo:
+    """What is known of a source besides its weights.
+
+    Attributes:
+        kind: of the source.
+        name: as it was asked for.
+        folder: that holds its tokenizer, chat template and generation_config.json; ``None`` if it has none.
+        dtype: of most of its weights.
+        fingerprint: changes when the weights may have changed.
+        original: what is needed to write the checkpoint back as it was.
+        notes: sentences worth telling the user.
+    """
+
+    kind: Kind
+    name: str
+    folder: Path | None
+    dtype: str
+    fingerprint: str
+    original: Original = dataclasses.field(default_factory=Original)
+    notes: tuple[str, ...] = ()
+
+
+class WeightSource(abc.ABC):
+    """The weights of one model, read array by array and piece by piece.
+
+    Attributes:
+        cfg: architecture, as the tensors show it (without a prediction layer if there are no tensors for one).
+        info: everything else that is known.
+        hf_config: the ``config.json`` it came with.
+    """
+
+    cfg: Config
+    info: SourceInfo
+    hf_config: Mapping[str, Any]
+
+    @abc.abstractmethod
+    def dtype(self, leaf: Leaf) -> np.dtype[Any]:
+        """Dtype in which the array is kept without loss."""
+
+    @abc.abstractmethod
+    def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Array]]:
+        """Rows ``start`` to ``stop`` of the array's first axis, in order, as (first row, rows) pieces.
+
+        Pieces may be read-only views, and of a narrower dtype than :meth:`dtype`.
+
+        Raises:
+            CheckpointError: if the bytes are not there or damaged.
+        """
+
+    def sha256(self, leaf: Leaf) -> str | None:
+        """Known hash of the array's bytes, if the source keeps one."""
+        del leaf
+        return None
+
+    def layout(self) -> dict[str, tuple[Leaf, ...]]:
+        """The arrays of each part."""
+        return layout(self.cfg)
+
+    def nbytes(self, leaf: Leaf, dtype: np.dtype[Any] | None = None) -> int:
+        """Bytes of the array, in its own dtype or the one a conversion would give it."""
+        return leaf.size * kept_dtype(self, leaf, dtype).itemsize
+
+
+def kept_dtype(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None) -> np.dtype[Any]:
+    """Dtype of an array after conversion to ``dtype`` (``None``: unchanged); some arrays have a fixed one."""
+    if leaf.spec.dtype:
+        return np.dtype(leaf.spec.dtype)
+    return source.dtype(leaf) if dtype is None else dtype
+
+
+def build(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None = None) -> Array:
+    """A whole array, contiguous; without a copy where the source has it in one piece."""
+    target = kept_dtype(source, leaf, dtype)
+    out: Array | None = None
+    for start, piece in source.pieces(leaf):
+        if piece.shape == leaf.shape and piece.dtype == target and piece.flags.c_contiguous:
+            return piece
+        out = np.empty(leaf.shape, target) if out is None else out
+        out[start : start + len(piece)] = piece
+    return np.empty(leaf.shape, target) if out is None else out
+
+
+def main_dtype(source: WeightSource) -> str:
+    """Dtype of most of a source's values."""
+    counts: Counter[str] = Counter()
+    for members in source.layout().values():
+        for leaf in members:
+            counts[source.dtype(leaf).name] += math.prod(leaf.shape)
+    return counts.most_common(1)[0][0]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The dictionary of a folder's ``config.json``.
+
+    Raises:
+        CheckpointError: if it is missing or not a JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no config.json, so it is not a checkpoint folder") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({printable(str(error))})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return config

@@ -1,0 +1,59 @@
+"""From what a user typed to weights: a path, a hub id, ``tiny`` or ``synthetic:…``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from convert.converted import ConvertedSource
+from convert.hub import download, is_hub_id
+from convert.huggingface import HuggingFaceSource
+from convert.manifest import DTYPES, MANIFEST
+from convert.reader import refuse_pickle
+from convert.source import WeightSource
+from convert.synthetic import PREFIX, SyntheticSource, SyntheticSpec
+from convert.work import WORK_FOLDER
+from glm_jax.errors import CheckpointError
+
+TINY = "tiny"
+
+
+def open_source(source: str | Path, *, dtype: str | None = None) -> WeightSource:
+    """Opens the weights behind a source string; reads configs and headers, and no weights.
+
+    Args:
+        source: folder of safetensors or converted folder, hub id, ``"tiny"`` (the built-in miniature), or
+            ``"synthetic:flash?layers=4&seed=0"``.
+        dtype: in which synthetic weights are drawn (bfloat16 if ``None``); others keep theirs.
+
+    Raises:
+        CheckpointError: if there is nothing usable, saying what is wrong.
+        ConfigError: for a ``config.json`` that this stack cannot run.
+    """
+    text = str(source)
+    if text.startswith(PREFIX):
+        return SyntheticSource(SyntheticSpec.parse(text), DTYPES[dtype or "bfloat16"], text)
+    if text == TINY:
+        return _open_folder(_tiny_folder(), text)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _open_folder(path, text)
+    if path.exists():
+        refuse_pickle(path)
+        raise CheckpointError(f"{path} is a file: give the folder that holds config.json and the weights")
+    if not is_hub_id(text):
+        raise CheckpointError(f"there is no folder {text}, and it is not a hub id such as zai-org/GLM-4.7-Flash")
+    return _open_folder(download(text), text)
+
+
+def _open_folder(folder: Path, name: str) -> WeightSource:
+    if (folder / MANIFEST).exists():
+        return ConvertedSource(folder, name)
+    if (folder / WORK_FOLDER).exists() or (folder / "parts").is_dir():
+        raise CheckpointError(f"{folder} is an unfinished conversion: run the same `python -m convert` command again")
+    return HuggingFaceSource(folder, name)
+
+
+def _tiny_folder() -> Path:
+    import glm_jax
+
+    return Path(glm_jax.__file__).parent / TINY

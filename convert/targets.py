@@ -1,0 +1,188 @@
+"""The two things a conversion can make: our folder of Orbax parts, and a Hugging Face folder.
+
+A target is a list of units. A unit is written whole, has a record of its arrays' hashes, and can be read back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from convert.export import outputs
+from convert.layout import Leaf
+from convert.manifest import MANIFEST, ArrayRecord, Manifest, Records, write_atomic
+from convert.parts import read_leaf, write_part
+from convert.progress import Advance
+from convert.reader import INDEX_NAME, Shard
+from convert.source import COMPANIONS, WeightSource, build
+from convert.writer import Output, index_json, shard, write_shard
+from glm_jax.errors import CheckpointError
+
+
+class Unit(Protocol):
+    """A piece of a target that is written and verified as one."""
+
+    @property
+    def name(self) -> str:
+        """File or folder name."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        ...
+
+    def write(self, folder: Path, advance: Advance) -> Records:
+        """Writes it, atomically, and returns its record."""
+        ...
+
+    def verify(self, folder: Path, records: Records, advance: Advance) -> list[str]:
+        """Reads it back; returns the arrays whose bytes are not those that were written."""
+        ...
+
+
+class Target(Protocol):
+    """All units, and the files that make the folder complete."""
+
+    units: Sequence[Unit]
+
+    def finish(self, folder: Path, key: str, records: Mapping[str, Records]) -> None:
+        """Writes what goes beside the units; the file that makes the folder complete comes last."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a converted folder."""
+
+    source: WeightSource
+    name: str
+    leaves: tuple[Leaf, ...]
+    dtype: np.dtype[Any] | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return sum(self.source.nbytes(leaf, self.dtype) for leaf in self.leaves)
+
+    def write(self, folder: Path, advance: Advance) -> Records:
+        """Writes the Orbax checkpoint of the part."""
+        arrays, records = {}, {}
+        for leaf in self.leaves:
+            array = np.ascontiguousarray(build(self.source, leaf, self.dtype))
+            arrays[leaf.name], records[leaf.name] = array, ArrayRecord.of(array)
+            advance(array.nbytes)
+        write_part(folder, self.name, self.leaves, arrays)
+        return records
+
+    def verify(self, folder: Path, records: Records, advance: Advance) -> list[str]:
+        """Hashes every array as it is on disk."""
+        wrong = []
+        for leaf in self.leaves:
+            record = records[leaf.name]
+            pieces = read_leaf(folder, leaf, record.dtype, 0, leaf.shape[0])
+            if ArrayRecord.of_pieces(leaf.shape, record.dtype, (piece for _, piece in pieces)) != record:
+                wrong.append(f"{self.name}/{leaf.name}")
+            advance(self.source.nbytes(leaf, self.dtype))
+        return wrong
+
+
+class OrbaxTarget:
+    """A converted folder."""
+
+    def __init__(self, source: WeightSource, dtype: np.dtype[Any] | None) -> None:
+        self._source, self._dtype = source, dtype
+        self.units: Sequence[Unit] = [Part(source, part, leaves, dtype) for part, leaves in source.layout().items()]
+
+    def finish(self, folder: Path, key: str, records: Mapping[str, Records]) -> None:
+        """Companions, config.json, and the manifest last."""
+        source, info = self._source, self._source.info
+        # Converted to another dtype, the weights are no longer the original's.
+        original = info.original if self._dtype is None else dataclasses.replace(info.original, dtypes={})
+        dtype = info.dtype if self._dtype is None else self._dtype.name
+        _write_companions(source, folder)
+        write_atomic(folder / "config.json", _config_json(source.hf_config, self._dtype))
+        manifest = Manifest(source.cfg, dtype, original, key, records)
+        write_atomic(folder / MANIFEST, manifest.to_json())
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ShardFile:
+    """One safetensors file of a Hugging Face folder."""
+
+    name: str
+    outputs: Sequence[Output]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(output.nbytes for output in self.outputs)
+
+    def write(self, folder: Path, advance: Advance) -> Records:
+        """Writes the file."""
+        return write_shard(folder / self.name, self.outputs, advance)
+
+    def verify(self, folder: Path, records: Records, advance: Advance) -> list[str]:
+        """Hashes every tensor as it is on disk."""
+        file = Shard(folder / self.name)
+        wrong = []
+        for name, record in records.items():
+            array = file.get(name)
+            if ArrayRecord.of(array) != record:
+                wrong.append(f"{self.name}/{name}")
+            advance(array.nbytes)
+        return wrong
+
+
+class SafetensorsTarget:
+    """A Hugging Face folder, as transformers and serving engines read it."""
+
+    def __init__(self, source: WeightSource, dtype: np.dtype[Any] | None) -> None:
+        self._source, self._dtype = source, dtype
+        self._shards = shard(outputs(source, dtype))
+        self.units: Sequence[Unit] = [ShardFile(name, members) for name, members in self._shards.items()]
+
+    def finish(self, folder: Path, key: str, records: Mapping[str, Records]) -> None:
+        """Companions, config.json, and the index last."""
+        del records
+        source = self._source
+        config = {"dtype": source.info.dtype, **source.hf_config, **source.cfg.to_hf()}
+        _write_companions(source, folder)
+        write_atomic(folder / "config.json", _config_json(config, self._dtype))
+        write_atomic(folder / INDEX_NAME, index_json(self._shards, key))
+
+
+TARGETS: dict[str, Callable[[WeightSource, np.dtype[Any] | None], Target]] = {
+    "orbax": OrbaxTarget,
+    "safetensors": SafetensorsTarget,
+}
+
+
+def _config_json(config: Mapping[str, Any], dtype: np.dtype[Any] | None) -> str:
+    changed = {} if dtype is None else {key: dtype.name for key in ("dtype", "torch_dtype") if key in config}
+    return json.dumps({**config, **changed}, indent=2) + "\n"
+
+
+def _write_companions(source: WeightSource, folder: Path) -> None:
+    for path in companions(source.info.folder):
+        shutil.copyfile(path, folder / path.name)
+
+
+def companions(folder: Path | None) -> Iterator[Path]:
+    """The tokenizer and its like, where they are."""
+    if folder is not None:
+        yield from (folder / name for name in COMPANIONS if (folder / name).is_file())
+
+
+def verify(unit: Unit, folder: Path, records: Records, advance: Advance) -> list[str]:
+    """The arrays of a unit that cannot be read back as they were written."""
+    try:
+        return unit.verify(folder, records, advance)
+    except CheckpointError as error:
+        return [f"{unit.name} ({error})"]
