@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.config import Config
+from glm_jax.errors import ConfigError
 from glm_jax.ops import moe
 from glm_jax.ops.linear import Index, linear, pick
 from glm_jax.ops.mla import Form, attend, project
@@ -40,7 +41,12 @@ class Taps:
     def __call__(self, name: str, value: jax.Array) -> jax.Array:
         """Passes ``value`` through the point ``name``."""
         if name in self.edit:
-            value = self.edit[name](value).astype(value.dtype).reshape(value.shape)
+            edited = self.edit[name](value)
+            if edited.shape != value.shape:
+                raise ConfigError(
+                    f"the edit of {name!r} must return the shape {value.shape} it was given, not {edited.shape}"
+                )
+            value = edited.astype(value.dtype)
         if name in self.trace:
             self.recorded[name] = value
         return value
@@ -94,14 +100,20 @@ def tap_names(kind: str, name: str) -> tuple[str, ...]:
     return tuple(f"{name}.{point}" for point in ("in", "attn", *inner, "out"))
 
 
-def _attention(ctx: Context, h: jax.Array, cache: Any, w: dict[str, Any], layer: Index, slot: Index) -> tuple[jax.Array, Any]:
+def _attention(
+    ctx: Context, h: jax.Array, cache: Any, w: dict[str, Any], layer: Index, slot: Index
+) -> tuple[jax.Array, Any]:
     cfg = ctx.cfg
     heads = w["k_b"].shape[1]
     x = rms_norm(h, pick(w["norm"], layer), cfg.rms_norm_eps)
     queries, rows = project(cfg, x, w, layer, ctx.positions, heads)
-    if cache is not None:
-        cache, rows = _write(cache, rows, ctx.positions, slot)
-    out = attend(cfg, queries, rows, ctx.positions, w, layer, ctx.form)
+    if cache is None:
+        # The rows are the tokens themselves: a token's slot is its place in the row, wherever the row begins.
+        own_slot = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], ctx.positions.shape)
+    else:
+        own_slot = ctx.positions
+        cache, rows = _write(cache, rows, own_slot, slot)
+    out = attend(cfg, queries, rows, own_slot, w, layer, ctx.form)
     # Partial sums over the devices' heads are added in float32.
     partial = linear(out.reshape(*out.shape[:2], -1), w["o"], layer, dtype=jnp.dtype(jnp.float32))
     return ctx.rules.psum(partial, "heads").astype(h.dtype), cache
@@ -135,4 +147,4 @@ def _sparse(ctx: Context, h: jax.Array, w: dict[str, Any], layer: Index, name: s
 def _tap_routing(ctx: Context, routing: moe.Routing, shape: tuple[int, ...], name: str) -> moe.Routing:
     experts = ctx.cfg.n_routed_experts
     dense = ctx.taps(name, moe.to_dense(routing, experts).reshape(*shape[:-1], experts))
-    return moe.from_dense(ctx.cfg, dense.reshape(-1, experts)) if name in ctx.taps.edit else routing
+    return moe.from_dense(dense.reshape(-1, experts)) if name in ctx.taps.edit else routing
