@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+from pathlib import Path
 
 GPU_REQUESTED = os.environ.get("GLM_JAX_TEST_GPU") == "1"
 
@@ -14,6 +15,9 @@ def _prepare_environment() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
     if not GPU_REQUESTED:
         os.environ["JAX_PLATFORMS"] = "cpu"
+    # Nothing is downloaded, and nothing is left in the home folder of whoever runs the tests.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["XDG_CACHE_HOME"] = str(Path(__file__).resolve().parents[1] / ".cache")
 
 
 _prepare_environment()
