@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import unfreeze
 
 from glm_jax import mtp
 from glm_jax.cache import AXES as CACHE_AXES
@@ -47,13 +48,12 @@ class GLM(nn.Module):
         specs = param_specs(self.cfg)
         if not self.is_initializing() and not self.has_variable("params", "mtp"):
             specs.pop("mtp", None)
-        # A tuple of pairs: Linen would freeze a dictionary, and shard_map wants the tree it was described.
-        self.declared = tuple((name, self.param(name, _init, spec, self.dtype)) for name, spec in specs.items())
+        self.declared = {name: self.param(name, _init, spec, self.dtype) for name, spec in specs.items()}
 
     @property
     def weights(self) -> dict[str, Any]:
-        """The parameters as a plain nested dictionary."""
-        return dict(self.declared)
+        """The parameters as a plain nested dictionary (Linen freezes what ``setup`` stores)."""
+        return unfreeze(self.declared)
 
     def __call__(
         self,

@@ -165,69 +165,71 @@ def init_params(
 ) -> Tree:
     """Random parameters of realistic scale (logits with a standard deviation near 1), built on the device.
 
-    Each matrix is drawn from (seed, path, layer, expert), so a model of fewer layers holds a prefix of a deeper one's
-    layers, and :func:`draw` gives any single matrix alone.
+    Each matrix depends on (seed, path, layer, expert) alone, so a model of fewer layers holds the first layers of a
+    deeper one, and :func:`draw` gives any single matrix with the same bits on any machine.
     """
 
     def build(path: Path, spec: ParamSpec) -> jax.Array:
         sharding = None if mesh is None else NamedSharding(mesh, rules.spec(*spec.axes))
+        kind = jnp.dtype(spec.dtype or dtype)
+        if spec.init != "normal":
+            return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, kind, device=sharding)
         first = cfg.runs[int(path[1])].start if path[0] == "runs" else 0
-        fill = jax.jit(_fill, static_argnums=(2, 3), out_shardings=sharding)
-        return fill(_path_key(path, seed), jnp.int32(first), spec, jnp.dtype(spec.dtype or dtype).name)
+        numbers = np.ndindex(spec.shape[: spec.stacked])
+        keys = [_key(path, seed, (n[0] + first, *n[1:]) if n else ()) for n in numbers]
+        return _random_stack(sharding)(np.asarray(keys, np.uint32), spec.shape, spec.stacked, spec.scale, kind.name)
 
     return map_specs(build, param_specs(cfg))
 
 
 def draw(path: Path, spec: ParamSpec, seed: int, dtype: Any, layer: int, index: tuple[int, ...] = ()) -> np.ndarray:
-    """One matrix of :func:`init_params`: the same values, without building the stack around it.
+    """One matrix of :func:`init_params`, bit for bit, without building the stack around it.
 
     Args:
-        path: of the stacked parameter, as in the tree.
-        spec: of the stacked parameter.
-        layer: number of the layer in the model (0 for parameters without a layer axis).
+        path: of the parameter, as in the tree.
+        spec: of the whole parameter.
+        dtype: the model's.
+        layer: number of the layer in the model (ignored for parameters without a layer axis).
         index: position in the stacked axes after the layer axis (expert or head).
     """
-    name = jnp.dtype(spec.dtype or dtype).name
-    if not spec.stacked:
-        return np.asarray(jax.jit(_fill, static_argnums=(2, 3))(_path_key(path, seed), jnp.int32(0), spec, name))
-    numbers = jnp.asarray((layer, *index), jnp.int32)
-    return np.asarray(_draw_one(_path_key(path, seed), numbers, _matrix_spec(spec), name))
+    kind, shape = jnp.dtype(spec.dtype or dtype), spec.shape[spec.stacked :]
+    if spec.init != "normal":
+        return np.full(shape, 1.0 if spec.init == "ones" else 0.0, kind)
+    key = np.uint32(_key(path, seed, (layer, *index) if spec.stacked else ()))
+    counters = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
+    return _to_normal(_hash(counters ^ key), spec.scale).astype(kind)
 
 
-def _path_key(path: Path, seed: int) -> jax.Array:
-    # A run is numbered by its place; its layers are numbered in the model, so only the names below it count.
+def _key(path: Path, seed: int, numbers: tuple[int, ...]) -> int:
+    # A run's place is an accident of the layers around it; its layers are numbered in the model.
     names = path[2:] if path[0] == "runs" else path
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32("/".join(names).encode()) & 0x7FFFFFFF)
+    key = zlib.crc32(repr((seed, names, numbers)).encode())
+    return int(_hash(np.asarray([key], np.uint32))[0])
 
 
-def _matrix_spec(spec: ParamSpec) -> ParamSpec:
-    return dataclasses.replace(spec, shape=spec.shape[spec.stacked :], axes=spec.axes[spec.stacked :], stacked=0)
+@functools.cache
+def _random_stack(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
+    def build(keys: jax.Array, shape: tuple[int, ...], stacked: int, scale: float, dtype: str) -> jax.Array:
+        inner = shape[stacked:]
+        flat = (keys.shape[0], math.prod(inner))
+        # Elementwise from a counter: nothing is held but the result.
+        counters = jax.lax.broadcasted_iota(jnp.uint32, flat, 1)
+        bits = _hash(counters ^ jax.lax.broadcast_in_dim(keys, flat, (0,)))
+        return _to_normal(bits, scale).astype(dtype).reshape(shape)
+
+    return jax.jit(build, static_argnums=(1, 2, 3, 4), out_shardings=sharding)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _draw_one(key: jax.Array, numbers: jax.Array, spec: ParamSpec, dtype: str) -> jax.Array:
-    if spec.init != "normal":
-        return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, dtype)
-    for number in numbers:
-        key = jax.random.fold_in(key, number)
-    return (jax.random.normal(key, spec.shape, jnp.float32) * spec.scale).astype(dtype)
+def _hash(x: Any) -> Any:
+    """A bijective 32-bit mix (the "lowbias32" constants of https://github.com/skeeto/hash-prospector)."""
+    kind = np.uint32
+    x = (x ^ (x >> kind(16))) * kind(0x7FEB352D)
+    x = (x ^ (x >> kind(15))) * kind(0x846CA68B)
+    return x ^ (x >> kind(16))
 
 
-def _fill(key: jax.Array, first_layer: jax.Array, spec: ParamSpec, dtype: str) -> jax.Array:
-    if spec.init != "normal":
-        return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, dtype)
-    if not spec.stacked:
-        rows = _row_blocks(spec.shape[0])
-        numbers = jnp.arange(rows, dtype=jnp.int32)[:, None]
-        block = dataclasses.replace(spec, shape=(spec.shape[0] // rows, *spec.shape[1:]))
-    else:
-        grid = np.indices(spec.shape[: spec.stacked], np.int32).reshape(spec.stacked, -1).T
-        numbers = jnp.asarray(grid).at[:, 0].add(first_layer)
-        block = _matrix_spec(spec)
-    # One matrix at a time, so that drawing needs no more than a matrix beside the result.
-    drawn = jax.lax.map(lambda n: _draw_one(key, n, block, dtype), numbers)
-    return drawn.reshape(spec.shape)
-
-
-def _row_blocks(rows: int) -> int:
-    return next((n for n in (64, 32, 16, 8, 4, 2) if rows % n == 0), 1)
+def _to_normal(bits: Any, scale: float) -> Any:
+    """Nearly normal float32 values: the centred sum of the four bytes, whose variance is (256^2 - 1) / 3."""
+    byte = np.uint32(0xFF)
+    total = (bits & byte) + ((bits >> np.uint32(8)) & byte) + ((bits >> np.uint32(16)) & byte) + (bits >> np.uint32(24))
+    return (total.astype(np.float32) - np.float32(510)) * np.float32(scale / math.sqrt((256**2 - 1) / 3))

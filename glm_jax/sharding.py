@@ -120,3 +120,14 @@ def make_mesh(devices: int | Mesh, axis_sizes: tuple[int, int] | None = None) ->
         raise ShardingError(f"mesh={devices} asked for, but {len(present)} {present[0].platform} device(s) are there")
     sizes = axis_sizes or (1, devices)
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * 2, devices=present[:devices])
+
+
+def vary_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Marks a constant as differing between devices wherever ``like`` does, so that both can be a loop's carry."""
+    axes = tuple(_varying(like) - _varying(x))
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    kind = jax.typeof(x)  # the attribute was renamed between JAX releases
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying

@@ -22,6 +22,7 @@ from glm_jax.ops.linear import Index, heads_linear, linear, pick
 from glm_jax.ops.norm import rms_norm
 from glm_jax.ops.rope import apply_rope, rope_table
 from glm_jax.quant import Weight
+from glm_jax.sharding import vary_like
 
 Form = Literal["auto", "absorbed", "expanded"]
 Weights = dict[str, Weight]
@@ -87,7 +88,7 @@ def attend(
     if form == "expanded":
         k_b, v_b = pick(w["k_b"], layer), pick(w["v_b"], layer)
         return _softmax_over_blocks(
-            lambda block: _expand(cfg, q, block, k_b, v_b), rows, positions, scale, q.nope.shape, cfg.v_head_dim
+            lambda block: _expand(cfg, q, block, k_b, v_b), rows, positions, scale, q.nope, cfg.v_head_dim
         ).astype(q.nope.dtype)
     query = jnp.concatenate([heads_linear(q.nope, w["k_b"], layer, transpose=True), q.rope], axis=-1)
     latent = _softmax_over_blocks(
@@ -95,7 +96,7 @@ def attend(
         rows,
         positions,
         scale,
-        q.nope.shape,
+        q.nope,
         cfg.cache_width,
     )
     return heads_linear(latent[..., : cfg.kv_lora_rank].astype(q.nope.dtype), w["v_b"], layer)
@@ -119,7 +120,7 @@ def _expand(cfg: Config, q: Queries, block: jax.Array, k_b: jax.Array, v_b: jax.
     return scores, values
 
 
-def _softmax_over_blocks(score, rows, positions, scale, q_shape, width):  # noqa: ANN001, ANN202
+def _softmax_over_blocks(score, rows, positions, scale, q, width):  # noqa: ANN001, ANN202
     """``softmax(scores) @ values`` in float32, over key blocks when the context is long.
 
     ``score(block)`` gives scores ``[B, N, T, s]`` and values ``[B, s, N or 1, width]``.
@@ -130,11 +131,11 @@ def _softmax_over_blocks(score, rows, positions, scale, q_shape, width):  # noqa
         scores = _mask(scores * scale, positions, 0)
         weights = jax.nn.softmax(scores, axis=-1)
         return _weighted(weights.astype(rows.dtype), values)
-    return _blockwise(score, rows, positions, scale, q_shape, width)
+    return _blockwise(score, rows, positions, scale, q, width)
 
 
-def _blockwise(score, rows, positions, scale, q_shape, width):  # noqa: ANN001, ANN202
-    batch, length, heads, _ = q_shape
+def _blockwise(score, rows, positions, scale, q, width):  # noqa: ANN001, ANN202
+    batch, length, heads, _ = q.shape
     blocks = -(-rows.shape[1] // KEY_BLOCK)
     rows = jnp.pad(rows, ((0, 0), (0, blocks * KEY_BLOCK - rows.shape[1]), (0, 0)))
     last = jnp.max(positions)
@@ -153,11 +154,9 @@ def _blockwise(score, rows, positions, scale, q_shape, width):  # noqa: ANN001, 
         # Blocks past the newest token are not read.
         return jax.lax.cond(i * KEY_BLOCK <= last, attend_block, lambda c, _: c, carry, i), None
 
-    start = (
-        jnp.full((batch, heads, length), _MASKED, jnp.float32),
-        jnp.zeros((batch, heads, length), jnp.float32),
-        jnp.zeros((batch, length, heads, width), jnp.float32),
-    )
+    shape = (batch, heads, length)
+    start = jnp.full(shape, _MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((batch, length, heads, width), jnp.float32)
+    start = tuple(vary_like(x, q) for x in start)
     (_, total, out), _ = jax.lax.scan(step, start, jnp.arange(blocks, dtype=jnp.int32))
     return out / jnp.moveaxis(total, 1, 2)[..., None]
 

@@ -15,7 +15,7 @@ from glm_jax.config import Config
 from glm_jax.ops.linear import Index, linear, pick
 from glm_jax.ops.mlp import swiglu
 from glm_jax.quant import Weight
-from glm_jax.sharding import Rules
+from glm_jax.sharding import Rules, vary_like
 
 Weights = dict[str, Weight]
 Method = Literal["auto", "pairs", "blocks", "dense"]
@@ -45,14 +45,14 @@ def route(cfg: Config, x: jax.Array, router: jax.Array, bias: jax.Array) -> Rout
 
 
 def _limit_groups(cfg: Config, choice: jax.Array) -> jax.Array:
-    """Keeps the ``topk_group`` groups of experts with the highest sum of their two best; the rest become 0."""
+    """Keeps the ``topk_group`` groups of experts with the highest sum of their two best; the rest can not be chosen."""
     if cfg.n_group == 1:
         return choice
     grouped = choice.reshape(choice.shape[0], cfg.n_group, -1)
     strength = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
     _, kept = jax.lax.top_k(strength, cfg.topk_group)
     mask = jnp.any(jax.nn.one_hot(kept, cfg.n_group, dtype=jnp.bool_), axis=1)
-    return jnp.where(mask[..., None], grouped, 0.0).reshape(choice.shape)
+    return jnp.where(mask[..., None], grouped, -jnp.inf).reshape(choice.shape)
 
 
 def to_dense(routing: Routing, experts: int) -> jax.Array:
@@ -61,10 +61,9 @@ def to_dense(routing: Routing, experts: int) -> jax.Array:
     return jnp.einsum("nxe,nx->ne", chosen, routing.weights, precision=jax.lax.Precision.HIGHEST)
 
 
-def from_dense(cfg: Config, weights: jax.Array) -> Routing:
-    """The routing of the ``num_experts_per_tok`` largest weights of each row of ``[n, E]``."""
-    top, experts = jax.lax.top_k(weights, cfg.num_experts_per_tok)
-    return Routing(experts, top)
+def from_dense(weights: jax.Array) -> Routing:
+    """The routing with any weights ``[n, E]``: every expert is applied, since any number may have been given one."""
+    return Routing(jnp.broadcast_to(jnp.arange(weights.shape[1], dtype=jnp.int32)[None], weights.shape), weights)
 
 
 def apply_experts(
@@ -143,7 +142,7 @@ def _blocks(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Arr
     def one(_, block):  # noqa: ANN001, ANN202
         expert, pairs = block
         rows = padded[jnp.where(pairs < 0, tokens, pairs // chosen)]
-        skip = jnp.zeros(rows.shape, jnp.float32)
+        skip = vary_like(jnp.zeros(rows.shape, jnp.float32), jax.tree.leaves(w["gate"])[0])
         return None, jax.lax.cond(expert >= 0, apply, lambda *_: skip, rows, jnp.maximum(expert, 0))
 
     _, outs = jax.lax.scan(one, None, (plan.experts, plan.pairs))
