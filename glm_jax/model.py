@@ -9,6 +9,7 @@ of parameters, tokens and cache::
 from __future__ import annotations
 
 import difflib
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -220,7 +221,7 @@ def _run(ctx: Context, run: LayerRun, h: jax.Array, cache: Any, w: dict[str, Any
 def _init(key: jax.Array, spec: Any, dtype: Any) -> Any:
     if isinstance(spec, ParamSpec):
         return _draw(key, spec, dtype)
-    return map_specs(lambda path, leaf: _draw(jax.random.fold_in(key, hash(path) & 0x7FFFFFFF), leaf, dtype), spec)
+    return map_specs(lambda path, leaf: _draw(jax.random.fold_in(key, zlib.crc32("/".join(path).encode()) & 0x7FFFFFFF), leaf, dtype), spec)
 
 
 def _draw(key: jax.Array, spec: ParamSpec, dtype: Any) -> jax.Array:
