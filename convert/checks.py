@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from convert.layout import Leaf
-from convert.progress import Advance, silent
+from convert.progress import Advance
 from convert.reader import listing
 from convert.source import WeightSource
 from glm_jax.errors import CheckpointError
@@ -61,7 +61,7 @@ class Checker:
             raise CheckpointError(f"{self._source.info.name}: {'; '.join(problems)}")
 
 
-def check_finite(source: WeightSource, advance: Advance = silent) -> None:
+def check_finite(source: WeightSource, advance: Advance) -> None:
     """Reads all weights.
 
     Raises:

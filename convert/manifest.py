@@ -143,6 +143,12 @@ def records_from_json(value: Any) -> dict[str, ArrayRecord]:
     return {name: ArrayRecord.parse(record) for name, record in value.items()}
 
 
+def digest(parts: Mapping[str, Records]) -> str:
+    """One hash of the records of all parts."""
+    fields = {part: records_to_json(records) for part, records in parts.items()}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
 def load_manifest(folder: Path) -> Manifest:
     """The manifest of a converted folder.
 

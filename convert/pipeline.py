@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Literal
 
 from convert.checks import check_finite
 from convert.manifest import DTYPES, FORMAT_VERSION, Records
-from convert.progress import Advance, progress_bar, silent
+from convert.progress import Advance, progress_bar
 from convert.reader import listing
 from convert.source import WeightSource
 from convert.sources import open_source
@@ -75,11 +74,11 @@ def convert(
     if weights.info.folder and weights.info.folder.resolve() == folder:
         raise CheckpointError(f"{folder} is the source: choose another destination")
     target = TARGETS[to](weights, None if dtype is None else DTYPES[dtype])
-    bar: Bar = progress_bar if progress else _no_bar
+    bar: Bar = functools.partial(progress_bar, show=progress)
     title = f"a conversion of {weights.info.name} to {to}, dtype {dtype or 'unchanged'}"
     with open_work(folder, _key(weights, to, dtype), title, force=force) as work:
         if check:
-            with bar("checking", total_bytes(weights)) as advance:
+            with bar("checking", weights.total_bytes()) as advance:
                 check_finite(weights, advance)
         return _run(work, target, bar, weights.info.notes)
 
@@ -123,13 +122,3 @@ def _verified(work: Work, target: Target, bar: Bar, total: int) -> dict[str, Rec
             "Run the same command again to write them anew"
         )
     return records
-
-
-def total_bytes(source: WeightSource, dtype: np.dtype[Any] | None = None) -> int:
-    """Bytes of all arrays of a source."""
-    return sum(source.nbytes(leaf, dtype) for leaves in source.layout().values() for leaf in leaves)
-
-
-def _no_bar(label: str, total: int) -> contextlib.AbstractContextManager[Advance]:
-    del label, total
-    return contextlib.nullcontext(silent)

@@ -13,19 +13,19 @@ Advance = Callable[[int], None]
 _LINE_SECONDS = 5.0
 
 
-def silent(_: int) -> None:
-    """Progress that nobody looks at."""
-
-
 @contextlib.contextmanager
-def progress_bar(label: str, total: int, stream: TextIO | None = None) -> Iterator[Advance]:
+def progress_bar(label: str, total: int, *, show: bool = True, stream: TextIO | None = None) -> Iterator[Advance]:
     """Shows bytes done, MB/s and time left while the block runs; yields a function that takes bytes just done.
 
     Args:
         label: what is going on.
         total: bytes in all.
+        show: whether to show anything at all.
         stream: stderr unless given.
     """
+    if not show:
+        yield lambda _: None
+        return
     out = sys.stderr if stream is None else stream
     if out.isatty():
         with _bar(label, total, out) as advance:

@@ -19,7 +19,7 @@ from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Kind = Literal["huggingface", "converted", "synthetic"]
+Kind = Literal["huggingface", "converted", "synthetic", "memory"]
 
 # What lies beside the weights and goes wherever they go.
 COMPANIONS = (
@@ -108,6 +108,10 @@ class WeightSource(abc.ABC):
     def nbytes(self, leaf: Leaf, dtype: np.dtype[Any] | None = None) -> int:
         """Bytes of the array, in its own dtype or the one a conversion would give it."""
         return leaf.size * kept_dtype(self, leaf, dtype).itemsize
+
+    def total_bytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(self.nbytes(leaf) for leaves in self.layout().values() for leaf in leaves)
 
 
 def kept_dtype(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None) -> np.dtype[Any]:

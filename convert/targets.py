@@ -16,7 +16,7 @@ import numpy as np
 
 from convert.export import outputs
 from convert.layout import Leaf
-from convert.manifest import MANIFEST, ArrayRecord, Manifest, Records, write_atomic
+from convert.manifest import MANIFEST, ArrayRecord, Manifest, Records, digest, write_atomic
 from convert.parts import read_leaf, write_part
 from convert.progress import Advance
 from convert.reader import INDEX_NAME, Shard
@@ -108,7 +108,9 @@ class OrbaxTarget:
         dtype = info.dtype if self._dtype is None else self._dtype.name
         _write_companions(source, folder)
         write_atomic(folder / "config.json", _config_json(source.hf_config, self._dtype))
-        manifest = Manifest(source.cfg, dtype, original, key, records)
+        # Parameters in memory have no name to go by; their hashes tell them apart.
+        origin = digest(records) if info.kind == "memory" else key
+        manifest = Manifest(source.cfg, dtype, original, origin, records)
         write_atomic(folder / MANIFEST, manifest.to_json())
 
 

@@ -1,0 +1,143 @@
+"""Puts pieces of layers into stacked arrays, on one device or over a mesh, without a second copy of anything large.
+
+On CPU a stack is a host buffer that JAX takes over as it is. On accelerators it is made on the device and filled by
+updates that reuse its memory, so that the host never holds more than a piece.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Device = Any  # what jax.devices() lists; jax has no public type for it
+Box = tuple[tuple[int, int], ...]  # (start, stop) along each axis
+
+_ALIGNMENT = 64  # JAX takes host buffers over without a copy if they begin at a multiple of this
+_BLOCK_BYTES = 32 << 20
+
+
+class Stack:
+    """One parameter being filled.
+
+    Args:
+        shape: of the whole array.
+        dtype: of the whole array.
+        sharding: its place on a mesh; ``None`` for JAX's default device.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], sharding: Sharding | None) -> None:
+        self._shape, self._sharding = shape, sharding
+        self._regions: dict[Box, _Host | _Device] = {}
+        self._homes: list[tuple[Box, Device | None]] = [(tuple((0, n) for n in shape), None)]
+        if sharding is not None:
+            places = sharding.addressable_devices_indices_map(shape)
+            self._homes = [(_box(index or (), shape), device) for device, index in places.items()]
+        for box, device in self._homes:
+            # Devices that hold the same values share one region.
+            if box not in self._regions:
+                self._regions[box] = _region(tuple(b - a for a, b in box), dtype, device)
+
+    def add(self, slot: int | None, row: int, piece: Array) -> None:
+        """Writes rows of one layer.
+
+        Args:
+            slot: layer within the stack; ``None`` if the parameter has no layer axis.
+            row: first row of the piece.
+            piece: rows, in any dtype.
+        """
+        for at, block in _blocks(piece):
+            start = (row + at,) + (0,) * (block.ndim - 1)
+            if slot is not None:
+                start, block = (slot, *start), block[None]
+            for box, region in self._regions.items():
+                _add(region, box, start, block)
+
+    def finish(self) -> jax.Array:
+        """The array; the stack must not be used again."""
+        arrays = [self._regions[box].on(device) for box, device in self._homes]
+        self._regions.clear()
+        if self._sharding is None:
+            return arrays[0]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, arrays)
+
+
+class _Host:
+    """A region in host memory, for CPU devices."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        raw = np.empty(int(np.prod(shape)) * dtype.itemsize + _ALIGNMENT, np.uint8)
+        skip = -raw.ctypes.data % _ALIGNMENT
+        self._buffer = raw[skip : len(raw) - _ALIGNMENT + skip].view(dtype).reshape(shape)
+
+    def write(self, start: tuple[int, ...], block: Array) -> None:
+        """Copies a block, cast to the region's dtype."""
+        self._buffer[tuple(slice(a, a + n) for a, n in zip(start, block.shape, strict=True))] = block
+
+    def on(self, device: Device | None) -> jax.Array:
+        """The region as an array that shares its memory."""
+        return jax.device_put(self._buffer, device, may_alias=True)
+
+
+class _Device:
+    """A region in an accelerator's memory."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> None:
+        self._device = device
+        zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=SingleDeviceSharding(device))
+        with alone(device):
+            self._array = zeros(shape, dtype)
+
+    def write(self, start: tuple[int, ...], block: Array) -> None:
+        """Sends a block and writes it in place."""
+        sent = jax.device_put(block.astype(self._array.dtype, copy=False), self._device)
+        with alone(self._device):
+            self._array = _update(self._array, sent, np.asarray(start, np.int32))
+
+    def on(self, device: Device | None) -> jax.Array:
+        """The region, sent to another device if it is not the one it was made on."""
+        return self._array if device in (None, self._device) else jax.device_put(self._array, device)
+
+
+@contextlib.contextmanager
+def alone(device: Device) -> Iterator[None]:
+    """For work on one device's arrays: a mesh that the caller has set would refuse them."""
+    with jax.set_mesh(Mesh(np.asarray([device]), ("alone",))):
+        yield
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _update(stack: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(stack, block, [start[i] for i in range(stack.ndim)])
+
+
+def _region(shape: tuple[int, ...], dtype: np.dtype[Any], device: Device | None) -> _Host | _Device:
+    if (device or jax.devices()[0]).platform == "cpu":
+        return _Host(shape, dtype)
+    return _Device(shape, dtype, device or jax.devices()[0])
+
+
+def _add(region: _Host | _Device, box: Box, start: tuple[int, ...], block: Array) -> None:
+    """Writes what a block and a region have in common."""
+    lows = [max(a, s) for (a, _), s in zip(box, start, strict=True)]
+    highs = [min(b, s + n) for (_, b), s, n in zip(box, start, block.shape, strict=True)]
+    if all(low < high for low, high in zip(lows, highs, strict=True)):
+        common = tuple(slice(low - s, high - s) for low, high, s in zip(lows, highs, start, strict=True))
+        region.write(tuple(low - a for low, (a, _) in zip(lows, box, strict=True)), block[common])
+
+
+def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    slices = [*index, *[slice(None)] * (len(shape) - len(index))]
+    return tuple(piece.indices(n)[:2] for piece, n in zip(slices, shape, strict=True))
+
+
+def _blocks(piece: Array) -> Iterator[tuple[int, Array]]:
+    rows = max(1, _BLOCK_BYTES * len(piece) // max(1, piece.nbytes))
+    return ((at, piece[at : at + rows]) for at in range(0, len(piece), rows))

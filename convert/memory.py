@@ -1,0 +1,98 @@
+"""Parameters in memory as a source, so that what was trained here can be written."""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert.assemble import alone
+from convert.layout import Leaf
+from convert.manifest import DTYPES
+from convert.reader import listing
+from convert.source import Array, Original, SourceInfo, WeightSource, read_config
+from glm_jax.config import Config
+from glm_jax.errors import CheckpointError
+from glm_jax.params import Path, leaves, param_specs
+
+
+class MemorySource(WeightSource):
+    """A parameter tree.
+
+    Args:
+        cfg: of the model.
+        params: nested dictionaries of arrays, as :func:`glm_jax.params.param_specs` has them.
+        origin: where the model came from, for tokenizer, template and foreign keys of config.json.
+
+    Raises:
+        CheckpointError: listing parameters that are missing, unknown, or of another shape or dtype.
+    """
+
+    def __init__(self, cfg: Config, params: Mapping[str, Any], origin: SourceInfo | None = None) -> None:
+        self.cfg = cfg
+        self._arrays: dict[Path, jax.Array | Array] = dict(leaves(dict(params)))
+        _check_tree(cfg, self._arrays)
+        folder = origin.folder if origin else None
+        base = read_config(folder) if folder else {}
+        dtypes: Counter[str] = Counter()
+        for array in self._arrays.values():
+            dtypes[array.dtype.name] += array.size
+        dtype = dtypes.most_common(1)[0][0]
+        self.hf_config = {**base, "dtype": dtype, **cfg.to_hf()}
+        copies = origin.original.mtp_copies if origin else ()
+        self.info = SourceInfo(
+            kind="memory",
+            name="parameters in memory",
+            folder=folder,
+            dtype=dtype,
+            # Never equal to an earlier one: a stopped save of other values must not be gone on with.
+            fingerprint=secrets.token_hex(32),
+            original=Original(copies, bool(origin and origin.original.head_copy and cfg.tie_word_embeddings)),
+        )
+
+    def dtype(self, leaf: Leaf) -> np.dtype[Any]:
+        """The array's own."""
+        return DTYPES[self._arrays[leaf.target].dtype.name]
+
+    def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Array]]:
+        """The rows of one layer, gathered from the devices that hold them."""
+        yield start, _on_host(self._arrays[leaf.target], leaf)[start:stop]
+
+
+def _on_host(array: jax.Array | Array, leaf: Leaf) -> Array:
+    """One layer, gathered shard by shard: a stack of all layers need not fit the host."""
+    if isinstance(array, np.ndarray):
+        return array if leaf.slot is None else array[leaf.slot]
+    out = np.empty(leaf.shape, array.dtype)
+    for index, data in {str(shard.index): (shard.index, shard.data) for shard in array.addressable_shards}.values():
+        if leaf.slot is None:
+            out[index] = np.asarray(data)
+            continue
+        first, last, _ = index[0].indices(array.shape[0])
+        if first <= leaf.slot < last:
+            with alone(next(iter(data.devices()))):
+                out[index[1:]] = np.asarray(data[leaf.slot - first])
+    return out
+
+
+def _check_tree(cfg: Config, arrays: Mapping[Path, Any]) -> None:
+    specs = dict(leaves(param_specs(cfg)))
+    known = {path: arrays[path] for path in specs if path in arrays}
+    groups = {
+        "missing": [path for path in specs if path not in arrays],
+        "unknown": [path for path in arrays if path not in specs],
+        "of the wrong shape": [path for path, array in known.items() if tuple(array.shape) != specs[path].shape],
+        "spread over several hosts": [path for path, array in known.items() if not _complete(array)],
+        f"of a dtype that is not {', '.join(DTYPES)}": [p for p, a in known.items() if a.dtype.name not in DTYPES],
+    }
+    problems = [f"{title}: {listing(['/'.join(path) for path in paths])}" for title, paths in groups.items() if paths]
+    if problems:
+        raise CheckpointError(f"these parameters are not the config's; {'; '.join(problems)}")
+
+
+def _complete(array: jax.Array | Array) -> bool:
+    return isinstance(array, np.ndarray) or array.is_fully_addressable
