@@ -126,7 +126,10 @@ class GLM(nn.Module):
         """
         if "mtp" not in self.weights:
             raise ConfigError("this model has no multi-token-prediction layer (num_nextn_predict_layers is 0)")
+        if hidden.shape != (*next_tokens.shape, self.cfg.hidden_size):
+            raise ConfigError(f"hidden {hidden.shape} must be tokens {next_tokens.shape} by {self.cfg.hidden_size}")
         positions = _positions(next_tokens, positions, cache)
+        _check_cache(self.cfg, cache, next_tokens.shape[0], layers=1)
         weights = self.weights["mtp"]
         table = weights.get("embed", self.weights["embed"])
         core = {name: value for name, value in weights.items() if name not in ("embed", "head")}
@@ -140,6 +143,7 @@ class GLM(nn.Module):
 
     def _hidden(self, tokens, positions, cache, trace, edit, attention):  # noqa: ANN001, ANN202
         positions = _positions(tokens, positions, cache)
+        _check_cache(self.cfg, cache, tokens.shape[0], layers=self.cfg.num_hidden_layers)
         edit = edit or {}
         _check_names(self.cfg, [*trace, *edit])
         body = {name: self.weights[name] for name in ("embed", "runs", "norm")}
@@ -232,17 +236,23 @@ def _draw(key: jax.Array, spec: ParamSpec, dtype: Any) -> jax.Array:
 
 
 def _positions(tokens: jax.Array, positions: jax.Array | None, cache: LatentCache | None) -> jax.Array:
-    if tokens.ndim != 2:
-        raise ConfigError(f"tokens must be [batch, length], not {tokens.shape}")
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ConfigError(f"tokens must be integers [batch, length], not {tokens.dtype} {tokens.shape}")
     if positions is None and cache is not None:
         raise ConfigError("positions are needed with a cache: they say which slots the tokens take")
     if positions is None:
         return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     if positions.shape != tokens.shape:
         raise ConfigError(f"positions {positions.shape} must have the shape of the tokens, {tokens.shape}")
-    if cache is not None and cache.batch != tokens.shape[0]:
-        raise ConfigError(f"the cache has {cache.batch} rows, the tokens {tokens.shape[0]}")
     return positions
+
+
+def _check_cache(cfg: Config, cache: LatentCache | None, batch: int, layers: int) -> None:
+    if cache is None:
+        return
+    found, expected = cache.data.shape, (layers, batch, cache.capacity, cfg.cache_width)
+    if found != expected:
+        raise ConfigError(f"the cache is {found} (layers, rows, slots, width); these tokens need {expected}")
 
 
 def _check_names(cfg: Config, names: Sequence[str]) -> None:
