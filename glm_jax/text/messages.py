@@ -1,0 +1,179 @@
+"""Checks and tidies a conversation, so that every template is given the same plain thing.
+
+Templates are trusting: the official one renders ``null`` content as "None", drops roles it does not know, and shows
+lists as Python would. What this module lets through has none of that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from glm_jax.errors import PromptError
+from glm_jax.text.tools import to_json
+
+ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A tool call of an earlier turn."""
+
+    id: str | None
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message, checked.
+
+    Attributes:
+        role: "system", "user", "assistant" or "tool".
+        content: its text.
+        reasoning: thinking given in a field of its own; None where there was no such field.
+        calls: tool calls of an assistant.
+        outputs: several results in one tool message; None where it has one, in ``content``.
+        call_id: the call that a tool message answers.
+    """
+
+    role: str
+    content: str
+    reasoning: str | None = None
+    calls: tuple[Call, ...] = ()
+    outputs: tuple[str, ...] | None = None
+    call_id: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The message as templates expect it, with thinking under both of its names and without empty fields."""
+        calls = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+            for call in self.calls
+        ]
+        fields = {
+            "reasoning_content": self.reasoning,
+            "reasoning": self.reasoning,
+            "tool_calls": calls or None,
+            "tool_call_id": self.call_id,
+        }
+        content = self.content if self.outputs is None else [{"output": output} for output in self.outputs]
+        return {"role": self.role, "content": content} | {k: v for k, v in fields.items() if v is not None}
+
+
+def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Turn, ...]:
+    """Reads messages in OpenAI's form; fields that no template shows (``name``, ``refusal``, …) are passed over.
+
+    Raises:
+        PromptError: naming the message, if there is none at all, a role is unknown, content is not text, or a tool
+            call is malformed.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise PromptError('messages must be a list such as [{"role": "user", "content": "Hello"}]')
+    if not messages:
+        raise PromptError("the conversation is empty: give at least one message")
+    return tuple(_read_message(message, f"messages[{index}]") for index, message in enumerate(messages))
+
+
+def _read_message(message: Mapping[str, Any], where: str) -> Turn:
+    if not isinstance(message, Mapping):
+        raise PromptError(f"{where} must be an object with role and content, not {type(message).__name__}")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise PromptError(f"{where}: unknown role {role!r}; use one of {', '.join(ROLES)}")
+    if message.get("function_call") is not None:
+        raise PromptError(f"{where}: function_call is no longer supported; give tool_calls instead")
+    where = f"{where} ({role})"
+    content = message.get("content")
+    if role == "tool":
+        return _read_result(content, message.get("tool_call_id"), where)
+    calls = _read_calls(message.get("tool_calls"), where)
+    if calls and role != "assistant":
+        raise PromptError(f"{where}: only an assistant message can have tool_calls")
+    reasoning = _read_reasoning(message, where) if role == "assistant" else None
+    return Turn(ROLES[role], "".join(_texts(content, where)), reasoning, calls)
+
+
+def _read_result(content: object, call_id: object, where: str) -> Turn:
+    if call_id is not None and not isinstance(call_id, str):
+        raise PromptError(f"{where}: tool_call_id must be a string, not {type(call_id).__name__}")
+    if not isinstance(content, list | tuple) or not content:
+        return Turn("tool", "".join(_texts(content, where)), call_id=call_id)
+    if all(isinstance(part, str) for part in content):
+        return Turn("tool", "", outputs=tuple(content), call_id=call_id)
+    if all(isinstance(part, Mapping) and "output" in part for part in content):
+        outputs = (part["output"] for part in content)
+        texts = tuple(item if isinstance(item, str) else to_json(item, where) for item in outputs)
+        return Turn("tool", "", outputs=texts, call_id=call_id)
+    # Parts of one result read as paragraphs; parts of any other message as one text. So does vLLM.
+    return Turn("tool", "\n".join(_texts(content, where)), call_id=call_id)
+
+
+def _texts(content: object, where: str) -> list[str]:
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [content]
+    if isinstance(content, list | tuple):
+        return [_part_text(part, f"{where}, content[{index}]") for index, part in enumerate(content)]
+    raise PromptError(f"{where}: content must be a string or a list of text parts, not {type(content).__name__}")
+
+
+def _part_text(part: object, where: str) -> str:
+    match part:
+        case str():
+            return part
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": "text"}:
+            raise PromptError(f"{where}: a text part needs a string under 'text'")
+        case {"type": str(kind)}:
+            raise PromptError(f"{where}: parts of type {kind!r} are not supported; GLM-4.7-Flash reads text only")
+    raise PromptError(f'{where}: a part must be a string or {{"type": "text", "text": …}}')
+
+
+def _read_reasoning(message: Mapping[str, Any], where: str) -> str | None:
+    given = {key: message[key] for key in ("reasoning_content", "reasoning") if message.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, str):
+            raise PromptError(f"{where}: {key} must be a string, not {type(value).__name__}")
+    if len(set(given.values())) > 1:
+        raise PromptError(f"{where}: reasoning and reasoning_content differ; give one of them")
+    return next(iter(given.values()), None)
+
+
+def _read_calls(calls: object, where: str) -> tuple[Call, ...]:
+    if calls is None:
+        return ()
+    if not isinstance(calls, list | tuple):
+        raise PromptError(f"{where}: tool_calls must be a list, not {type(calls).__name__}")
+    return tuple(_read_call(call, f"{where}, tool_calls[{index}]") for index, call in enumerate(calls))
+
+
+def _read_call(call: object, where: str) -> Call:
+    function = call.get("function") or call if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
+        raise PromptError(f'{where} must be {{"type": "function", "function": {{"name": …, "arguments": …}}}}')
+    name, call_id = function.get("name"), call.get("id")
+    if not isinstance(name, str) or not name:
+        raise PromptError(f"{where} has no function name")
+    if call_id is not None and not isinstance(call_id, str):
+        raise PromptError(f"{where}: id must be a string, not {type(call_id).__name__}")
+    return Call(call_id, name, _read_arguments(function.get("arguments"), where))
+
+
+def _read_arguments(arguments: object, where: str) -> Mapping[str, Any]:
+    """Arguments as an object: clients send them as JSON text, and "" where there are none."""
+    if arguments is None or arguments == "":
+        return {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise PromptError(f"{where}: arguments are not valid JSON: {error}") from None
+    if not isinstance(arguments, Mapping):
+        raise PromptError(f"{where}: arguments must be an object, not {type(arguments).__name__}")
+    if any(not isinstance(key, str) for key in arguments):
+        raise PromptError(f"{where}: argument names must be strings")
+    return arguments

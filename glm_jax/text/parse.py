@@ -1,0 +1,273 @@
+"""Splits what the model writes into reasoning, content and tool calls, piece by piece.
+
+The grammar of an answer, whose opening ``<think>`` is the end of the prompt::
+
+    answer := [reasoning "</think>"] content? call*
+    call   := "<tool_call>" NAME pair* "</tool_call>"
+    pair   := "<arg_key>" KEY "</arg_key>" ws* "<arg_value>" VALUE "</arg_value>"
+
+What leaves the grammar is handled so that no text is lost and no argument made up: a ``<tool_call>`` that no name
+follows is text; a call that is cut off, or has a key without a value, is reported as incomplete; inside a value every
+tag but ``</arg_value>`` is part of the value. Only text between the pairs of a call means nothing.
+
+Text is looked at once, except for at most a tag or a name that a piece may have cut in two.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal
+
+from glm_jax.errors import PromptError
+from glm_jax.text.builders import CallBuilder, TextBuilder
+from glm_jax.text.output import Delta, FinishReason, Message, ToolCall, ToolCallDelta, join_deltas
+from glm_jax.text.tools import callable_tools, named_tool, read_tools
+
+
+class _State(enum.Enum):
+    REASONING = enum.auto()
+    CONTENT = enum.auto()
+    NAME = enum.auto()  # after <tool_call>
+    PAIRS = enum.auto()  # between pairs
+    KEY = enum.auto()
+    AFTER_KEY = enum.auto()
+    VALUE = enum.auto()
+
+
+_CALL_TAGS: Final = {
+    _State.NAME: ("<arg_key>", "</tool_call>", "<tool_call>"),
+    _State.PAIRS: ("<arg_key>", "<arg_value>", "</tool_call>", "<tool_call>"),
+    _State.KEY: ("</arg_key>", "</tool_call>"),
+    _State.AFTER_KEY: ("<arg_value>", "<arg_key>", "</tool_call>"),
+    _State.VALUE: ("</arg_value>",),
+}
+_NAME: Final = re.compile(r"\s*([^\s<>]*)\s*")
+_NAME_ROOM: Final = 512  # for a name and the white space about it
+StopReason = Literal["stop", "length", "abort"]
+_LAST_ROLE: Final = re.compile(r".*<\|(?:assistant|user|system|observation)\|>", re.DOTALL)
+
+
+class OutputParser:
+    """Parses one answer: :meth:`feed` it pieces, :meth:`flush` at the end, and :meth:`finish` for the whole.
+
+    However the text is cut into pieces, the message is the same, and the deltas joined are the message.
+
+    Args:
+        tools: those of the request, in OpenAI's form. A call to any other is left out, and content then never begins
+            with white space, nor ends with it when there are calls. Without tools every call is taken, with strings
+            for arguments.
+        tool_choice: "auto", "required", or a named tool's object. "none" leaves calls out; without tools it makes
+            their tags plain text.
+        thinking: whether the prompt left a ``<think>`` open. If not, its tags are plain text.
+
+    Raises:
+        PromptError: if ``tools`` or ``tool_choice`` is malformed.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        thinking: bool = True,
+    ) -> None:
+        read = read_tools(tools)
+        self._declared = [tool.name for tool in read]
+        self._callable = callable_tools(read, tool_choice)
+        self._is_named = named_tool(tool_choice) is not None
+        may_call = bool(read) or self._callable is None
+        text_tags = (("<think>", "</think>") if thinking else ()) + (("<tool_call>",) if may_call else ())
+        self._tags = {**_CALL_TAGS, _State.REASONING: text_tags, _State.CONTENT: text_tags}
+        self._search = {state: re.compile("|".join(tags) or "(?!)") for state, tags in self._tags.items()}
+        self._state = _State.REASONING if thinking else _State.CONTENT
+        self._resume = self._state  # where a <tool_call> that was none leads back to
+        self._text, self._at = "", 0
+        self._reasoning = TextBuilder(strip_start=False)
+        self._content = TextBuilder(strip_start=bool(read) and tool_choice != "none")
+        self._calls: list[CallBuilder] = []
+        self._call: CallBuilder | None = None  # the open one; None while one is left out
+        self._intact = True  # every key of the open call has its value
+        self._key: list[str] = []
+        self._cut_name: str | None = None
+        self._deltas: list[Delta] = []
+        self._flushed = False
+
+    def feed(self, piece: str) -> list[Delta]:
+        """Takes the next piece of text; returns what is new."""
+        if self._flushed:
+            raise RuntimeError("this answer has ended: make a new OutputParser for the next")
+        self._text += piece
+        self._advance(final=False)
+        return self._take()
+
+    def flush(self) -> list[Delta]:
+        """Ends the text; returns what was held back. A second time it returns nothing."""
+        if not self._flushed:
+            self._advance(final=True)
+            self._flushed = True
+            self._reasoning.end(keep_held=False)
+            self._show(content=self._content.end(keep_held=not self._calls))
+        return self._take()
+
+    def finish(self, reason: StopReason = "stop") -> Message:
+        """The whole answer; ``reason`` says why the model stopped: "stop", "length" or "abort".
+
+        Raises:
+            PromptError: for another reason.
+        """
+        if reason not in ("stop", "length", "abort"):
+            raise PromptError(f'finish_reason must be "stop", "length" or "abort", not {reason!r}')
+        self.flush()
+        calls = [call.result() for call in self._calls]
+        complete = [call for call in calls if call.complete]
+        finished: FinishReason = reason
+        if reason == "stop" and complete and not self._is_named:
+            finished = "tool_calls"
+        incomplete = [call for call in calls if not call.complete]
+        if self._cut_name is not None:
+            incomplete.append(ToolCall("", self._cut_name, {}, "", complete=False))
+        return Message(self._reasoning.text(), self._content.text(), complete, finished, incomplete)
+
+    def _advance(self, final: bool) -> None:
+        while self._at < len(self._text) or (final and self._state is _State.NAME):
+            going = self._step_name(final) if self._state is _State.NAME else self._step(final)
+            if not going:
+                break
+        self._text, self._at = self._text[self._at :], 0
+
+    def _step(self, final: bool) -> bool:
+        """Goes on to the next tag, or as far as the text goes; returns whether there may be more."""
+        found = self._search[self._state].search(self._text, self._at)
+        end = found.start() if found else len(self._text) if final else self._safe_end()
+        self._add(self._text[self._at : end])
+        self._at = found.end() if found else end
+        if found and self._state in (_State.REASONING, _State.CONTENT):
+            self._on_text_tag(found[0])
+        elif found:
+            self._on_call_tag(found[0])
+        return found is not None
+
+    def _safe_end(self) -> int:
+        """Where the text ends that cannot be the beginning of a tag."""
+        tags = self._tags[self._state]
+        longest = max(map(len, tags), default=1)
+        start = self._text.rfind("<", max(self._at, len(self._text) - longest + 1))
+        is_open = start >= 0 and any(tag.startswith(self._text[start:]) for tag in tags)
+        return start if is_open else len(self._text)
+
+    def _add(self, text: str) -> None:
+        if not text:
+            return
+        if self._state is _State.REASONING:
+            self._show(reasoning=self._reasoning.add(text))
+        elif self._state is _State.CONTENT:
+            self._show(content=self._content.add(text))
+        elif self._state is _State.KEY:
+            self._key.append(text)
+        elif self._state is _State.VALUE and self._call:
+            self._show_arguments(self._call.add_value(text))
+
+    def _on_text_tag(self, tag: str) -> None:
+        if tag == "<tool_call>":
+            self._resume, self._state = self._state, _State.NAME
+        else:
+            self._state = _State.REASONING if tag == "<think>" else _State.CONTENT
+
+    def _step_name(self, final: bool) -> bool:
+        """Reads ``NAME`` and the tag after it; returns False where more text is needed to tell."""
+        match = _NAME.match(self._text, self._at, self._at + _NAME_ROOM)
+        assert match is not None
+        rest = self._text[match.end() : match.end() + len("</tool_call>")]
+        fits = len(match[0]) < _NAME_ROOM
+        tag = next((tag for tag in _CALL_TAGS[_State.NAME] if fits and rest.startswith(tag)), None)
+        may_be = fits and any(tag.startswith(rest) for tag in _CALL_TAGS[_State.NAME])
+        if tag in ("<arg_key>", "</tool_call>"):
+            self._at = match.end() + len(tag)
+            self._open_call(match[1])
+            self._on_call_tag(tag)
+        elif tag or not may_be or (final and not self._begins_name(match[1])):
+            self._state = self._resume
+            self._add("<tool_call>")
+        elif final:
+            self._at, self._state = len(self._text), _State.PAIRS
+            if self._callable is None or any(name.startswith(match[1]) for name in self._callable):
+                self._cut_name = match[1]
+        else:
+            return False
+        return True
+
+    def _begins_name(self, text: str) -> bool:
+        return not self._declared or any(name.startswith(text) for name in self._declared)
+
+    def _open_call(self, name: str) -> None:
+        self._state, self._intact = _State.PAIRS, True
+        tool = self._callable.get(name) if self._callable is not None else None
+        if name and (tool or self._callable is None):
+            self._call = CallBuilder(len(self._calls), name, tool.properties if tool else {})
+            self._calls.append(self._call)
+            self._deltas.append(Delta(tool_call=ToolCallDelta(self._call.index, self._call.id, name)))
+
+    def _on_call_tag(self, tag: str) -> None:
+        if tag == "<arg_key>":
+            self._intact &= self._state is not _State.AFTER_KEY
+            self._state, self._key = _State.KEY, []
+        elif tag == "</arg_key>":
+            self._state = _State.AFTER_KEY
+        elif tag == "<arg_value>" and self._state is _State.AFTER_KEY:
+            self._state = _State.VALUE
+            self._show_arguments(self._call.open_value("".join(self._key).strip()) if self._call else "")
+        elif tag == "</arg_value>":
+            self._state = _State.PAIRS
+            self._show_arguments(self._call.close_value() if self._call else "")
+        elif tag == "<arg_value>":  # a value without a key
+            self._intact = False
+        else:
+            self._end_call(tag)
+
+    def _end_call(self, tag: str) -> None:
+        """``</tool_call>`` ends a call; ``<tool_call>`` cuts it off and begins another."""
+        if self._call and tag == "</tool_call>" and self._intact and self._state is _State.PAIRS:
+            self._show_arguments(self._call.close())
+        self._call = None
+        self._resume = _State.CONTENT
+        self._state = _State.CONTENT if tag == "</tool_call>" else _State.NAME
+
+    def _show(self, content: str = "", reasoning: str = "") -> None:
+        if content or reasoning:
+            self._deltas.append(Delta(content, reasoning))
+
+    def _show_arguments(self, piece: str) -> None:
+        if piece and self._call:
+            self._deltas.append(Delta(tool_call=ToolCallDelta(self._call.index, arguments=piece)))
+
+    def _take(self) -> list[Delta]:
+        deltas, self._deltas = self._deltas, []
+        return join_deltas(deltas)
+
+
+def parse_output(
+    text: str,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    tool_choice: str | Mapping[str, Any] = "auto",
+    thinking: bool = True,
+    finish_reason: StopReason = "stop",
+) -> Message:
+    """Parses a whole answer; see :class:`OutputParser` for the arguments.
+
+    Raises:
+        PromptError: if ``tools``, ``tool_choice`` or ``finish_reason`` is malformed.
+    """
+    parser = OutputParser(tools, tool_choice, thinking)
+    parser.feed(text)
+    return parser.finish(finish_reason)
+
+
+def opens_thinking(prompt: str) -> bool:
+    """Whether a prompt leaves ``<think>`` open, so that the answer begins with reasoning: what ``thinking`` should be.
+
+    Only what follows the last role tag counts: earlier turns hold closed and dropped thinking of their own.
+    """
+    turn = prompt[match.end() :] if (match := _LAST_ROLE.match(prompt)) else prompt
+    return turn.rfind("<think>") > turn.rfind("</think>")

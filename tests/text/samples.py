@@ -1,0 +1,57 @@
+"""Small tokenizers and tools for the tests of text."""
+
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+SPECIAL = ["<|endoftext|>", "[MASK]", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+TAGS = [f"<{slash}{name}>" for name in ("think", "tool_call", "arg_key", "arg_value") for slash in ("", "/")]
+CORPUS = [
+    "def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n",
+    "naïve café, 天气很好 🙂🙃 👨‍👩‍👧 e\u0301",
+] * 4
+
+
+def byte_level(path: Path, tags_are_special: bool = False) -> Path:
+    """A tokenizer of GLM's kind: byte-level BPE, special tokens, and tags that are added but not special."""
+    made = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    )
+    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    made.add_tokens([AddedToken(text, special=tags_are_special, normalized=False) for text in TAGS])
+    made.save(str(path))
+    return path
+
+
+def byte_fallback(path: Path) -> Path:
+    """A tokenizer converted from SentencePiece: "▁" for a space, and a token for each byte."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "é", "▁a", "ab"]
+    merges = [("▁", "a"), ("a", "b")]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    made = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made.add_special_tokens([AddedToken("<s>", special=True, normalized=False)])
+    made.save(str(path))
+    return path
+
+
+def function(name: str, **properties) -> dict:
+    """A tool with these parameters."""
+    parameters = {"type": "object", "properties": properties, "required": list(properties)[:1]}
+    return {"type": "function", "function": {"name": name, "description": f"Does {name}.", "parameters": parameters}}
+
+
+WEATHER = function("get_weather", city={"type": "string"}, days={"type": "integer"}, exact={"type": "boolean"})
+SEARCH = function("search", query={"type": "string"}, filters={"type": "object"}, limit={"type": ["integer", "null"]})
+TIME = function("get_time")
+TOOLS = [WEATHER, SEARCH, TIME]
