@@ -245,15 +245,23 @@ def _check_head_dims(config: Mapping[str, Any]) -> None:
     # transformers calls the rope width ``head_dim``; nothing here is sized by it.
     for key, expected in (("head_dim", (rope, rope + nope)), ("qk_head_dim", (rope + nope,))):
         if config.get(key) is not None and config[key] not in expected:
-            raise ConfigError(f"{key} is {config[key]}, but qk_nope_head_dim {nope} and qk_rope_head_dim {rope} disagree")
+            raise ConfigError(
+                f"{key} is {config[key]}, but qk_nope_head_dim {nope} and qk_rope_head_dim {rope} disagree"
+            )
 
 
 def _layer_types(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
-    layers, kinds, leading = config["num_hidden_layers"], config.get("mlp_layer_types"), config.get("first_k_dense_replace")
+    layers, kinds, leading = (
+        config["num_hidden_layers"],
+        config.get("mlp_layer_types"),
+        config.get("first_k_dense_replace"),
+    )
     _require_int("num_hidden_layers", layers)
     if leading is not None:
         _require_int("first_k_dense_replace", leading)
-    from_leading: tuple[LayerKind, ...] = tuple("dense" if i < (1 if leading is None else leading) else "sparse" for i in range(layers))
+    from_leading: tuple[LayerKind, ...] = tuple(
+        "dense" if i < (1 if leading is None else leading) else "sparse" for i in range(layers)
+    )
     if kinds is None:
         return from_leading
     if not isinstance(kinds, (list, tuple)) or any(kind not in ("dense", "sparse") for kind in kinds):
@@ -286,7 +294,9 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
         if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
             raise ConfigError(f"partial_rotary_factor is {rope['partial_rotary_factor']}; this architecture has 1.0")
     # Without any rope key transformers' own default holds.
-    given = [t for t in (config.get("rope_theta"), scaling.get("rope_theta"), parameters.get("rope_theta")) if t is not None]
+    given = [
+        t for t in (config.get("rope_theta"), scaling.get("rope_theta"), parameters.get("rope_theta")) if t is not None
+    ]
     for theta in given:
         if not _is_number(theta):
             raise ConfigError(f"rope_theta must be a number, not {theta!r}")
@@ -312,7 +322,11 @@ def _require_int(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be a non-negative integer, not {value!r}")
 
 
-_POSITIVE = tuple(key for key in _REQUIRED if key != "qk_nope_head_dim") + ("max_position_embeddings", "n_group", "topk_group")
+_POSITIVE = tuple(key for key in _REQUIRED if key != "qk_nope_head_dim") + (
+    "max_position_embeddings",
+    "n_group",
+    "topk_group",
+)
 
 
 def _wrong_types(cfg: Config) -> list[str]:
@@ -325,7 +339,9 @@ def _wrong_types(cfg: Config) -> list[str]:
             problems.append(f"{field.name} must be a positive number, not {value!r}")
         if field.type == "bool" and not isinstance(value, bool):
             problems.append(f"{field.name} must be true or false, not {value!r}")
-    if not isinstance(cfg.mlp_layer_types, tuple) or any(kind not in ("dense", "sparse") for kind in cfg.mlp_layer_types):
+    if not isinstance(cfg.mlp_layer_types, tuple) or any(
+        kind not in ("dense", "sparse") for kind in cfg.mlp_layer_types
+    ):
         problems.append(f"mlp_layer_types must be a tuple of 'dense' and 'sparse', not {cfg.mlp_layer_types!r}")
     if not isinstance(cfg.eos_token_ids, tuple) or any(type(token) is not int for token in cfg.eos_token_ids):
         problems.append(f"eos_token_ids must be a tuple of integers, not {cfg.eos_token_ids!r}")
@@ -342,18 +358,36 @@ def _impossible(cfg: Config) -> list[str]:
         (cfg.q_lora_rank is None or cfg.q_lora_rank > 0, f"q_lora_rank is {cfg.q_lora_rank}, must be positive or null"),
         (cfg.qk_nope_head_dim >= 0, f"qk_nope_head_dim is {cfg.qk_nope_head_dim}, must not be negative"),
         (cfg.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim is {cfg.qk_rope_head_dim}, must be even"),
-        (len(cfg.mlp_layer_types) == cfg.num_hidden_layers, f"mlp_layer_types has {len(cfg.mlp_layer_types)} entries for {cfg.num_hidden_layers} layers"),
+        (
+            len(cfg.mlp_layer_types) == cfg.num_hidden_layers,
+            f"mlp_layer_types has {len(cfg.mlp_layer_types)} entries for {cfg.num_hidden_layers} layers",
+        ),
         (cfg.n_shared_experts >= 0, f"n_shared_experts is {cfg.n_shared_experts}, must not be negative"),
-        (cfg.num_nextn_predict_layers in (0, 1), f"num_nextn_predict_layers is {cfg.num_nextn_predict_layers}, must be 0 or 1"),
+        (
+            cfg.num_nextn_predict_layers in (0, 1),
+            f"num_nextn_predict_layers is {cfg.num_nextn_predict_layers}, must be 0 or 1",
+        ),
     ]
     if any(not ok for ok, _ in checks):
         return [text for ok, text in checks if not ok]
     per_group, kept = cfg.n_routed_experts // cfg.n_group, cfg.n_routed_experts // cfg.n_group * cfg.topk_group
     checks += [
-        (cfg.n_routed_experts % cfg.n_group == 0, f"n_group {cfg.n_group} does not divide n_routed_experts {cfg.n_routed_experts}"),
+        (
+            cfg.n_routed_experts % cfg.n_group == 0,
+            f"n_group {cfg.n_group} does not divide n_routed_experts {cfg.n_routed_experts}",
+        ),
         (cfg.topk_group <= cfg.n_group, f"topk_group {cfg.topk_group} is more than n_group {cfg.n_group}"),
-        (cfg.n_group == 1 or per_group >= 2, f"n_group {cfg.n_group} leaves {per_group} expert per group, must be two or more"),
-        (cfg.num_experts_per_tok <= kept, f"num_experts_per_tok {cfg.num_experts_per_tok} is more than the {kept} experts to choose from"),
-        (all(0 <= i < cfg.vocab_size for i in cfg.eos_token_ids), f"eos_token_id {list(cfg.eos_token_ids)} is outside the vocabulary"),
+        (
+            cfg.n_group == 1 or per_group >= 2,
+            f"n_group {cfg.n_group} leaves {per_group} expert per group, must be two or more",
+        ),
+        (
+            cfg.num_experts_per_tok <= kept,
+            f"num_experts_per_tok {cfg.num_experts_per_tok} is more than the {kept} experts to choose from",
+        ),
+        (
+            all(0 <= i < cfg.vocab_size for i in cfg.eos_token_ids),
+            f"eos_token_id {list(cfg.eos_token_ids)} is outside the vocabulary",
+        ),
     ]
     return [text for ok, text in checks if not ok]

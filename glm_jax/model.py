@@ -90,7 +90,12 @@ class GLM(nn.Module):
         return (logits, cache, recorded) if trace or edit else (logits, cache)
 
     def hidden(
-        self, tokens: jax.Array, positions: jax.Array | None = None, cache: LatentCache | None = None, *, attention: Form = "auto"
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        cache: LatentCache | None = None,
+        *,
+        attention: Form = "auto",
     ) -> tuple[jax.Array, LatentCache | None]:
         """States after the final norm, ``[B, T, D]``, and the cache; arguments as in ``__call__``."""
         hidden, cache, _ = self._hidden(tokens, positions, cache, (), None, attention)
@@ -136,7 +141,9 @@ class GLM(nn.Module):
         local = _Local(self.cfg, self.rules, attention)
         specs = param_specs(self.cfg)
         axes = {name: specs["mtp"][name] for name in core}
-        call = local.wrap(local.draft, (_spec_tree(axes, self.rules), _spec(specs["embed"], self.rules)), cache is not None)
+        call = local.wrap(
+            local.draft, (_spec_tree(axes, self.rules), _spec(specs["embed"], self.rules)), cache is not None
+        )
         state, data = call((core, table), (hidden, next_tokens, positions), None if cache is None else cache.data)
         logits = self._head(state, weights.get("head", self.weights.get("head", self.weights["embed"])))
         return logits, state, None if data is None else LatentCache(data)
@@ -163,7 +170,9 @@ class GLM(nn.Module):
             return local(weight, hidden)
         _require_mesh(rules)
         logits = jax.shard_map(
-            local, in_specs=(rules.spec("vocab", "embed"), rules.spec("batch", None, None)), out_specs=rules.spec("batch", None, "vocab")
+            local,
+            in_specs=(rules.spec("vocab", "embed"), rules.spec("batch", None, None)),
+            out_specs=rules.spec("batch", None, "vocab"),
         )(weight, hidden)
         return jax.reshard(logits, rules.spec("batch", None, None))
 
@@ -177,7 +186,9 @@ class _Local:
         self.cfg, self.rules, self.form = cfg, rules, form
         self.trace, self.edit = trace, edit or {}
 
-    def hidden(self, w: dict[str, Any], inputs: tuple[jax.Array, ...], cache: Any) -> tuple[tuple[jax.Array, dict[str, Any]], Any]:
+    def hidden(
+        self, w: dict[str, Any], inputs: tuple[jax.Array, ...], cache: Any
+    ) -> tuple[tuple[jax.Array, dict[str, Any]], Any]:
         tokens, positions = inputs
         ctx = Context(self.cfg, self.rules, positions, self.form, Taps(frozenset(self.trace), self.edit))
         first = self.rules.index("vocab") * w["embed"].shape[0]
@@ -225,7 +236,12 @@ def _run(ctx: Context, run: LayerRun, h: jax.Array, cache: Any, w: dict[str, Any
 def _init(key: jax.Array, spec: Any, dtype: Any) -> Any:
     if isinstance(spec, ParamSpec):
         return _draw(key, spec, dtype)
-    return map_specs(lambda path, leaf: _draw(jax.random.fold_in(key, zlib.crc32("/".join(path).encode()) & 0x7FFFFFFF), leaf, dtype), spec)
+    return map_specs(
+        lambda path, leaf: _draw(
+            jax.random.fold_in(key, zlib.crc32("/".join(path).encode()) & 0x7FFFFFFF), leaf, dtype
+        ),
+        spec,
+    )
 
 
 def _draw(key: jax.Array, spec: ParamSpec, dtype: Any) -> jax.Array:
@@ -260,7 +276,9 @@ def _check_names(cfg: Config, names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, 3) or ["embed", "block.0.out", "norm"]
-            raise ConfigError(f"no activation {name!r}; there are for example {', '.join(close)} (see activation_names)")
+            raise ConfigError(
+                f"no activation {name!r}; there are for example {', '.join(close)} (see activation_names)"
+            )
 
 
 def _spec(leaf: ParamSpec, rules: Rules) -> jax.P:

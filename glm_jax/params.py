@@ -145,7 +145,9 @@ def leaves(tree: Tree, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
 def map_specs(function: Callable[[Path, ParamSpec], Any], tree: Tree, prefix: Path = ()) -> Tree:
     """A tree of the same structure with ``function(path, spec)`` in place of each spec."""
     return {
-        name: map_specs(function, value, (*prefix, name)) if isinstance(value, dict) else function((*prefix, name), value)
+        name: map_specs(function, value, (*prefix, name))
+        if isinstance(value, dict)
+        else function((*prefix, name), value)
         for name, value in tree.items()
     }
 

@@ -92,7 +92,10 @@ def attend(
         ).astype(q.nope.dtype)
     query = jnp.concatenate([heads_linear(q.nope, w["k_b"], layer, transpose=True), q.rope], axis=-1)
     latent = _softmax_over_blocks(
-        lambda block: (jnp.einsum("btnr,bsr->bnts", query, block, preferred_element_type=jnp.float32), block[:, :, None]),
+        lambda block: (
+            jnp.einsum("btnr,bsr->bnts", query, block, preferred_element_type=jnp.float32),
+            block[:, :, None],
+        ),
         rows,
         positions,
         scale,
@@ -155,7 +158,11 @@ def _blockwise(score, rows, positions, scale, q, width):  # noqa: ANN001, ANN202
         return jax.lax.cond(i * KEY_BLOCK <= last, attend_block, lambda c, _: c, carry, i), None
 
     shape = (batch, heads, length)
-    start = jnp.full(shape, _MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((batch, length, heads, width), jnp.float32)
+    start = (
+        jnp.full(shape, _MASKED, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((batch, length, heads, width), jnp.float32),
+    )
     start = tuple(vary_like(x, q) for x in start)
     (_, total, out), _ = jax.lax.scan(step, start, jnp.arange(blocks, dtype=jnp.int32))
     return out / jnp.moveaxis(total, 1, 2)[..., None]

@@ -9,7 +9,9 @@ from glm_jax.ops.linear import Index, linear
 from glm_jax.quant import Weight
 
 
-def swiglu(x: jax.Array, gate: Weight, up: Weight, down: Weight, *index: Index, dtype: jnp.dtype | None = None) -> jax.Array:
+def swiglu(
+    x: jax.Array, gate: Weight, up: Weight, down: Weight, *index: Index, dtype: jnp.dtype | None = None
+) -> jax.Array:
     """``(silu(x @ gate.T) * (x @ up.T)) @ down.T``.
 
     Args:

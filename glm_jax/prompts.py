@@ -1,0 +1,99 @@
+"""Prompts to token ids, and rows to batches. Imports no JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_jax.config import Config
+from glm_jax.errors import PromptError
+from glm_jax.rows import Row
+from glm_jax.sampling import SamplingParams
+from glm_jax.text import Tokenizer
+
+Prompt = str | Sequence[int]
+SAMPLING_OPTIONS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+
+
+def encode(given: Any, tokenizer: Tokenizer, vocab: int, longest: int) -> tuple[bool, list[tuple[int, ...]]]:
+    """Token ids of one prompt or many.
+
+    Args:
+        given: text, ids ``[T]``, or a sequence of these.
+        tokenizer: for text.
+        vocab: number of ids the model has.
+        longest: most tokens a prompt may have.
+
+    Returns:
+        Whether a sequence of prompts was given, and the ids of each.
+
+    Raises:
+        PromptError: if a prompt is empty, too long, or no prompt at all.
+    """
+    if isinstance(given, str) or _is_ids(given):
+        return False, [_encode_one(given, tokenizer, vocab, longest)]
+    if not isinstance(given, (Sequence, np.ndarray)) or len(given) == 0:
+        raise PromptError(f"a prompt is text, a list of token ids, or a non-empty list of these, not {given!r:.80}")
+    return True, [_encode_one(prompt, tokenizer, vocab, longest) for prompt in given]
+
+
+def _is_ids(given: Any) -> bool:
+    if hasattr(given, "ndim"):
+        return given.ndim == 1
+    return isinstance(given, Sequence) and len(given) > 0 and all(isinstance(i, (int, np.integer)) for i in given)
+
+
+def _encode_one(prompt: Any, tokenizer: Tokenizer, vocab: int, longest: int) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        ids = tuple(tokenizer.encode(prompt))
+    elif _is_ids(prompt):
+        ids = tuple(int(i) for i in prompt)
+    else:
+        raise PromptError(f"a prompt is text or a list of token ids, not {prompt!r:.80}")
+    if not ids:
+        raise PromptError("the prompt is empty: give at least one token")
+    if len(ids) > longest:
+        raise PromptError(
+            f"the prompt has {len(ids):,} tokens; at most {longest:,} fit the context of this model as loaded"
+        )
+    if wrong := [i for i in ids if not 0 <= i < vocab]:
+        raise PromptError(f"token id {wrong[0]} is outside the vocabulary of {vocab:,}")
+    return ids
+
+
+def rectangle(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Rows of equal length as int32 ``[B, T]``.
+
+    Raises:
+        PromptError: if the lengths differ.
+    """
+    if len({len(row) for row in rows}) != 1:
+        raise PromptError("traced or edited rows must have the same length; give them one by one")
+    return np.asarray(rows, np.int32)
+
+
+def batches(rows: Sequence[Row], most: int) -> Iterator[list[Row]]:
+    """Rows in batches of similar length; completions of one prompt stay together where they fit."""
+    ordered = sorted(rows, key=lambda row: (len(row.prompt_ids), row.order, row.index))
+    for start in range(0, len(ordered), most):
+        yield ordered[start : start + most]
+
+
+def valid_vocab(tokenizer: Tokenizer) -> int:
+    """Ids from here on stand for no token; they end the vocabulary."""
+    unused = set(tokenizer.unused_ids)
+    last = tokenizer.model_vocab
+    while last - 1 in unused:
+        last -= 1
+    return last
+
+
+def load_tokenizer(cfg: Config, folder: Path | None) -> Tokenizer:
+    """The checkpoint's tokenizer; for made-up weights, which have none, the miniature's."""
+    home = Path(str(files("glm_jax") / "tiny")) if folder is None else folder
+    return Tokenizer.from_dir(home, model_vocab=cfg.vocab_size)
