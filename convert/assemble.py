@@ -31,9 +31,12 @@ class Stack:
         shape: of the whole array.
         dtype: of the whole array.
         sharding: its place on a mesh; ``None`` for JAX's default device.
+        as_bits: give the bytes of bfloat16 values as uint16 (host memory only).
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], sharding: Sharding | None) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], dtype: np.dtype[Any], sharding: Sharding | None, *, as_bits: bool = False
+    ) -> None:
         self._shape, self._sharding = shape, sharding
         self._regions: dict[Box, _Host | _Device] = {}
         self._homes: list[tuple[Box, Device | None]] = [(tuple((0, n) for n in shape), None)]
@@ -43,7 +46,7 @@ class Stack:
         for box, device in self._homes:
             # Devices that hold the same values share one region.
             if box not in self._regions:
-                self._regions[box] = _region(tuple(b - a for a, b in box), dtype, device)
+                self._regions[box] = _region(tuple(b - a for a, b in box), dtype, device, as_bits)
 
     def add(self, slot: int | None, row: int, piece: Array) -> None:
         """Writes rows of one layer.
@@ -72,7 +75,8 @@ class Stack:
 class _Host:
     """A region in host memory, for CPU devices."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], as_bits: bool) -> None:
+        self._as_bits = as_bits
         raw = np.empty(int(np.prod(shape)) * dtype.itemsize + _ALIGNMENT, np.uint8)
         skip = -raw.ctypes.data % _ALIGNMENT
         self._buffer = raw[skip : len(raw) - _ALIGNMENT + skip].view(dtype).reshape(shape)
@@ -83,7 +87,8 @@ class _Host:
 
     def on(self, device: Device | None) -> jax.Array:
         """The region as an array that shares its memory."""
-        return jax.device_put(self._buffer, device, may_alias=True)
+        shared = self._buffer.view(np.uint16) if self._as_bits else self._buffer
+        return jax.device_put(shared, device, may_alias=True)
 
 
 class _Device:
@@ -118,9 +123,9 @@ def _update(stack: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(stack, block, [start[i] for i in range(stack.ndim)])
 
 
-def _region(shape: tuple[int, ...], dtype: np.dtype[Any], device: Device | None) -> _Host | _Device:
+def _region(shape: tuple[int, ...], dtype: np.dtype[Any], device: Device | None, as_bits: bool) -> _Host | _Device:
     if (device or jax.devices()[0]).platform == "cpu":
-        return _Host(shape, dtype)
+        return _Host(shape, dtype, as_bits)
     return _Device(shape, dtype, device or jax.devices()[0])
 
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from convert.assemble import alone
@@ -18,6 +17,7 @@ from convert.source import Array, Original, SourceInfo, WeightSource, read_confi
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from glm_jax.params import Path, leaves, param_specs
+from glm_jax.quant import Bfloat16Bits, Weight
 
 
 class MemorySource(WeightSource):
@@ -34,7 +34,7 @@ class MemorySource(WeightSource):
 
     def __init__(self, cfg: Config, params: Mapping[str, Any], origin: SourceInfo | None = None) -> None:
         self.cfg = cfg
-        self._arrays: dict[Path, jax.Array | Array] = dict(leaves(dict(params)))
+        self._arrays: dict[Path, Weight | Array] = dict(leaves(dict(params)))
         _check_tree(cfg, self._arrays)
         folder = origin.folder if origin else None
         base = read_config(folder) if folder else {}
@@ -63,8 +63,10 @@ class MemorySource(WeightSource):
         yield start, _on_host(self._arrays[leaf.target], leaf)[start:stop]
 
 
-def _on_host(array: jax.Array | Array, leaf: Leaf) -> Array:
+def _on_host(array: Weight | Array, leaf: Leaf) -> Array:
     """One layer, gathered shard by shard: a stack of all layers need not fit the host."""
+    if isinstance(array, Bfloat16Bits):
+        return _on_host(array.bits, leaf).view(DTYPES["bfloat16"])
     if isinstance(array, np.ndarray):
         return array if leaf.slot is None else array[leaf.slot]
     out = np.empty(leaf.shape, array.dtype)
@@ -94,5 +96,6 @@ def _check_tree(cfg: Config, arrays: Mapping[Path, Any]) -> None:
         raise CheckpointError(f"these parameters are not the config's; {'; '.join(problems)}")
 
 
-def _complete(array: jax.Array | Array) -> bool:
+def _complete(array: Weight | Array) -> bool:
+    array = array.bits if isinstance(array, Bfloat16Bits) else array
     return isinstance(array, np.ndarray) or array.is_fully_addressable

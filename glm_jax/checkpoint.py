@@ -26,6 +26,7 @@ from convert.sources import open_source
 from convert.synthetic import SyntheticSource
 from glm_jax.config import Config
 from glm_jax.params import Tree, abstract_params, init_params, leaves
+from glm_jax.quant import Bfloat16Bits
 from glm_jax.sharding import Rules
 
 __all__ = ["SourceInfo", "WeightSource", "load", "load_params", "open_source", "save"]
@@ -54,7 +55,7 @@ def load(
         progress: show it on stderr.
 
     Returns:
-        Config, parameter tree of ``jax.Array``, and what is known of the source.
+        Config, parameter tree (``jax.Array``, or :class:`~glm_jax.quant.Bfloat16Bits` on a CPU), and what is known of the source.
 
     Raises:
         CheckpointError: if the weights are missing, damaged, or do not fit their config.
@@ -111,7 +112,8 @@ def _fill(
     for leaf in wanted:
         path, goal = leaf.target, abstract[leaf.target]
         if path not in stacks:
-            stacks[path] = Stack(goal.shape, np.dtype(goal.dtype), goal.sharding)
+            bits = isinstance(goal, Bfloat16Bits)
+            stacks[path] = Stack(goal.shape, np.dtype(goal.dtype), goal.sharding, as_bits=bits)
         for row, piece in source.pieces(leaf):
             stacks[path].add(leaf.slot, row, piece)
             if checker:
@@ -121,7 +123,8 @@ def _fill(
         advance(source.nbytes(leaf))
         left[path] -= 1
         if not left[path]:
-            filled[path] = stacks.pop(path).finish()
+            array = stacks.pop(path).finish()
+            filled[path] = Bfloat16Bits(array) if isinstance(goal, Bfloat16Bits) else array
     if checker:
         checker.finish()
     return filled

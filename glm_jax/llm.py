@@ -65,7 +65,9 @@ class LLM:
         self.max_model_len = min(max_model_len or cfg.max_position_embeddings, cfg.max_position_embeddings)
         self.timing = Timing()
         self._params: steps.Params | None = params
-        self._cache_dtype = cache_dtype or params["embed"].dtype
+        # XLA:CPU would widen a bfloat16 cache as a whole at every layer; float32 holds the same values.
+        on_cpu = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform == "cpu"
+        self._cache_dtype = cache_dtype or (jnp.dtype(jnp.float32) if on_cpu else params["embed"].dtype)
         self._template, self._info = template, info
         self._random = random.Random(seed) if seed is not None else random.SystemRandom()
 

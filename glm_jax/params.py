@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from glm_jax.config import Config
+from glm_jax.quant import Bfloat16Bits
 from glm_jax.sharding import LogicalAxis, Rules
 
 Tree = dict[str, Any]
@@ -152,11 +153,23 @@ def map_specs(function: Callable[[Path, ParamSpec], Any], tree: Tree, prefix: Pa
     }
 
 
-def abstract_params(cfg: Config, dtype: Any = jnp.bfloat16, rules: Rules = Rules(), mesh: Mesh | None = None) -> Tree:
-    """Shape, dtype and (with a mesh) sharding of every parameter, as ``jax.ShapeDtypeStruct`` leaves."""
+def held_as_bits(spec: ParamSpec, dtype: Any, mesh: Mesh | None = None) -> bool:
+    """Whether a parameter is held as :class:`~glm_jax.quant.Bfloat16Bits`: bfloat16 matrices on a CPU."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    is_matrix = spec.dtype is None and len(spec.shape) - spec.stacked >= 2
+    return is_matrix and device.platform == "cpu" and jnp.dtype(dtype) == jnp.bfloat16
 
-    def abstract(_: Path, spec: ParamSpec) -> jax.ShapeDtypeStruct:
+
+def abstract_params(cfg: Config, dtype: Any = jnp.bfloat16, rules: Rules = Rules(), mesh: Mesh | None = None) -> Tree:
+    """Shape, dtype and (with a mesh) sharding of every parameter on its device.
+
+    Leaves are ``jax.ShapeDtypeStruct``, or :class:`~glm_jax.quant.Bfloat16Bits` of one.
+    """
+
+    def abstract(_: Path, spec: ParamSpec) -> jax.ShapeDtypeStruct | Bfloat16Bits:
         sharding = None if mesh is None else NamedSharding(mesh, rules.spec(*spec.axes))
+        if held_as_bits(spec, dtype, mesh):
+            return Bfloat16Bits(jax.ShapeDtypeStruct(spec.shape, jnp.uint16, sharding=sharding))
         return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype or dtype), sharding=sharding)
 
     return map_specs(abstract, param_specs(cfg))
@@ -171,7 +184,7 @@ def init_params(
     deeper one, and :func:`draw` gives any single matrix with the same bits on any machine.
     """
 
-    def build(path: Path, spec: ParamSpec) -> jax.Array:
+    def build(path: Path, spec: ParamSpec) -> jax.Array | Bfloat16Bits:
         sharding = None if mesh is None else NamedSharding(mesh, rules.spec(*spec.axes))
         kind = jnp.dtype(spec.dtype or dtype)
         if spec.init != "normal":
@@ -179,7 +192,11 @@ def init_params(
         first = cfg.runs[int(path[1])].start if path[0] == "runs" else 0
         numbers = np.ndindex(spec.shape[: spec.stacked])
         keys = [_key(path, seed, (n[0] + first, *n[1:]) if n else ()) for n in numbers]
-        return _random_stack(sharding)(np.asarray(keys, np.uint32), spec.shape, spec.stacked, spec.scale, kind.name)
+        as_bits = held_as_bits(spec, dtype, mesh)
+        values = _random_stack(sharding)(
+            np.asarray(keys, np.uint32), spec.shape, spec.stacked, spec.scale, kind.name, as_bits
+        )
+        return Bfloat16Bits(values) if as_bits else values
 
     return map_specs(build, param_specs(cfg))
 
@@ -211,15 +228,18 @@ def _key(path: Path, seed: int, numbers: tuple[int, ...]) -> int:
 
 @functools.cache
 def _random_stack(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
-    def build(keys: jax.Array, shape: tuple[int, ...], stacked: int, scale: float, dtype: str) -> jax.Array:
+    def build(
+        keys: jax.Array, shape: tuple[int, ...], stacked: int, scale: float, dtype: str, as_bits: bool
+    ) -> jax.Array:
         inner = shape[stacked:]
         flat = (keys.shape[0], math.prod(inner))
         # Elementwise from a counter: nothing is held but the result.
         counters = jax.lax.broadcasted_iota(jnp.uint32, flat, 1)
         bits = _hash(counters ^ jax.lax.broadcast_in_dim(keys, flat, (0,)))
-        return _to_normal(bits, scale).astype(dtype).reshape(shape)
+        values = _to_normal(bits, scale).astype(dtype).reshape(shape)
+        return jax.lax.bitcast_convert_type(values, jnp.uint16) if as_bits else values
 
-    return jax.jit(build, static_argnums=(1, 2, 3, 4), out_shardings=sharding)
+    return jax.jit(build, static_argnums=(1, 2, 3, 4, 5), out_shardings=sharding)
 
 
 def _hash(x: Any) -> Any:

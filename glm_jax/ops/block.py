@@ -123,7 +123,7 @@ def _write(cache: jax.Array, rows: jax.Array, positions: jax.Array, slot: Index)
     batch = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
     # Padding may lie past the capacity; such rows are dropped.
     cache = cache.at[slot, batch, positions].set(rows.astype(cache.dtype), mode="drop")
-    return cache, jax.lax.dynamic_index_in_dim(cache, slot, keepdims=False).astype(rows.dtype)
+    return cache, jax.lax.dynamic_index_in_dim(cache, slot, keepdims=False)
 
 
 def _dense(ctx: Context, h: jax.Array, w: dict[str, Any], layer: Index) -> jax.Array:

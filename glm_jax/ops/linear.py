@@ -34,12 +34,8 @@ def linear(x: jax.Array, weight: Weight, *index: Index, dtype: jnp.dtype | None 
         ``[..., O]``.
     """
     matrix = pick(weight, *index)
-    wide = jnp.promote_types(x.dtype, matrix.dtype)
     # Two-dimensional with the weight on the right: the form that XLA:CPU fuses with the slice for a single row.
-    rows = x.reshape(-1, x.shape[-1]).astype(wide)
-    product = jax.lax.dot_general(
-        rows, matrix.astype(wide), (((1,), (1,)), ((), ())), preferred_element_type=jnp.promote_types(wide, jnp.float32)
-    )
+    product = einsum("ni,oi->no", x.reshape(-1, x.shape[-1]), matrix)
     return product.reshape(*x.shape[:-1], matrix.shape[0]).astype(dtype or x.dtype)
 
 
@@ -54,14 +50,25 @@ def heads_linear(x: jax.Array, weight: Weight, *index: Index, transpose: bool = 
         ``[..., N, O]`` (``[..., N, I]`` when ``transpose``).
     """
     matrix = pick(weight, *index)
-    wide = jnp.promote_types(x.dtype, matrix.dtype)
-    product = jnp.einsum(
-        "...no,noi->...ni" if transpose else "...ni,noi->...no",
-        x.astype(wide),
-        matrix.astype(wide),
-        preferred_element_type=jnp.promote_types(wide, jnp.float32),
-    )
-    return product.astype(x.dtype)
+    return einsum("...no,noi->...ni" if transpose else "...ni,noi->...no", x, matrix).astype(x.dtype)
+
+
+def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """``jnp.einsum`` of two arrays, accumulated and returned in float32 (in float64 for float64)."""
+    wide = jnp.promote_types(a.dtype, b.dtype)
+    if wide.itemsize >= 4:
+        # Without it a GPU would round the operands to TF32: float32 means float32 here.
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.einsum(subscripts, a.astype(wide), b.astype(wide), precision=exact)
+
+    def narrow(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(subscripts, a.astype(wide), b.astype(wide), preferred_element_type=jnp.float32)
+
+    def widened(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(subscripts, a.astype(jnp.float32), b.astype(jnp.float32))
+
+    # XLA:CPU has no product of 16-bit operands with a 32-bit result.
+    return jax.lax.platform_dependent(a, b, cpu=widened, default=narrow)
 
 
 def embed(table: Weight, tokens: jax.Array, first_row: Index = 0) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.config import Config
-from glm_jax.ops.linear import Index, heads_linear, linear, pick
+from glm_jax.ops.linear import Index, einsum, heads_linear, linear, pick
 from glm_jax.ops.norm import rms_norm
 from glm_jax.ops.rope import apply_rope, rope_table
 from glm_jax.quant import Weight
@@ -93,7 +93,7 @@ def attend(
     query = jnp.concatenate([heads_linear(q.nope, w["k_b"], layer, transpose=True), q.rope], axis=-1)
     latent = _softmax_over_blocks(
         lambda block: (
-            jnp.einsum("btnr,bsr->bnts", query, block, preferred_element_type=jnp.float32),
+            einsum("btnr,bsr->bnts", query, block),
             block[:, :, None],
         ),
         rows,
@@ -115,11 +115,9 @@ def expanded_is_cheaper(cfg: Config, new: int, slots: int) -> bool:
 
 def _expand(cfg: Config, q: Queries, block: jax.Array, k_b: jax.Array, v_b: jax.Array) -> tuple[jax.Array, jax.Array]:
     latent, rope = jnp.split(block, [cfg.kv_lora_rank], axis=-1)
-    wide = jnp.promote_types(latent.dtype, k_b.dtype)
-    keys = jnp.einsum("bsr,nhr->bsnh", latent.astype(wide), k_b.astype(wide)).astype(block.dtype)
-    values = jnp.einsum("bsr,nhr->bsnh", latent.astype(wide), v_b.astype(wide)).astype(block.dtype)
-    scores = jnp.einsum("btnh,bsnh->bnts", q.nope, keys, preferred_element_type=jnp.float32)
-    scores += jnp.einsum("btnp,bsp->bnts", q.rope, rope, preferred_element_type=jnp.float32)
+    keys = einsum("bsr,nhr->bsnh", latent, k_b).astype(q.nope.dtype)
+    values = einsum("bsr,nhr->bsnh", latent, v_b).astype(q.nope.dtype)
+    scores = einsum("btnh,bsnh->bnts", q.nope, keys) + einsum("btnp,bsp->bnts", q.rope, rope)
     return scores, values
 
 
@@ -133,7 +131,7 @@ def _softmax_over_blocks(score, rows, positions, scale, q, width):  # noqa: ANN0
         scores, values = score(rows)
         scores = _mask(scores * scale, positions, 0)
         weights = jax.nn.softmax(scores, axis=-1)
-        return _weighted(weights.astype(rows.dtype), values)
+        return _weighted(weights.astype(q.dtype), values)
     return _blockwise(score, rows, positions, scale, q, width)
 
 
@@ -150,7 +148,7 @@ def _blockwise(score, rows, positions, scale, q, width):  # noqa: ANN001, ANN202
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         weights, rescale = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
         total = total * rescale + jnp.sum(weights, axis=-1)
-        out = out * jnp.moveaxis(rescale, 1, 2)[..., None] + _weighted(weights.astype(rows.dtype), values)
+        out = out * jnp.moveaxis(rescale, 1, 2)[..., None] + _weighted(weights.astype(q.dtype), values)
         return new_top, total, out
 
     def step(carry, i):  # noqa: ANN001, ANN202
@@ -176,5 +174,5 @@ def _mask(scores: jax.Array, positions: jax.Array, first_slot: Index) -> jax.Arr
 
 def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
     if values.shape[2] == 1:  # one value per slot for all heads
-        return jnp.einsum("bnts,bsw->btnw", weights, values[:, :, 0], preferred_element_type=jnp.float32)
-    return jnp.einsum("bnts,bsnw->btnw", weights, values, preferred_element_type=jnp.float32)
+        return einsum("bnts,bsw->btnw", weights, values[:, :, 0])
+    return einsum("bnts,bsnw->btnw", weights, values)
