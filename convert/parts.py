@@ -63,13 +63,13 @@ def _handler() -> Any:
     import orbax.checkpoint as ocp
     from orbax.checkpoint import type_handlers
 
-    # The arrays do not change while they are written, so Orbax need not copy them first.
-    numpy_handler = type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    from convert.orbax_numpy import PatientNumpyHandler
+
     return ocp.PyTreeCheckpointHandler(
         use_ocdbt=False,
         use_zarr3=True,
         use_compression=False,
-        type_handler_registry=type_handlers.create_type_handler_registry((np.ndarray, numpy_handler)),
+        type_handler_registry=type_handlers.create_type_handler_registry((np.ndarray, PatientNumpyHandler())),
     )
 
 
@@ -135,10 +135,10 @@ def _explained(leaf: Leaf) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax warns once per part of the features that these options leave out."""
+    """Orbax warns of the features that our options leave out, and logs tracebacks of errors that it raises as well."""
     logger = logging.getLogger("absl")
     before = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -97,9 +97,11 @@ def _run(work: Work, target: Target, bar: Bar, notes: tuple[str, ...]) -> Report
         return Report(work.folder, total, 0, len(target.units), notes)
     work.sweep()
     pending = [unit for unit in target.units if work.records(unit.name) is None]
-    work.require_space(sum(unit.nbytes for unit in pending))
-    with bar("converting", sum(unit.nbytes for unit in pending)) as advance:
+    needed = sum(unit.nbytes for unit in pending)
+    with bar("converting", needed) as advance:
         for unit in pending:
+            work.require_space(needed)
+            needed -= unit.nbytes
             work.record(unit.name, unit.write(work.folder, advance))
     records = _verified(work, target, bar, total)
     target.finish(work.folder, work.key, records)

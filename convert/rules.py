@@ -154,7 +154,9 @@ class Matcher:
         kind = self._kind(layer)
         numbered = _EXPERT.search(inner)
         rule = _BY_NAME[kind].get(_EXPERT.sub("{expert}", inner)) if kind else None
-        return rule and self._tensor(name, rule, layer, int(numbered[0]) if numbered else None)
+        if rule is None or rule.per_expert != (numbered is not None):
+            return None
+        return self._tensor(name, rule, layer, int(numbered[0]) if numbered else None)
 
     def expected(self) -> Iterator[Tensor]:
         """Every tensor of this model under the names of the real checkpoint, in its order."""

@@ -1,0 +1,96 @@
+"""A conversion that kills itself at a chosen point: ``python dying.py POINT SOURCE DESTINATION FORM``.
+
+The points are made by patching functions here, in the child; the program itself knows nothing of them.
+"""
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from convert import manifest, orbax_numpy, work, writer
+from convert.pipeline import convert
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_array(count: int) -> None:
+    """Dies when the `count`-th array has been written, and others of its part have not."""
+    handler = orbax_numpy.PatientNumpyHandler
+    real, done = handler._open_and_write, []
+
+    async def write(self: Any, *args: Any, **kwargs: Any) -> None:
+        await real(self, *args, **kwargs)
+        done.append(1)
+        if len(done) == count:
+            die()
+
+    handler._open_and_write = write  # type: ignore[method-assign]
+
+
+def die_at_replace(name: str) -> None:
+    """Dies when a file has been written under its temporary name, before it gets its own."""
+    real = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if os.path.basename(target) == name:
+            die()
+        real(source, target)
+
+    os.replace = replace
+
+
+def die_half_way(name: str) -> None:
+    """Dies when half of a small file has been written."""
+    real = manifest.os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"/.{name}.tmp"):
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+            die()
+        real(descriptor)
+
+    manifest.os.fsync = fsync
+
+
+def die_in_shard() -> None:
+    """Dies in the middle of a safetensors file."""
+    real = writer.ArrayRecord
+
+    class Dying(real):  # type: ignore[misc, valid-type]
+        count = 0
+
+        def __new__(cls, *args: Any) -> Any:
+            Dying.count += 1
+            if Dying.count == 50:
+                die()
+            return real(*args)
+
+    writer.ArrayRecord = Dying
+
+
+POINTS: dict[str, Callable[[], None]] = {
+    "the first array of the first layer": lambda: die_in_array(1),
+    "the middle of the second layer": lambda: die_in_array(20),
+    "the middle of the prediction layer": lambda: die_in_array(60),
+    "before a layer's record": lambda: die_at_replace("layer-00001.json"),
+    "half of a layer's record": lambda: die_half_way("layer-00002.json"),
+    "before config.json": lambda: die_at_replace("config.json"),
+    "half of the manifest": lambda: die_half_way("manifest.json"),
+    "before the manifest": lambda: die_at_replace("manifest.json"),
+    "after the manifest": lambda: setattr(work.shutil, "rmtree", die),
+    "before anything is said": lambda: die_at_replace("run.json"),
+    "the middle of a shard": die_in_shard,
+    "before a shard": lambda: die_at_replace("model-00001-of-00001.safetensors"),
+    "before the index": lambda: die_at_replace("model.safetensors.index.json"),
+}
+
+if __name__ == "__main__":
+    assert shutil is work.shutil
+    point, source, destination, form = sys.argv[1:]
+    POINTS[point]()
+    convert(source, destination, to=form)  # type: ignore[arg-type]
