@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 
 from convert.converted import ConvertedSource
@@ -54,6 +55,4 @@ def _open_folder(folder: Path, name: str) -> WeightSource:
 
 
 def _tiny_folder() -> Path:
-    import glm_jax
-
-    return Path(glm_jax.__file__).parent / TINY
+    return Path(str(files("glm_jax"))) / TINY
