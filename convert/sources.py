@@ -31,6 +31,8 @@ def open_source(source: str | Path, *, dtype: str | None = None) -> WeightSource
         ConfigError: for a ``config.json`` that this stack cannot run.
     """
     text = str(source)
+    if not text:
+        raise CheckpointError("no source given: name a folder, a hub id, or tiny")
     if text.startswith(PREFIX):
         return SyntheticSource(SyntheticSpec.parse(text), DTYPES[dtype or "bfloat16"], text)
     if text == TINY:

@@ -55,7 +55,8 @@ def load(
         progress: show it on stderr.
 
     Returns:
-        Config, parameter tree (``jax.Array``, or :class:`~glm_jax.quant.Bfloat16Bits` on a CPU), and what is known of the source.
+        Config, parameter tree (``jax.Array``, or :class:`~glm_jax.quant.Bfloat16Bits` on a CPU), and what is known of
+        the source.
 
     Raises:
         CheckpointError: if the weights are missing, damaged, or do not fit their config.
