@@ -1,0 +1,63 @@
+"""Sampling as its definition has it: one row, NumPy, float64, with a sort."""
+
+import numpy as np
+
+from glm_jax.sampling import SamplerState
+
+# How far float32 may be from float64 in a sum of probabilities: tokens closer than this to the edge are not judged.
+EDGE = 1e-5
+
+
+def scores(logits, params, prompt=(), output=(), valid_vocab=None):
+    """Bias, repetition, frequency, presence, missing ids: the order of vLLM."""
+    result = np.where(np.isnan(logits), -np.inf, np.minimum(logits, np.finfo(np.float32).max)).astype(np.float64)
+    for token, bias in (params.logit_bias or {}).items():
+        result[token] += bias
+    for token in {*prompt, *output}:
+        factor = params.repetition_penalty
+        result[token] = result[token] / factor if result[token] > 0 else result[token] * factor
+    for token in set(output):
+        result[token] -= params.frequency_penalty * list(output).count(token) + params.presence_penalty
+    result[valid_vocab if valid_vocab is not None else len(result) :] = -np.inf
+    return result
+
+
+def probabilities(values):
+    weights = np.exp(values - values.max())
+    return weights / weights.sum()
+
+
+def mass_above(values):
+    """The probability of the tokens that are strictly more likely, for each token."""
+    order = np.argsort(-values, kind="stable")
+    total = np.concatenate([[0.0], np.cumsum(probabilities(values)[order])])
+    descending = values[order]
+    first_equal = np.searchsorted(-descending, -descending, side="left")
+    result = np.empty_like(values)
+    result[order] = total[first_equal]
+    return result
+
+
+def kept(values, params):
+    """Which tokens may be drawn, and for which of them float32 is precise enough to say so."""
+    values = values / params.temperature
+    certain = values.max() - values < 80  # beyond, the probability may be 0 in float32
+    if params.min_p > 0:
+        edge = values.max() + np.log(params.min_p)
+        certain &= np.abs(values - edge) > EDGE * (1 + np.abs(values.max() - edge))
+        values = np.where(values >= edge, values, -np.inf)
+    if 0 < params.top_k < len(values):
+        values = np.where(values >= np.sort(values)[-params.top_k], values, -np.inf)
+    keep = values > -np.inf
+    if params.top_p < 1:
+        above = mass_above(values)
+        certain &= np.abs(above - params.top_p) > EDGE
+        keep &= above < params.top_p
+    return keep, certain
+
+
+def state_of(params, width, *, seed=0, prompt=(), valid_vocab=None, **options):
+    """A state of one row."""
+    return SamplerState.create(
+        [params], [seed], [prompt], vocab_size=width, valid_vocab=valid_vocab or width, **options
+    )
