@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from convert.assemble import alone
@@ -76,9 +77,16 @@ def _on_host(array: Weight | Array, leaf: Leaf) -> Array:
             continue
         first, last, _ = index[0].indices(array.shape[0])
         if first <= leaf.slot < last:
-            with alone(next(iter(data.devices()))):
-                out[index[1:]] = np.asarray(data[leaf.slot - first])
+            out[index[1:]] = _row(data, leaf.slot - first)
     return out
+
+
+def _row(data: jax.Array, row: int) -> Array:
+    device = next(iter(data.devices()))
+    if device.platform == "cpu":
+        return np.asarray(data)[row]  # a view
+    with alone(device):
+        return np.asarray(data[row])
 
 
 def _check_tree(cfg: Config, arrays: Mapping[Path, Any]) -> None:

@@ -132,8 +132,8 @@ def _check_destination(folder: Path, key: str, *, force: bool) -> bool:
     if not force:
         held = running.get("title", "a finished conversion")
         raise CheckpointError(
-            f"{folder} holds {held}, from another source or with other options: choose another folder, or replace it "
-            "with --force"
+            f"{folder} holds {held}, from another source or with other options: choose another folder, or replace "
+            "it with --force (force=True)"
         )
     return True
 

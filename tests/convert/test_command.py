@@ -73,9 +73,10 @@ def test_force(source, tmp_path):
 
 # No file may grow past 100 kB; the larger arrays, and the shards, need more.
 LIMITED = """
-import resource, runpy
+import resource, sys
+from convert.__main__ import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-runpy.run_module("convert", run_name="__main__")
+sys.exit(main())
 """
 
 
