@@ -193,6 +193,7 @@ def _block(tensors: Mapping[str, Any], cfg: Config, members: range, kind: str) -
     if kind == "dense":
         return out | {"mlp": {"norm": norm} | {part: stack(f"mlp.{part}_proj.weight") for part in parts}}
     shared = {f"shared_{part}": stack(f"mlp.shared_experts.{part}_proj.weight") for part in parts}
+    shared = shared if cfg.n_shared_experts else {}
     router = {"router": stack("mlp.gate.weight"), "router_bias": stack("mlp.gate.e_score_correction_bias")}
     return out | {"moe": {"norm": norm} | router | {part: experts(part) for part in parts} | shared}
 

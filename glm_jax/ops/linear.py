@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from glm_jax.quant import Bfloat16Bits, Weight
 
@@ -33,10 +34,29 @@ def linear(x: jax.Array, weight: Weight, *index: Index, dtype: jnp.dtype | None 
     Returns:
         ``[..., O]``.
     """
-    matrix = pick(weight, *index)
-    # Two-dimensional with the weight on the right: the form that XLA:CPU fuses with the slice for a single row.
-    product = einsum("ni,oi->no", x.reshape(-1, x.shape[-1]), matrix)
-    return product.reshape(*x.shape[:-1], matrix.shape[0]).astype(dtype or x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 1 and any(isinstance(i, jax.Array) for i in index):
+        product = _row_times_slice(rows, weight, index)
+    else:
+        product = einsum("ni,oi->no", rows, pick(weight, *index))
+    return product.reshape(*x.shape[:-1], product.shape[1]).astype(dtype or x.dtype)
+
+
+def _row_times_slice(row: jax.Array, weight: Weight, index: tuple[Index, ...]) -> jax.Array:
+    """``row @ weight[index].T`` in the one form that XLA:CPU computes without copying the slice first.
+
+    It fuses a slice into a product of a vector and a transposed matrix when the vector is under 16 kB and the product is
+    not itself fused into what uses it. (One copy costs as much as three products.)
+    """
+    width = weight.shape[-1]
+    step = -(-width // -(-width // _FUSED_WIDTH))
+    total = jnp.zeros((), jnp.float32)
+    for first in range(0, width, step):
+        columns = min(step, width - first)
+        matrix = pick(weight, *index, columns=(first, columns))
+        product = einsum("ni,io->no", row[:, first : first + columns], matrix.T)
+        total = total + jax.lax.optimization_barrier(product)
+    return total
 
 
 def heads_linear(x: jax.Array, weight: Weight, *index: Index, transpose: bool = False) -> jax.Array:
@@ -55,7 +75,7 @@ def heads_linear(x: jax.Array, weight: Weight, *index: Index, transpose: bool = 
 
 def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """``jnp.einsum`` of two arrays, accumulated and returned in float32 (in float64 for float64)."""
-    wide = jnp.promote_types(a.dtype, b.dtype)
+    wide = np.promote_types(a.dtype, b.dtype)  # JAX refuses to promote when asked to be strict
     if wide.itemsize >= 4:
         # Without it a GPU would round the operands to TF32: float32 means float32 here.
         exact = jax.lax.Precision.HIGHEST

@@ -16,6 +16,7 @@ class Case:
     spelling: str = "original"
     seed: int = 0
     changes: dict[str, Any] = field(default_factory=dict)
+    biased: float = 0.0  # added to every router bias
 
     @property
     def config(self) -> HfConfig:
@@ -23,8 +24,8 @@ class Case:
         return SPELLINGS[self.spelling](**{**ODD_SIZES, **self.changes})
 
 
-def _case(name: str, spelling: str = "original", **changes: Any) -> Case:
-    return Case(name, spelling, sum(map(ord, name)), changes)
+def _case(name: str, spelling: str = "original", biased: float = 0.0, **changes: Any) -> Case:
+    return Case(name, spelling, sum(map(ord, name)), changes, biased)
 
 
 _ALL_AT_ONCE: HfConfig = {
@@ -61,6 +62,7 @@ CASES = (
     _case("flash_like", **_FLASH_LIKE),
     _case("groups", n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=4),
     _case("groups_odd", "resaved", n_routed_experts=15, n_group=5, topk_group=3, num_experts_per_tok=6),
+    _case("groups_below_zero", "scratch", -3.0, n_routed_experts=12, n_group=4, topk_group=2, num_experts_per_tok=5),
     _case("pruned", n_routed_experts=48, num_experts_per_tok=4, num_nextn_predict_layers=0),
     _case("two_shared", "resaved", n_shared_experts=2),
     _case("raw_weights", norm_topk_prob=False, routed_scaling_factor=2.5),

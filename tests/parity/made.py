@@ -6,10 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from glm_jax.checkpoint import load
 from tests.checkpoints import read
 from tests.parity import theirs
 from tests.parity.cases import Case
 from tests.reference import Reference
+from tests.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,12 @@ class Made:
     def reference(self) -> Reference:
         """The float64 NumPy model."""
         return Reference(read(self.folder), self.config)
+
+    @cached_property
+    def ours(self) -> Runner:
+        """Our float32 model, through the real loader."""
+        cfg, params, _ = load(self.folder, dtype="float32")
+        return Runner(cfg, params)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -21,6 +21,8 @@ def build(case: Case) -> Glm4MoeLiteForCausalLM:
     generator = torch.Generator().manual_seed(case.seed)
     for name, tensor in model.state_dict().items():
         tensor.copy_(_draw(name, tensor.shape, generator))
+        if name.endswith("e_score_correction_bias"):
+            tensor += case.biased
     return model.float().eval()
 
 
@@ -52,7 +54,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Glm4MoeLiteForCaus
 def logits(model: Glm4MoeLiteForCausalLM, tokens: Array, lengths: Sequence[int] | None = None) -> Array:
     """Logits [B, T, V]; rows are right-padded when lengths are given."""
     mask = None if lengths is None else torch.arange(tokens.shape[1])[None] < torch.tensor(lengths)[:, None]
-    return model(torch.from_numpy(tokens).long(), attention_mask=mask).logits.numpy()
+    return model(torch.from_numpy(tokens).long(), attention_mask=mask).logits.float().numpy()
 
 
 @torch.no_grad()
@@ -102,3 +104,11 @@ def _arrays(seen: dict[str, Any], experts: int, shape: tuple[int, ...]) -> dict[
         _, weights, chosen = seen["moe.router"]
         out["moe.router"] = torch.zeros(len(weights), experts).scatter(1, chosen, weights)
     return {name: value.numpy().reshape(*shape[:2], -1) for name, value in out.items()}
+
+
+def force_routing(model: Glm4MoeLiteForCausalLM, weights: dict[int, Array]) -> None:
+    """Makes the routers of these layers return given combination weights [B, T, E], whatever they see."""
+    for layer, dense in weights.items():
+        router: Any = model.model.layers[layer].mlp.gate
+        chosen = torch.from_numpy(dense.reshape(-1, dense.shape[-1])).topk(router.top_k)
+        router.register_forward_hook(lambda *_args, c=chosen: (None, c.values, c.indices))

@@ -1,0 +1,125 @@
+"""The model is differentiable: its gradients against finite differences of the NumPy reference in float64."""
+
+from collections import defaultdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax.model import GLM
+from glm_jax.ops import moe
+from glm_jax.params import leaves
+from tests.checkpoints import Tensors, to_params
+from tests.model.small import VARIANTS, Small
+from tests.reference import Reference
+from tests.runner import QUICK_COMPILE, Array, tokens
+
+LENGTH = 7
+
+
+def loss_weights(small: Small) -> Array:
+    """Fixed random weights [2, T, V]: the loss is their product with the logits, and with the drafted logits."""
+    rng = np.random.default_rng(31)
+    return (rng.standard_normal((2, LENGTH, small.config["vocab_size"])) / LENGTH).astype(np.float32)
+
+
+def our_gradients(small: Small, ids: Array, form: str) -> Any:
+    weights = jnp.asarray(loss_weights(small))
+    model, inputs, following = GLM(small.cfg), jnp.asarray(ids[None, :-1]), jnp.asarray(ids[None, 1:])
+
+    def loss(params: Any) -> jax.Array:
+        variables = {"params": params}
+        hidden: Any = model.apply(variables, inputs, method="hidden", attention=form)[0]
+        logits: Any = model.apply(variables, hidden, method="head")
+        drafted: Any = model.apply(variables, hidden, following, method="draft", attention=form)[0]
+        return jnp.sum(weights[0] * logits[0]) + jnp.sum(weights[1] * drafted[0])
+
+    return jax.jit(jax.grad(loss), compiler_options=QUICK_COMPILE)(small.params)
+
+
+def reference_loss(small: Small, tensors: Tensors, ids: Array) -> float:
+    reference, weights = Reference(tensors, small.config), loss_weights(small)
+    hidden = reference.hidden(ids[:-1])
+    drafted, _ = reference.draft(hidden, ids[1:])
+    return float(np.sum(weights[0] * reference.head(hidden)) + np.sum(weights[1] * drafted))
+
+
+def directions(small: Small) -> dict[str, Tensors]:
+    """A random direction for every kind of tensor: all tensors of that kind, over layers and experts, move together."""
+    rng, kinds = np.random.default_rng(32), defaultdict(dict)
+    for name, value in small.tensors.items():
+        copies = (".embed_tokens.weight", ".shared_head.head.weight")
+        if name.endswith("correction_bias") or (name.startswith("model.layers") and name.endswith(copies)):
+            continue  # the bias decides only who is chosen; the copies are not kept
+        kind = ".".join(part for part in name.split(".") if not part.isdigit())
+        direction = rng.standard_normal(value.shape)
+        kinds[kind][name] = direction / np.linalg.norm(direction)
+    return dict(kinds)
+
+
+def moved(small: Small, direction: Tensors, step: float) -> Tensors:
+    """The tensors, a step along a direction; the MTP copies stay equal to the main embedding and head."""
+    tensors = {name: value.astype(np.float64) for name, value in small.tensors.items()}
+    tensors |= {name: tensors[name] + step * change for name, change in direction.items()}
+    mtp = f"model.layers.{small.cfg.num_hidden_layers}"
+    tensors[f"{mtp}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+    tensors[f"{mtp}.shared_head.head.weight"] = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
+    return tensors
+
+
+@pytest.mark.parametrize(("name", "form"), [("odd", "expanded"), ("full_rank_queries", "absorbed")])
+def test_gradients_are_finite_differences(name: str, form: str) -> None:
+    small = VARIANTS[name]
+    ids = tokens(small.config, LENGTH + 1, seed=30)
+    gradients = dict(leaves(our_gradients(small, ids, form)))
+    zero = {key: np.zeros(value.shape) for key, value in small.tensors.items()}
+    step = 1e-5
+    for kind, direction in directions(small).items():
+        ahead, behind = (reference_loss(small, moved(small, direction, s), ids) for s in (step, -step))
+        expected = (ahead - behind) / (2 * step)
+        along = dict(leaves(to_params({**zero, **direction}, small.cfg, np.float64)))
+        actual = sum(float(np.sum(np.asarray(gradients[path], np.float64) * d)) for path, d in along.items())
+        size = np.sqrt(
+            sum(np.sum(np.square(gradients[path], dtype=np.float64)) for path, d in along.items() if d.any())
+        )
+        assert abs(actual - expected) <= 1e-4 * size, kind
+        assert size > 0, kind
+    for path, gradient in gradients.items():
+        assert np.isfinite(gradient).all()
+        assert path[-1] != "router_bias" or not np.asarray(gradient).any()
+
+
+METHODS = ["pairs", "blocks", "dense"]
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_the_three_ways_to_apply_experts_agree(rows: int) -> None:
+    """Values and gradients, with experts that nobody chose and one that all chose."""
+    small = VARIANTS["groups"]
+    stacked = {name: small.params["runs"]["1"]["moe"][name] for name in ("gate", "up", "down")}
+    rng = np.random.default_rng(33)
+    x = jnp.asarray(rng.standard_normal((rows, 40)), jnp.float32)
+    chosen = np.stack([np.array([3, *rng.choice([0, 5, 6, 9, 15], 3, replace=False)]) for _ in range(rows)])
+    weights = jnp.asarray(rng.standard_normal(chosen.shape), jnp.float32)
+
+    def run(method: Any, x: jax.Array, weights: jax.Array, stacked: Any) -> tuple[jax.Array, jax.Array]:
+        routing = moe.Routing(jnp.asarray(chosen, jnp.int32), weights)
+        out = moe.apply_experts(x, routing, stacked, 1, method=method)
+        return jnp.sum(jnp.sin(out)), out
+
+    results = {}
+    for method in METHODS:
+        graded = jax.value_and_grad(lambda *a, m=method: run(m, *a), argnums=(0, 1, 2), has_aux=True)
+        results[method] = jax.jit(graded, compiler_options=QUICK_COMPILE)(x, weights, stacked)
+    exact = np.zeros((rows, 40))
+    for row in range(rows):
+        for expert, weight in zip(chosen[row], np.asarray(weights, np.float64)[row], strict=True):
+            name = f"model.layers.2.mlp.experts.{expert}"
+            exact[row] += weight * small.reference._swiglu(name, np.asarray(x, np.float64)[row])
+    for method in METHODS:
+        (_, out), gradients = results[method]
+        np.testing.assert_allclose(out, exact, atol=1e-5, rtol=1e-5)
+        for ours, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(results["dense"][1]), strict=True):
+            np.testing.assert_allclose(ours, other, atol=2e-5, rtol=1e-4)

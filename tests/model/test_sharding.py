@@ -1,0 +1,171 @@
+"""Four fake devices give the single device's results, and every parameter lies where the rules say."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from glm_jax.cache import LatentCache
+from glm_jax.config import Config
+from glm_jax.errors import ShardingError
+from glm_jax.model import GLM, activation_names
+from glm_jax.params import abstract_params, init_params, leaves, param_specs
+from glm_jax.sharding import MESH_AXES, Rules, make_mesh, preset
+from tests.model.small import Small
+from tests.runner import QUICK_COMPILE, Array, close, positions, tokens
+from tests.spellings import odd
+
+# Sizes that four devices divide, and that stay unequal.
+SMALL = Small(
+    odd(num_attention_heads=4, num_key_value_heads=4, vocab_size=132, moe_intermediate_size=12, intermediate_size=56),
+    seed=40,
+)
+RULES = preset("latency")
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Any:
+    return make_mesh(4)
+
+
+@pytest.fixture(scope="module")
+def sharded(mesh: Any) -> Any:
+    """The small model's own weights, laid out over the mesh."""
+    places = abstract_params(SMALL.cfg, "float32", RULES, mesh)
+    return jax.tree.map(lambda value, place: jax.device_put(value, place.sharding), SMALL.params, places)
+
+
+def on_mesh(mesh: Any, method: str | None = None, **static: Any) -> Any:
+    model = GLM(SMALL.cfg, RULES)
+    call = jax.jit(
+        lambda p, i, a: model.apply({"params": p}, *i, **a, **static, method=method), compiler_options=QUICK_COMPILE
+    )
+
+    def run(params: Any, *inputs: Array, **arrays: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return call(params, inputs, arrays)
+
+    return run
+
+
+def test_every_parameter_lies_where_the_rules_say(mesh: Any) -> None:
+    made = dict(leaves(init_params(SMALL.cfg, 0, "float32", RULES, mesh)))
+    for path, spec in leaves(param_specs(SMALL.cfg)):
+        expected = NamedSharding(mesh, PartitionSpec(*(getattr(RULES, a) if a else None for a in spec.axes)))
+        assert made[path].sharding == expected, path
+        assert {shard.device for shard in made[path].addressable_shards} == set(jax.devices()[:4])
+
+
+@pytest.mark.parametrize(
+    ("path", "dimension"),
+    [
+        ("embed", 0),
+        ("head", 0),
+        ("runs.0.attn.q_b", 1),
+        ("runs.0.attn.k_b", 1),
+        ("runs.0.attn.v_b", 1),
+        ("runs.0.attn.o", 2),
+        ("runs.0.mlp.gate", 1),
+        ("runs.0.mlp.down", 2),
+        ("runs.1.moe.up", 2),
+        ("runs.1.moe.down", 3),
+        ("runs.1.moe.shared_gate", 1),
+        ("runs.1.moe.shared_down", 2),
+        ("mtp.moe.gate", 2),
+        ("runs.0.attn.q_a", None),
+        ("runs.0.attn.kv_a", None),
+        ("runs.1.moe.router", None),
+        ("runs.1.moe.router_bias", None),
+        ("mtp.eh_proj", None),
+        ("norm", None),
+    ],
+)
+def test_latency_splits_heads_widths_and_vocabulary(mesh: Any, path: str, dimension: int | None) -> None:
+    leaf = dict(leaves(abstract_params(SMALL.cfg, "float32", RULES, mesh)))[tuple(path.split("."))]
+    part = list(leaf.shape)
+    if dimension is not None:
+        part[dimension] //= 4
+    assert leaf.sharding.shard_shape(leaf.shape) == tuple(part)
+
+
+def test_logits_and_every_activation(mesh: Any, sharded: Any) -> None:
+    names, ids = activation_names(SMALL.cfg), tokens(SMALL.config, 2, LENGTH, seed=41)
+    logits, _, trace = on_mesh(mesh, trace=names)(sharded, ids)
+    for row in range(2):
+        record: dict[str, Array] = {}
+        expected = SMALL.reference.logits(ids[row], record=record)
+        assert np.abs(np.asarray(logits)[row] - expected).max() < 1e-4
+        assert close(np.asarray(logits)[row], expected)
+        assert all(close(np.asarray(trace[name])[row], record[name]) for name in names)
+
+
+def test_greedy_tokens_and_cache(mesh: Any, sharded: Any) -> None:
+    """A padded prompt, then steps: logits within 1e-4 of the single device's and the same tokens."""
+    run, lengths = on_mesh(mesh), np.array([8, 3])
+    ids = tokens(SMALL.config, 2, 8, seed=42)
+    cache = LatentCache.create(SMALL.cfg, 2, LENGTH, jnp.float32, rules=RULES, mesh=mesh)
+    alone = SMALL.cache(2, LENGTH)
+    place = positions(ids)
+    new: list[Array] = []
+    for step in range(6):
+        here, cache = run(sharded, ids, positions=place, cache=cache)
+        there, alone = SMALL.apply(ids, positions=place, cache=alone)
+        at = lengths - 1 if step == 0 else np.zeros(2, int)
+        rows = [np.asarray(logits)[np.arange(2), at] for logits in (here, there)]
+        assert np.abs(rows[0] - rows[1]).max() < 1e-4
+        assert np.array_equal(rows[0].argmax(-1), rows[1].argmax(-1))
+        new.append(rows[0].argmax(-1).astype(np.int32))
+        ids, place = new[-1][:, None], (lengths + step).astype(np.int32)[:, None]
+    expected = [SMALL.reference.greedy(tokens(SMALL.config, 2, 8, seed=42)[r, : lengths[r]], 6) for r in range(2)]
+    assert np.stack(new, axis=1).tolist() == expected
+    assert cache.data.sharding.is_fully_replicated
+
+
+def test_draft(mesh: Any, sharded: Any) -> None:
+    ids = tokens(SMALL.config, 1, LENGTH + 1, seed=43)
+    hidden = SMALL.reference.hidden(ids[0, :-1])
+    logits, state, _ = on_mesh(mesh, "draft")(sharded, hidden[None].astype(np.float32), ids[:, 1:])
+    expected, after = SMALL.reference.draft(hidden, ids[0, 1:])
+    assert close(np.asarray(logits)[0], expected)
+    assert close(np.asarray(state)[0], after)
+
+
+def test_rules_without_a_mesh_say_what_to_do() -> None:
+    with pytest.raises(ShardingError, match="set_mesh"):
+        GLM(SMALL.cfg, RULES).apply({"params": SMALL.params}, jnp.zeros((1, 2), jnp.int32))
+
+
+# -- layouts that are impossible -------------------------------------------------------------------------------------
+
+
+def test_flash_on_eight_devices_is_refused_in_words() -> None:
+    with pytest.raises(ShardingError, match=r"20 attention heads do not divide over 8 devices.*1, 2, 4, 5, 10, 20"):
+        RULES.validate(Config.flash(), make_mesh(8))
+
+
+def test_flash_on_four_devices_is_possible(mesh: Any) -> None:
+    RULES.validate(Config.flash(), mesh)
+
+
+def test_an_axis_can_split_an_array_once() -> None:
+    with pytest.raises(ShardingError, match="twice"):
+        Rules(heads="model", embed="model").spec("heads", "embed")
+
+
+def test_rules_must_fit_the_mesh(mesh: Any) -> None:
+    with pytest.raises(ShardingError, match="expert"):
+        Rules(experts="expert").validate(SMALL.cfg, mesh)
+
+
+def test_names_and_numbers_that_are_not_there() -> None:
+    with pytest.raises(ShardingError, match=r"fastest.*latency"):
+        preset("fastest")
+    for devices in (0, 9, -1):
+        with pytest.raises(ShardingError, match=rf"mesh={devices}.*8 cpu"):
+            make_mesh(devices)
+    assert make_mesh(2).axis_names == MESH_AXES
+    assert make_mesh(make_mesh(2)) == make_mesh(2)

@@ -1,0 +1,89 @@
+"""Our model against transformers on every checkpoint: loaded, whole, block by block, in chunks, padded and greedy."""
+
+import numpy as np
+import pytest
+
+from glm_jax.config import Config
+from glm_jax.model import activation_names
+from glm_jax.params import leaves
+from tests.checkpoints import read, to_params
+from tests.parity import theirs
+from tests.parity.made import Made
+from tests.runner import Array, close, error, positions, tokens
+
+LENGTH, CAPACITY = 20, 32
+FORMS = ["expanded", "absorbed"]
+
+
+def test_the_loader_agrees_with_a_mapping_by_hand(made: Made) -> None:
+    cfg = Config.from_hf(made.config).replace(num_nextn_predict_layers=0)
+    assert made.ours.cfg == cfg  # transformers saves no prediction layer, whatever config.json says
+    loaded, expected = dict(leaves(made.ours.params)), dict(leaves(to_params(read(made.folder), cfg)))
+    assert loaded.keys() == expected.keys()
+    assert all(np.array_equal(loaded[path], expected[path]) for path in expected)
+
+
+def test_whole_and_block_by_block(made: Made) -> None:
+    """Each block of transformers is fed our input of that block, so that no block's error hides in another's."""
+    ids = tokens(made.config, 1, LENGTH)
+    names = activation_names(made.ours.cfg)
+    logits, _, trace = made.ours.apply(ids, trace=names, attention="expanded")
+    expected = theirs.logits(made.theirs, ids)
+    worst = {"logits": error(logits, expected)}
+    for layer in range(made.ours.cfg.num_hidden_layers):
+        outputs = theirs.block(made.theirs, layer, np.array(trace[f"block.{layer}.in"]))
+        for name, value in outputs.items():
+            worst[f"block.{layer}.{name}"] = error(trace[f"block.{layer}.{name}"], value)
+    points = {name for name in names if name.startswith("block.") and not name.endswith(".in")}
+    assert set(worst) == {"logits", *points}
+    assert max(worst.values()) <= 1, worst
+    print(f"{made.case.name}: {np.abs(np.asarray(logits) - expected).max():.2e}")
+
+
+def test_absorbed(made: Made) -> None:
+    ids = tokens(made.config, 1, LENGTH, seed=1)
+    assert close(made.ours.apply(ids, attention="absorbed")[0], theirs.logits(made.theirs, ids))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_padded_batch_and_chunks(made: Made, form: str) -> None:
+    """Rows of different lengths padded on the right equal each row alone, whole and in pieces with a cache."""
+    ids, lengths = tokens(made.config, 3, LENGTH, seed=2), np.array([LENGTH, 11, 1])
+    expected = [theirs.logits(made.theirs, row[None])[0] for row in ids]
+    batched = theirs.logits(made.theirs, ids, lengths.tolist())
+    whole = in_pieces(made, ids, [lengths], form)
+    pieces = in_pieces(made, ids, [np.array([9, 4, 1]), np.array([1, 6, 13]), np.array([10, 10, 6])], form)
+    for row, length in enumerate(lengths):
+        assert close(whole[row], expected[row][:length])
+        assert close(whole[row], batched[row, :length])
+        assert close(pieces[row], expected[row])
+
+
+def in_pieces(made: Made, ids: Array, pieces: list[Array], form: str) -> list[Array]:
+    """Logits of each row, given `pieces[i][row]` tokens at a time, padded to one length."""
+    cache, at = made.ours.cache(3, CAPACITY), np.zeros(3, int)
+    seen: list[list[Array]] = [[], [], []]
+    for lengths in pieces:
+        place = positions(ids, at)
+        piece = np.take_along_axis(ids, np.minimum(place, LENGTH - 1), axis=1)
+        logits, cache = made.ours.apply(piece, positions=place, cache=cache, attention=form)
+        for row, length in enumerate(lengths):
+            seen[row].append(np.asarray(logits)[row, :length])
+        at = at + lengths
+    return [np.concatenate(parts) for parts in seen]
+
+
+def test_greedy_tokens(made: Made) -> None:
+    """A padded batch of prompts, then single tokens; each row gets the tokens that transformers gives it alone."""
+    ids, lengths = tokens(made.config, 3, LENGTH, seed=3), np.array([LENGTH, 11, 1])
+    cache = made.ours.cache(3, CAPACITY)
+    logits, cache = made.ours.apply(ids, positions=positions(ids), cache=cache, attention="expanded")
+    new = [np.asarray(logits)[np.arange(3), lengths - 1].argmax(-1)]
+    for step in range(11):
+        latest = new[-1].astype(np.int32)[:, None]
+        place = positions(latest, lengths + step)
+        logits, cache = made.ours.apply(latest, positions=place, cache=cache, attention="absorbed")
+        new.append(np.asarray(logits)[:, 0].argmax(-1))
+    for row, length in enumerate(lengths):
+        expected = theirs.greedy(made.theirs, ids[row, :length].tolist(), 12)
+        assert np.stack(new, axis=1)[row].tolist() == expected

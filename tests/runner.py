@@ -1,0 +1,64 @@
+"""Runs our model on small inputs, compiled quickly and only once per kind of call."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_jax.cache import LatentCache
+from glm_jax.config import Config
+from glm_jax.model import GLM
+
+Array = np.ndarray[Any, Any]
+
+# Half the compile time; the programs are small and run once or twice.
+QUICK_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model and its parameters."""
+
+    cfg: Config
+    params: Any
+    jitted: dict[str, Any] = field(default_factory=dict)
+
+    def apply(self, *inputs: Array, **options: Any) -> Any:
+        """`GLM.apply` under `jit`; options that are arrays are traced, the others static."""
+        arrays = {k: v for k, v in options.items() if isinstance(v, jax.Array | np.ndarray | LatentCache)}
+        static = {k: v for k, v in options.items() if k not in arrays}
+        key = repr(sorted(static.items()))
+        if key not in self.jitted:
+            apply = GLM(self.cfg).apply
+            call = lambda p, i, a: apply({"params": p}, *i, **a, **static)  # noqa: E731
+            self.jitted[key] = jax.jit(call, compiler_options=QUICK_COMPILE)
+        return self.jitted[key](self.params, inputs, arrays)
+
+    def cache(self, batch: int, capacity: int, layers: int | None = None) -> LatentCache:
+        """An empty float32 cache."""
+        return LatentCache.create(self.cfg, batch, capacity, jnp.float32, layers=layers)
+
+
+def positions(tokens: Array, start: int | Sequence[int] | Array = 0) -> Array:
+    """Positions int32 [B, T] of tokens that begin at `start` (one for all rows, or one per row)."""
+    first = np.broadcast_to(np.asarray(start, np.int32), (len(tokens),))
+    return first[:, None] + np.arange(tokens.shape[1], dtype=np.int32)[None]
+
+
+def tokens(config: dict[str, Any], *shape: int, seed: int = 0) -> Array:
+    """Random token ids."""
+    return np.random.default_rng(seed).integers(0, config["vocab_size"], shape).astype(np.int32)
+
+
+def error(actual: Any, expected: Any) -> float:
+    """Largest difference as a share of what is allowed: 2e-5 x (1 + the largest expected value)."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    return float(np.abs(actual - expected).max() / (2e-5 * (1 + np.abs(expected).max())))
+
+
+def close(actual: Any, expected: Any) -> bool:
+    """Whether float32 values equal the exact ones as closely as transformers' would."""
+    return error(actual, expected) <= 1
