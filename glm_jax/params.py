@@ -11,7 +11,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from glm_jax.config import Config
 from glm_jax.quant import Bfloat16Bits
 from glm_jax.sharding import LogicalAxis, Rules
 
+_DRAW_BLOCK = 1 << 16
 Tree = dict[str, Any]
 Path = tuple[str, ...]
 
@@ -169,7 +170,7 @@ def abstract_params(cfg: Config, dtype: Any = jnp.bfloat16, rules: Rules = Rules
     def abstract(_: Path, spec: ParamSpec) -> jax.ShapeDtypeStruct | Bfloat16Bits:
         sharding = None if mesh is None else NamedSharding(mesh, rules.spec(*spec.axes))
         if held_as_bits(spec, dtype, mesh):
-            return Bfloat16Bits(jax.ShapeDtypeStruct(spec.shape, jnp.uint16, sharding=sharding))
+            return Bfloat16Bits(cast(jax.Array, jax.ShapeDtypeStruct(spec.shape, jnp.uint16, sharding=sharding)))
         return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype or dtype), sharding=sharding)
 
     return map_specs(abstract, param_specs(cfg))
@@ -215,8 +216,12 @@ def draw(path: Path, spec: ParamSpec, seed: int, dtype: Any, layer: int, index: 
     if spec.init != "normal":
         return np.full(shape, 1.0 if spec.init == "ones" else 0.0, kind)
     key = np.uint32(_key(path, seed, (layer, *index) if spec.stacked else ()))
-    counters = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
-    return _to_normal(_hash(counters ^ key), spec.scale).astype(kind)
+    values = np.empty(math.prod(shape), kind)
+    # In blocks that stay in the cache: the temporaries of a whole embedding would take eight times its memory.
+    for start in range(0, values.size, _DRAW_BLOCK):
+        counters = np.arange(start, min(start + _DRAW_BLOCK, values.size), dtype=np.uint32)
+        values[start : start + _DRAW_BLOCK] = _to_normal(_hash(counters ^ key), spec.scale)
+    return values.reshape(shape)
 
 
 def _key(path: Path, seed: int, numbers: tuple[int, ...]) -> int:
