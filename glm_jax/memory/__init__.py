@@ -1,0 +1,27 @@
+"""Memory: what a model needs on its devices, planned before anything is loaded."""
+
+from glm_jax.memory.devices import Gpu, bandwidth_of, device_limit, find_gpus, gpus
+from glm_jax.memory.planner import MemoryPlan, plan, plan_on
+from glm_jax.memory.refusal import counted, in_gb
+from glm_jax.memory.setup import Need, Setup
+from glm_jax.memory.sizes import PREDICTION_LAYER, PREFILL_CHUNK, Part, Workspace, distinct_experts
+
+__all__ = [
+    "PREDICTION_LAYER",
+    "PREFILL_CHUNK",
+    "Gpu",
+    "MemoryPlan",
+    "Need",
+    "Part",
+    "Setup",
+    "Workspace",
+    "bandwidth_of",
+    "counted",
+    "device_limit",
+    "distinct_experts",
+    "find_gpus",
+    "gpus",
+    "in_gb",
+    "plan",
+    "plan_on",
+]

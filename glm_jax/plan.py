@@ -1,0 +1,235 @@
+"""``python -m glm_jax.plan``: what a model needs in memory, and whether it fits, before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from glm_jax.cli import OK, finish, set_memory_fraction
+from glm_jax.errors import CheckpointError, MemoryPlanError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from glm_jax.config import Config
+    from glm_jax.memory import MemoryPlan
+
+DESCRIPTION = """\
+Plan a model's memory: weights by part, cache, longest context, sequences at once, and the bound that memory bandwidth
+sets on decoding. Reads config.json only; nothing is loaded. The exit code is 0 whether it fits or not (--json says
+"fits"), 2 for bad input.
+
+Examples:
+  python -m glm_jax.plan --model zai-org/GLM-4.7-Flash                on the device at hand
+  python -m glm_jax.plan --model synthetic:flash --gpu h100           on a card that is not here
+  python -m glm_jax.plan --model synthetic:flash --gpu b200x4 --context 32768 --sequences 64
+  python -m glm_jax.plan --model ./converted --gpu rtxpro6000 --json | jq .max_context
+
+Cards: rtx6000-ada rtxpro6000 h100 h200 b200; for memory only: a100-80gb l40s rtx5090 rtx4090 rtx3090.
+Several (NAMExN, or --mesh) share the model by attention heads and expert widths; each holds the whole cache.
+"""
+
+
+@dataclasses.dataclass
+class Options:
+    """Options of the command."""
+
+    model: str = "tiny"
+    """Folder (Hugging Face or converted), hub id, "tiny", or "synthetic:flash?layers=4"."""
+    gpu: str | None = None
+    """A card, or several: h100, b200x4. The device at hand unless given."""
+    mesh: int | None = None
+    """Number of the devices at hand to split the model over."""
+    context: int | None = None
+    """Tokens per sequence, prompt and completion together; the longest that fits unless given."""
+    sequences: int = 1
+    """Sequences at once (a batch is padded to a power of two: give that number)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the weights."""
+    cache_dtype: Literal["bfloat16", "float32"] | None = None
+    """Of the latent cache; that of the weights unless given."""
+    mtp: bool = True
+    """Count the multi-token-prediction layer, which is loaded with the model."""
+    memory_fraction: float = 0.95
+    """Part of a GPU's memory that JAX may take."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    options = tyro.cli(Options, prog="python -m glm_jax.plan", description=DESCRIPTION, args=args)
+    set_memory_fraction(options.memory_fraction)
+    # Asking a GPU for its size should not take its memory from others.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    cfg = read_config_of(options.model)
+    where, plan = _plan(cfg, options)
+    if options.json:
+        print(json.dumps({"model": options.model, "on": where, **plan.to_json()}))
+    else:
+        _show(options.model, where, plan)
+    return OK
+
+
+def read_config_of(model: str) -> Config:
+    """The architecture behind a source string, from its config alone.
+
+    Raises:
+        CheckpointError: if there is none, or if its weights are quantised, which this version does not load.
+        ConfigError: for a ``config.json`` that this stack cannot run.
+    """
+    from convert.hub import is_hub_id
+    from convert.reader import refuse_pickle
+    from convert.sources import TINY
+    from convert.synthetic import PREFIX, SyntheticSpec
+
+    if model.startswith(PREFIX):
+        return SyntheticSpec.parse(model).cfg
+    path = Path(__file__).parent / "tiny" if model == TINY else Path(model).expanduser()
+    if model and path.is_dir():
+        return _config_in(path)
+    if path.is_file():
+        refuse_pickle(path)
+        raise CheckpointError(f"{path} is a file: give the folder that holds config.json")
+    if not is_hub_id(model):
+        raise CheckpointError(f"there is no folder {model}, and it is not a hub id such as zai-org/GLM-4.7-Flash")
+    return _config_in(_download_config(model))
+
+
+def _config_in(folder: Path) -> Config:
+    from convert.manifest import MANIFEST, load_manifest
+    from convert.quantised import refuse_quantised
+    from convert.source import read_config
+    from glm_jax.config import Config
+
+    if (folder / MANIFEST).exists():
+        return load_manifest(folder).cfg
+    config = read_config(folder)
+    refuse_quantised(config, {}, folder)
+    return Config.from_hf(config)
+
+
+def _download_config(repo: str) -> Path:
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, "config.json")).parent
+    except (errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"there is no folder {repo}, and its config.json cannot be had from Hugging Face ({reason}): check the "
+            "name, log in with `hf auth login` if the repository is private or gated, or give a folder's path"
+        ) from None
+
+
+def _plan(cfg: Config, options: Options) -> tuple[str, MemoryPlan]:
+    """Where, in words, and the plan."""
+    from glm_jax.memory import find_gpus, plan
+
+    if options.gpu is None:
+        return _plan_here(cfg, options)
+    if options.mesh is not None:
+        raise MemoryPlanError(f"--mesh is for the devices at hand: write --gpu {options.gpu}x{options.mesh}")
+    gpu, count = find_gpus(options.gpu)
+    available = int(gpu.memory_bytes * options.memory_fraction)
+    made = plan(cfg, device_bytes=available, devices=count, bandwidth=gpu.bandwidth, **_asked(options, count))
+    return f"{count} x {gpu.name}", made
+
+
+def _plan_here(cfg: Config, options: Options) -> tuple[str, MemoryPlan]:
+    from glm_jax.memory import plan_on
+    from glm_jax.sharding import make_mesh
+
+    mesh = make_mesh(1 if options.mesh is None else options.mesh)
+    kind = mesh.devices.flat[0].device_kind
+    if kind == "cpu" and options.cache_dtype is None and options.dtype == "bfloat16":
+        print(
+            "note: on CPUs LLM.load keeps the cache in float32: add --cache-dtype float32 to plan that", file=sys.stderr
+        )
+    return f"{mesh.size} x {kind}", plan_on(cfg, mesh, **_asked(options, mesh.size))
+
+
+def _asked(options: Options, devices: int) -> dict[str, Any]:
+    from glm_jax.sharding import preset
+
+    names = ("dtype", "cache_dtype", "context", "sequences", "mtp")
+    return {
+        "rules": preset("latency" if devices > 1 else "replicated"),
+        **{name: getattr(options, name) for name in names},
+    }
+
+
+def _show(model: str, where: str, plan: MemoryPlan) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(_weights_table(f"{model}, weights in {plan.setup.placement.dtype}", plan))
+    console.print(_device_table(where, plan))
+    # Sentences are wrapped by the terminal, so that they can be copied whole.
+    console.print("\n".join(_sentences(plan)), soft_wrap=True, markup=False)
+
+
+def _weights_table(title: str, plan: MemoryPlan) -> Table:
+    from rich.table import Table
+
+    from glm_jax.memory import PREDICTION_LAYER, in_gb
+
+    shared = plan.devices > 1
+    table = Table("part", title=title, title_justify="left")
+    for column in ["parameters", "bytes", *(["on each device"] if shared else [])]:
+        table.add_column(column, justify="right")
+    rows = [(name, part) for name, part in plan.parts.items() if part.parameters and name != PREDICTION_LAYER]
+    whole = sum((part for _, part in rows[1:]), rows[0][1])
+    extra = plan.parts[PREDICTION_LAYER]
+    for i, (name, part) in enumerate([*rows, ("model", whole), (f"{PREDICTION_LAYER} (MTP)", extra)]):
+        cells = [f"{part.parameters:,}", f"{part.nbytes:,}", *([in_gb(part.device_bytes)] if shared else [])]
+        table.add_row(name.replace("_", " "), *cells, end_section=i == len(rows) - 1)
+    return table
+
+
+def _device_table(where: str, plan: MemoryPlan) -> Table:
+    from rich.table import Table
+
+    from glm_jax.memory import counted, in_gb
+
+    table = Table("on each device" if plan.devices > 1 else "on the device", title=where, title_justify="left")
+    table.add_column("bytes", justify="right")
+    layer = " with the prediction layer" if plan.setup.mtp and plan.mtp_bytes else ""
+    table.add_row(f"weights{layer}", in_gb(plan.need.weights))
+    rows = f"{counted(plan.sequences, 'sequence')} x {counted(plan.context, 'token')}"
+    table.add_row(f"latent cache, {rows}", in_gb(plan.need.cache))
+    table.add_row("workspace (activations, logits)", in_gb(plan.need.workspace), end_section=True)
+    table.add_row("needed", in_gb(plan.need.total))
+    table.add_row("available", in_gb(plan.device_bytes))
+    return table
+
+
+def _sentences(plan: MemoryPlan) -> list[str]:
+    from glm_jax.memory import PREDICTION_LAYER, counted, in_gb
+
+    context, rows = counted(plan.context, "token"), counted(plan.sequences, "sequence")
+    lines = [
+        "fits" if plan.fits else f"does not fit: {plan.refusal()}",
+        f"cache: {plan.cache_bytes_per_token:,} bytes per token",
+        f"longest context of one sequence: {counted(plan.max_context, 'token')}",
+        f"sequences at once of {context}: {plan.max_sequences:,}",
+    ]
+    if plan.bandwidth and plan.bound_tokens_per_s:
+        lines.append(
+            f"decoding: at most {plan.bound_tokens_per_s:,.0f} tokens/s for {rows} of {context} (a bound, not a "
+            f"measurement: {in_gb(plan.decode_bytes)} to read per step at {plan.bandwidth / 1e9:,.0f} GB/s)"
+        )
+    if plan.parts[PREDICTION_LAYER].parameters:
+        lines.append(f"on disk, with the prediction layer as published: {plan.parameters_on_disk:,} parameters")
+    return lines
+
+
+if __name__ == "__main__":
+    finish(main)

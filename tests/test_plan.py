@@ -1,0 +1,249 @@
+"""``python -m glm_jax.plan``: its output, what it reads, and what it refuses."""
+
+import json
+
+import jax
+import pytest
+
+import glm_jax.memory
+from convert.layout import layout
+from convert.manifest import ArrayRecord, Manifest
+from convert.source import Original
+from glm_jax.cli import BAD_INPUT, finish
+from glm_jax.config import Config
+from glm_jax.errors import CheckpointError, ConfigError
+from glm_jax.memory import gpus
+from glm_jax.plan import main, read_config_of
+
+FLASH = "synthetic:flash"
+SMALL = Config.flash(layers=3).replace(
+    vocab_size=512, hidden_size=64, n_routed_experts=8, eos_token_ids=(), pad_token_id=None
+)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """The command sets these where they are not set."""
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*args: str) -> tuple[str, str]:
+        assert main(args) == 0
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    def refused(*args: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            finish(lambda: main(args))
+        captured = capsys.readouterr()
+        assert caught.value.code == BAD_INPUT
+        assert captured.out == ""
+        return captured.err
+
+    return refused
+
+
+def write_config(folder, cfg=SMALL, **extra):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(cfg.to_hf() | extra))
+    return str(folder)
+
+
+@pytest.mark.smoke
+def test_json_of_the_real_model(run):
+    out, err = run("--model", FLASH, "--gpu", "h100", "--context", "32768", "--json")
+    record = json.loads(out)
+    assert err == ""
+    assert out.count("\n") == 1
+    wanted = {
+        "model": FLASH,
+        "on": "1 x h100",
+        "fits": True,
+        "parameters": 29_943_393_920,
+        "parameters_on_disk": 31_221_488_576,
+        "weight_bytes": 59_886_793_728,
+        "mtp_bytes": 1_287_412_480,
+        "cache_bytes_per_token": 54_144,
+        "context": 32_768,
+        "max_context": 202_752,
+        "device_bytes": int(0.95 * gpus()["h100"].memory_bytes),
+    }
+    assert {name: record[name] for name in wanted} == wanted
+    # The rest of the card, in caches of that length.
+    assert record["max_sequences"] == 9
+    assert 370 < record["bound_tokens_per_s"] < 380
+
+
+def test_a_card_that_is_not_here_needs_no_device(run, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda *_: pytest.fail("asked for devices"))
+    monkeypatch.setattr(jax, "local_devices", lambda *_: pytest.fail("asked for devices"))
+    assert json.loads(run("--model", FLASH, "--gpu", "b200x4", "--json")[0])["devices"] == 4
+
+
+def test_tables_of_a_model_that_fits(run):
+    out, err = run("--model", FLASH, "--gpu", "rtxpro6000", "--context", "8192", "--sequences", "8")
+    assert err == ""
+    for text in ("29,943,393,920", "59,886,793,728", "1,287,412,480", "54,144 bytes per token", "202,752 tokens"):
+        assert text in out
+    assert "31,221,488,576 parameters" in out
+    lines = out.splitlines()
+    assert "fits" in lines
+    assert any(line.startswith("decoding: at most ") and "a bound, not a measurement" in line for line in lines)
+
+
+def test_what_does_not_fit_is_said_and_shown_and_is_no_failure(run):
+    out, _ = run("--model", FLASH, "--gpu", "rtx6000-ada", "--context", "32768")
+    assert "does not fit: 61.17 GB weights + 1.77 GB cache (1 sequence of 32,768 tokens at 54,144 bytes) + " in out
+    assert "what would fit: 2 such devices, with mesh=2" in out
+    record = json.loads(run("--model", FLASH, "--gpu", "rtx6000-ada", "--context", "32768", "--json")[0])
+    assert (record["fits"], record["max_context"], record["max_sequences"]) == (False, 0, 0)
+
+
+def test_several_cards_show_what_is_on_each(run):
+    out, _ = run("--model", FLASH, "--gpu", "rtx6000-adax2", "--context", "4096")
+    assert "on each device" in out
+    assert "2 x rtx6000-ada" in out
+    assert "fits" in out.splitlines()
+
+
+def test_options_reach_the_plan(run):
+    def record(*args: str) -> dict:
+        return json.loads(run("--model", FLASH, "--gpu", "b200", "--context", "1000", "--json", *args)[0])
+
+    plain = record()
+    assert record("--dtype", "float32")["weight_bytes"] == 4 * plain["parameters"]
+    assert record("--dtype", "float32")["cache_bytes_per_token"] == 2 * 54_144
+    assert record("--cache-dtype", "float32")["cache_bytes_per_token"] == 2 * 54_144
+    assert record("--cache-dtype", "float32")["weight_bytes"] == plain["weight_bytes"]
+    assert record("--sequences", "3")["device_needs"]["cache"] == 3 * 1000 * 54_144
+    bare = record("--no-mtp")
+    assert plain["device_needs"]["weights"] - bare["device_needs"]["weights"] == plain["mtp_bytes"] == bare["mtp_bytes"]
+    assert record("--memory-fraction", "0.5")["device_bytes"] == gpus()["b200"].memory_bytes // 2
+
+
+def test_the_device_at_hand(run, monkeypatch):
+    monkeypatch.setattr(glm_jax.memory.devices, "available_memory", lambda: 10**9)
+    out, err = run("--json")
+    record = json.loads(out)
+    assert (record["model"], record["on"], record["device_bytes"]) == ("tiny", "1 x cpu", 10**9)
+    assert record["fits"]
+    assert record["bound_tokens_per_s"] is None
+    assert "--cache-dtype float32" in err
+    out, err = run("--json", "--mesh", "4", "--cache-dtype", "float32")
+    assert (json.loads(out)["devices"], json.loads(out)["device_bytes"]) == (4, 10**9 // 4)
+    assert err == ""
+
+
+def test_a_folder_needs_nothing_but_its_config(tmp_path, run):
+    folder = write_config(tmp_path / "model")
+    record = json.loads(run("--model", folder, "--gpu", "l40s", "--json")[0])
+    assert record["parameters"] == glm_jax.memory.plan(SMALL, device_bytes=0).parameters
+    assert read_config_of(folder) == SMALL
+
+
+def test_a_converted_folder_is_as_its_manifest_says(tmp_path):
+    cfg = SMALL.replace(mtp_own_embeddings=True)
+    parts = {
+        part: {leaf.name: ArrayRecord(leaf.shape, leaf.spec.dtype or "bfloat16", "0" * 64) for leaf in members}
+        for part, members in layout(cfg).items()
+    }
+    manifest = Manifest(cfg=cfg, dtype="bfloat16", original=Original(), source="test", parts=parts)
+    folder = write_config(tmp_path / "converted")
+    (tmp_path / "converted" / "manifest.json").write_text(manifest.to_json())
+    assert read_config_of(folder) == cfg
+
+
+def test_a_hub_id_downloads_the_config_alone(tmp_path, monkeypatch):
+    write_config(tmp_path)
+    asked = []
+
+    def download(repo: str, filename: str) -> str:
+        asked.append((repo, filename))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert read_config_of("someone/Model-1.0") == SMALL
+    assert asked == [("someone/Model-1.0", "config.json")]
+
+
+def test_the_hub_out_of_reach(monkeypatch):
+    import huggingface_hub.errors as errors
+
+    def unreachable(*_: str) -> str:
+        raise errors.LocalEntryNotFoundError("cannot find it\nmore of that")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    with pytest.raises(CheckpointError, match=r"no folder no/such, .*\(cannot find it\): .* or give a folder's path"):
+        read_config_of("no/such")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("", "no folder"),
+        ("not here", "no folder not here, and it is not a hub id"),
+        ("synthetic:flash?layers=0", "layers must be 1 to 1000"),
+        ("synthetic:nothing", "no synthetic model 'nothing'"),
+    ],
+)
+def test_sources_that_are_none(source, words):
+    with pytest.raises(CheckpointError, match=words):
+        read_config_of(source)
+
+
+def test_files_are_refused(tmp_path):
+    for name, words in (("model.bin", "pickle"), ("model.safetensors", "give the folder")):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(CheckpointError, match=words):
+            read_config_of(str(tmp_path / name))
+
+
+def test_configs_that_cannot_be_run_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        read_config_of(str(tmp_path))
+    with pytest.raises(ConfigError, match="model_type"):
+        read_config_of(write_config(tmp_path, model_type="llama"))
+    with pytest.raises(CheckpointError, match="quantised"):
+        read_config_of(write_config(tmp_path, quantization_config={"quant_method": "awq"}))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--gpu", "h101"], "no card 'h101' (did you mean h100?)"),
+        (["--gpu", "h100x3"], "20 attention heads do not divide over 3 devices (possible: [1, 2, 4, 5, 10, 20])"),
+        (["--gpu", "h100", "--context", "202753"], "context must be 1 to 202,752"),
+        (["--gpu", "h100", "--sequences", "0"], "sequences must be at least 1"),
+        (["--gpu", "h100", "--mesh", "4"], "write --gpu h100x4"),
+        (["--gpu", "h100", "--memory-fraction", "1.5"], "--memory-fraction must be in (0, 1]"),
+        (["--mesh", "9"], "mesh=9 asked for, but 8 cpu device(s) are there"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(refused, args, words):
+    err = refused("--model", FLASH, *args)
+    assert err.splitlines()[-1].startswith("error: ")
+    assert words in err
+
+
+@pytest.mark.parametrize("args", [["--dtype", "int4"], ["--context", "long"], ["--nonsense"]])
+def test_bad_usage_is_exit_code_2(args):
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code == 2
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for text in ("python -m glm_jax.plan --model synthetic:flash --gpu h100", "--context", "for memory only", *gpus()):
+        assert text in out
