@@ -238,7 +238,7 @@ def test_save_equal_parameters_twice(folders, tmp_path):
 def test_save_over_another_needs_force(folders, tmp_path):
     cfg, params, _ = checkpoint.load(folders["huggingface"], dtype="float32")
     checkpoint.save(tmp_path / "saved", cfg, params)
-    changed = jax.tree.map(lambda x: x + 1, params)
+    changed = jax.tree.map(lambda x: np.asarray(x) + 1, params)
     with pytest.raises(CheckpointError, match="--force"):
         checkpoint.save(tmp_path / "saved", cfg, changed)
     checkpoint.save(tmp_path / "saved", cfg, changed, force=True)
