@@ -76,7 +76,8 @@ def _moe_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     }
     for expert in range(experts):
         shapes |= _swiglu(f"mlp.experts.{expert}", wide, inner)
-    return shapes | _swiglu("mlp.shared_experts", wide, inner * config["n_shared_experts"])
+    shared = config["n_shared_experts"]
+    return shapes | (_swiglu("mlp.shared_experts", wide, inner * shared) if shared else {})
 
 
 def _mtp_shapes(config: Mapping[str, Any], own: bool) -> dict[str, tuple[int, ...]]:
@@ -192,8 +193,8 @@ def _block(tensors: Mapping[str, Any], cfg: Config, members: range, kind: str) -
     parts = ("gate", "up", "down")
     if kind == "dense":
         return out | {"mlp": {"norm": norm} | {part: stack(f"mlp.{part}_proj.weight") for part in parts}}
-    shared = {f"shared_{part}": stack(f"mlp.shared_experts.{part}_proj.weight") for part in parts}
-    shared = shared if cfg.n_shared_experts else {}
+    shared_parts = parts if cfg.n_shared_experts else ()
+    shared = {f"shared_{part}": stack(f"mlp.shared_experts.{part}_proj.weight") for part in shared_parts}
     router = {"router": stack("mlp.gate.weight"), "router_bias": stack("mlp.gate.e_score_correction_bias")}
     return out | {"moe": {"norm": norm} | router | {part: experts(part) for part in parts} | shared}
 

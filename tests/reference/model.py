@@ -26,7 +26,13 @@ class Reference:
     ) -> None:
         self.dtype = np.dtype(dtype)
         self.tensors = {name: np.asarray(value).astype(self.dtype) for name, value in tensors.items()}
-        self.config: dict[str, Any] = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, **config}
+        self.config: dict[str, Any] = {
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "n_shared_experts": 1,
+            **config,
+        }
         self.layers: int = config["num_hidden_layers"]
         self.kinds = layer_kinds(config)
         self.theta = rope_theta(config)
@@ -147,7 +153,8 @@ class Reference:
         routed = np.zeros_like(x)
         for expert in np.flatnonzero(weights.any(axis=0)):
             routed += weights[:, expert, None] * self._swiglu(f"{mlp}.experts.{expert}", x)
-        return self._point(f"{name}.experts", routed) + self._swiglu(f"{mlp}.shared_experts", x)
+        routed = self._point(f"{name}.experts", routed)
+        return routed + self._swiglu(f"{mlp}.shared_experts", x) if self.config["n_shared_experts"] else routed
 
     def _swiglu(self, name: str, x: Array) -> Array:
         gate, up, down = (self.tensors[f"{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
