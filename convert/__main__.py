@@ -31,7 +31,7 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0 done, 2 for bad input."""
+    """Runs the command; returns its exit code: 0 done, 2 for bad input, 130 stopped from the keyboard."""
     options = tyro.cli(Options, args=arguments, prog="python -m convert")
     # Conversion is the host's work: leave accelerators, and most of their memory, to others.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -50,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     except GlmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where this one was", file=sys.stderr)
+        return 130
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
     kept = f" ({report.kept} of {report.kept + report.written} parts were there already)" if report.kept else ""

@@ -7,6 +7,7 @@ together, because a checkpoint with one wrong name usually has a hundred.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from convert.transforms import HEADS, WHOLE, Transform
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 
+_MOST_MISSING = 10_000
 FLOATS = ("BF16", "F16", "F32")
 
 
@@ -232,7 +234,9 @@ def assign(cfg: Config, entries: Mapping[str, TensorEntry], aliases: Mapping[str
 
 
 def _missing(matcher: Matcher, filled: set[Slot]) -> list[str]:
-    return [tensor.name for tensor in matcher.expected() if not filled.issuperset(tensor.fills())]
+    names = (tensor.name for tensor in matcher.expected() if not filled.issuperset(tensor.fills()))
+    # A config may claim a billion experts.
+    return list(itertools.islice(names, _MOST_MISSING))
 
 
 def _twice(filled: Sequence[tuple[Slot, Tensor]]) -> list[str]:
@@ -256,9 +260,13 @@ def _report(*, unknown: list[str], missing: list[str], twice: list[str], shapes:
         "of the wrong shape": shapes,
         f"of a dtype that weights cannot have (known are {', '.join(FLOATS)})": dtypes,
     }
-    problems = [f"{len(items)} {title}: {listing(items)}" for title, items in groups.items() if items]
+    problems = [f"{_count(items)} {title}: {listing(items)}" for title, items in groups.items() if items]
     if problems:
         raise CheckpointError("the checkpoint's tensors do not fit its config.json.\n  " + "\n  ".join(problems))
+
+
+def _count(items: Sequence[str]) -> str:
+    return f"{len(items)}" if len(items) < _MOST_MISSING else f"at least {_MOST_MISSING}"
 
 
 def split(tensor: Tensor, array: np.ndarray[Any, np.dtype[Any]], slot: Slot) -> np.ndarray[Any, np.dtype[Any]]:

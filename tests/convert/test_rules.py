@@ -169,6 +169,13 @@ def test_long_lists_are_cut_and_counted():
     assert len(text) < 2000
 
 
+def test_absurd_configs_end_soon():
+    cfg, entries = small()
+    text = problems(cfg.replace(n_routed_experts=10**9), entries)
+    assert "at least 10000 missing: model.layers.1.mlp.experts.7.gate_proj.weight" in text
+    assert "model.layers.1.mlp.gate.weight is [7, 40], the config needs [1000000000, 40]" in text
+
+
 def test_one_expert_short():
     cfg, entries = small()
     del entries["model.layers.2.mlp.experts.6.up_proj.weight"]
