@@ -1,0 +1,1 @@
+"""How the built-in miniature is made: data, tokenizer, training, evaluation and card."""

@@ -1,0 +1,58 @@
+"""The model card and the training curve, made from what was measured and logged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.tiny_recipe.corpus import LibraryFile
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+METRICS, CARD, CURVE, TASKS = "metrics.json", "README.md", "training.png", "heldout_chat.jsonl"
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The records of a run's log."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_curve(path: Path, log: Sequence[dict[str, float]]) -> None:
+    """Losses over tokens, and the bits per byte of the held-out slice."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, label in (("code", "library code"), ("chat", "conversations"), ("draft", "prediction layer")):
+        points = [(r["tokens"] / 1e6, r[name]) for r in log if r.get(name)]
+        left.plot(*zip(*points, strict=True), label=label, linewidth=1)
+    left.set(xlabel="million tokens", ylabel="loss (nats per token)")
+    left.legend(fontsize=8)
+    points = [(r["tokens"] / 1e6, r["bpb"]) for r in log if "bpb" in r]
+    right.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1)
+    right.set(xlabel="million tokens", ylabel="bits per byte, held-out slice")
+    figure.savefig(path, dpi=90)
+
+
+def card(metrics: dict[str, Any], held_out: Sequence[LibraryFile]) -> str:
+    """The card's text."""
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        **metrics,
+        kinds=_kinds(metrics["chat"]["by_kind"]),
+        loads=_loads(metrics["expert_load"]),
+        files="\n".join(f"{file.sha256}  {file.name}" for file in held_out),
+        tasks_file=TASKS,
+        curve_file=CURVE,
+    )
+
+
+def _kinds(by_kind: dict[str, float]) -> str:
+    cells = [f"{kind.replace('_', ' ')} | {share:.0%}" for kind, share in by_kind.items()]
+    half = (len(cells) + 1) // 2
+    right = [*cells[half:], *[" | "] * (2 * half - len(cells))]
+    return "\n".join(f"| {a} | | {b} |" for a, b in zip(cells[:half], right, strict=True))
+
+
+def _loads(loads: dict[str, dict[str, float]]) -> str:
+    return "\n".join(f"| {name} | {load['busiest']:.2f} | {load['idlest']:.2f} |" for name, load in loads.items())

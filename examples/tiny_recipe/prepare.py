@@ -1,0 +1,38 @@
+"""What a run makes before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+from tokenizers import Tokenizer
+
+from examples.tiny_recipe.chat import Render, draw_conversation
+from examples.tiny_recipe.corpus import LibraryFile
+from examples.tiny_recipe.tokenizer import train_tokenizer
+
+CONVERSATIONS = 4000
+
+
+def tokenizer_in(folder: Path, training: Sequence[LibraryFile], render: Render) -> Tokenizer:
+    """The tokenizer of a run's folder, learnt from the training data the first time."""
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return Tokenizer.from_file(str(path))
+    rng = Random("tokenizer")
+    chat = [draw_conversation(rng).text(render) for _ in range(CONVERSATIONS)]
+    tokenizer = train_tokenizer([f.text for f in training] + chat)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+def probe_texts(held_out: Sequence[LibraryFile], size: int) -> list[str]:
+    """The beginnings of some held-out files, about ``size`` characters in all."""
+    texts: list[str] = []
+    for file in held_out[::4]:
+        texts.append(file.text[:3000])
+        if sum(map(len, texts)) >= size:
+            break
+    return texts
