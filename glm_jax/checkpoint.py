@@ -29,7 +29,7 @@ from glm_jax.params import Tree, abstract_params, init_params, leaves
 from glm_jax.quant import Bfloat16Bits
 from glm_jax.sharding import Rules
 
-__all__ = ["SourceInfo", "WeightSource", "load", "load_params", "open_source", "save"]
+__all__ = ["Form", "SourceInfo", "WeightSource", "load", "load_params", "open_source", "save"]
 
 
 def load(

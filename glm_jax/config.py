@@ -71,9 +71,9 @@ class LayerRun:
 class Config:
     """Architecture of one model; frozen and hashable, so it can be a static argument of ``jax.jit``.
 
-    ``latent_eps`` is the epsilon of the two norms inside the attention (``q_a``, ``kv_a``): transformers uses 1e-6 there,
-    vLLM, SGLang and llama.cpp use ``rms_norm_eps``. ``mtp_own_embeddings`` says that the prediction layer's copies of the
-    embedding and of the head differ from the model's and are kept.
+    ``latent_eps`` is the epsilon of the two norms inside the attention (``q_a``, ``kv_a``): transformers uses 1e-6
+    there, vLLM, SGLang and llama.cpp use ``rms_norm_eps``. ``mtp_own_embeddings`` says that the prediction layer's
+    copies of the embedding and of the head differ from the model's and are kept.
 
     Raises:
         ConfigError: if a value is impossible; the message names all of them.
@@ -195,7 +195,7 @@ class Config:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``config.json`` of this model, readable by transformers and by serving engines (both spellings at once)."""
+        """The ``config.json`` of this model, readable by transformers and serving engines (both spellings at once)."""
         names = [*_REQUIRED, *_DEFAULTS]
         leading = next((i for i, kind in enumerate(self.mlp_layer_types) if kind == "sparse"), self.num_hidden_layers)
         only_leading = "dense" not in self.mlp_layer_types[leading:]
@@ -286,7 +286,8 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ConfigError(
-                f"rope type {kind!r} is not supported: GLM-4.7-Flash has no rope scaling (its context is 202,752 tokens without it)"
+                f"rope type {kind!r} is not supported: GLM-4.7-Flash has no rope scaling "
+                "(its context is 202,752 tokens without it)"
             )
         unknown = [name for name, value in rope.items() if name not in _ROPE_KEYS and value is not None]
         if unknown:
@@ -322,7 +323,8 @@ def _require_int(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be a non-negative integer, not {value!r}")
 
 
-_POSITIVE = tuple(key for key in _REQUIRED if key != "qk_nope_head_dim") + (
+_POSITIVE = (
+    *(key for key in _REQUIRED if key != "qk_nope_head_dim"),
     "max_position_embeddings",
     "n_group",
     "topk_group",

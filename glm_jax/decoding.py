@@ -18,8 +18,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from glm_jax.cache import LatentCache
+from glm_jax.compile_cache import compile_notice
 from glm_jax.completion import Piece, Timing, TokenLogprob
 from glm_jax.errors import GlmError
+from glm_jax.memory import PREFILL_CHUNK
 from glm_jax.model import GLM
 from glm_jax.rows import Row
 from glm_jax.sampling import SamplerState
@@ -30,15 +32,19 @@ from glm_jax.steps import (
     begin,
     bucket,
     chunk_logits,
-    compile_notice,
     decode_steps,
+    mtp_logits,
     prefill_chunk,
 )
 
-PREFILL_CHUNK = 512
+PREFILL_TOKENS = 8192  # of all rows
+LOGITS_TOKENS = 1024  # with the logits of each: 600 MB of GLM-4.7-Flash's
 STEPS = 64  # width of a burst's buffer
 _BURST_SECONDS = 0.25  # how long the host may wait for a burst: what Ctrl-C waits for
 _SMALLEST_CACHE = 128
+_SMALLEST_CHUNK = 16
+
+Prompts = Sequence[Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +57,8 @@ class Runner:
         mesh: of the parameters, or None for one device.
         cache_dtype: of the latent cache.
         valid_vocab: ids from here on are never drawn.
+        unused_ids: nor are these.
+        eos_ids: end a row unless it ignores them.
         max_len: longest row, prompt and completion together.
     """
 
@@ -59,6 +67,8 @@ class Runner:
     mesh: Mesh | None
     cache_dtype: Any
     valid_vocab: int
+    unused_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...]
     max_len: int
 
     def placed(self) -> contextlib.AbstractContextManager[Any]:
@@ -85,7 +95,7 @@ class Runner:
         started = time.perf_counter()
         with self.placed():
             state, written = self._start(rows)
-            pieces = self._feed(rows, state, written)
+            pieces = _feed(rows, state, written)
         timing.prefill_s += time.perf_counter() - started
         timing.first_token_s = timing.first_token_s or timing.prefill_s
         timing.prompt_tokens += sum(len(prompt) for prompt in {row.prompt_ids for row in rows})
@@ -101,11 +111,9 @@ class Runner:
         while not all(row.finish for row in rows):
             started = time.perf_counter()
             with self.placed():
-                key = (self.model, state.tokens.shape[0], state.cache.capacity, state.sampler.features)
-                with compile_notice(f"decoding for {key[1]} row(s) of {key[2]:,} tokens", ("decode", key)):
-                    state, written = decode_steps(self.model, self.params, state, np.int32(limit), steps=STEPS)
-                pieces = self._feed(rows, state, written)
-                state = self._stop_ended(rows, state)
+                state, written = self._burst(state, limit)
+                pieces = _feed(rows, state, written)
+                state = _stop_ended(rows, state)
             seconds = time.perf_counter() - started
             timing.decode_s += seconds
             timing.completion_tokens += sum(len(piece.token_ids) for _, piece in pieces)
@@ -113,91 +121,92 @@ class Runner:
             if not stream:
                 limit = int(np.clip(limit * _BURST_SECONDS / seconds, 1, min(STEPS, 2 * limit)))
 
+    def _burst(self, state: DecodeState, limit: int) -> tuple[DecodeState, Written]:
+        rows, slots = state.cache.batch, state.cache.capacity
+        key = ("decode", self.model, rows, slots, state.sampler.features)
+        with compile_notice(f"decoding for {rows} row(s) of {slots:,} tokens", key):
+            return decode_steps(self.model, self.params, state, np.int32(limit), steps=STEPS)
+
     def _start(self, rows: Sequence[Row]) -> tuple[DecodeState, Written]:
-        prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
-        slots = max(len(row.prompt_ids) + row.budget for row in rows)
-        cache, logits, lengths = self.prefill(prompts, slots)
         count = bucket(len(rows))
+        padded = [*rows, *[rows[-1]] * (count - len(rows))]
+        sampler = self._sampler(padded)  # refuses what is impossible before anything runs
+        prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
+        cache, logits, lengths = self.prefill(prompts, max(len(row.prompt_ids) + row.budget for row in rows))
         if len(prompts) < len(rows):
             # Completions of one prompt each get a copy of its cache.
             order = {prompt: i for i, prompt in enumerate(prompts)}
             of_row = np.asarray([order[row.prompt_ids] for row in rows] + [0] * (count - len(rows)), np.int32)
             cache, logits, lengths = LatentCache(cache.data[:, of_row]), logits[of_row], lengths[of_row]
-        padded = [*rows, *[rows[-1]] * (count - len(rows))]
-        sampler = SamplerState.create(
-            [row.params for row in padded],
-            [row.seed for row in padded],
-            [row.prompt_ids for row in padded],
-            vocab_size=self.model.cfg.vocab_size,
-            valid_vocab=self.valid_vocab,
-            eos_ids=self.model.cfg.eos_token_ids,
-        )
         budgets = np.asarray([row.budget for row in padded], np.int32)
         filler = np.arange(count) >= len(rows)
         with compile_notice("sampling", ("begin", self.model, cache.data.shape, sampler.features)):
             return begin(cache, logits, lengths, budgets, filler, sampler)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], slots: int) -> tuple[LatentCache, jax.Array, np.ndarray]:
+    def _sampler(self, rows: Sequence[Row]) -> SamplerState:
+        return SamplerState.create(
+            [row.params for row in rows],
+            [row.seed for row in rows],
+            [row.prompt_ids for row in rows],
+            vocab_size=self.model.cfg.vocab_size,
+            valid_vocab=self.valid_vocab,
+            unused_ids=self.unused_ids,
+            eos_ids=self.eos_ids,
+        )
+
+    def prefill(self, prompts: Prompts, slots: int) -> tuple[LatentCache, jax.Array, np.ndarray]:
         """Prompts into a new cache, chunk by chunk, so that memory does not grow with their length.
 
         Returns:
-            The cache, logits float32 ``[P, V]`` of each prompt's last token, and lengths int32 ``[P]``, with P padded to
+            The cache, logits float32 ``[P, V]`` of each prompt's last token, and lengths int32 ``[P]``; P is padded to
             a power of two.
         """
-        count, longest = bucket(len(prompts)), max(map(len, prompts))
+        count = bucket(len(prompts))
         lengths = np.asarray([len(p) for p in prompts] + [1] * (count - len(prompts)), np.int32)
         cache = self.cache(count, slots)
         logits = jnp.zeros((count, self.model.cfg.vocab_size), jnp.float32)
-        for start, tokens in chunks(prompts, count, longest):
-            key = (self.model, tokens.shape, cache.capacity)
-            with compile_notice(f"prefill of {count} x {tokens.shape[1]} tokens", ("prefill", key)):
+        for start, tokens in chunks(prompts, count, PREFILL_TOKENS // count):
+            key = ("prefill", self.model, tokens.shape, cache.capacity)
+            with compile_notice(f"prefill of {count} x {tokens.shape[1]} tokens", key):
                 cache, logits = prefill_chunk(self.model, self.params, cache, logits, tokens, np.int32(start), lengths)
         return cache, logits, lengths
 
-    def all_logits(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Logits of every token of every row, float32 ``[T, V]`` each, on the host."""
-        count, longest = bucket(len(prompts)), max(map(len, prompts))
-        out: list[list[np.ndarray]] = [[] for _ in prompts]
+    def all_logits(self, prompts: Prompts) -> list[np.ndarray]:
+        """Logits of every token of every row, float32 ``[T, V]`` each, on the host; some rows at a time."""
+        width = min(PREFILL_CHUNK, bucket(max(map(len, prompts)), _SMALLEST_CHUNK))
+        together = min(max(1, LOGITS_TOKENS // width), bucket(len(prompts)))
+        groups = [prompts[i : i + together] for i in range(0, len(prompts), together)]
         with self.placed():
-            cache = self.cache(count, longest)
-            for start, tokens in chunks(prompts, count, longest):
-                key = (self.model, tokens.shape, cache.capacity)
-                with compile_notice(f"logits of {count} x {tokens.shape[1]} tokens", ("logits", key)):
-                    cache, logits = chunk_logits(self.model, self.params, cache, tokens, np.int32(start))
-                host = np.asarray(logits)
-                for row, prompt in enumerate(prompts):
-                    if len(prompt) > start:
-                        out[row].append(host[row, : len(prompt) - start])
+            return [row for group in groups for row in self._group_logits(group, together)]
+
+    def mtp_logits(self, prompt: Sequence[int]) -> np.ndarray:
+        """The prediction layer's logits of one row, float32 ``[T, V]``, on the host."""
+        tokens = np.zeros((1, bucket(len(prompt), _SMALLEST_CHUNK)), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        with self.placed(), compile_notice("the prediction layer", ("mtp", self.model, tokens.shape)):
+            logits = mtp_logits(self.model, self.params, tokens, np.int32(len(prompt)))
+            return np.asarray(logits)[0, : len(prompt)]
+
+    def _group_logits(self, prompts: Prompts, count: int) -> list[np.ndarray]:
+        out: list[list[np.ndarray]] = [[] for _ in prompts]
+        cache = self.cache(count, max(map(len, prompts)))
+        for start, tokens in chunks(prompts, count):
+            key = ("logits", self.model, tokens.shape, cache.capacity)
+            with compile_notice(f"logits of {count} x {tokens.shape[1]} tokens", key):
+                cache, logits = chunk_logits(self.model, self.params, cache, tokens, np.int32(start))
+            host = np.asarray(logits)
+            for row, prompt in enumerate(prompts):
+                if len(prompt) > start:
+                    out[row].append(host[row, : len(prompt) - start])
         return [np.concatenate(parts) for parts in out]
 
-    def _feed(self, rows: Sequence[Row], state: DecodeState, written: Written) -> list[tuple[Row, Piece]]:
-        tokens, finite = jax.device_get((written.tokens, state.finite))
-        numbers = jax.device_get((written.logprobs, written.top_ids, written.top_logprobs))
-        pieces = []
-        for i, row in enumerate(rows):
-            if not finite[i]:
-                raise GlmError("the model's logits are NaN or infinite: load with check=True to find damaged weights")
-            new = tokens[i][tokens[i] >= 0].tolist()
-            wanted = row.params.logprobs
-            logprobs = None if wanted is None else _logprobs(new, *(x[i] for x in numbers), wanted)
-            if not row.finish and (piece := row.feed(new, logprobs)):
-                pieces.append((row, piece))
-        return pieces
 
-    def _stop_ended(self, rows: Sequence[Row], state: DecodeState) -> DecodeState:
-        """Tells the device of rows that only the host saw end, at a stop string."""
-        if not any(row.finish and row.params.stop for row in rows):
-            return state
-        ended = np.ones(state.done.shape, bool)
-        ended[: len(rows)] = [bool(row.finish) for row in rows]
-        return dataclasses.replace(state, done=state.done | ended)
-
-
-def chunks(prompts: Sequence[Sequence[int]], count: int, longest: int) -> Iterator[tuple[int, np.ndarray]]:
+def chunks(prompts: Prompts, count: int, widest: int = PREFILL_CHUNK) -> Iterator[tuple[int, np.ndarray]]:
     """Columns of the right-padded prompts, as (first position, int32 ``[count, C]``) with few different ``C``."""
-    start = 0
+    start, longest = 0, max(map(len, prompts))
+    widest = min(max(widest, _SMALLEST_CHUNK), PREFILL_CHUNK)
     while start < longest:
-        width = min(PREFILL_CHUNK, bucket(longest - start, 16))
+        width = min(widest, bucket(longest - start, _SMALLEST_CHUNK))
         block = np.zeros((count, width), np.int32)
         for row, prompt in enumerate(prompts):
             part = prompt[start : start + width]
@@ -206,12 +215,36 @@ def chunks(prompts: Sequence[Sequence[int]], count: int, longest: int) -> Iterat
         start += width
 
 
-def _logprobs(tokens: list[int], chosen: Any, ids: Any, values: Any, count: int) -> list[TokenLogprob]:
-    return [
-        TokenLogprob(
-            token,
-            float(chosen[j]),
-            tuple((int(i), float(v)) for i, v in zip(ids[j][:count], values[j][:count], strict=True) if i >= 0),
-        )
-        for j, token in enumerate(tokens)
+def _feed(rows: Sequence[Row], state: DecodeState, written: Written) -> list[tuple[Row, Piece]]:
+    """Hands each row what was written to it; waits for the device."""
+    finite, new = jax.device_get((state.finite, written))
+    if not all(finite[: len(rows)]):
+        raise GlmError("the model's logits are NaN or infinite: load with check=True to find damaged weights")
+    pieces = []
+    for i, row in enumerate(rows):
+        if not row.finish and (piece := row.feed(*_new_tokens(row, i, new))):
+            pieces.append((row, piece))
+    return pieces
+
+
+def _new_tokens(row: Row, i: int, new: Written) -> tuple[list[int], list[TokenLogprob] | None]:
+    numbers = np.asarray(new.tokens[i])
+    tokens: list[int] = numbers[numbers >= 0].tolist()
+    wanted = row.params.logprobs
+    if wanted is None or new.logprobs is None or new.top_ids is None or new.top_logprobs is None:
+        return tokens, None
+    chosen, ids, values = new.logprobs[i].tolist(), new.top_ids[i].tolist(), new.top_logprobs[i].tolist()
+    tops = [
+        tuple((t, v) for t, v in zip(ids[j][:wanted], values[j][:wanted], strict=True) if t >= 0)
+        for j in range(len(tokens))
     ]
+    return tokens, [TokenLogprob(token, chosen[j], tops[j]) for j, token in enumerate(tokens)]
+
+
+def _stop_ended(rows: Sequence[Row], state: DecodeState) -> DecodeState:
+    """Tells the device of rows that only the host saw end, at a stop string."""
+    if not any(row.finish and row.params.stop for row in rows):
+        return state
+    ended = np.ones(state.done.shape, bool)
+    ended[: len(rows)] = [bool(row.finish) for row in rows]
+    return dataclasses.replace(state, done=state.done | ended)

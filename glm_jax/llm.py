@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +13,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from glm_jax import checkpoint, prompts, steps
-from glm_jax.checkpoint import SourceInfo
+from glm_jax.answers import AnswerFormat, ChatStream
+from glm_jax.checkpoint import Form, SourceInfo
+from glm_jax.companions import Companions
 from glm_jax.compile_cache import use_compile_cache
-from glm_jax.completion import ChatCompletion, Completion, Piece, Score, Timing
+from glm_jax.completion import Completion, Piece, Score, Timing
 from glm_jax.config import Config
 from glm_jax.decoding import Runner
-from glm_jax.errors import GlmError, SamplingError
+from glm_jax.errors import GlmError, PromptError, SamplingError, ShardingError
+from glm_jax.memory import plan_on
 from glm_jax.model import GLM
 from glm_jax.prompts import Prompt
+from glm_jax.requests import Requests
 from glm_jax.rows import Row
-from glm_jax.sampling import SamplingParams, completion_seeds
+from glm_jax.sampling import SamplingParams
 from glm_jax.sharding import Rules, make_mesh, preset
-from glm_jax.text import Delta, OutputParser, Tokenizer, opens_thinking, parse_output, read_template, render_chat
+from glm_jax.text import render_chat
 
 _MAX_ROWS = 64
+_DTYPES = ("bfloat16", "float32")
 
 
 class LLM:
@@ -40,6 +44,7 @@ class LLM:
         mesh: the devices, or None for one.
         tokenizer: text to ids and back.
         defaults: sampling options used where a call gives none (from the checkpoint's generation_config.json).
+        eos_ids: tokens that end a completion.
         max_model_len: longest prompt and completion together.
         timing: of the last call.
     """
@@ -48,28 +53,25 @@ class LLM:
         self,
         cfg: Config,
         params: steps.Params,
+        companions: Companions,
         *,
-        tokenizer: Tokenizer,
         info: SourceInfo | None = None,
         rules: Rules = Rules(),
         mesh: Mesh | None = None,
         cache_dtype: Any = None,
         max_model_len: int | None = None,
-        defaults: SamplingParams | None = None,
-        template: str | None = None,
         seed: int | None = None,
     ) -> None:
-        self.config, self.mesh, self.tokenizer = cfg, mesh, tokenizer
+        self.config, self.mesh = cfg, mesh
         self.model = GLM(cfg, rules)
-        self.defaults = defaults or SamplingParams()
+        self.tokenizer, self.defaults, self.eos_ids = companions.tokenizer, companions.defaults, companions.eos_ids
         self.max_model_len = min(max_model_len or cfg.max_position_embeddings, cfg.max_position_embeddings)
         self.timing = Timing()
         self._params: steps.Params | None = params
-        # XLA:CPU would widen a bfloat16 cache as a whole at every layer; float32 holds the same values.
-        on_cpu = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform == "cpu"
-        self._cache_dtype = cache_dtype or (jnp.dtype(jnp.float32) if on_cpu else params["embed"].dtype)
-        self._template, self._info = template, info
-        self._random = random.Random(seed) if seed is not None else random.SystemRandom()
+        self._cache_dtype = jnp.dtype(cache_dtype or _cache_dtype(mesh, params["embed"].dtype))
+        self._template, self._info = companions.template, info
+        seeds = random.SystemRandom() if seed is None else random.Random(seed)
+        self._requests = Requests(companions=companions, vocab=cfg.vocab_size, max_len=self.max_model_len, seeds=seeds)
 
     @classmethod
     def load(
@@ -92,7 +94,8 @@ class LLM:
             source: "tiny" (the built-in miniature), a Hugging Face folder or hub id, a converted folder, or
                 "synthetic:flash?layers=4&seed=0" (random weights, full width).
             dtype: "bfloat16" or "float32", of weights and activations.
-            cache_dtype: of the latent cache; that of the weights unless given.
+            cache_dtype: "bfloat16" or "float32", of the latent cache; unless given that of the weights, and float32
+                on a CPU.
             mesh: number of devices, or a mesh with axes ("data", "model"); one device unless given.
             sharding: layout on the mesh, "latency" (the default: heads and widths split) or "replicated".
             max_model_len: longest prompt and completion together; "auto" is what the model and the memory allow.
@@ -107,28 +110,33 @@ class LLM:
             MemoryPlanError: if it cannot fit, with the arithmetic.
         """
         use_compile_cache()
-        if dtype not in ("bfloat16", "float32"):
-            raise GlmError(f'dtype must be "bfloat16" or "float32", not {dtype!r}')
+        for name, value in (("dtype", dtype), ("cache_dtype", cache_dtype or "float32")):
+            if value not in _DTYPES:
+                raise GlmError(f"{name} must be {' or '.join(_DTYPES)}, not {value!r}")
         weights = checkpoint.open_source(source, dtype=dtype)
-        rules = preset(sharding or ("latency" if mesh not in (None, 1) else "replicated"))
-        devices = None if mesh is None else make_mesh(mesh)
-        limit = _context_limit(weights.cfg, max_model_len)
+        asked = _context_limit(weights.cfg, max_model_len)
+        companions = Companions.read(weights.cfg, weights.info.folder)  # cheap, and may be what is missing
+        rules, devices = _layout(mesh, sharding)
+        cache_dtype = cache_dtype or _cache_dtype(devices, dtype)
+        planned = plan_on(
+            weights.cfg,
+            devices or jax.devices()[:1],
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            rules=rules,
+            context=asked,
+        ).require()
         show = weights.total_bytes() > 1 << 30 if progress is None else progress
         cfg, params, info = checkpoint.load(weights, dtype=dtype, rules=rules, mesh=devices, check=check, progress=show)
-        if latent_eps is not None:
-            cfg = cfg.replace(latent_eps=latent_eps)
-        folder = info.folder
         return cls(
-            cfg,
+            cfg if latent_eps is None else cfg.replace(latent_eps=latent_eps),
             params,
-            tokenizer=prompts.load_tokenizer(cfg, folder),
+            companions,
             info=info,
             rules=rules,
             mesh=devices,
-            cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype),
-            max_model_len=limit,
-            defaults=_generation_defaults(folder),
-            template=None if folder is None else read_template(folder),
+            cache_dtype=cache_dtype,
+            max_model_len=asked or planned.max_context,
             seed=seed,
         )
 
@@ -144,12 +152,6 @@ class LLM:
         """Replaces the parameters, by fine-tuned ones for example."""
         self._params = params
 
-    @overload
-    def generate(self, prompts: Prompt, params: SamplingParams | None = None, **options: Any) -> Any: ...
-    @overload
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, **options: Any
-    ) -> list[Any]: ...
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **options: Any) -> Any:
         """Completes one prompt or many.
 
@@ -159,16 +161,16 @@ class LLM:
             options: single sampling options, over ``params``.
 
         Returns:
-            A :class:`~glm_jax.completion.Completion` for one prompt, a list for a list; with ``n > 1`` a list of ``n`` in
-            place of each.
+            A :class:`~glm_jax.completion.Completion` for one prompt, a list for a list; with ``n > 1`` a list of ``n``
+            in place of each. Without a seed each prompt draws its own; a seed that is given holds for every prompt.
 
         Raises:
             PromptError: if a prompt is empty or longer than the context.
             SamplingError: if an option is impossible.
         """
-        many, ids = self._ids(prompts)
-        chosen = self._params_of(params, options)
-        rows = [row for order, prompt in enumerate(ids) for row in self._rows(prompt, chosen, order)]
+        many, ids = self._requests.ids(prompts)
+        chosen = self._requests.sampling(params, options)
+        rows = [row for order, prompt in enumerate(ids) for row in self._requests.rows(prompt, chosen, order)]
         self._finish(rows)
         results: list[list[Completion]] = [[] for _ in ids]
         for row in rows:
@@ -179,10 +181,13 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[Piece]:
         """Completes one prompt piece by piece; leaving the loop, or Ctrl-C, ends it and leaves the model usable.
 
-        Arguments as in :meth:`generate`.
+        Arguments as in :meth:`generate`. With ``n > 1`` the pieces of all completions come as they are written; their
+        ``index`` tells them apart.
         """
-        _, ids = self._ids([prompt])
-        rows = self._rows(ids[0], self._params_of(params, options), 0)
+        many, ids = self._requests.ids(prompt)
+        if many:
+            raise PromptError("a stream has one prompt; generate takes a list")
+        rows = self._requests.rows(ids[0], self._requests.sampling(params, options))
         self.timing = Timing()
         return (piece for _, piece in self._runner().run(rows, self.timing, stream=True))
 
@@ -202,27 +207,34 @@ class LLM:
             messages: in OpenAI's form.
             params: sampling options.
             tools: functions the model may call, in OpenAI's form.
-            tool_choice: "auto" or "none" (calls are left out).
+            tool_choice: "auto"; "none" leaves calls out; a function's object leaves calls of any other out. Nothing
+                forces the model to call.
             stream: yield :class:`~glm_jax.text.Delta` pieces instead of returning the whole.
             options: sampling options, and switches of the chat template such as ``enable_thinking=False``.
 
         Returns:
-            A :class:`~glm_jax.completion.ChatCompletion` (a list of them with ``n > 1``), or an iterator of deltas.
+            A :class:`~glm_jax.completion.ChatCompletion` (a list of them with ``n > 1``), or an iterator of deltas,
+            whose attribute ``completion`` is that of the whole answer at the end.
+
+        Raises:
+            PromptError: if the conversation, a tool or a switch is malformed, or the prompt too long.
+            SamplingError: if an option is impossible.
         """
         sampling = {name: value for name, value in options.items() if name in prompts.SAMPLING_OPTIONS}
         switches = {name: value for name, value in options.items() if name not in sampling}
         prompt = render_chat(messages, tools, template=self._template, **switches)
-        thinking = opens_thinking(prompt)
-        tool_choice = tool_choice if tools else "none"  # without tools, their tags are text
+        answer = AnswerFormat.of(prompt, tools, tool_choice)
+        chosen = self._requests.sampling(params, sampling)
         if stream:
-            return self._stream_chat(prompt, params, OutputParser(tools, tool_choice, thinking), sampling)
-        done = self.generate(prompt, params, **sampling)
-        answers = [_answer(c, tools, tool_choice, thinking) for c in (done if isinstance(done, list) else [done])]
-        return answers if isinstance(done, list) else answers[0]
+            if chosen.n > 1:
+                raise SamplingError("a streamed chat has one answer: n must be 1")
+            return ChatStream(self.stream(prompt, chosen), answer.parser())
+        done = self.generate(prompt, chosen)
+        return [answer.whole(each) for each in done] if chosen.n > 1 else answer.whole(done)
 
     def logits(
         self,
-        tokens: Prompt | Sequence[Prompt] | np.ndarray,
+        tokens: Prompt | Sequence[Prompt],
         *,
         trace: Sequence[str] = (),
         edit: Mapping[str, Callable[[jax.Array], jax.Array]] | None = None,
@@ -232,52 +244,55 @@ class LLM:
         Args:
             tokens: text, token ids ``[T]``, or a batch of them.
             trace: activations to return, by name (:func:`glm_jax.model.activation_names`).
-            edit: functions that replace activations by name; pass the same function object again to reuse the compilation.
+            edit: functions that replace activations by name; pass the same function object again to reuse the
+                compilation, of which each length needs one.
 
         Returns:
-            float32 ``[T, V]``; for a batch ``[B, T, V]``, or a list of ``[T, V]`` when the lengths differ. With ``trace``
-            or ``edit`` a pair: the logits, and a dictionary of activations.
+            float32 ``[T, V]``; for a batch ``[B, T, V]``, or a list of ``[T, V]`` when the lengths differ. With
+            ``trace`` or ``edit`` a pair: the logits, and a dictionary of activations.
         """
-        many, ids = self._ids(tokens, room=0)
+        many, ids = self._requests.ids(tokens, room=0)
         if not (trace or edit):
             return _together(self._runner().all_logits(ids), many)
-        batch = prompts.rectangle(ids)
-        runner = self._runner()
-        with runner.placed():
-            logits, recorded = steps.traced_logits(
-                self.model, self.params, batch, tuple(trace), tuple(sorted((edit or {}).items()))
-            )
+        batch, changes = prompts.rectangle(ids), tuple(sorted((edit or {}).items()))
+        with self._runner().placed():
+            logits, recorded = steps.traced_logits(self.model, self.params, batch, tuple(trace), changes)
         host = {name: np.asarray(value) for name, value in recorded.items()}
         if many:
             return np.asarray(logits), host
-        return np.asarray(logits[0]), {name: value[0] for name, value in host.items()}
+        return np.asarray(logits)[0], {name: value[0] for name, value in host.items()}
 
-    def mtp_logits(self, tokens: Prompt | Sequence[Prompt] | np.ndarray) -> Any:
+    def mtp_logits(self, tokens: Prompt | Sequence[Prompt]) -> Any:
         """Logits of the prediction layer, shaped like those of :meth:`logits`.
 
-        Entry ``p`` pairs the model's state at position ``p`` with token ``p + 1`` (the last with the model's argmax) and
-        predicts token ``p + 2``.
+        Entry ``p`` pairs the model's state at position ``p`` with token ``p + 1`` (the last with the model's argmax)
+        and predicts token ``p + 2``.
         """
-        many, ids = self._ids(tokens, room=0)
-        runner = self._runner()
-        with runner.placed():
-            out = [np.asarray(steps.mtp_logits(self.model, self.params, np.asarray([row], np.int32))[0]) for row in ids]
-        return _together(out, many)
+        many, ids = self._requests.ids(tokens, room=0)
+        return _together([self._runner().mtp_logits(row) for row in ids], many)
 
     def score(self, prompt: Prompt, continuation: Prompt) -> Score:
-        """Log-probability of a continuation after a prompt, in the model's own distribution."""
-        _, (before, after) = self._ids([prompt, continuation], room=0)
-        logits = self._runner().all_logits([[*before, *after]])[0][len(before) - 1 : -1]
+        """Log-probability of a continuation after a prompt, in the model's own distribution.
+
+        The two are encoded apart, and their tokens joined.
+        """
+        (before,), (after,) = self._requests.ids(prompt, room=1)[1], self._requests.ids(continuation, room=1)[1]
+        _, (joined,) = self._requests.ids([*before, *after], room=0)
+        logits = self._runner().all_logits([joined])[0][len(before) - 1 : -1]
         top = logits.max(axis=-1, keepdims=True)
         logprobs = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
         each = logprobs[np.arange(len(after)), list(after)]
         return Score(float(each.sum()), tuple(each.tolist()), tuple(after))
 
-    def save(self, path: str | Path, *, to: str = "orbax", force: bool = False) -> None:
-        """Writes the model as a converted folder, or with ``to="safetensors"`` as a Hugging Face folder."""
+    def save(self, path: str | Path, *, to: Form = "orbax", force: bool = False) -> None:
+        """Writes the model as a converted folder, or with ``to="safetensors"`` as a Hugging Face folder.
+
+        Raises:
+            CheckpointError: if the folder cannot be written, or holds something else already.
+        """
         if to not in ("orbax", "safetensors"):
             raise GlmError(f'to must be "orbax" or "safetensors", not {to!r}')
-        checkpoint.save(path, self.config, self.params, origin=self._info, to=to, force=force)  # type: ignore[arg-type]
+        checkpoint.save(path, self.config, self.params, origin=self._info, to=to, force=force)
 
     def release(self) -> None:
         """Frees the parameters' memory at once; the object cannot be used afterwards."""
@@ -292,33 +307,10 @@ class LLM:
             mesh=self.mesh,
             cache_dtype=self._cache_dtype,
             valid_vocab=prompts.valid_vocab(self.tokenizer),
+            unused_ids=self.tokenizer.unused_ids,
+            eos_ids=self.eos_ids,
             max_len=self.max_model_len,
         )
-
-    def _ids(self, given: Any, room: int = 1) -> tuple[bool, list[tuple[int, ...]]]:
-        return prompts.encode(given, self.tokenizer, self.config.vocab_size, self.max_model_len - room)
-
-    def _params_of(self, params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
-        if params is not None and not isinstance(params, SamplingParams):
-            raise SamplingError(f"sampling options must be SamplingParams or keywords, not {type(params).__name__}")
-        chosen = (params or self.defaults).replace(**options) if options else (params or self.defaults)
-        return chosen if chosen.seed is not None else chosen.replace(seed=self._random.randrange(2**53))
-
-    def _rows(self, prompt: tuple[int, ...], params: SamplingParams, order: int) -> list[Row]:
-        # Prompts of one call differ in their seeds too, unless the caller fixed one.
-        return [
-            Row(
-                tokenizer=self.tokenizer,
-                prompt_ids=prompt,
-                params=params,
-                seed=seed,
-                budget=min(params.max_tokens, self.max_model_len - len(prompt)),
-                stop_ids=frozenset((() if params.ignore_eos else self.config.eos_token_ids) + params.stop_token_ids),
-                index=index,
-                order=order,
-            )
-            for index, seed in enumerate(completion_seeds(params))
-        ]
 
     def _finish(self, rows: Sequence[Row]) -> None:
         self.timing = Timing()
@@ -327,51 +319,30 @@ class LLM:
             for _ in runner.run(batch, self.timing):
                 pass
 
-    def _stream_chat(
-        self, prompt: str, params: SamplingParams | None, parser: OutputParser, options: Mapping[str, Any]
-    ) -> Iterator[Delta]:
-        if self._params_of(params, options).n > 1:
-            raise SamplingError("a streamed chat has one answer: n must be 1")
-        for piece in self.stream(prompt, params, **options):
-            yield from parser.feed(piece.text)
-        yield from parser.flush()
+
+def _layout(mesh: int | Mesh | None, sharding: str | None) -> tuple[Rules, Mesh | None]:
+    devices = None if mesh is None else make_mesh(mesh)
+    rules = preset(sharding or ("replicated" if mesh in (None, 1) else "latency"))
+    if devices is None and rules.mesh_axes:
+        raise ShardingError(f"sharding={sharding!r} needs devices to split over: give mesh=, the number of them")
+    return rules, devices
 
 
-def _answer(done: Completion, tools: Any, tool_choice: Any, thinking: bool) -> ChatCompletion:
-    reason = done.finish_reason if done.finish_reason in ("length", "abort") else "stop"
-    message = parse_output(done.text, tools=tools, tool_choice=tool_choice, thinking=thinking, finish_reason=reason)
-    return ChatCompletion(
-        text=done.text,
-        token_ids=done.token_ids,
-        finish_reason=message.finish_reason,
-        seed=done.seed,
-        prompt_tokens=done.prompt_tokens,
-        logprobs=done.logprobs,
-        message=message,
-    )
-
-
-def _context_limit(cfg: Config, asked: int | str) -> int:
+def _context_limit(cfg: Config, asked: int | str) -> int | None:
     if asked == "auto":
-        return cfg.max_position_embeddings
+        return None
     if not isinstance(asked, int) or not 1 < asked <= cfg.max_position_embeddings:
         raise GlmError(f'max_model_len must be "auto" or 2 to {cfg.max_position_embeddings:,}, not {asked!r}')
     return asked
+
+
+def _cache_dtype(mesh: Mesh | None, dtype: Any) -> str:
+    """The weights', but on a CPU float32, which holds the same values: XLA:CPU would widen the cache at every layer."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return "float32" if device.platform == "cpu" else jnp.dtype(dtype).name
 
 
 def _together(rows: list[np.ndarray], many: bool) -> Any:
     if not many:
         return rows[0]
     return np.stack(rows) if len({row.shape for row in rows}) == 1 else rows
-
-
-def _generation_defaults(folder: Path | None) -> SamplingParams:
-    path = None if folder is None else folder / "generation_config.json"
-    if path is None or not path.is_file():
-        return SamplingParams()
-    try:
-        return SamplingParams.from_generation_config(json.loads(path.read_bytes()))
-    except (ValueError, AttributeError) as error:
-        if isinstance(error, SamplingError):
-            raise
-        raise GlmError(f"{path} is not valid JSON: {error}") from None

@@ -1,7 +1,7 @@
 """GLM-4.7-Flash as a functional Flax module.
 
-The module only declares its parameters and calls; the mathematics is in :mod:`glm_jax.ops`. ``apply`` is a pure function
-of parameters, tokens and cache::
+The module only declares its parameters and calls; the mathematics is in :mod:`glm_jax.ops`. ``apply`` is a pure
+function of parameters, tokens and cache::
 
     logits, cache = GLM(cfg).apply({"params": params}, tokens, positions=positions, cache=cache)
 """
@@ -80,8 +80,8 @@ class GLM(nn.Module):
             attention: "absorbed" or "expanded" force one form of the same result.
 
         Returns:
-            ``(logits, cache)``, logits float32 ``[B, T, V]`` (``[B, 1, V]`` with ``logits_at``); with ``trace`` or ``edit``
-            also a dictionary of the traced activations.
+            ``(logits, cache)``, logits float32 ``[B, T, V]`` (``[B, 1, V]`` with ``logits_at``); with ``trace`` or
+            ``edit`` also a dictionary of the traced activations.
         """
         hidden, cache, recorded = self._hidden(tokens, positions, cache, trace, edit, attention)
         if logits_at is not None:
@@ -183,7 +183,8 @@ class _Local:
     def __init__(
         self, cfg: Config, rules: Rules, form: Form, trace: tuple[str, ...] = (), edit: Mapping[str, Edit] | None = None
     ) -> None:
-        self.cfg, self.rules, self.form = cfg, rules, form
+        self.cfg, self.rules = cfg, rules
+        self.form: Form = form
         self.trace, self.edit = trace, edit or {}
 
     def hidden(
@@ -226,8 +227,9 @@ def _run(ctx: Context, run: LayerRun, h: jax.Array, cache: Any, w: dict[str, Any
             h, cache = block(ctx, h, cache, w, i, run.start + i, f"block.{run.start + i}")
         return h, cache
 
-    def step(carry, i):  # noqa: ANN001, ANN202
-        return block(ctx, *carry, w, i, run.start + i), None
+    def step(carry: tuple[jax.Array, Any], i: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
+        h, cache = carry
+        return block(ctx, h, cache, w, i, run.start + i), None
 
     (h, cache), _ = jax.lax.scan(step, (h, cache), jnp.arange(run.count, dtype=jnp.int32))
     return h, cache

@@ -16,7 +16,7 @@ from glm_jax.rows import Row
 from glm_jax.sampling import SamplingParams
 from glm_jax.text import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | np.ndarray
 SAMPLING_OPTIONS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
 
@@ -24,7 +24,7 @@ def encode(given: Any, tokenizer: Tokenizer, vocab: int, longest: int) -> tuple[
     """Token ids of one prompt or many.
 
     Args:
-        given: text, ids ``[T]``, or a sequence of these.
+        given: text, ids ``[T]``, or a sequence of these; ids may be an array, ``[T]`` or ``[B, T]``.
         tokenizer: for text.
         vocab: number of ids the model has.
         longest: most tokens a prompt may have.
@@ -35,34 +35,51 @@ def encode(given: Any, tokenizer: Tokenizer, vocab: int, longest: int) -> tuple[
     Raises:
         PromptError: if a prompt is empty, too long, or no prompt at all.
     """
+    given = _plain(given)
     if isinstance(given, str) or _is_ids(given):
-        return False, [_encode_one(given, tokenizer, vocab, longest)]
-    if not isinstance(given, (Sequence, np.ndarray)) or len(given) == 0:
-        raise PromptError(f"a prompt is text, a list of token ids, or a non-empty list of these, not {given!r:.80}")
-    return True, [_encode_one(prompt, tokenizer, vocab, longest) for prompt in given]
+        return False, [_encode_one(given, tokenizer, vocab, longest, "the prompt")]
+    if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
+        raise PromptError(f"a prompt is text, token ids, or a list of these, not {_shown(given)}")
+    if not given:
+        raise PromptError("the prompt is empty: give at least one token, or a list with at least one prompt")
+    names = [f"prompt {i + 1} of {len(given)}" for i in range(len(given))]
+    return True, [
+        _encode_one(_plain(prompt), tokenizer, vocab, longest, name) for prompt, name in zip(given, names, strict=True)
+    ]
+
+
+def _plain(given: Any) -> Any:
+    """Lists of Python numbers for arrays, NumPy's and JAX's alike; anything else as it is."""
+    return np.asarray(given).tolist() if hasattr(given, "__array__") else given
+
+
+def _shown(given: Any) -> str:
+    return f"{type(given).__name__} {given!r:.60}"
 
 
 def _is_ids(given: Any) -> bool:
-    if hasattr(given, "ndim"):
-        return given.ndim == 1
-    return isinstance(given, Sequence) and len(given) > 0 and all(isinstance(i, (int, np.integer)) for i in given)
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes | bytearray) or len(given) == 0:
+        return False
+    return all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in given)
 
 
-def _encode_one(prompt: Any, tokenizer: Tokenizer, vocab: int, longest: int) -> tuple[int, ...]:
+def _encode_one(prompt: Any, tokenizer: Tokenizer, vocab: int, longest: int, name: str) -> tuple[int, ...]:
     if isinstance(prompt, str):
         ids = tuple(tokenizer.encode(prompt))
     elif _is_ids(prompt):
         ids = tuple(int(i) for i in prompt)
+    elif isinstance(prompt, Sequence) and len(prompt) == 0:
+        ids = ()
     else:
-        raise PromptError(f"a prompt is text or a list of token ids, not {prompt!r:.80}")
+        raise PromptError(f"{name} is neither text nor a list of token ids: {_shown(prompt)}")
     if not ids:
-        raise PromptError("the prompt is empty: give at least one token")
+        raise PromptError(f"{name} is empty: give at least one token")
     if len(ids) > longest:
         raise PromptError(
-            f"the prompt has {len(ids):,} tokens; at most {longest:,} fit the context of this model as loaded"
+            f"{name} has {len(ids):,} tokens; at most {longest:,} fit into the context of this model as loaded"
         )
     if wrong := [i for i in ids if not 0 <= i < vocab]:
-        raise PromptError(f"token id {wrong[0]} is outside the vocabulary of {vocab:,}")
+        raise PromptError(f"{name} has token id {wrong[0]}, which is outside the vocabulary of {vocab:,}")
     return ids
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 from glm_jax.completion import Completion, FinishReason, Piece, TokenLogprob
 from glm_jax.sampling import SamplingParams
-from glm_jax.text import Tokenizer
+from glm_jax.text import StreamDecoder, Tokenizer
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -14,12 +14,17 @@ class Row:
     """A completion in progress.
 
     Attributes:
+        tokenizer: of its text.
         prompt_ids: of its prompt.
         params: its options.
         seed: its own.
         budget: tokens it may write, at most ``params.max_tokens``.
+        stop_ids: tokens that end it.
         index: among the ``n`` of its prompt.
         order: of its prompt in the call.
+        token_ids: written so far.
+        logprobs: of ``token_ids``, where they were asked for.
+        finish: why it ended, or None while it goes on.
     """
 
     tokenizer: Tokenizer
@@ -35,7 +40,7 @@ class Row:
     finish: FinishReason | None = None
     _text: str = ""
     _shown: int = 0
-    _decoder: object = None
+    _decoder: StreamDecoder = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self._decoder = self.tokenizer.stream()
@@ -50,20 +55,13 @@ class Row:
             if self.finish:
                 break
             taken.append(token)
-            self.token_ids.append(token)
             if logprobs:
                 self.logprobs.append(logprobs[i])
             self._advance(token)
         return self._piece(taken) if taken else None
 
-    def abort(self) -> Piece:
-        """Ends the row from outside."""
-        self.finish = self.finish or "abort"
-        self._flush()
-        return self._piece([])
-
     def completion(self) -> Completion:
-        """The finished completion."""
+        """The completion as it stands."""
         return Completion(
             text=self._text,
             token_ids=tuple(self.token_ids),
@@ -74,18 +72,17 @@ class Row:
         )
 
     def _advance(self, token: int) -> None:
+        self.token_ids.append(token)
         if token in self.stop_ids:
-            self.finish = "stop"
-            self._flush()
+            self._end("stop")
             return
-        self._append(self._decoder.feed(token))  # type: ignore[attr-defined]
+        self._append(self._decoder.feed(token))
         if not self.finish and len(self.token_ids) >= self.budget:
-            self.finish = "length"
-            self._flush()
+            self._end("length")
 
-    def _flush(self) -> None:
-        reason = self.finish
-        self._append(self._decoder.flush())  # type: ignore[attr-defined]
+    def _end(self, reason: FinishReason) -> None:
+        # What the decoder still held is text too, and may complete a stop string.
+        self._append(self._decoder.flush())
         self.finish = self.finish or reason
 
     def _append(self, text: str) -> None:

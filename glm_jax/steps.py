@@ -6,13 +6,8 @@ What recompiles: the model, the number of rows and the cache's capacity (both co
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import sys
-import threading
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -73,6 +68,10 @@ def bucket(n: int, smallest: int = 1) -> int:
     return max(smallest, 1 << (max(n, 1) - 1).bit_length())
 
 
+def _apply(model: GLM, params: Params, *inputs: Any, **options: Any) -> Any:
+    return model.apply({"params": params}, *inputs, **options)
+
+
 @functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "logits"))
 def prefill_chunk(
     model: GLM,
@@ -99,7 +98,7 @@ def prefill_chunk(
     positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32)[None], tokens.shape)
     last = lengths - 1 - start
     here = (last >= 0) & (last < chunk)
-    fresh, cache = model.apply({"params": params}, tokens, positions, cache, logits_at=jnp.clip(last, 0, chunk - 1))
+    fresh, cache = _apply(model, params, tokens, positions, cache, logits_at=jnp.clip(last, 0, chunk - 1))
     return cache, jnp.where(here[:, None], fresh[:, 0], logits)
 
 
@@ -109,20 +108,25 @@ def chunk_logits(
 ) -> tuple[LatentCache, jax.Array]:
     """One chunk like :func:`prefill_chunk`, with the logits of every token, float32 ``[B, C, V]``."""
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    logits, cache = model.apply({"params": params}, tokens, positions, cache)
+    logits, cache = _apply(model, params, tokens, positions, cache)
     return cache, logits
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def mtp_logits(model: GLM, params: Params, tokens: jax.Array) -> jax.Array:
-    """The prediction layer's logits over a whole row, float32 ``[B, T, V]``.
+def mtp_logits(model: GLM, params: Params, tokens: jax.Array, length: jax.Array) -> jax.Array:
+    """The prediction layer's logits over a whole row, float32 ``[1, T, V]``.
 
     Entry ``p`` joins the state of position ``p`` with token ``p + 1``; the last one with the model's own argmax.
+
+    Args:
+        tokens: int32 ``[1, T]``, padded on the right.
+        length: int32, how many of them are real; the entries after them mean nothing.
     """
-    hidden, _ = model.apply({"params": params}, tokens, method="hidden")
-    last = model.apply({"params": params}, hidden[:, -1:], method="head")
-    following = jnp.concatenate([tokens[:, 1:], jnp.argmax(last[:, 0], -1)[:, None].astype(jnp.int32)], axis=1)
-    return model.apply({"params": params}, hidden, following, method="draft")[0]
+    hidden, _ = _apply(model, params, tokens, method="hidden")
+    end = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)
+    guess = jnp.argmax(_apply(model, params, end, method="head")[:, 0], axis=-1).astype(jnp.int32)
+    following = jnp.roll(tokens, -1, axis=1).at[:, length - 1].set(guess)
+    return _apply(model, params, hidden, following, method="draft")[0]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "trace", "edit", "attention"))
@@ -135,7 +139,7 @@ def traced_logits(
     attention: Any = "auto",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Logits of whole rows and the activations of ``trace``; ``edit`` is a tuple of (name, function)."""
-    logits, _, recorded = model.apply({"params": params}, tokens, trace=trace, edit=dict(edit), attention=attention)
+    logits, _, recorded = _apply(model, params, tokens, trace=trace, edit=dict(edit), attention=attention)
     return logits, recorded
 
 
@@ -186,7 +190,7 @@ def decode_steps(
 
     def one(carry: tuple[jax.Array, DecodeState, Written]) -> tuple[jax.Array, DecodeState, Written]:
         step, state, buffer = carry
-        logits, cache = model.apply({"params": params}, state.tokens[:, None], state.positions[:, None], state.cache)
+        logits, cache = _apply(model, params, state.tokens[:, None], state.positions[:, None], state.cache)
         positions = jnp.where(state.done, state.positions, state.positions + 1)
         result = sample(logits[:, 0], state.sampler, positions)
         state = dataclasses.replace(state, cache=cache, positions=positions)
@@ -225,36 +229,3 @@ def _empty(state: DecodeState, steps: int) -> Written:
         top_ids=jnp.full((rows, steps, count), NO_TOKEN, jnp.int32) if numbers else None,
         top_logprobs=jnp.zeros((rows, steps, count), jnp.float32) if numbers else None,
     )
-
-
-_seen: set[Any] = set()
-
-
-@contextlib.contextmanager
-def compile_notice(what: str, key: Any) -> Iterator[None]:
-    """Says on stderr that the first call of a shape compiles, if it takes longer than a moment.
-
-    Args:
-        what: shown to the user.
-        key: identifies the compilation; later calls with it say nothing.
-    """
-    if key in _seen:
-        yield
-        return
-    begun = time.perf_counter()
-    slow = threading.Event()
-
-    def announce() -> None:
-        slow.set()
-        print(f"compiling {what} ...", file=sys.stderr, flush=True)
-
-    timer = threading.Timer(1.0, announce)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-        _seen.add(key)
-    finally:
-        timer.cancel()
-        if slow.is_set():
-            print(f"compiling {what} took {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)

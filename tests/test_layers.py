@@ -21,8 +21,11 @@ PACKAGES = ("glm_jax", "convert", "pallas_kernels")
 LEVELS = {
     "glm_jax": 7,  # the facade: looks names up lazily, and nothing below may import it
     **{f"glm_jax.{name}": 6 for name in ("generate", "plan", "bench", "batch", "serve", "cli")},
-    **{f"glm_jax.{name}": 5 for name in ("llm", "decoding", "engine")},
-    **{f"glm_jax.{name}": 4 for name in ("steps", "checkpoint", "memory", "compile_cache", "rows", "prompts", "completion")},
+    **{f"glm_jax.{name}": 5 for name in ("llm", "decoding", "answers", "companions", "requests", "engine")},
+    **{
+        f"glm_jax.{name}": 4
+        for name in ("steps", "checkpoint", "memory", "compile_cache", "rows", "prompts", "completion")
+    },
     "convert": 4,
     **{f"glm_jax.{name}": 3 for name in ("model", "mtp", "sampling", "text")},
     "glm_jax.ops": 2,

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1).
 
-The cache keeps one row ``[latent | rope key]`` per token for all heads. New tokens attend to it in one of two forms with
-the same result:
+The cache keeps one row ``[latent | rope key]`` per token for all heads. New tokens attend to it in one of two forms
+with the same result:
 
 * *expanded*: keys and values of every head are computed from the latents; fewer operations per query-key pair;
 * *absorbed*: the key and value projections are applied to query and output instead, and the latents themselves are

@@ -33,7 +33,7 @@ from glm_jax.sampling.noise import gumbel
 from glm_jax.sampling.numerics import first_highest, fixed_sum, token_grid, whole_rows
 from glm_jax.sampling.processors import bounded, processed
 from glm_jax.sampling.rows import NO_TOKEN
-from glm_jax.sampling.state import SamplerState
+from glm_jax.sampling.state import SamplerState, existing
 
 _Pair = tuple[jax.Array, jax.Array]
 
@@ -79,7 +79,7 @@ def sample(logits: jax.Array, state: SamplerState, positions: jax.Array) -> Samp
     if logits.ndim != 2 or logits.dtype != jnp.float32:
         raise ValueError(f"sampling needs float32 logits [B, V], got {logits.dtype} {list(logits.shape)}")
     logits = whole_rows(logits)
-    exists = token_grid(logits) < state.valid_vocab
+    exists = existing(state, logits)
     scores = processed(logits, state)
     _, tokens = first_highest(_keys(scores, state, positions), exists)
     broken = (exists & (jnp.isnan(logits) | (logits == jnp.inf))).any(-1)

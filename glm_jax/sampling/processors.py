@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from glm_jax.sampling.numerics import token_grid
-from glm_jax.sampling.state import SamplerState
+from glm_jax.sampling.state import SamplerState, existing
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
@@ -23,7 +22,7 @@ def processed(logits: jax.Array, state: SamplerState) -> jax.Array:
         logits = _biased(logits, state.bias_ids, state.bias_values)
     if state.counts is not None and state.in_prompt is not None:
         logits = _penalized(logits, state, state.counts, state.in_prompt)
-    return jnp.where(token_grid(logits) < state.valid_vocab, bounded(logits), -jnp.inf)
+    return jnp.where(existing(state, logits), bounded(logits), -jnp.inf)
 
 
 def _biased(logits: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:

@@ -40,6 +40,7 @@ class SamplerState:
         counts: int32 ``[B, V]``, occurrences in the output so far, or None.
         in_prompt: bool ``[B, V]``, or None.
         valid_vocab: static; ids from here on do not exist in the tokenizer and are never drawn.
+        unused_ids: static; ids below that do not exist either.
         features: static; what the rows were made to need.
     """
 
@@ -57,6 +58,7 @@ class SamplerState:
     counts: jax.Array | None
     in_prompt: jax.Array | None
     valid_vocab: int = dataclasses.field(metadata={"static": True})
+    unused_ids: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     features: SamplerFeatures = dataclasses.field(metadata={"static": True})
 
     @classmethod
@@ -68,6 +70,7 @@ class SamplerState:
         *,
         vocab_size: int,
         valid_vocab: int,
+        unused_ids: Sequence[int] = (),
         eos_ids: Sequence[int] = (),
         features: SamplerFeatures | None = None,
     ) -> SamplerState:
@@ -78,7 +81,8 @@ class SamplerState:
             seeds: one per row, in [0, 2**63); see :func:`glm_jax.sampling.completion_seeds`.
             prompt_ids: one per row; read by the repetition penalty.
             vocab_size: width of the logits.
-            valid_vocab: how many ids the tokenizer knows, at most ``vocab_size``.
+            valid_vocab: ids from here on are unknown to the tokenizer; at most ``vocab_size``.
+            unused_ids: ids below ``valid_vocab`` that it does not know, where its vocabulary has gaps.
             eos_ids: end a row unless it ignores them.
             features: at least what the rows need, which is the default.
 
@@ -90,6 +94,7 @@ class SamplerState:
         if not features.covers(needed):
             raise SamplingError(f"these rows need {needed}, which {features} does not cover")
         rows.check(params, seeds, prompt_ids, vocab_size, valid_vocab)
+        gaps = tuple(sorted({token for token in unused_ids if token < valid_vocab}))
         leaves: dict[str, np.ndarray | None] = {
             **rows.scalars(params),
             "seeds": rows.split_seeds(seeds),
@@ -100,7 +105,18 @@ class SamplerState:
             leaves |= rows.bias(params, vocab_size)
         if features.penalties:
             leaves |= rows.history(prompt_ids, vocab_size)
-        return cls(valid_vocab=valid_vocab, features=features, **jax.tree.map(jnp.asarray, leaves))
+        made = jax.tree.map(jnp.asarray, leaves)
+        return cls(valid_vocab=valid_vocab, unused_ids=gaps, features=features, **made)
+
+
+def existing(state: SamplerState, like: jax.Array) -> jax.Array:
+    """Bool, of the shape ``[B, V]`` of ``like``: the ids that the tokenizer has."""
+    known = token_grid(like) < state.valid_vocab
+    if not state.unused_ids:
+        return known
+    used = np.ones((1, like.shape[-1]), bool)
+    used[0, list(state.unused_ids)] = False
+    return known & jnp.broadcast_to(jnp.asarray(used), like.shape)
 
 
 def update(state: SamplerState, tokens: jax.Array, active: jax.Array) -> SamplerState:

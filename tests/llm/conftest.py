@@ -1,0 +1,39 @@
+"""Models shared by the tests of the LLM object; their programs are small, so they are compiled quickly, not well."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import pytest
+
+from glm_jax.llm import LLM
+from tests.llm.models import random_model, scripted_model
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_compile() -> Iterator[None]:
+    """Halves the time to compile."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint."""
+    return random_model(tmp_path_factory.mktemp("random"))
+
+
+@pytest.fixture(scope="session")
+def llm(folder: Path) -> LLM:
+    """The random checkpoint in float32."""
+    return LLM.load(folder, dtype="float32")
+
+
+Script = Callable[[dict[str, Sequence[str]]], LLM]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    """Makes a model that writes what it is told to."""
+    return lambda scripts: LLM.load(scripted_model(tmp_path / "scripted", scripts), dtype="float32")
