@@ -39,12 +39,12 @@ def main() -> None:
     tokenizer = prepare.tokenizer_in(args.out, training, render_chat)
     batches = Batches(plan, tokenizer, [f.text for f in training], render_chat)
     passed = f"one pass of the library has {batches.pass_tokens / 1e6:.1f}M"
-    print(f"{plan.tokens(plan.steps) / 1e6:.1f}M tokens in {plan.steps} steps; {passed}")
+    print(f"{plan.tokens(plan.total_steps) / 1e6:.1f}M tokens in {plan.total_steps} steps; {passed}")
     facts = {
         "training_files": len(training),
         "training_bytes": sum(len(f.text.encode()) for f in training),
         "command": shlex.join(["python", "examples/train_tiny.py", *_replayed(plan)]),
-        "tokens": plan.tokens(plan.steps),
+        "tokens": plan.tokens(plan.total_steps),
         **dataclasses.asdict(plan),
     }
     files = RunFiles(folder=args.out)
@@ -62,12 +62,13 @@ def _plan(args: argparse.Namespace) -> Plan:
         decay_steps=half if args.decay_steps is None else args.decay_steps,
         mtp_from=half if args.mtp_from is None else args.mtp_from,
         long_from=half if args.long_from is None else args.long_from,
+        finish_steps=args.finish_steps,
         seed=args.seed,
     )
 
 
 def _replayed(plan: Plan) -> list[str]:
-    names = ("steps", "decay_steps", "mtp_from", "long_from", "seed")
+    names = ("steps", "decay_steps", "mtp_from", "long_from", "finish_steps", "seed")
     return [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(plan, name)))]
 
 
@@ -80,6 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--decay-steps", type=int, help="last steps, in which the rate falls to zero (default: half)")
     parser.add_argument("--mtp-from", type=int, help="first step with the prediction layer (default: at half)")
     parser.add_argument("--long-from", type=int, help="first step with rows of 512 tokens of code (default: at half)")
+    parser.add_argument("--finish-steps", type=int, default=260, help="steps after that, mostly of conversations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", action="store_true", help="measure the run, and write the model and its card")
     parser.add_argument("--to", type=Path, default=ROOT / "glm_jax" / "tiny", help="where --evaluate writes")

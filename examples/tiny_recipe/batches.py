@@ -62,12 +62,13 @@ class Batches:
         return self._order[1]
 
     def _chat_rows(self, step: int) -> Group:
-        rng, rows = Random(f"chat {self._plan.seed} {step}"), self._plan.chat
-        drawn = [self._chat_row(rng, rows.length + EXTRA) for _ in range(rows.count)]
+        rng, rows = Random(f"chat {self._plan.seed} {step}"), self._plan.conversations(step)
+        share = self._plan.finish_tool_share if self._plan.finishing(step) else self._plan.tool_share
+        drawn = [self._chat_row(rng, rows.length + EXTRA, share) for _ in range(rows.count)]
         tokens, weights = (np.stack(part) for part in zip(*drawn, strict=True))
         return Group(tokens.astype(np.int32), weights)
 
-    def _chat_row(self, rng: Random, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def _chat_row(self, rng: Random, size: int, tool_share: float) -> tuple[np.ndarray, np.ndarray]:
         tokens = np.full(size, SPECIAL_IDS["<|endoftext|>"], np.uint16)
         weights = np.zeros(size, np.float32)
         used = 0

@@ -46,9 +46,9 @@ class Conversation:
         return render(messages, list(self.tools) or None, add_generation_prompt=True, enable_thinking=self.thinking)
 
 
-def draw_conversation(rng: Random) -> Conversation:
+def draw_conversation(rng: Random, tool_share: float = TOOL_SHARE) -> Conversation:
     """A random training conversation."""
-    return _tool_conversation(rng) if rng.random() < TOOL_SHARE else _plain_conversation(rng)
+    return _tool_conversation(rng) if rng.random() < tool_share else _plain_conversation(rng)
 
 
 def held_out_conversations(rng: Random, per_kind: int, tool_tasks: int) -> list[Conversation]:
@@ -61,7 +61,7 @@ def held_out_conversations(rng: Random, per_kind: int, tool_tasks: int) -> list[
     ]
     calls = []
     for i in range(tool_tasks):
-        names = _tool_names(rng)
+        names = next(names for names in iter(lambda: _tool_names(rng), None) if names != ["list_files"])
         task = draw_tool_task(rng, names, held_out=True)
         calls.append(_finish_call([_user(task.request)], task, names, bool(i % 2)))
     return tasks + calls

@@ -69,7 +69,7 @@ def train(
         say(f"resuming at step {first}")
     functions: dict[bool, StepFn] = {}
     meter = _Meter(plan, first)
-    last = plan.steps if stop is None else min(stop, plan.steps)
+    last = plan.total_steps if stop is None else min(stop, plan.total_steps)
     for step in range(first, last):
         with_mtp = plan.trains_mtp(step)
         function = functions.setdefault(with_mtp, make_step(cfg, plan, with_mtp=with_mtp))
@@ -78,7 +78,7 @@ def train(
         done = step + 1
         if done % files.log_every == 0 or done == last:
             record = meter.record(done, metrics)
-            if done % files.probe_every == 0 or done == plan.steps:
+            if done % files.probe_every == 0 or done == plan.total_steps:
                 record["bpb"] = probe(state.params)
             _write(files.log, record)
             say(_line(record))
@@ -98,7 +98,7 @@ class _Meter:
         now = time.monotonic()
         rate = (self.plan.tokens(step) - self.plan.tokens(self.step)) / (now - self.time)
         self.step, self.time = step, now
-        left = (self.plan.tokens(self.plan.steps) - self.plan.tokens(step)) / rate
+        left = (self.plan.tokens(self.plan.total_steps) - self.plan.tokens(step)) / rate
         return {"step": step, "tokens": self.plan.tokens(step), **values, "tokens_per_s": rate, "seconds_left": left}
 
 

@@ -26,8 +26,8 @@ class ToolTask:
 
     @property
     def held_out(self) -> bool:
-        """Whether this call belongs to the evaluation, in whatever words it is requested."""
-        return is_held_out(f"{self.name}|{json.dumps(self.arguments) if self.arguments else self.request}")
+        """Whether this call belongs to the evaluation, in whatever words; one without arguments has nothing unseen."""
+        return bool(self.arguments) and is_held_out(f"{self.name}|{json.dumps(self.arguments)}")
 
     @property
     def reasoning(self) -> str:
@@ -133,7 +133,13 @@ SCHEMAS: dict[str, Json] = {
 
 
 def draw_tool_task(rng: Random, names: list[str], *, held_out: bool) -> ToolTask:
-    """A request that one of the named tools serves, from the training or the held-out instances."""
+    """A request that one of the named tools serves, from the training or the held-out instances.
+
+    Raises:
+        ValueError: if a held-out call is asked for and no named tool takes arguments.
+    """
+    if held_out and not any(SCHEMAS[name]["function"]["parameters"]["required"] for name in names):
+        raise ValueError(f"no call of {', '.join(names)} is held out: without arguments nothing is unseen")
     while True:
         task = MAKERS[rng.choice(names)](rng)
         if task.held_out == held_out:
