@@ -15,24 +15,25 @@ from tests.checkpoints import Tensors, to_params
 from tests.model.small import VARIANTS, Small
 from tests.reference import Reference
 from tests.runner import QUICK_COMPILE, Array, tokens
+from tests.spellings import odd
 
-LENGTH = 7
 
-
-def loss_weights(small: Small) -> Array:
-    """Fixed random weights [2, T, V]: the loss is their product with the logits, and with the drafted logits."""
-    rng = np.random.default_rng(31)
-    return (rng.standard_normal((2, LENGTH, small.config["vocab_size"])) / LENGTH).astype(np.float32)
+def loss_weights(small: Small, ids: Array) -> Array:
+    """Fixed random weights [2, T, V]: the loss is their product with the logits, and with the drafted logits if any."""
+    shape = (2, len(ids) - 1, small.config["vocab_size"])
+    return (np.random.default_rng(31).standard_normal(shape) / shape[1]).astype(np.float32)
 
 
 def our_gradients(small: Small, ids: Array, form: str) -> Any:
-    weights = jnp.asarray(loss_weights(small))
+    weights = jnp.asarray(loss_weights(small, ids))
     model, inputs, following = GLM(small.cfg), jnp.asarray(ids[None, :-1]), jnp.asarray(ids[None, 1:])
 
     def loss(params: Any) -> jax.Array:
         variables = {"params": params}
         hidden: Any = model.apply(variables, inputs, method="hidden", attention=form)[0]
         logits: Any = model.apply(variables, hidden, method="head")
+        if not small.cfg.num_nextn_predict_layers:
+            return jnp.sum(weights[0] * logits[0])
         drafted: Any = model.apply(variables, hidden, following, method="draft", attention=form)[0]
         return jnp.sum(weights[0] * logits[0]) + jnp.sum(weights[1] * drafted[0])
 
@@ -40,10 +41,12 @@ def our_gradients(small: Small, ids: Array, form: str) -> Any:
 
 
 def reference_loss(small: Small, tensors: Tensors, ids: Array) -> float:
-    reference, weights = Reference(tensors, small.config), loss_weights(small)
+    reference, weights = Reference(tensors, small.config), loss_weights(small, ids)
     hidden = reference.hidden(ids[:-1])
-    drafted, _ = reference.draft(hidden, ids[1:])
-    return float(np.sum(weights[0] * reference.head(hidden)) + np.sum(weights[1] * drafted))
+    loss = np.sum(weights[0] * reference.head(hidden))
+    if small.cfg.num_nextn_predict_layers:
+        loss += np.sum(weights[1] * reference.draft(hidden, ids[1:])[0])
+    return float(loss)
 
 
 def directions(small: Small) -> dict[str, Tensors]:
@@ -63,16 +66,24 @@ def moved(small: Small, direction: Tensors, step: float) -> Tensors:
     """The tensors, a step along a direction; the MTP copies stay equal to the main embedding and head."""
     tensors = {name: value.astype(np.float64) for name, value in small.tensors.items()}
     tensors |= {name: tensors[name] + step * change for name, change in direction.items()}
+    if not small.cfg.num_nextn_predict_layers:
+        return tensors
     mtp = f"model.layers.{small.cfg.num_hidden_layers}"
     tensors[f"{mtp}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
     tensors[f"{mtp}.shared_head.head.weight"] = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
     return tensors
 
 
-@pytest.mark.parametrize(("name", "form"), [("odd", "expanded"), ("full_rank_queries", "absorbed")])
-def test_gradients_are_finite_differences(name: str, form: str) -> None:
-    small = VARIANTS[name]
-    ids = tokens(small.config, LENGTH + 1, seed=30)
+SCANNED = Small(odd(num_nextn_predict_layers=0), seed=35)
+DRAFTED = Small(odd(q_lora_rank=None, rope_interleave=False, num_hidden_layers=2), seed=34)
+# The lengths choose the two sparse ways to apply the experts: sorted into blocks, and pair by pair.
+GRADED = {"scanned_blocks": (SCANNED, "expanded", 7), "drafted_pairs": (DRAFTED, "absorbed", 3)}
+
+
+@pytest.mark.parametrize(("small", "form", "length"), GRADED.values(), ids=GRADED)
+def test_gradients_are_finite_differences(small: Small, form: str, length: int) -> None:
+    ids = tokens(small.config, length + 1, seed=30)
+    assert moe.cheapest(length, 3, 7) == ("blocks" if length == 7 else "pairs")
     gradients = dict(leaves(our_gradients(small, ids, form)))
     zero = {key: np.zeros(value.shape) for key, value in small.tensors.items()}
     step = 1e-5
