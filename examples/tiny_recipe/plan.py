@@ -51,7 +51,7 @@ class Rows:
 class Plan:
     """The schedule: a main stage of ``steps`` and a finishing one of ``finish_steps``.
 
-    The main stage warms up, keeps the rate, and lowers it linearly to zero over its last ``decay_steps``. Nothing before
+    The main stage warms up, keeps the rate, and lowers it to zero over its last ``decay_steps``. Nothing before
     the decay depends on ``steps``, so a resumed run may still be given another length. The prediction layer joins at
     ``mtp_from``; rows of library code become longer at ``long_from``. The finishing stage is mostly conversations, at
     ``finish_rate`` of the highest rate falling to zero.

@@ -1,4 +1,4 @@
-"""Mixture of experts: the router, and three ways to apply the chosen experts with the same result.
+"""Mixture of experts: the router, and four ways to apply the chosen experts with the same result.
 
 Routing is that of DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section 2.1.2): sigmoid scores, a bias that takes part
 in the choice only, the chosen scores normalised to sum to ``routed_scaling_factor``.
@@ -6,19 +6,20 @@ in the choice only, the chosen scores normalised to sum to ``routed_scaling_fact
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from glm_jax.config import Config
-from glm_jax.ops.linear import Index, linear, pick
+from glm_jax.ops.linear import Index, einsum, linear, pick
 from glm_jax.ops.mlp import swiglu
-from glm_jax.quant import Weight
+from glm_jax.quant import Bfloat16Bits, Weight
 from glm_jax.sharding import Rules, vary_like
 
 Weights = dict[str, Weight]
-Method = Literal["auto", "pairs", "blocks", "dense"]
+Method = Literal["auto", "pairs", "blocks", "batched", "dense"]
 
 
 class Routing(NamedTuple):
@@ -74,8 +75,9 @@ def apply_experts(
     Args:
         x: ``[n, D]``.
         w: ``gate, up [.., E, F, D]`` and ``down [.., E, D, F]``, stacked by layer; the local part of them.
-        method: "pairs" scans over (token, expert) pairs and reads each pair's expert; "blocks" sorts the pairs and reads
-            an expert once per block of rows; "dense" applies all experts to all tokens. "auto" takes the cheapest.
+        method: "pairs" scans over (token, expert) pairs and reads each pair's expert; "blocks" sorts the pairs and
+            reads an expert once per block of rows; "batched" applies all experts at once to an equal number of rows
+            and the rest in blocks; "dense" applies all experts to all tokens. "auto" takes the cheapest.
 
     Returns:
         ``[n, D]`` in float32.
@@ -83,8 +85,9 @@ def apply_experts(
     local = w["gate"].shape[1]
     routing = _only_local(routing, rules.index("experts") * local, local)
     if method == "auto":
-        method = cheapest(x.shape[0], routing.experts.shape[1], local)
-    out = {"pairs": _pairs, "blocks": _blocks, "dense": _dense}[method](x, routing, w, layer)
+        method = cheapest(x.shape[0], routing.experts.shape[1], local, in_place=_in_place(w["gate"], layer))
+    methods = {"pairs": _pairs, "blocks": _blocks, "batched": _batched, "dense": _dense}
+    out = methods[method](x, routing, w, layer)
     return rules.psum(out, "experts", "ffn")
 
 
@@ -94,17 +97,32 @@ def apply_shared(x: jax.Array, w: Weights, layer: Index, rules: Rules = Rules())
     return rules.psum(out, "ffn")
 
 
-def cheapest(tokens: int, chosen: int, experts: int) -> Method:
-    """The method that reads and computes least for these numbers."""
+def cheapest(tokens: int, chosen: int, experts: int, in_place: bool = False) -> Method:
+    """The method that reads and computes least for these numbers.
+
+    Args:
+        tokens: rows.
+        chosen: experts per token.
+        experts: number of them here.
+        in_place: whether all experts of the layer can be multiplied without copying them first.
+    """
     if experts <= 2 * chosen and tokens > 8:
         return "dense"
-    return "blocks" if tokens * chosen >= 2 * experts else "pairs"
+    if tokens * chosen < 2 * experts:
+        return "pairs"
+    return "batched" if in_place else "blocks"
+
+
+def _in_place(stack: Weight, layer: Index) -> bool:
+    """Whether a layer's experts are the whole array: XLA:CPU copies a slice that goes into a product of many rows."""
+    return isinstance(layer, int) and stack.shape[0] == 1 and not isinstance(stack, Bfloat16Bits)
 
 
 def _only_local(routing: Routing, first: Index, count: int) -> Routing:
+    """Numbers the experts that are here from 0; the others get a number past the end and no weight."""
     local = routing.experts - first
     here = (local >= 0) & (local < count)
-    return Routing(jnp.where(here, local, 0), jnp.where(here, routing.weights, 0.0))
+    return Routing(jnp.where(here, local, count), jnp.where(here, routing.weights, 0.0))
 
 
 def _pairs(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
@@ -129,6 +147,29 @@ def _dense(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Arra
     weighted = hidden.reshape(-1, experts, width).astype(jnp.float32) * weights[..., None]
     columns = jnp.moveaxis(down, 0, 1).reshape(-1, flat)
     return linear(weighted.astype(x.dtype).reshape(-1, flat), columns, dtype=jnp.dtype(jnp.float32))
+
+
+def _batched(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    tokens, chosen = routing.experts.shape
+    gate, up, down = (pick(w[name], layer) for name in ("gate", "up", "down"))
+    experts, expert_of_pair = gate.shape[0], routing.experts.reshape(-1)
+    pairs = expert_of_pair.shape[0]
+    # A quarter over the mean: most experts' rows fit when the load is balanced.
+    height = 8 * -(-5 * pairs // (4 * 8 * experts))
+    rank = rank_in_expert(expert_of_pair, experts)
+    table = jnp.full((experts, height), -1, jnp.int32)
+    table = table.at[expert_of_pair, rank].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")
+    rows = jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])[jnp.where(table < 0, tokens, table // chosen)]
+    product = functools.partial(einsum, "eoi,eni->eon")
+    hidden = jnp.swapaxes(jax.nn.silu(product(gate, rows)) * product(up, rows), 1, 2).astype(x.dtype)
+    outs = jnp.swapaxes(product(down, hidden), 1, 2)
+    fits = (rank < height) & (expert_of_pair < experts)
+    by_pair = outs[jnp.where(fits, expert_of_pair, 0), jnp.where(fits, rank, 0)].reshape(tokens, chosen, -1)
+    fits = fits.reshape(tokens, chosen)
+    rest = Routing(jnp.where(fits, experts, routing.experts), jnp.where(fits, 0.0, routing.weights))
+    out = _combine(by_pair, jnp.where(fits, routing.weights, 0.0))
+    more = jnp.any(rest.experts < experts)
+    return jax.lax.cond(more, lambda out: out + _blocks(x, rest, w, layer), lambda out: out, out)
 
 
 def _blocks(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
@@ -166,23 +207,36 @@ def plan_blocks(expert_of_pair: jax.Array, experts: int) -> BlockPlan:
     """Sorts pairs by expert into blocks.
 
     Args:
-        expert_of_pair: int32 ``[n * X]``.
+        expert_of_pair: int32 ``[n * X]``; pairs of an expert past the end are left out (their slot is 0).
         experts: number of experts.
     """
     pairs = expert_of_pair.shape[0]
     height = min(64, max(8, 1 << (max(pairs // experts, 1) - 1).bit_length()))
     blocks = min(pairs, experts + pairs // height)
-    order = jnp.argsort(expert_of_pair, stable=True).astype(jnp.int32)
-    counts = jnp.bincount(expert_of_pair, length=experts).astype(jnp.int32)
-    blocks_of = -(-counts // height)
-    first_block, first_pair = jnp.cumsum(blocks_of) - blocks_of, jnp.cumsum(counts) - counts
-    sorted_experts = expert_of_pair[order]
-    rank = jnp.arange(pairs, dtype=jnp.int32) - first_pair[sorted_experts]
-    slot = first_block[sorted_experts] * height + rank
-    table = jnp.full(blocks * height, -1, jnp.int32).at[slot].set(order).reshape(blocks, height)
+    blocks_of = -(-_counts(expert_of_pair, experts) // height)
+    first_block = jnp.cumsum(blocks_of) - blocks_of
+    here = expert_of_pair < experts
+    slot = first_block[jnp.where(here, expert_of_pair, 0)] * height + rank_in_expert(expert_of_pair, experts)
+    slot = jnp.where(here, slot, blocks * height)
+    table = jnp.full(blocks * height, -1, jnp.int32).at[slot].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")
+    table = table.reshape(blocks, height)
     first = table[:, 0]
     owners = jnp.where(first >= 0, expert_of_pair[jnp.maximum(first, 0)], -1)
-    return BlockPlan(owners, table, jnp.zeros(pairs, jnp.int32).at[order].set(slot))
+    return BlockPlan(owners, table, jnp.where(here, slot, 0))
+
+
+def rank_in_expert(expert_of_pair: jax.Array, experts: int) -> jax.Array:
+    """How many earlier pairs have the same expert, int32 ``[n * X]``."""
+    pairs = expert_of_pair.shape[0]
+    order = jnp.argsort(expert_of_pair, stable=True).astype(jnp.int32)
+    counts = _counts(expert_of_pair, experts + 1)
+    first_pair = jnp.cumsum(counts) - counts
+    ranks = jnp.arange(pairs, dtype=jnp.int32) - first_pair[expert_of_pair[order]]
+    return jnp.zeros(pairs, jnp.int32).at[order].set(ranks)
+
+
+def _counts(expert_of_pair: jax.Array, experts: int) -> jax.Array:
+    return jnp.zeros(experts, jnp.int32).at[expert_of_pair].add(1, mode="drop")
 
 
 def _combine(outs: jax.Array, weights: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from tests.checkpoints import Tensors, random_tensors, write
 from tests.spellings import HfConfig, odd
 from tests.text.samples import byte_level
 
-CONTEXT = 160  # no power of two
+CONTEXT = 1000  # no power of two
 CONFIG: HfConfig = odd(
     vocab_size=384,
     hidden_size=64,
@@ -31,10 +31,10 @@ EOS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 GAP = "Q"  # the tokenizer loses this one, so its vocabulary has a hole
 
 
-def random_model(folder: Path, seed: int = 0) -> Path:
-    """Random weights, whose text is noise."""
-    tokenizer = _tokenizer(folder, [])
-    return _write(folder, random_tensors(CONFIG, seed), tokenizer)
+def random_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Random weights, whose text is noise; `changes` to the config."""
+    tokenizer, config = _tokenizer(folder, []), CONFIG | changes
+    return _write(folder, random_tensors(config, seed), tokenizer, config)
 
 
 def scripted_model(folder: Path, scripts: dict[str, Sequence[str]]) -> Path:
@@ -93,9 +93,9 @@ def _tokenizer(folder: Path, pieces: Sequence[str]) -> tokenizers.Tokenizer:
     return made
 
 
-def _write(folder: Path, tensors: Tensors, tokenizer: tokenizers.Tokenizer) -> Path:
+def _write(folder: Path, tensors: Tensors, tokenizer: tokenizers.Tokenizer, config: HfConfig = CONFIG) -> Path:
     first, *others = (tokenizer.token_to_id(token) for token in EOS)
-    write(folder, {**CONFIG, "eos_token_id": others[:1], "pad_token_id": first}, tensors)
+    write(folder, {**config, "eos_token_id": others[:1], "pad_token_id": first}, tensors)
     # The other two are known to this file alone.
     generation: dict[str, Any] = {"eos_token_id": [first, *others], "temperature": 0.8, "top_p": 0.9}
     (folder / "generation_config.json").write_text(json.dumps(generation))

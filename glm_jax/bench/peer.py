@@ -1,0 +1,101 @@
+"""The other side: transformers on torch, the same weights, as it comes."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_jax.bench.machine import PeakMemory, cores
+from glm_jax.bench.side import Loaded
+from glm_jax.errors import GlmError
+
+
+class Transformers:
+    """``AutoModelForCausalLM`` with its key-value cache, sdpa attention and its default experts."""
+
+    name = "transformers"
+
+    def __init__(self, source: str, dtype: str) -> None:
+        self.require(source)
+        import torch
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        torch.set_num_threads(cores())
+        self._torch, self._transformers = torch, transformers
+        started = time.perf_counter()
+        with PeakMemory() as memory:
+            load = transformers.AutoModelForCausalLM.from_pretrained
+            model = load(_folder(source), dtype=getattr(torch, dtype), attn_implementation="sdpa")
+            self._model: Any = model.eval()
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.loaded = Loaded(seconds=time.perf_counter() - started, weight_bytes=size, peak_bytes=memory.peak)
+        self.compile_seconds = 0.0
+        self._warm: set[Any] = set()
+
+    @staticmethod
+    def require(source: str) -> None:
+        """Raises :class:`~glm_jax.errors.GlmError` if this side cannot run here, or not on this source."""
+        _folder(source)
+        if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+            raise GlmError(
+                "--peer transformers needs torch and transformers: pip install 'glm-jax[parity]', or run without"
+            )
+
+    def prefill(self, prompts: np.ndarray) -> tuple[float, Any]:
+        """As :meth:`glm_jax.bench.side.Side.prefill`."""
+        if prompts.shape not in self._warm:
+            self._forward(self._ids(prompts), self._cache())
+            self._warm.add(prompts.shape)
+        ids, cache = self._ids(prompts), self._cache()
+        started = time.perf_counter()
+        following = self._forward(ids, cache)
+        return time.perf_counter() - started, following[:, 0].numpy()
+
+    def start(self, prompts: np.ndarray, tokens: int) -> tuple[Any, Any, int]:
+        """As :meth:`glm_jax.bench.side.Side.start`."""
+        cache = self._cache()
+        following = self._forward(self._ids(prompts), cache)
+        self._forward(following, cache)  # warm
+        return cache, following, prompts.shape[1]
+
+    def decode(self, state: tuple[Any, Any, int], tokens: int) -> tuple[float, np.ndarray]:
+        """As :meth:`glm_jax.bench.side.Side.decode`."""
+        cache, following, length = state
+        cache.crop(length - cache.get_seq_length())  # a negative number: that many tokens go
+        written = []
+        started = time.perf_counter()
+        for _ in range(tokens):
+            following = self._forward(following, cache)
+            written.append(following)
+        seconds = time.perf_counter() - started
+        return seconds, self._torch.cat(written, dim=1).numpy()
+
+    def _forward(self, ids: Any, cache: Any) -> Any:
+        """The most likely next token of each row, ``[B, 1]``; only the last position's logits are computed."""
+        with self._torch.inference_mode():
+            out = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return out.logits[:, -1:].argmax(-1)
+
+    def _cache(self) -> Any:
+        return self._transformers.DynamicCache(config=self._model.config)
+
+    def _ids(self, prompts: np.ndarray) -> Any:
+        return self._torch.from_numpy(prompts.astype(np.int64))
+
+
+def _folder(source: str) -> str:
+    """The Hugging Face folder (or hub id) of a source, which transformers can read as well."""
+    if source == "tiny":
+        return str(Path(__file__).resolve().parents[1] / "tiny")
+    if source.startswith("synthetic:"):
+        raise GlmError(
+            f"transformers cannot read {source!r}; write it first: "
+            f'python -m convert "{source}" FOLDER --to safetensors --dtype float32'
+        )
+    return source

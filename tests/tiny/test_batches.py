@@ -1,0 +1,74 @@
+"""Batches: functions of the step alone, every library token once a pass, weight on what the assistant says."""
+
+import numpy as np
+import pytest
+
+from examples.tiny_recipe.batches import EXTRA, Batches, encode_conversation
+from examples.tiny_recipe.chat import Conversation
+from examples.tiny_recipe.plan import Plan, Rows
+from examples.tiny_recipe.tokenizer import LEARNT, SPECIAL_IDS, SPECIAL_TOKENS
+from glm_jax.text import render_chat
+from tests.tiny.conftest import CODE
+
+
+@pytest.fixture(scope="module")
+def batches(small_plan, tiny_tokenizer):
+    return Batches(small_plan, tiny_tokenizer, CODE, render_chat)
+
+
+def test_a_step_always_gives_the_same_bytes(batches, small_plan, tiny_tokenizer):
+    again = Batches(small_plan, tiny_tokenizer, CODE, render_chat)
+    backwards = {step: again(step) for step in reversed(range(small_plan.steps))}
+    for step in range(small_plan.steps):
+        for ours, theirs in zip(batches(step), backwards[step], strict=True):
+            np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+            np.testing.assert_array_equal(ours.weights, theirs.weights)
+
+
+def test_shapes_follow_the_plan(batches, small_plan):
+    for step in range(small_plan.steps):
+        code, chat = batches(step)
+        rows = small_plan.code(step)
+        assert code.tokens.shape == code.weights.shape == (rows.count, rows.length + EXTRA)
+        assert chat.tokens.shape == chat.weights.shape == (small_plan.chat.count, small_plan.chat.length + EXTRA)
+        assert code.tokens.dtype == chat.tokens.dtype == np.int32
+        assert max(code.tokens.max(), chat.tokens.max()) < LEARNT + len(SPECIAL_TOKENS)
+
+
+def test_a_pass_reads_every_window_once(tiny_tokenizer):
+    plan = Plan(steps=100, decay_steps=1, mtp_from=100, long_from=100, short=Rows(3, 16), chat=Rows(1, 96))
+    batches = Batches(plan, tiny_tokenizer, CODE, render_chat)
+    windows = (batches.pass_tokens - EXTRA) // 16
+    rows = [row for step in range(-(-2 * windows // 3)) for row in batches(step)[0].tokens]
+    stream = [i for text in CODE for i in (SPECIAL_IDS["<|endoftext|>"], *tiny_tokenizer.encode(text).ids)]
+    whole = sorted(tuple(stream[i * 16 : i * 16 + 16 + EXTRA]) for i in range(windows))
+    first, second = rows[:windows], rows[windows : 2 * windows]
+    assert sorted(tuple(row.tolist()) for row in first) == whole
+    assert sorted(tuple(row.tolist()) for row in second) == whole
+    assert [row.tolist() for row in first] != [row.tolist() for row in second]
+
+
+def test_weight_lies_on_the_assistant(tiny_tokenizer):
+    messages = ({"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "2"})
+    conversation = Conversation("add", messages, (), False, "<|user|>")
+    ids, weights = encode_conversation(conversation, tiny_tokenizer, render_chat, 0.25)
+    spoken = tiny_tokenizer.decode(ids[weights == 1].tolist(), skip_special_tokens=False)
+    assert spoken == "</think>2<|user|>"
+    assert set(weights.tolist()) == {0.25, 1.0}
+
+
+def test_rows_of_conversations_begin_with_one_and_pad_without_weight(batches):
+    for step in range(6):
+        _, chat = batches(step)
+        assert (chat.tokens[:, 0] == SPECIAL_IDS["[gMASK]"]).all()
+        padding = chat.tokens == SPECIAL_IDS["<|endoftext|>"]
+        assert (chat.weights[padding] == 0).all()
+        assert (chat.weights[~padding] > 0).all()
+
+
+def test_another_seed_gives_other_batches(batches, small_plan, tiny_tokenizer):
+    import dataclasses
+
+    other = Batches(dataclasses.replace(small_plan, seed=1), tiny_tokenizer, CODE, render_chat)
+    for ours, theirs in zip(batches(0), other(0), strict=True):
+        assert not np.array_equal(ours.tokens, theirs.tokens)

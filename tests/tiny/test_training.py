@@ -1,0 +1,139 @@
+"""Training: it learns, it resumes to the same bits, it balances the routers, and it trains the real model."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from examples.tiny_recipe.batches import Batches
+from examples.tiny_recipe.loop import RunFiles, train
+from examples.tiny_recipe.network import forward
+from examples.tiny_recipe.optim import balanced, optimizer
+from examples.tiny_recipe.state_file import load_state, save_state
+from examples.tiny_recipe.step import initial_state
+from glm_jax.model import GLM
+from glm_jax.text import render_chat
+from tests.tiny.conftest import CODE
+
+pytestmark = pytest.mark.usefixtures("lenient")
+
+
+@pytest.fixture(scope="module")
+def run(small_config, small_plan, tiny_tokenizer):
+    batches = Batches(small_plan, tiny_tokenizer, CODE, render_chat)
+
+    def start(folder, stop=None):
+        files = RunFiles(folder=folder, log_every=1, save_every=2, probe_every=3)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return train(small_config, small_plan, batches, files, lambda _: 1.5, say=lambda _: None, stop=stop)
+
+    return start
+
+
+def equal(a, b):
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(run, tmp_path):
+    whole = run(tmp_path / "whole")
+    for stop in (1, 3, 5, None):
+        resumed = run(tmp_path / "parts", stop)
+    assert equal(whole, resumed)
+    timeless = [[without_times(r) for r in log(tmp_path / name)] for name in ("whole", "parts")]
+    assert timeless[0] == timeless[1]
+    assert [r["step"] for r in timeless[0]] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in timeless[0] if "bpb" in r] == [3, 6]
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(record):
+    return {k: v for k, v in record.items() if k not in ("tokens_per_s", "seconds_left")}
+
+
+def test_a_kill_after_a_log_line_forgets_it(run, tmp_path):
+    run(tmp_path, 2)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 0.0}\n')
+    run(tmp_path, 4)
+    assert [record["step"] for record in log(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_the_loss_falls(small_config, small_plan, tiny_tokenizer, tmp_path):
+    plan = dataclasses.replace(small_plan, steps=30, decay_steps=5, mtp_from=0, long_from=30)
+    batches = Batches(plan, tiny_tokenizer, CODE, render_chat)
+    files = RunFiles(folder=tmp_path, log_every=1, save_every=100, probe_every=100)
+    train(small_config, plan, batches, files, lambda _: 1.5, say=lambda _: None)
+    records = log(tmp_path)
+    for name in ("code", "chat", "draft"):
+        assert records[-1][name] < 0.8 * records[0][name]
+
+
+def test_the_prediction_layer_waits_for_its_step(run, small_config, small_plan, tmp_path):
+    start = initial_state(small_config, small_plan).params["mtp"]
+    before = run(tmp_path, small_plan.mtp_from).params["mtp"]
+    after = run(tmp_path, small_plan.mtp_from + 2).params["mtp"]
+    assert equal(start["enorm"], before["enorm"])
+    # Weight decay alone keeps the direction.
+    assert cosine(start["eh_proj"], before["eh_proj"]) > 1 - 1e-6
+    assert cosine(before["eh_proj"], after["eh_proj"]) < 1 - 1e-6
+
+
+def cosine(a, b):
+    return float(np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_the_loss_is_of_the_model_itself(small_config, small_plan):
+    params = initial_state(small_config, small_plan).params
+    tokens = jax.random.randint(jax.random.key(0), (2, 20), 0, small_config.vocab_size, jnp.int32)
+    out = forward(small_config, params, tokens, with_mtp=True)
+    model = GLM(small_config)
+    hidden, _ = model.apply({"params": params}, tokens[:, :-1], method="hidden")
+    draft, _, _ = model.apply({"params": params}, hidden, tokens[:, 1:], method="draft")
+    logits, _ = model.apply({"params": params}, tokens[:, :-1])
+    np.testing.assert_allclose(out.logits, logits, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(out.draft, draft, rtol=0, atol=2e-5)
+    for load in out.loads.values():
+        assert float(load.sum()) == 2 * 19 * small_config.num_experts_per_tok
+
+
+def test_biases_move_towards_equal_load(small_config, small_plan):
+    params = initial_state(small_config, small_plan).params
+    load = jnp.asarray([[10.0, 0, 5, 5, 5, 5, 9, 1]])
+    moved = balanced(params, {"runs/1": load}, jnp.float32(0.5))
+    np.testing.assert_array_equal(moved["runs"]["1"]["moe"]["router_bias"], [[-0.5, 0.5, 0, 0, 0, 0, -0.5, 0.5]])
+    np.testing.assert_array_equal(moved["mtp"]["moe"]["router_bias"], params["mtp"]["moe"]["router_bias"])
+    untouched = jax.tree.map(lambda a, b: a is b, moved, params)
+    assert sum(not same for same in jax.tree.leaves(untouched)) == 1
+
+
+def test_biases_have_no_other_update(small_config, small_plan):
+    state = initial_state(small_config, small_plan)
+    gradient = jax.tree.map(jnp.ones_like, state.params)
+    gradient["runs"]["1"]["moe"]["router_bias"] = jnp.zeros((1, 8))
+    updates, _ = optimizer(small_plan).update(gradient, state.optimizer, state.params)
+    assert not np.any(updates["runs"]["1"]["moe"]["router_bias"])
+
+
+def test_a_matrix_update_is_nearly_orthogonal(small_config, small_plan):
+    state = initial_state(small_config, small_plan)
+    keys = iter(jax.random.split(jax.random.key(1), 200))
+    gradient = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), state.params)
+    plan = dataclasses.replace(small_plan, weight_decay=0.0, matrix_rate=1.0)
+    updates, _ = optimizer(plan).update(gradient, state.optimizer, state.params)
+    for update in (updates["runs"]["1"]["moe"]["gate"][0, 3], updates["runs"]["0"]["attn"]["k_b"][0].reshape(32, 16)):
+        values = np.linalg.svd(np.asarray(update), compute_uv=False) / max(1, update.shape[0] / update.shape[1]) ** 0.5
+        assert values.min() > 0.4
+        assert values.max() < 1.5
+
+
+def test_a_checkpoint_of_another_model_is_refused(small_config, small_plan, tmp_path):
+    save_state(tmp_path / "state.npz", 3, initial_state(small_config, small_plan))
+    other = initial_state(small_config.replace(hidden_size=64), small_plan)
+    with pytest.raises(ValueError, match="another model"):
+        load_state(tmp_path / "state.npz", other)
