@@ -94,7 +94,7 @@ def _written(cfg: Config, params: Any, rows: np.ndarray) -> np.ndarray:
 def _inspect(cfg: Config, params: Any, rows: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Where the draft is the model's own greedy choice, bool [rows, T-2]; each router's load, [l, E] by block."""
     parts = [_inspect_part(cfg, params, jnp.asarray(rows[i : i + 8])) for i in range(0, len(rows), 8)]
-    loads = {block: sum(np.asarray(load[block]) for _, load in parts) for block in parts[0][1]}
+    loads = {block: np.sum([np.asarray(load[block]) for _, load in parts], axis=0) for block in parts[0][1]}
     return np.concatenate([np.asarray(hits) for hits, _ in parts]), loads
 
 

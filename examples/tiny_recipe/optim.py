@@ -28,7 +28,7 @@ def optimizer(plan: Plan) -> optax.GradientTransformation:
         weight_decay=plan.weight_decay,
         adam_learning_rate=plan.vector_rate,
         adam_b2=0.98,
-        muon_weight_dimension_numbers=_dimensions,
+        muon_weight_dimension_numbers=_dimensions,  # pyright: ignore[reportArgumentType]  (optax's own protocol is narrower)
     )
     embeddings = optax.masked(
         optax.scale(plan.embed_factor), lambda tree: jax.tree_util.tree_map_with_path(_is_embed, tree)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from examples.tiny_recipe.step import State
 
 def save_state(path: Path, step: int, state: State) -> None:
     """Writes the state before ``step``, replacing an earlier file at once."""
-    leaves = {f"leaf_{i:03}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    leaves: dict[str, Any] = {f"leaf_{i:03}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         np.savez(file, step=np.int64(step), **leaves)

@@ -43,7 +43,7 @@ def make_step(cfg: Config, plan: Plan, *, with_mtp: bool) -> StepFn:
     def step(state: State, groups: tuple[Group, Group], rate: jax.Array, bias_rate: jax.Array) -> tuple[State, Metrics]:
         gradient, metrics, loads = _gradient(cfg, plan, state.params, groups, with_mtp)
         updates, optimizer_state = rule.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, jax.tree.map(lambda u: u * rate, updates))
+        params: Any = optax.apply_updates(state.params, jax.tree.map(lambda u: u * rate, updates))
         metrics["grad_norm"] = optax.tree.norm(gradient)
         return State(balanced(params, loads, bias_rate), optimizer_state), metrics
 
@@ -54,7 +54,10 @@ def _gradient(
     cfg: Config, plan: Plan, params: Tree, groups: tuple[Group, Group], with_mtp: bool
 ) -> tuple[Tree, Metrics, dict[str, jax.Array]]:
     def objective(params: Tree) -> tuple[jax.Array, tuple[Losses, Losses]]:
-        code, chat = (losses(cfg, params, *group, with_mtp=with_mtp) for group in groups)
+        code, chat = (
+            losses(cfg, params, jnp.asarray(tokens), jnp.asarray(weights), with_mtp=with_mtp)
+            for tokens, weights in groups
+        )
         loss = (code.main + chat.main) / (code.weight + chat.weight)
         draft = (code.draft + chat.draft) / (code.draft_weight + chat.draft_weight)
         return loss + plan.mtp_weight * draft, (code, chat)

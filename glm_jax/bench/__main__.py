@@ -63,9 +63,9 @@ def main(args: Sequence[str] | None = None) -> int:
     report = run(options)
     from glm_jax.bench.report import markdown
 
-    print(markdown(report))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(markdown(report))
     if options.markdown:
         options.markdown.write_text(markdown(report))
     return OK

@@ -21,8 +21,8 @@ class Transformers:
 
     def __init__(self, source: str, dtype: str) -> None:
         self.require(source)
-        import torch
-        import transformers
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()

@@ -103,11 +103,15 @@ def test_an_interrupted_stream_leaves_the_model_usable(llm, expected, monkeypatc
         interrupting(patch, 4)
         with pytest.raises(KeyboardInterrupt):
             pieces.extend(piece.text for piece in llm.stream(TEXTS[1], GREEDY))
-    with pytest.raises(KeyboardInterrupt):
+
+    def read_until_interrupted():
         for piece in llm.stream(TEXTS[1], GREEDY):
             pieces.append(piece.text)
             if len(pieces) == 6:
                 signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        read_until_interrupted()
     for piece in llm.stream(TEXTS[1], GREEDY):
         assert expected[1].text.startswith(piece.text)
         break
