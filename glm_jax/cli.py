@@ -1,12 +1,15 @@
-"""What the commands share: exit codes, error lines, early environment, memory readings."""
+"""What the commands share: exit codes, error lines, early environment, options, memory readings."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+from tyro.constructors import PrimitiveConstructorSpec
 
 from glm_jax.errors import GlmError, PromptError
 
@@ -15,6 +18,8 @@ OK, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 def finish(run: Callable[[], int]) -> NoReturn:
     """Runs a command and exits: 0 done, 2 bad usage or input, 1 failure, 130 interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a character the terminal lacks must not end the command
     try:
         code = run()
         sys.stdout.flush()
@@ -34,8 +39,19 @@ def finish(run: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+def text_option(metavar: str) -> PrimitiveConstructorSpec[str | None]:
+    """How an optional text is read from the command line: as it is, where tyro would take "None" for no text."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: [] if value is None else [value],
+    )
+
+
 def set_memory_fraction(fraction: float) -> None:
-    """Lets JAX take this part of a GPU's memory; must run before JAX is imported.
+    """Lets JAX take this part of a GPU's memory; must run before JAX is imported. The environment's own setting wins.
 
     Raises:
         PromptError: if it is not in (0, 1].
@@ -54,11 +70,13 @@ def read_text(path: str) -> str:
     name = "stdin" if path == "-" else path
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
+    except (OSError, ValueError) as error:
+        raise PromptError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from None
+    try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise PromptError(f"{name} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start:,}") from None  # type: ignore[possibly-undefined]
-    except OSError as error:
-        raise PromptError(f"cannot read {name}: {error.strerror}") from None
+        byte = f"byte {data[error.start]:#04x} at offset {error.start:,}"
+        raise PromptError(f"{name} is not UTF-8 ({byte}): convert it first, with iconv for example") from None
 
 
 def peak_memory() -> tuple[int, str]:
@@ -71,4 +89,5 @@ def peak_memory() -> tuple[int, str]:
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"], device.device_kind
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024), "process"

@@ -12,7 +12,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,13 @@ _seen: set[Hashable] = set()
 
 
 @contextlib.contextmanager
-def compile_notice(what: str, key: Hashable) -> Iterator[None]:
+def compile_notice(what: str, key: Hashable, spent: Callable[[float], None] | None = None) -> Iterator[None]:
     """Says on stderr that the first call of a shape compiles, if it takes longer than a moment.
 
     Args:
         what: shown to the user.
         key: identifies the compilation; later calls with it say nothing.
+        spent: is told the seconds that a first call took.
     """
     if key in _seen:
         yield
@@ -109,5 +110,8 @@ def compile_notice(what: str, key: Hashable) -> Iterator[None]:
         _seen.add(key)
     finally:
         timer.cancel()
+        seconds = time.perf_counter() - begun
+        if spent:
+            spent(seconds)
         if slow.is_set():
-            print(f"compiling {what} took {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+            print(f"compiling {what} took {seconds:.1f} s", file=sys.stderr, flush=True)

@@ -113,14 +113,16 @@ class Score:
 
 @dataclasses.dataclass(slots=True)
 class Timing:
-    """What one call measured, in seconds and tokens; compilation is included where it happened.
+    """What one call measured, in seconds and tokens.
 
     Attributes:
         prompt_tokens: run through the model.
         completion_tokens: drawn.
-        prefill_s: until the prompts were in the cache and each row had its first token.
-        decode_s: for all further tokens.
-        first_token_s: from the call to the first token.
+        prefill_s: until the prompts were in the cache and each row had its first token, without compilation.
+        decode_s: for all further tokens, without compilation.
+        first_token_s: from the call to the first token, all included.
+        first_tokens: how many of the tokens were the first of their row.
+        compile_s: first calls of a shape, which compile, or find what an earlier run compiled.
     """
 
     prompt_tokens: int = 0
@@ -129,6 +131,11 @@ class Timing:
     decode_s: float = 0.0
     first_token_s: float = 0.0
     first_tokens: int = 0
+    compile_s: float = 0.0
+
+    def add_compile(self, seconds: float) -> None:
+        """Counts the first call of a shape."""
+        self.compile_s += seconds
 
     @property
     def prefill_tokens_per_s(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -92,12 +92,13 @@ class Runner:
         Raises:
             GlmError: if the model's logits are not finite.
         """
-        started = time.perf_counter()
+        started, compiling = time.perf_counter(), timing.compile_s
         with self.placed():
-            state, written = self._start(rows)
+            state, written = self._start(rows, timing)
             pieces = _feed(rows, state, written)
-        timing.prefill_s += time.perf_counter() - started
-        timing.first_token_s = timing.first_token_s or timing.prefill_s
+        seconds = time.perf_counter() - started
+        timing.prefill_s += seconds - (timing.compile_s - compiling)
+        timing.first_token_s = timing.first_token_s or seconds
         timing.prompt_tokens += sum(len(prompt) for prompt in {row.prompt_ids for row in rows})
         timing.first_tokens += len(rows)
         timing.completion_tokens += len(rows)
@@ -109,30 +110,34 @@ class Runner:
     ) -> Iterator[tuple[Row, Piece]]:
         limit = 1 if stream else 4
         while not all(row.finish for row in rows):
-            started = time.perf_counter()
+            started, compiling = time.perf_counter(), timing.compile_s
             with self.placed():
-                state, written = self._burst(state, limit)
+                state, written = self._burst(state, limit, timing)
                 pieces = _feed(rows, state, written)
                 state = _stop_ended(rows, state)
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started - (timing.compile_s - compiling)
             timing.decode_s += seconds
             timing.completion_tokens += sum(len(piece.token_ids) for _, piece in pieces)
             yield from pieces
             if not stream:
                 limit = int(np.clip(limit * _BURST_SECONDS / seconds, 1, min(STEPS, 2 * limit)))
 
-    def _burst(self, state: DecodeState, limit: int) -> tuple[DecodeState, Written]:
+    def _notice(self, what: str, timing: Timing | None, *key: Hashable) -> contextlib.AbstractContextManager[None]:
+        """Round a call that compiles once for each ``key``."""
+        mine = (self.model, jnp.dtype(self.params["embed"].dtype).name, self.mesh, str(self.cache_dtype), what, *key)
+        return compile_notice(what, mine, timing.add_compile if timing else None)
+
+    def _burst(self, state: DecodeState, limit: int, timing: Timing) -> tuple[DecodeState, Written]:
         rows, slots = state.cache.batch, state.cache.capacity
-        key = ("decode", self.model, rows, slots, state.sampler.features)
-        with compile_notice(f"decoding for {rows} row(s) of {slots:,} tokens", key):
+        with self._notice(f"decoding for {rows} row(s) of {slots:,} tokens", timing, state.sampler.features):
             return decode_steps(self.model, self.params, state, np.int32(limit), steps=STEPS)
 
-    def _start(self, rows: Sequence[Row]) -> tuple[DecodeState, Written]:
+    def _start(self, rows: Sequence[Row], timing: Timing) -> tuple[DecodeState, Written]:
         count = bucket(len(rows))
         padded = [*rows, *[rows[-1]] * (count - len(rows))]
         sampler = self._sampler(padded)  # refuses what is impossible before anything runs
         prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
-        cache, logits, lengths = self.prefill(prompts, max(len(row.prompt_ids) + row.budget for row in rows))
+        cache, logits, lengths = self.prefill(prompts, max(len(row.prompt_ids) + row.budget for row in rows), timing)
         if len(prompts) < len(rows):
             # Completions of one prompt each get a copy of its cache.
             order = {prompt: i for i, prompt in enumerate(prompts)}
@@ -140,7 +145,7 @@ class Runner:
             cache, logits, lengths = LatentCache(cache.data[:, of_row]), logits[of_row], lengths[of_row]
         budgets = np.asarray([row.budget for row in padded], np.int32)
         filler = np.arange(count) >= len(rows)
-        with compile_notice("sampling", ("begin", self.model, cache.data.shape, sampler.features)):
+        with self._notice("sampling", timing, cache.data.shape, sampler.features):
             return begin(cache, logits, lengths, budgets, filler, sampler)
 
     def _sampler(self, rows: Sequence[Row]) -> SamplerState:
@@ -154,8 +159,15 @@ class Runner:
             eos_ids=self.eos_ids,
         )
 
-    def prefill(self, prompts: Prompts, slots: int) -> tuple[LatentCache, jax.Array, np.ndarray]:
+    def prefill(
+        self, prompts: Prompts, slots: int, timing: Timing | None = None
+    ) -> tuple[LatentCache, jax.Array, np.ndarray]:
         """Prompts into a new cache, chunk by chunk, so that memory does not grow with their length.
+
+        Args:
+            prompts: token ids.
+            slots: that each row must have.
+            timing: is told of compilations.
 
         Returns:
             The cache, logits float32 ``[P, V]`` of each prompt's last token, and lengths int32 ``[P]``; P is padded to
@@ -166,8 +178,7 @@ class Runner:
         cache = self.cache(count, slots)
         logits = jnp.zeros((count, self.model.cfg.vocab_size), jnp.float32)
         for start, tokens in chunks(prompts, count, PREFILL_TOKENS // count):
-            key = ("prefill", self.model, tokens.shape, cache.capacity)
-            with compile_notice(f"prefill of {count} x {tokens.shape[1]} tokens", key):
+            with self._notice(f"prefill of {count} x {tokens.shape[1]} tokens", timing, cache.capacity):
                 cache, logits = prefill_chunk(self.model, self.params, cache, logits, tokens, np.int32(start), lengths)
         return cache, logits, lengths
 
@@ -183,7 +194,7 @@ class Runner:
         """The prediction layer's logits of one row, float32 ``[T, V]``, on the host."""
         tokens = np.zeros((1, bucket(len(prompt), _SMALLEST_CHUNK)), np.int32)
         tokens[0, : len(prompt)] = prompt
-        with self.placed(), compile_notice("the prediction layer", ("mtp", self.model, tokens.shape)):
+        with self.placed(), self._notice("the prediction layer", None, tokens.shape):
             logits = mtp_logits(self.model, self.params, tokens, np.int32(len(prompt)))
             return np.asarray(logits)[0, : len(prompt)]
 
@@ -191,8 +202,7 @@ class Runner:
         out: list[list[np.ndarray]] = [[] for _ in prompts]
         cache = self.cache(count, max(map(len, prompts)))
         for start, tokens in chunks(prompts, count):
-            key = ("logits", self.model, tokens.shape, cache.capacity)
-            with compile_notice(f"logits of {count} x {tokens.shape[1]} tokens", key):
+            with self._notice(f"logits of {count} x {tokens.shape[1]} tokens", None, cache.capacity):
                 cache, logits = chunk_logits(self.model, self.params, cache, tokens, np.int32(start))
             host = np.asarray(logits)
             for row, prompt in enumerate(prompts):

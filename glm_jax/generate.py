@@ -5,222 +5,186 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
-from glm_jax.cli import INTERRUPTED, OK, finish, peak_memory, read_text, set_memory_fraction
+from glm_jax import terminal
+from glm_jax.cli import OK, finish, peak_memory, read_text, set_memory_fraction, text_option
 from glm_jax.errors import PromptError, SamplingError
+from glm_jax.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from glm_jax.completion import Completion
     from glm_jax.llm import LLM
 
+_Flag = Annotated[bool, arg(help_behavior_hint="")]
+
 DESCRIPTION = """\
-Write text with GLM-4.7-Flash.
+Write text with GLM-4.7-Flash. The text goes to stdout, everything else to stderr.
 
 Examples:
-  python -m glm_jax.generate "def fib(n):"                      the built-in miniature
-  python -m glm_jax.generate --chat                             talk to it (Ctrl-D ends)
-  python -m glm_jax.generate --chat "What is 3 plus 4?" --no-thinking
-  python -m glm_jax.generate --model zai-org/GLM-4.7-Flash --prompt-file question.txt
-  cat main.py | python -m glm_jax.generate --model ./converted --temperature 0 --json
+  python -m glm_jax.generate "def fib(n):"            continue a text, with the built-in miniature
+  python -m glm_jax.generate --chat                   talk to it
+  python -m glm_jax.generate --chat --no-thinking "What is 3 plus 4?"
+  python -m glm_jax.generate --n 3 --seed 1 --json "import os"
+  python -m glm_jax.generate -- "--begins with a dash"
+  python -m glm_jax.generate --model zai-org/GLM-4.7-Flash --chat --prompt-file question.txt
+  cat main.py | python -m glm_jax.generate --model ./converted --temperature 0 > more.py
+
+Sampling options that are not given come from the checkpoint. The first run of a size compiles, and keeps the result.
+Exit codes: 0 done, 2 bad usage or input, 1 failure, 130 interrupted.
 """
 
 
 @dataclasses.dataclass
 class Options:
-    """Options of the command; sampling options that are not given come from the checkpoint."""
+    """Options of the command."""
 
-    prompt: Positional[str | None] = None
-    """Text to complete (or, with --chat, the message). Read from stdin when it is piped and no prompt is given."""
-    model: str = "tiny"
+    prompt: Positional[Annotated[str | None, text_option("PROMPT"), arg(help_behavior_hint="")]] = None
+    """Text to continue or, with --chat, the message. Without one it is read from stdin, if something is piped in."""
+    model: Annotated[str, arg(metavar="MODEL")] = "tiny"
     """Folder (Hugging Face or converted), hub id, "tiny", or "synthetic:flash?layers=4&seed=0"."""
-    prompt_file: str | None = None
+    prompt_file: Annotated[str | None, text_option("FILE"), arg(help_behavior_hint="")] = None
     """Read the prompt from this file ("-" for stdin)."""
-    chat: bool = False
-    """Answer a message in the chat format; without a prompt, talk interactively."""
-    system: str | None = None
-    """System message, with --chat."""
-    thinking: bool = True
-    """Let the model think before it answers, with --chat."""
-    max_tokens: int = 512
+    chat: _Flag = False
+    """Answer the prompt as a message; without a prompt, hold a conversation."""
+    system: Annotated[str | None, text_option("TEXT"), arg(help_behavior_hint="")] = None
+    """With --chat: what the model is told before the first message."""
+    no_thinking: _Flag = False
+    """With --chat: answer at once, without thinking first."""
+    max_tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 512)")] = None
     """Longest completion."""
-    temperature: float | None = None
-    """0 takes the most likely token each time."""
-    top_p: float | None = None
-    """Keep the most likely tokens that together have this probability."""
-    seed: int | None = None
+    temperature: Annotated[float | None, arg(metavar="T", help_behavior_hint="")] = None
+    """How freely to choose: 0 takes the most likely token each time, 1 is the model's own distribution."""
+    top_p: Annotated[float | None, arg(metavar="P", help_behavior_hint="")] = None
+    """Choose among the most likely tokens that together have this probability."""
+    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: drawn; --json shows it)")] = None
     """The same seed gives the same text."""
-    n: int = 1
-    """Completions of the prompt."""
-    stop: Annotated[tuple[str, ...], arg(metavar="TEXT")] = ()
-    """Strings that end a completion."""
-    sampling: str | None = None
-    """Any sampling options as JSON, e.g. '{"top_k": 40, "min_p": 0.01, "logprobs": 5}'."""
-    json: bool = False
-    """Print one JSON object per completion on stdout instead of the text."""
+    n: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
+    """How many completions, with seeds that count up."""
+    stop: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="TEXT")] = ()
+    """Ends a completion before this text."""
+    sampling: Annotated[str | None, text_option("JSON"), arg(help_behavior_hint="")] = None
+    """Other sampling options: '{"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1, "logprobs": 5}'."""
+    json: _Flag = False
+    """Print one JSON object per completion instead of the text."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights and activations."""
-    mesh: int | None = None
-    """Number of devices to split the model over."""
-    max_model_len: int | None = None
-    """Longest prompt and completion together; by default what model and memory allow."""
-    memory_fraction: float = 0.95
-    """Part of a GPU's memory that JAX may take."""
-    check: bool = False
-    """Look for NaN and infinite weights while loading."""
+    mesh: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
+    """Devices to split the model over."""
+    max_model_len: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: what fits)")] = None
+    """Longest prompt and completion together."""
+    memory_fraction: Annotated[float, arg(metavar="F")] = 0.95
+    """Part of a GPU's memory to take."""
+    check: _Flag = False
+    """Look for damaged weights while loading."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    options = tyro.cli(Options, prog="python -m glm_jax.generate", description=DESCRIPTION, args=args)
-    params = _sampling(options)
-    interactive = options.chat and options.prompt is None and options.prompt_file is None and sys.stdin.isatty()
-    prompt = None if interactive else _prompt(options)
-    set_memory_fraction(options.memory_fraction)
-    from glm_jax.llm import LLM
-
-    llm = LLM.load(
-        options.model,
-        dtype=options.dtype,
-        mesh=options.mesh,
-        max_model_len=options.max_model_len or "auto",
-        check=options.check,
+    options = tyro.cli(
+        Options, prog="python -m glm_jax.generate", description=DESCRIPTION, args=args, config=(FlagCreatePairsOff,)
     )
-    if interactive:
-        return _talk(llm, options, params)
-    code = _once(llm, options, params, prompt or "")
+    # What is wrong with the call is said before JAX is imported and weights are read.
+    sampling = _sampling(options)
+    prompt = _prompt(options)
+    if prompt is None and sampling.get("n", 1) > 1:
+        raise SamplingError("a conversation has one answer at a time: --n must be 1")
+    set_memory_fraction(options.memory_fraction)
+    llm = _load(options)
+    if prompt is None:
+        return terminal.talk(lambda turns: _reply(llm, options, sampling, turns), _system(options))
+    code = _once(llm, options, sampling, prompt)
     _closing_line(llm)
     return code
 
 
-def _sampling(options: Options) -> dict[str, Any]:
-    given: dict[str, Any] = {"max_tokens": options.max_tokens, "n": options.n}
-    for name in ("temperature", "top_p", "seed"):
-        if getattr(options, name) is not None:
-            given[name] = getattr(options, name)
-    if options.stop:
-        given["stop"] = options.stop
-    if options.sampling is not None:
-        try:
-            given |= json.loads(options.sampling)
-        except (ValueError, TypeError) as error:
-            raise SamplingError(f"--sampling must be a JSON object: {error}") from None
-    from glm_jax.sampling import SamplingParams
+def _load(options: Options) -> LLM:
+    from glm_jax.llm import LLM
 
-    checked = SamplingParams.from_dict(given)  # refuse what is impossible before anything is loaded
+    return LLM.load(
+        options.model,
+        dtype=options.dtype,
+        mesh=options.mesh,
+        max_model_len="auto" if options.max_model_len is None else options.max_model_len,
+        check=options.check,
+    )
+
+
+def _sampling(options: Options) -> dict[str, Any]:
+    """The sampling options that were given, checked."""
+    flags = {name: getattr(options, name) for name in ("max_tokens", "temperature", "top_p", "seed", "n")}
+    given = {name: value for name, value in flags.items() if value is not None}
+    given |= {"stop": options.stop} if options.stop else {}
+    if options.sampling is not None:
+        more = _json_object(options.sampling)
+        if twice := sorted(given.keys() & more.keys()):
+            raise SamplingError(f"--{twice[0].replace('_', '-')} is in --sampling too: give it once")
+        given |= more
+    checked = SamplingParams.from_dict(given)
     return {name: getattr(checked, name) for name in given}
 
 
-def _prompt(options: Options) -> str:
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        read = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SamplingError(f"--sampling must be a JSON object: {error}") from None
+    if not isinstance(read, dict):
+        raise SamplingError(f"--sampling must be a JSON object, not {text:.60}")
+    return read
+
+
+def _prompt(options: Options) -> str | None:
+    """The prompt; None for a conversation."""
+    if not options.chat and (options.system is not None or options.no_thinking):
+        raise PromptError("--system and --no-thinking shape an answer: give --chat too")
     if options.prompt is not None and options.prompt_file is not None:
         raise PromptError("give a prompt or --prompt-file, not both")
-    if options.prompt is not None:
-        # The shell's bytes reach us as surrogates where they are not UTF-8.
-        raw = options.prompt.encode("utf-8", "surrogateescape")
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            raise PromptError("the prompt is not UTF-8") from None
-    if options.prompt_file is not None:
-        return read_text(options.prompt_file)
-    if sys.stdin.isatty():
+    if options.prompt is None and options.prompt_file is None and sys.stdin.isatty():
+        if options.chat:
+            return None
         raise PromptError('no prompt: give one, as in `python -m glm_jax.generate "def fib(n):"`, or --chat to talk')
-    return read_text("-")
+    prompt = read_text(options.prompt_file or "-") if options.prompt is None else options.prompt
+    if not prompt:
+        raise PromptError("the prompt is empty: give at least one character")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python shows bytes that are no UTF-8
+        raise PromptError("the prompt is not UTF-8")
+    return prompt
 
 
-def _once(llm: LLM, options: Options, params: dict[str, Any], prompt: str) -> int:
-    if options.json or params["n"] > 1:
-        done = _messages(llm, options, params, prompt) if options.chat else llm.generate(prompt, **params)
-        for completion in done if isinstance(done, list) else [done]:
-            print(json.dumps(_record(completion), ensure_ascii=False) if options.json else completion.text)
+def _system(options: Options) -> list[terminal.Turn]:
+    return [] if options.system is None else [{"role": "system", "content": options.system}]
+
+
+def _once(llm: LLM, options: Options, sampling: dict[str, Any], prompt: str) -> int:
+    turns = [*_system(options), {"role": "user", "content": prompt}]
+    if options.json or sampling.get("n", 1) > 1:
+        done = _chat(llm, options, sampling, turns) if options.chat else llm.generate(prompt, **sampling)
+        terminal.show_whole(done, as_json=options.json)
         return OK
     if options.chat:
-        return _show(_answer(llm, options, params, _conversation(options, prompt)))[0]
-    return _show(piece.text for piece in llm.stream(prompt, **params))[0]
+        return terminal.Answer(_chat(llm, options, sampling, turns, stream=True)).show()
+    return terminal.show_text(piece.text for piece in llm.stream(prompt, **sampling))
 
 
-def _messages(llm: LLM, options: Options, params: dict[str, Any], prompt: str) -> Any:
-    return llm.chat(_conversation(options, prompt), enable_thinking=options.thinking, **params)
+def _chat(llm: LLM, options: Options, sampling: dict[str, Any], turns: list[terminal.Turn], **how: Any) -> Any:
+    switches = {"enable_thinking": False} if options.no_thinking else {}
+    return llm.chat(turns, **switches, **sampling, **how)
 
 
-def _conversation(options: Options, prompt: str) -> list[dict[str, str]]:
-    system = [] if options.system is None else [{"role": "system", "content": options.system}]
-    return [*system, {"role": "user", "content": prompt}]
-
-
-def _answer(llm: LLM, options: Options, params: dict[str, Any], messages: list[dict[str, str]]) -> Iterator[str]:
-    """The answer as text for a terminal: thinking first, dimmed where colours are shown."""
-    dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    thinking = False
-    for delta in llm.chat(messages, stream=True, enable_thinking=options.thinking, **params):
-        if delta.reasoning:
-            yield delta.reasoning if thinking else dim + delta.reasoning
-            thinking = True
-        if delta.content:
-            yield (f"{plain}\n\n" if thinking else "") + delta.content
-            thinking = False
-    if thinking:
-        yield plain
-
-
-def _show(pieces: Iterator[str]) -> tuple[int, str]:
-    """Prints pieces as they come; Ctrl-C ends them. Returns the exit code and the text."""
-    shown: list[str] = []
-    code = OK
-    try:
-        for piece in pieces:
-            shown.append(piece)
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    print(flush=True)
-    return code, "".join(shown)
-
-
-def _talk(llm: LLM, options: Options, params: dict[str, Any]) -> int:
-    messages = [] if options.system is None else [{"role": "system", "content": options.system}]
-    print("Ctrl-C ends an answer, Ctrl-D the conversation.", file=sys.stderr)
-    while True:
-        try:
-            said = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print(file=sys.stderr)
-            return OK
-        if not said.strip():
-            continue
-        turn = [*messages, {"role": "user", "content": said}]
-        try:
-            _, text = _show(_answer(llm, options, params, turn))
-        except PromptError as error:
-            print(f"error: {error}", file=sys.stderr)
-            continue
-        messages = [*turn, {"role": "assistant", "content": text.rpartition("\033[0m")[2].strip()}]
-        _closing_line(llm)
-
-
-def _record(completion: Completion) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "text": completion.text,
-        "token_ids": list(completion.token_ids),
-        "finish_reason": completion.finish_reason,
-        "prompt_tokens": completion.prompt_tokens,
-        "completion_tokens": completion.completion_tokens,
-        "seed": completion.seed,
-    }
-    if completion.logprobs is not None:
-        record["logprobs"] = [dataclasses.asdict(entry) for entry in completion.logprobs]
-    message = getattr(completion, "message", None)
-    if message is not None:
-        record |= {
-            "content": message.content,
-            "reasoning": message.reasoning,
-            "tool_calls": [dataclasses.asdict(call) for call in message.tool_calls],
-        }
-    return record
+def _reply(llm: LLM, options: Options, sampling: dict[str, Any], turns: list[terminal.Turn]) -> str | None:
+    """Prints the answer to a conversation; returns its content."""
+    if options.json:
+        done = _chat(llm, options, sampling, turns)
+        terminal.show_whole(done, as_json=True)
+        return done.content
+    answer = terminal.Answer(_chat(llm, options, sampling, turns, stream=True))
+    answer.show()
+    _closing_line(llm)
+    return answer.content
 
 
 def _closing_line(llm: LLM) -> None:
@@ -230,9 +194,10 @@ def _closing_line(llm: LLM) -> None:
         f"prompt {timing.prompt_tokens:,} tokens at {timing.prefill_tokens_per_s:,.1f} tokens/s",
         f"{timing.completion_tokens:,} tokens written at {timing.decode_tokens_per_s:,.1f} tokens/s",
         f"first token after {timing.first_token_s:.2f} s",
+        *([f"compiling took {timing.compile_s:.1f} s"] if timing.compile_s >= 0.1 else []),
         f"peak memory {peak / 1e9:.2f} GB ({where})",
     ]
-    print(" | ".join(parts), file=sys.stderr)
+    print(" | ".join(parts), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ PACKAGES = ("glm_jax", "convert", "pallas_kernels")
 # A module's level is that of the longest prefix of its name found here. ARCHITECTURE.md draws the same table.
 LEVELS = {
     "glm_jax": 7,  # the facade: looks names up lazily, and nothing below may import it
-    **{f"glm_jax.{name}": 6 for name in ("generate", "plan", "bench", "batch", "serve", "cli")},
+    **{f"glm_jax.{name}": 6 for name in ("generate", "plan", "bench", "batch", "serve", "cli", "terminal")},
     **{f"glm_jax.{name}": 5 for name in ("llm", "decoding", "answers", "companions", "requests", "engine")},
     **{
         f"glm_jax.{name}": 4
