@@ -104,7 +104,7 @@ def test_every_form_of_prompt(llm, together):
         ([[1, 2], [3, "4"]], "prompt 2 of 2 is neither"),
         ([3, 384], "token id 384, which is outside the vocabulary of 384"),
         ([[3], [-1]], "prompt 2 of 2 has token id -1"),
-        ([3] * CONTEXT, f"the prompt has {CONTEXT} tokens; at most {CONTEXT - 1} fit"),
+        ([3] * CONTEXT, f"the prompt has {CONTEXT:,} tokens; at most {CONTEXT - 1:,} fit"),
         ("def \udcff", "lone surrogate"),
     ],
     ids=lambda value: repr(value)[:30],
