@@ -117,8 +117,14 @@ def _expand(cfg: Config, q: Queries, block: jax.Array, k_b: jax.Array, v_b: jax.
     latent, rope = jnp.split(block, [cfg.kv_lora_rank], axis=-1)
     keys = einsum("bsr,nhr->bsnh", latent, k_b).astype(q.nope.dtype)
     values = einsum("bsr,nhr->bsnh", latent, v_b).astype(q.nope.dtype)
-    scores = einsum("btnh,bsnh->bnts", q.nope, keys) + einsum("btnp,bsp->bnts", q.rope, rope)
+    # One product over both parts: two would write the scores twice.
+    shared = jnp.broadcast_to(rope[:, :, None], (*keys.shape[:3], rope.shape[-1]))
+    scores = einsum("btnh,bsnh->bnts", _joined(q.nope, q.rope), _joined(keys, shared))
     return scores, values
+
+
+def _joined(nope: jax.Array, rope: jax.Array) -> jax.Array:
+    return jnp.concatenate([nope, rope.astype(nope.dtype)], axis=-1)
 
 
 def _softmax_over_blocks(score, rows, positions, scale, q, width):  # noqa: ANN001, ANN202

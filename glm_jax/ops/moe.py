@@ -19,6 +19,7 @@ from glm_jax.quant import Bfloat16Bits, Weight
 from glm_jax.sharding import Rules, vary_like
 
 Weights = dict[str, Weight]
+_FEW_PAIRS = 64
 Method = Literal["auto", "pairs", "blocks", "batched", "dense"]
 
 
@@ -162,14 +163,42 @@ def _batched(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Ar
     rows = jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])[jnp.where(table < 0, tokens, table // chosen)]
     product = functools.partial(einsum, "eoi,eni->eon")
     hidden = jnp.swapaxes(jax.nn.silu(product(gate, rows)) * product(up, rows), 1, 2).astype(x.dtype)
-    outs = jnp.swapaxes(product(down, hidden), 1, 2)
+    # The barrier keeps XLA from folding the transposition into a product that it has only a slow form of.
+    outs = jnp.swapaxes(jax.lax.optimization_barrier(product(down, hidden)), 1, 2)
     fits = (rank < height) & (expert_of_pair < experts)
     by_pair = outs[jnp.where(fits, expert_of_pair, 0), jnp.where(fits, rank, 0)].reshape(tokens, chosen, -1)
     fits = fits.reshape(tokens, chosen)
-    rest = Routing(jnp.where(fits, experts, routing.experts), jnp.where(fits, 0.0, routing.weights))
     out = _combine(by_pair, jnp.where(fits, routing.weights, 0.0))
-    more = jnp.any(rest.experts < experts)
-    return jax.lax.cond(more, lambda out: out + _blocks(x, rest, w, layer), lambda out: out, out)
+    rest = Routing(jnp.where(fits, experts, routing.experts), jnp.where(fits, 0.0, routing.weights))
+    left = jnp.sum(rest.experts < experts)
+    branches = [
+        lambda out: out,
+        lambda out: out + _few_pairs(x, rest, w, layer),
+        lambda out: out + _blocks(x, rest, w, layer),
+    ]
+    which = (left > 0).astype(jnp.int32) + (left > _FEW_PAIRS).astype(jnp.int32)
+    return jax.lax.switch(which, branches, out)
+
+
+def _few_pairs(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    """As ``_pairs``, but of the :data:`_FEW_PAIRS` that there are at most, and only those."""
+    tokens, chosen = routing.experts.shape
+    expert_of_pair = routing.experts.reshape(-1)
+    here = expert_of_pair < w["gate"].shape[1]
+    first = jnp.argsort(~here, stable=True)[:_FEW_PAIRS].astype(jnp.int32)
+    weights = routing.weights.reshape(-1)
+
+    def apply(out, pair):  # noqa: ANN001, ANN202
+        token, expert = pair // chosen, expert_of_pair[pair]
+        row = jax.lax.dynamic_slice_in_dim(x, token, 1)
+        made = swiglu(row, w["gate"], w["up"], w["down"], layer, expert, dtype=jnp.dtype(jnp.float32))
+        return out.at[token].add(weights[pair] * made[0])
+
+    def one(out, pair):  # noqa: ANN001, ANN202
+        return jax.lax.cond(here[pair], apply, lambda out, _: out, out, pair), None
+
+    start = vary_like(jnp.zeros((tokens, x.shape[1]), jnp.float32), jax.tree.leaves(w["gate"])[0])
+    return jax.lax.scan(one, start, first)[0]
 
 
 def _blocks(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:

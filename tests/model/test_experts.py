@@ -35,11 +35,13 @@ def _expected(x: np.ndarray, routing: moe.Routing, w: dict[str, Any]) -> np.ndar
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 60])
-@pytest.mark.parametrize("load", ["random", "hot", "some elsewhere"])
+@pytest.mark.parametrize("load", ["random", "warm", "hot", "some elsewhere"])
 def test_methods_agree(tokens: int, load: str) -> None:
     rng = np.random.default_rng(tokens)
     x, w = rng.standard_normal((tokens, HIDDEN)).astype(np.float32), _weights(rng)
     experts = np.stack([rng.permutation(EXPERTS)[:CHOSEN] for _ in range(tokens)]).astype(np.int32)
+    if load == "warm":  # a few rows more than "batched" has room for; when hot, many more
+        experts[:, 0] = 2
     if load == "hot":
         experts[:] = [2, 5, 7]
     if load == "some elsewhere":

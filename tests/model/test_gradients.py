@@ -102,11 +102,11 @@ def test_gradients_are_finite_differences(small: Small, form: str, length: int) 
         assert path[-1] != "router_bias" or not np.asarray(gradient).any()
 
 
-METHODS = ["pairs", "blocks", "dense"]
+METHODS = ["pairs", "blocks", "batched", "dense"]
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
-def test_the_three_ways_to_apply_experts_agree(rows: int) -> None:
+def test_the_ways_to_apply_experts_agree(rows: int) -> None:
     """Values and gradients, with experts that nobody chose and one that all chose."""
     small = VARIANTS["groups"]
     stacked = {name: small.params["runs"]["1"]["moe"][name] for name in ("gate", "up", "down")}
