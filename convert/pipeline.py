@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -70,7 +71,7 @@ def convert(
         ConfigError: for a ``config.json`` that this stack cannot run.
     """
     weights = source if isinstance(source, WeightSource) else open_source(source, dtype=dtype)
-    folder = Path(destination).expanduser().resolve()
+    folder = Path(os.path.expanduser(destination)).resolve()
     if weights.info.folder and weights.info.folder.resolve() == folder:
         raise CheckpointError(f"{folder} is the source: choose another destination")
     target = TARGETS[to](weights, None if dtype is None else DTYPES[dtype])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def open_source(source: str | Path, *, dtype: str | None = None) -> WeightSource
         return SyntheticSource(SyntheticSpec.parse(text), DTYPES[dtype or "bfloat16"], text)
     if text == TINY:
         return _open_folder(_tiny_folder(), text)
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # that of pathlib raises where ~ is nobody's home
     if path.is_dir():
         return _open_folder(path, text)
     if path.exists():

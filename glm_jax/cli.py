@@ -14,10 +14,12 @@ from tyro.constructors import PrimitiveConstructorSpec
 from glm_jax.errors import GlmError, PromptError
 
 OK, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 def finish(run: Callable[[], int]) -> NoReturn:
     """Runs a command and exits: 0 done, 2 bad usage or input, 1 failure, 130 interrupted."""
+    _open_missing_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a character the terminal lacks must not end the command
     try:
@@ -39,6 +41,13 @@ def finish(run: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+def _open_missing_streams() -> None:
+    """A stream that whoever started us closed (``<&-``) is None in Python; it becomes an empty one."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (open to the end)
+
+
 def text_option(metavar: str) -> PrimitiveConstructorSpec[str | None]:
     """How an optional text is read from the command line: as it is, where tyro would take "None" for no text."""
     return PrimitiveConstructorSpec(
@@ -53,12 +62,15 @@ def text_option(metavar: str) -> PrimitiveConstructorSpec[str | None]:
 def set_memory_fraction(fraction: float) -> None:
     """Lets JAX take this part of a GPU's memory; must run before JAX is imported. The environment's own setting wins.
 
+    XLA has two names for that setting, and refuses to start when it finds both.
+
     Raises:
         PromptError: if it is not in (0, 1].
     """
     if not 0 < fraction <= 1:
         raise PromptError(f"--memory-fraction must be in (0, 1], not {fraction}")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(fraction))
+    if not any(os.environ.get(name) for name in _FRACTIONS):
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(fraction)
 
 
 def read_text(path: str) -> str:
@@ -67,9 +79,9 @@ def read_text(path: str) -> str:
     Raises:
         PromptError: if it cannot be read or is not UTF-8.
     """
-    name = "stdin" if path == "-" else path
+    name = "stdin" if path == "-" else path or "''"
     try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
+        data = sys.stdin.buffer.read() if path == "-" else Path(os.path.expanduser(path)).read_bytes()
     except (OSError, ValueError) as error:
         raise PromptError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from None
     try:

@@ -1,7 +1,7 @@
 """Compiled programs: kept in a private folder of the user's, and said on stderr while they are made.
 
-Whoever can write a program into JAX's persistent cache can run code in this process, so a folder that others own, or
-can write to or replace, is not used.
+Whoever can write a program into JAX's persistent cache can run code in this process, so a folder that others own or can
+write to, or that lies where anybody may replace it, is not used.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import jax
 
 _MAX_BYTES = 4 << 30  # also turns on JAX's file locks
 _NOTICE_AFTER_S = 1.0
+# Events of jax.monitoring: a program is looked for among those kept, and is there.
+_LOOKED_UP, _FOUND = "/jax/compilation_cache/compile_requests_use_cache", "/jax/compilation_cache/cache_hits"
 
 
 def use_compile_cache() -> Path | None:
@@ -61,7 +63,7 @@ def _make_private(folder: Path) -> None:
         OSError: if that is not possible, or someone else could put a file there.
     """
     try:
-        folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        folder.parent.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.parent.mkdir(exist_ok=True, mode=0o700)
         folder.mkdir(exist_ok=True, mode=0o700)
     except OSError as error:
@@ -80,38 +82,71 @@ def _make_private(folder: Path) -> None:
             raise OSError(f"others may write to {path}, in which it would be")
 
 
+class _Notice:
+    """Says that a program is being made, once that takes longer than a moment; not that a kept one is read."""
+
+    def __init__(self, what: str) -> None:
+        self.said = threading.Event()
+        self._what = what
+        self._timer: threading.Timer | None = None
+
+    def begin(self) -> None:
+        self.end()
+        if self.said.is_set():
+            return
+        self._timer = threading.Timer(_NOTICE_AFTER_S, self._say)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def end(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+
+    def hear(self, event: str, **_: str | int) -> None:
+        """What JAX tells of its cache."""
+        if event == _LOOKED_UP:
+            self.begin()
+        elif event == _FOUND:
+            self.end()
+
+    def _say(self) -> None:
+        self.said.set()
+        print(f"compiling {self._what} ...", file=sys.stderr, flush=True)
+
+
 _seen: set[Hashable] = set()
 
 
 @contextlib.contextmanager
 def compile_notice(what: str, key: Hashable, spent: Callable[[float], None] | None = None) -> Iterator[None]:
-    """Says on stderr that the first call of a shape compiles, if it takes longer than a moment.
+    """Says on stderr that the first call of a shape compiles, if it does and that takes longer than a moment.
 
     Args:
         what: shown to the user.
         key: identifies the compilation; later calls with it say nothing.
-        spent: is told the seconds that a first call took.
+        spent: is told the seconds that a first call took, whether it compiled or found what an earlier run had kept.
     """
     if key in _seen:
         yield
         return
     begun = time.perf_counter()
-    slow = threading.Event()
-
-    def announce() -> None:
-        slow.set()
-        print(f"compiling {what} ...", file=sys.stderr, flush=True)
-
-    timer = threading.Timer(_NOTICE_AFTER_S, announce)
-    timer.daemon = True
-    timer.start()
+    notice = _Notice(what)
+    jax.monitoring.register_event_listener(notice.hear)
+    if not _keeps_programs():
+        notice.begin()  # nothing will be looked up
     try:
         yield
         _seen.add(key)
     finally:
-        timer.cancel()
+        notice.end()
+        jax.monitoring.unregister_event_listener(notice.hear)
         seconds = time.perf_counter() - begun
         if spent:
             spent(seconds)
-        if slow.is_set():
+        if notice.said.is_set():
             print(f"compiling {what} took {seconds:.1f} s", file=sys.stderr, flush=True)
+
+
+def _keeps_programs() -> bool:
+    config: Any = jax.config
+    return bool(config.jax_compilation_cache_dir and config.jax_enable_compilation_cache)

@@ -147,7 +147,8 @@ def _prompt(options: Options) -> str | None:
         if options.chat:
             return None
         raise PromptError('no prompt: give one, as in `python -m glm_jax.generate "def fib(n):"`, or --chat to talk')
-    prompt = read_text(options.prompt_file or "-") if options.prompt is None else options.prompt
+    file = "-" if options.prompt_file is None else options.prompt_file
+    prompt = read_text(file) if options.prompt is None else options.prompt
     if not prompt:
         raise PromptError("the prompt is empty: give at least one character")
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python shows bytes that are no UTF-8
@@ -180,11 +181,13 @@ def _reply(llm: LLM, options: Options, sampling: dict[str, Any], turns: list[ter
     if options.json:
         done = _chat(llm, options, sampling, turns)
         terminal.show_whole(done, as_json=True)
-        return done.content
-    answer = terminal.Answer(_chat(llm, options, sampling, turns, stream=True))
-    answer.show()
+        content = done.content
+    else:
+        answer = terminal.Answer(_chat(llm, options, sampling, turns, stream=True))
+        answer.show()
+        content = answer.content
     _closing_line(llm)
-    return answer.content
+    return content
 
 
 def _closing_line(llm: LLM) -> None:
@@ -194,7 +197,7 @@ def _closing_line(llm: LLM) -> None:
         f"prompt {timing.prompt_tokens:,} tokens at {timing.prefill_tokens_per_s:,.1f} tokens/s",
         f"{timing.completion_tokens:,} tokens written at {timing.decode_tokens_per_s:,.1f} tokens/s",
         f"first token after {timing.first_token_s:.2f} s",
-        *([f"compiling took {timing.compile_s:.1f} s"] if timing.compile_s >= 0.1 else []),
+        *([f"compiling, or loading what was, took {timing.compile_s:.1f} s"] if timing.compile_s >= 0.1 else []),
         f"peak memory {peak / 1e9:.2f} GB ({where})",
     ]
     print(" | ".join(parts), file=sys.stderr, flush=True)

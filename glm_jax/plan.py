@@ -92,7 +92,7 @@ def read_config_of(model: str) -> Config:
 
     if model.startswith(PREFIX):
         return SyntheticSpec.parse(model).cfg
-    path = Path(__file__).parent / "tiny" if model == TINY else Path(model).expanduser()
+    path = Path(__file__).parent / "tiny" if model == TINY else Path(os.path.expanduser(model))
     if model and path.is_dir():
         return _config_in(path)
     if path.is_file():

@@ -6,7 +6,7 @@ import codecs
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from glm_jax.answers import ChatStream
@@ -19,7 +19,7 @@ _DIM, _PLAIN = "\033[2m", "\033[0m"
 Turn = dict[str, str]
 
 
-def show_text(pieces: Iterable[str]) -> int:
+def show_text(pieces: Generator[str]) -> int:
     """Prints pieces as they come; Ctrl-C ends them. Returns the exit code."""
     code = OK
     try:
@@ -27,6 +27,8 @@ def show_text(pieces: Iterable[str]) -> int:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         code = INTERRUPTED
+    finally:
+        pieces.close()
     print(flush=True)
     return code
 
@@ -43,28 +45,35 @@ class Answer:
         self._stream = stream
         self._dims = sys.stdout.isatty()
         self._thinks = False
+        self._dimmed = False
 
     def show(self) -> int:
         """Prints all of it, or until Ctrl-C. Returns the exit code."""
         return show_text(self._pieces())
 
-    def _pieces(self) -> Iterable[str]:
+    def _pieces(self) -> Generator[str]:
         try:
             for delta in self._stream:
                 if delta.reasoning:
-                    yield ("" if self._thinks or not self._dims else _DIM) + delta.reasoning
-                    self._thinks = True
+                    yield self._begin_thinking() + delta.reasoning
                 if delta.content:
-                    yield (self._end_thinking() + "\n\n" if self._thinks else "") + delta.content
                     self.content += delta.content
+                    yield self._end_thinking() + delta.content
         finally:
-            # Also after Ctrl-C: the terminal must not stay dim.
-            print(self._end_thinking(), end="", flush=True)
+            # Also after Ctrl-C in the middle of printing: the terminal must not stay dim.
+            if self._dimmed:
+                print(_PLAIN, end="", flush=True)
+
+    def _begin_thinking(self) -> str:
+        mark = _DIM if self._dims and not self._thinks else ""
+        self._thinks, self._dimmed = True, self._dims
+        return mark
 
     def _end_thinking(self) -> str:
-        mark = _PLAIN if self._thinks and self._dims else ""
+        if not self._thinks:
+            return ""
         self._thinks = False
-        return mark
+        return (_PLAIN if self._dims else "") + "\n\n"
 
 
 def show_whole(done: Completion | Sequence[Completion], *, as_json: bool) -> None:

@@ -1,0 +1,275 @@
+"""Compiled programs: where they are kept, which folders are refused, and what is said while one is made."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.monitoring
+import pytest
+from jax._src.monitoring import get_event_listeners
+
+from glm_jax import compile_cache
+from glm_jax.compile_cache import compile_notice, use_compile_cache
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = (
+    "jax_compilation_cache_dir",
+    "jax_compilation_cache_max_size",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_enable_compilation_cache",
+)
+
+
+@pytest.fixture(autouse=True)
+def untouched():
+    """JAX's own settings, as a program finds them; put back afterwards."""
+    before = {name: getattr(jax.config, name) for name in OPTIONS}
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The user's cache folder, not there yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077], ids=oct)
+def test_the_folder_is_private_whatever_the_umask(home, umask, capsys):
+    before = os.umask(umask)
+    try:
+        folder = use_compile_cache()
+    finally:
+        os.umask(before)
+    assert folder == home / "glm_jax" / "compiled"
+    assert (mode(folder), mode(folder.parent)) == (0o700, 0o700)
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_it_does_not_grow_without_end(home):
+    use_compile_cache()
+    assert 1e9 < jax.config.jax_compilation_cache_max_size < 1e10
+
+
+@pytest.mark.parametrize("given", ["", "relative/cache", None])
+def test_the_home_folder_is_the_place_unless_the_environment_names_another(tmp_path, monkeypatch, given):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if given is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+    assert use_compile_cache() == tmp_path / ".cache" / "glm_jax" / "compiled"
+
+
+def test_a_cache_that_the_program_set_up_is_left_alone(home, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    before = jax.config.jax_compilation_cache_max_size
+    assert use_compile_cache() == tmp_path / "own"
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+    assert jax.config.jax_compilation_cache_max_size == before
+    assert not home.exists()
+
+
+def test_a_cache_that_is_switched_off_stays_off(home):
+    jax.config.update("jax_enable_compilation_cache", False)
+    assert use_compile_cache() is None
+    assert not home.exists()
+
+
+def refused(capsys):
+    """What is said on stderr, in one line, when there is no safe folder."""
+    assert use_compile_cache() is None
+    assert jax.config.jax_compilation_cache_dir is None
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("compiled programs are not kept: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("which", ["glm_jax", "glm_jax/compiled"])
+@pytest.mark.parametrize("bits", [0o770, 0o707, 0o720, 0o777], ids=oct)
+def test_a_folder_that_others_may_write_to_is_refused(home, capsys, which, bits):
+    (home / "glm_jax" / "compiled").mkdir(parents=True, mode=0o700)
+    (home / "glm_jax").chmod(0o700)
+    (home / which).chmod(bits)
+    assert f"others may write to {home / which}; run chmod 700 on it" in refused(capsys)
+    (home / which).chmod(0o700)
+    assert use_compile_cache() == home / "glm_jax" / "compiled"
+
+
+@pytest.mark.parametrize("bits", [0o750, 0o755, 0o700], ids=oct)
+def test_others_may_read(home, bits):
+    (home / "glm_jax").mkdir(parents=True, mode=0o700)
+    (home / "glm_jax").chmod(bits)
+    assert use_compile_cache()
+
+
+def test_a_folder_that_belongs_to_someone_else_is_refused(home, monkeypatch, capsys):
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    assert f"{home / 'glm_jax' / 'compiled'} belongs to another user" in refused(capsys)
+
+
+@pytest.mark.parametrize("linked", ["glm_jax", "glm_jax/compiled"])
+def test_a_link_to_a_folder_that_others_may_write_to_is_refused(home, tmp_path, capsys, linked):
+    (tmp_path / "open" / "compiled").mkdir(parents=True)
+    (tmp_path / "open").chmod(0o777)
+    (home / linked).parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+    (home / linked).symlink_to(tmp_path / "open")
+    assert "others may write to" in refused(capsys)
+
+
+def test_a_place_where_anybody_may_replace_it_is_refused(home, capsys):
+    home.mkdir()
+    home.chmod(0o777)
+    assert f"others may write to {home}, in which it would be" in refused(capsys)
+    home.chmod(0o1777)
+    assert use_compile_cache(), "in a sticky folder each user's own stay theirs"
+
+
+def test_a_link_through_such_a_place_is_refused(home, tmp_path, capsys):
+    (tmp_path / "open" / "mine").mkdir(parents=True, mode=0o700)
+    (tmp_path / "open").chmod(0o777)
+    (home / "glm_jax").mkdir(parents=True, mode=0o700)
+    (home / "glm_jax" / "compiled").symlink_to(tmp_path / "open" / "mine")
+    assert f"others may write to {tmp_path / 'open'}" in refused(capsys)
+
+
+def test_a_link_to_the_folder_above_through_such_a_place_is_refused(home, tmp_path, capsys):
+    (tmp_path / "open" / "mine").mkdir(parents=True, mode=0o700)
+    (tmp_path / "open").chmod(0o777)
+    home.mkdir()
+    (home / "glm_jax").symlink_to(tmp_path / "open" / "mine")
+    assert f"others may write to {tmp_path / 'open'}" in refused(capsys)
+
+
+def test_a_folder_that_cannot_be_made_is_no_failure(home, capsys):
+    home.write_text("a file")
+    assert f"{home / 'glm_jax' / 'compiled'} cannot be made (" in refused(capsys)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_home_that_cannot_be_written_to_is_no_failure(home, capsys):
+    home.mkdir(mode=0o500)
+    assert "cannot be made (Permission denied)" in refused(capsys)
+
+
+def test_a_user_without_a_home_is_no_failure(monkeypatch, capsys):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert "no home" in refused(capsys)
+
+
+# A program that takes DELAY + 1 seconds to trace, and then some to compile or to read.
+COMPILE = """
+import os, time
+import jax, jax.numpy as jnp
+from glm_jax import compile_cache
+from glm_jax.compile_cache import compile_notice, use_compile_cache
+
+compile_cache._NOTICE_AFTER_S = delay = float(os.environ["DELAY"])
+use_compile_cache()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+@jax.jit
+def slow(x):
+    time.sleep(delay + 1)
+    for i in range(10):
+        x = jnp.sort(x * i + jnp.flip(x))
+    return x
+
+x = jnp.ones(64).block_until_ready()
+spent = []
+for _ in range(2):
+    with compile_notice("a sort", 1, spent.append):
+        slow(x).block_until_ready()
+assert len(spent) == 1
+assert spent[0] > delay + 1
+print("done")
+"""
+
+
+def compiled(home, delay):
+    """What a process that compiles says on stderr, when it is to be silent for `delay` seconds."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        cwd=ROOT,
+        env={**os.environ, "XDG_CACHE_HOME": str(home), "DELAY": str(delay)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    return done.stderr
+
+
+def test_compiling_is_said_once_and_reading_what_was_kept_is_not(tmp_path):
+    first = compiled(tmp_path, 0)
+    assert first.startswith("compiling a sort ...\ncompiling a sort took ")
+    assert first.endswith(" s\n")
+    assert first.count("\n") == 2
+    assert any("slow" in path.name for path in (tmp_path / "glm_jax" / "compiled").iterdir())
+    # Reading takes milliseconds; tracing takes longer than the delay, but is not compiling.
+    assert compiled(tmp_path, 3) == ""
+
+
+def test_without_a_folder_to_keep_them_compiling_is_said_too(tmp_path):
+    (tmp_path / "file").write_text("")
+    first, *others = compiled(tmp_path / "file", 0).splitlines()
+    assert first.startswith("compiled programs are not kept: ")
+    assert [line[:16] for line in others] == ["compiling a sort"] * 2
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr(compile_cache, "_NOTICE_AFTER_S", 0.0)
+    monkeypatch.setattr(compile_cache, "_seen", set())
+
+
+def test_what_takes_a_moment_is_not_said(monkeypatch, capsys):
+    monkeypatch.setattr(compile_cache, "_NOTICE_AFTER_S", 600.0)
+    monkeypatch.setattr(compile_cache, "_seen", set())
+    with compile_notice("x", 1):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_call_that_failed_did_not_compile(at_once):
+    spent = []
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), compile_notice("x", 1, spent.append):
+            raise ZeroDivisionError
+    with compile_notice("x", 1, spent.append):
+        pass
+    with compile_notice("x", 1, spent.append):
+        pass
+    assert len(spent) == 3
+    assert all(seconds >= 0 for seconds in spent)
+
+
+def test_other_keys_are_other_programs(at_once):
+    spent = []
+    for key in (("a", 1), ("a", 2), ("a", 1)):
+        with compile_notice("x", key, spent.append):
+            pass
+    assert len(spent) == 2
+
+
+def test_nothing_stays_registered(at_once):
+    heard = []
+    with compile_notice("x", 1):
+        jax.monitoring.register_event_listener(lambda event, **_: heard.append(event))
+    jax.monitoring.record_event("/jax/compilation_cache/compile_requests_use_cache")
+    assert len(heard) == 1
+    assert not any("Notice" in repr(listener) for listener in get_event_listeners())
