@@ -42,7 +42,7 @@ def cores() -> int:
 def read_bandwidth(repeats: int = 5) -> float:
     """Bytes per second at which all cores together read one GiB from memory (the best of ``repeats``).
 
-    They multiply a matrix and a vector: of what NumPy offers that keeps up with memory best (a sum takes twice as long).
+    They multiply a matrix and a vector, which keeps up with memory better than anything else in NumPy.
     """
     parts = np.array_split(np.ones((_READ_BYTES // 4 // _READ_WIDTH, _READ_WIDTH), np.float32), cores())
     vector = np.ones(_READ_WIDTH, np.float32)
