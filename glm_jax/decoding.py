@@ -21,7 +21,7 @@ from glm_jax.cache import LatentCache
 from glm_jax.compile_cache import compile_notice
 from glm_jax.completion import Piece, Timing, TokenLogprob
 from glm_jax.errors import GlmError
-from glm_jax.memory import PREFILL_CHUNK
+from glm_jax.memory import PREFILL_CHUNK, Setup
 from glm_jax.model import GLM
 from glm_jax.rows import Row
 from glm_jax.sampling import SamplerState
@@ -60,6 +60,7 @@ class Runner:
         unused_ids: nor are these.
         eos_ids: end a row unless it ignores them.
         max_len: longest row, prompt and completion together.
+        setup: the memory that was planned with, or None if nobody did.
     """
 
     model: GLM
@@ -70,6 +71,7 @@ class Runner:
     unused_ids: tuple[int, ...]
     eos_ids: tuple[int, ...]
     max_len: int
+    setup: Setup | None = None
 
     def placed(self) -> contextlib.AbstractContextManager[Any]:
         """The context that all device work runs in."""
@@ -77,9 +79,20 @@ class Runner:
 
     def cache(self, rows: int, slots: int) -> LatentCache:
         """An empty cache of at least ``slots`` slots."""
-        capacity = min(bucket(slots, _SMALLEST_CACHE), max(self.max_len, slots))
         cfg, rules = self.model.cfg, self.model.rules
-        return LatentCache.create(cfg, rows, capacity, self.cache_dtype, rules=rules, mesh=self.mesh)
+        return LatentCache.create(cfg, rows, self._capacity(slots), self.cache_dtype, rules=rules, mesh=self.mesh)
+
+    def _capacity(self, slots: int) -> int:
+        return min(bucket(slots, _SMALLEST_CACHE), max(self.max_len, slots))
+
+    def fits(self, rows: Sequence[Row]) -> bool:
+        """Whether these rows can be run together in the memory that was planned with."""
+        if self.setup is None:
+            return True
+        prompts, slots = len({row.prompt_ids for row in rows}), self._capacity(_slots(rows))
+        # Completions of one prompt are copied from its cache, and for a moment both exist.
+        copied = self.setup.need(bucket(prompts), slots).cache if prompts < len(rows) else 0
+        return self.setup.need(bucket(len(rows)), slots).total + copied <= self.setup.device_bytes
 
     def run(self, rows: Sequence[Row], timing: Timing, *, stream: bool = False) -> Iterator[tuple[Row, Piece]]:
         """Writes all rows to their end, yielding pieces as they come.
@@ -137,7 +150,7 @@ class Runner:
         padded = [*rows, *[rows[-1]] * (count - len(rows))]
         sampler = self._sampler(padded)  # refuses what is impossible before anything runs
         prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
-        cache, logits, lengths = self.prefill(prompts, max(len(row.prompt_ids) + row.budget for row in rows), timing)
+        cache, logits, lengths = self.prefill(prompts, _slots(rows), timing)
         if len(prompts) < len(rows):
             # Completions of one prompt each get a copy of its cache.
             order = {prompt: i for i, prompt in enumerate(prompts)}
@@ -209,6 +222,10 @@ class Runner:
                 if len(prompt) > start:
                     out[row].append(host[row, : len(prompt) - start])
         return [np.concatenate(parts) for parts in out]
+
+
+def _slots(rows: Sequence[Row]) -> int:
+    return max(len(row.prompt_ids) + row.budget for row in rows)
 
 
 def chunks(prompts: Prompts, count: int, widest: int = PREFILL_CHUNK) -> Iterator[tuple[int, np.ndarray]]:

@@ -21,7 +21,7 @@ from glm_jax.completion import Completion, Piece, Score, Timing
 from glm_jax.config import Config
 from glm_jax.decoding import Runner
 from glm_jax.errors import GlmError, PromptError, SamplingError, ShardingError
-from glm_jax.memory import plan_on
+from glm_jax.memory import Setup, plan_on
 from glm_jax.model import GLM
 from glm_jax.prompts import Prompt
 from glm_jax.requests import Requests
@@ -61,6 +61,7 @@ class LLM:
         cache_dtype: Any = None,
         max_model_len: int | None = None,
         seed: int | None = None,
+        setup: Setup | None = None,
     ) -> None:
         self.config, self.mesh = cfg, mesh
         self.model = GLM(cfg, rules)
@@ -69,7 +70,7 @@ class LLM:
         self.timing = Timing()
         self._params: steps.Params | None = params
         self._cache_dtype = jnp.dtype(cache_dtype or _cache_dtype(mesh, params["embed"].dtype))
-        self._template, self._info = companions.template, info
+        self._template, self._info, self._setup = companions.template, info, setup
         seeds = random.SystemRandom() if seed is None else random.Random(seed)
         self._requests = Requests(companions=companions, vocab=cfg.vocab_size, max_len=self.max_model_len, seeds=seeds)
 
@@ -138,11 +139,16 @@ class LLM:
             cache_dtype=cache_dtype,
             max_model_len=asked or planned.max_context,
             seed=seed,
+            setup=planned.setup,
         )
 
     @property
     def params(self) -> steps.Params:
-        """The parameters, a nested dictionary of arrays."""
+        """The parameters, a nested dictionary of arrays.
+
+        To differentiate on a CPU, load with ``dtype="float32"``: bfloat16 matrices are held as 16-bit integers there,
+        and ``jax.grad`` takes no integers.
+        """
         if self._params is None:
             raise GlmError("this model was released; load it again")
         return self._params
@@ -189,7 +195,9 @@ class LLM:
             raise PromptError("a stream has one prompt; generate takes a list")
         rows = self._requests.rows(ids[0], self._requests.sampling(params, options))
         self.timing = Timing()
-        return (piece for _, piece in self._runner().run(rows, self.timing, stream=True))
+        runner, timing = self._runner(), self.timing
+        batches = prompts.batches(rows, _MAX_ROWS, runner.fits)
+        return (piece for batch in batches for _, piece in runner.run(batch, timing, stream=True))
 
     def chat(
         self,
@@ -310,12 +318,13 @@ class LLM:
             unused_ids=self.tokenizer.unused_ids,
             eos_ids=self.eos_ids,
             max_len=self.max_model_len,
+            setup=self._setup,
         )
 
     def _finish(self, rows: Sequence[Row]) -> None:
         self.timing = Timing()
         runner = self._runner()
-        for batch in prompts.batches(rows, _MAX_ROWS):
+        for batch in prompts.batches(rows, _MAX_ROWS, runner.fits):
             for _ in runner.run(batch, self.timing):
                 pass
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,21 @@ def rectangle(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return np.asarray(rows, np.int32)
 
 
-def batches(rows: Sequence[Row], most: int) -> Iterator[list[Row]]:
-    """Rows in batches of similar length; completions of one prompt stay together where they fit."""
-    ordered = sorted(rows, key=lambda row: (len(row.prompt_ids), row.order, row.index))
-    for start in range(0, len(ordered), most):
-        yield ordered[start : start + most]
+def batches(rows: Sequence[Row], most: int, fits: Callable[[Sequence[Row]], bool]) -> Iterator[list[Row]]:
+    """Rows in batches of similar length; completions of one prompt stay together where they fit.
+
+    Args:
+        rows: of a call.
+        most: rows of a batch.
+        fits: whether a batch does; a single row must.
+    """
+    left = sorted(rows, key=lambda row: (len(row.prompt_ids), row.order, row.index))
+    while left:
+        count = min(most, len(left))
+        while count > 1 and not fits(left[:count]):
+            count = 1 << (count - 1).bit_length() - 1  # batches are padded to powers of two: anything between is waste
+        yield left[:count]
+        left = left[count:]
 
 
 def valid_vocab(tokenizer: Tokenizer) -> int:
