@@ -136,6 +136,11 @@ def test_four_devices_write_what_one_does(llm, folder, expected, sharding):
     assert len(four.params["runs"]["1"]["moe"]["gate"].sharding.device_set) == 4
     assert four.generate(TEXTS, GREEDY) == expected
     if sharding == "latency":
+        drawn = {"n": 2, "temperature": 0.8, "top_p": 0.9, "seed": 7, "max_tokens": 4, "ignore_eos": True}
+        drawn |= {"logit_bias": {1: 0.5}, "repetition_penalty": 1.2}
+        assert [c.token_ids for c in four.generate("def", **drawn)] == [
+            c.token_ids for c in llm.generate("def", **drawn)
+        ]
         np.testing.assert_allclose(four.logits(TEXTS[1]), llm.logits(TEXTS[1]), atol=1e-4, rtol=0)
 
 
