@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -24,20 +25,22 @@ _IGNORED = frozenset(
 )
 _REQUIRED = """vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim
     qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size n_routed_experts num_experts_per_tok""".split()
-# Absent from at least one real spelling; the value is what that spelling means.
+# Absent from at least one real spelling; the value is what transformers' Glm4MoeLiteConfig then takes.
 _DEFAULTS: dict[str, Any] = {
-    "q_lora_rank": None,
+    "q_lora_rank": 768,
     "n_shared_experts": 1,
     "n_group": 1,
     "topk_group": 1,
     "norm_topk_prob": True,
-    "routed_scaling_factor": 1.0,
+    "routed_scaling_factor": 1.8,
     "num_nextn_predict_layers": 0,
     "rope_interleave": True,
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 202_752,
     "tie_word_embeddings": False,
 }
+_NULLABLE = frozenset({"q_lora_rank"})  # null is a value of its own
+_MOST_LAYERS = 1000
 # Keys that may only have the value this architecture has.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -180,11 +183,12 @@ class Config:
         Raises:
             ConfigError: for another architecture, a key that is not understood, keys that disagree, or rope scaling.
         """
+        config = _without_aliases(config)
         _check_keys(config)
         values = {key: config[key] for key in _REQUIRED}
         for key, default in _DEFAULTS.items():
             given = config.get(key, default)
-            values[key] = default if given is None and default is not None else given
+            values[key] = default if given is None and key not in _NULLABLE else given
         return cls(
             **values,
             mlp_layer_types=_layer_types(config),
@@ -220,6 +224,16 @@ class Config:
         }
 
 
+def _without_aliases(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same with transformers' second name of ``n_routed_experts`` read as the first."""
+    alias, experts = config.get("num_local_experts"), config.get("n_routed_experts")
+    if alias is None:
+        return config
+    if experts is not None and experts != alias:
+        raise ConfigError(f"n_routed_experts is {experts!r} and num_local_experts, its other name, is {alias!r}")
+    return {**config, "n_routed_experts": alias}
+
+
 def _check_keys(config: Mapping[str, Any]) -> None:
     model_type = config.get("model_type", "glm4_moe_lite")
     if model_type != "glm4_moe_lite":
@@ -230,8 +244,8 @@ def _check_keys(config: Mapping[str, Any]) -> None:
     for key in _REQUIRED:
         _require_int(key, config[key])
     known = {*_REQUIRED, *_DEFAULTS, *_FIXED, *_IGNORED}
-    # A key without a value switches nothing on, whatever it means.
-    unknown = [key for key, value in config.items() if key not in known and value not in (None, False)]
+    # A key without a value, or one that is false, switches nothing on.
+    unknown = [key for key, value in config.items() if key not in known and value is not None and value is not False]
     if unknown:
         raise ConfigError(f"config.json has keys this version does not understand: {', '.join(sorted(unknown))}")
     for key, allowed in _FIXED.items():
@@ -256,7 +270,8 @@ def _layer_types(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
         config.get("mlp_layer_types"),
         config.get("first_k_dense_replace"),
     )
-    _require_int("num_hidden_layers", layers)
+    if layers > _MOST_LAYERS:
+        raise ConfigError(f"num_hidden_layers is {layers:,}; at most {_MOST_LAYERS:,} are understood")
     if leading is not None:
         _require_int("first_k_dense_replace", leading)
     from_leading: tuple[LayerKind, ...] = tuple(
@@ -337,7 +352,7 @@ def _wrong_types(cfg: Config) -> list[str]:
         value = getattr(cfg, field.name)
         if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
             problems.append(f"{field.name} must be an integer, not {value!r}")
-        if field.type == "float" and (not _is_number(value) or not value > 0):
+        if field.type == "float" and (not _is_number(value) or not 0 < value < math.inf):
             problems.append(f"{field.name} must be a positive number, not {value!r}")
         if field.type == "bool" and not isinstance(value, bool):
             problems.append(f"{field.name} must be true or false, not {value!r}")

@@ -230,6 +230,8 @@ class LLM:
         """
         sampling = {name: value for name, value in options.items() if name in prompts.SAMPLING_OPTIONS}
         switches = {name: value for name, value in options.items() if name not in sampling}
+        if reserved := sorted(switches.keys() & {"template", "add_generation_prompt"}):
+            raise PromptError(f"{reserved[0]} is not a switch of the chat template: answers use the model's own")
         prompt = render_chat(messages, tools, template=self._template, **switches)
         answer = AnswerFormat.of(prompt, tools, tool_choice)
         chosen = self._requests.sampling(params, sampling)

@@ -398,20 +398,58 @@ def test_the_limit_of_a_device_is_its_share_less_what_is_in_use():
     assert hardware.device_limit(fake(bytes_limit=1000, bytes_in_use=1300)) == 0
 
 
-def test_the_limit_of_a_cpu_is_the_memory_available(tmp_path, monkeypatch):
-    meminfo, cgroup = tmp_path / "meminfo", tmp_path / "memory.max"
-    monkeypatch.setattr(hardware, "_MEMINFO", meminfo)
-    monkeypatch.setattr(hardware, "_CGROUP", cgroup)
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Files in which a kernel says how much memory there is: writes one."""
+    own, groups = tmp_path / "self", tmp_path / "groups"
+    for name, path in (("_MEMINFO", tmp_path / "meminfo"), ("_OWN_CGROUP", own), ("_CGROUPS", groups)):
+        monkeypatch.setattr(hardware, name, path)
+
+    def write(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    return write
+
+
+def test_the_limit_of_a_cpu_is_the_memory_available(machine):
     whole = hardware.device_limit(jax.devices("cpu")[0])
     assert whole > 1 << 28
-    meminfo.write_text("MemTotal:       8000 kB\nMemAvailable:   3000 kB\nSwapFree: 1 kB\n")
+    machine("meminfo", "MemTotal:       8000 kB\nMemAvailable:   3000 kB\nSwapFree: 1 kB\n")
     assert hardware.available_memory() == 3000 * 1024
-    cgroup.write_text("max\n")
-    assert hardware.available_memory() == 3000 * 1024
-    cgroup.write_text("1000000\n")
+    machine("meminfo", "nothing known")
+    assert hardware.available_memory() == whole
+
+
+def test_a_container_leaves_what_it_does_not_use(machine):
+    machine("self", "0::/\n")
+    machine("groups/memory.max", "max\n")
+    whole = hardware.available_memory()
+    assert whole > 1 << 28
+    machine("groups/memory.max", "1000000\n")
     assert hardware.available_memory() == 1_000_000
-    meminfo.write_text("nothing known")
-    assert hardware.available_memory() == 1_000_000
+    machine("groups/memory.current", "700000\n")
+    machine("groups/memory.stat", "anon 5\ninactive_file 100000\n")
+    assert hardware.available_memory() == 400_000
+    machine("groups/memory.current", "3000000\n")
+    assert hardware.available_memory() == 0
+
+
+def test_the_narrowest_of_nested_containers_counts(machine):
+    machine("self", "0::/user/job\n")
+    machine("groups/user/memory.max", "9000000\n")
+    machine("groups/user/memory.current", "8800000\n")
+    machine("groups/user/job/memory.max", "5000000\n")
+    assert hardware.available_memory() == 200_000
+
+
+def test_a_container_of_the_first_version(machine):
+    machine("self", "5:cpu,cpuacct:/x\n4:memory:/job\n")
+    machine("groups/memory/job/memory.limit_in_bytes", "5000000\n")
+    machine("groups/memory/job/memory.usage_in_bytes", "4000000\n")
+    machine("groups/memory/job/memory.stat", "inactive_file 7\ntotal_inactive_file 500000\n")
+    assert hardware.available_memory() == 1_500_000
 
 
 @pytest.mark.parametrize(

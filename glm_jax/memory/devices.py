@@ -16,7 +16,7 @@ from glm_jax.errors import MemoryPlanError
 
 Device = Any  # what jax.devices() lists
 
-_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+_MEMINFO, _CGROUPS, _OWN_CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _FRACTIONS = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
 
 
@@ -80,14 +80,46 @@ def device_limit(device: Device) -> int:
 
 
 def available_memory() -> int:
-    """Bytes of main memory that are free, or would be if files were dropped from it; at most the container's limit."""
+    """Bytes of main memory that are free, or would be without cached files; at most what a container leaves."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    if _MEMINFO.exists():
-        found = re.search(r"^MemAvailable:\s+(\d+) kB$", _MEMINFO.read_text(), re.MULTILINE)
-        limits += [int(found[1]) * 1024] if found else []
-    if _CGROUP.exists() and (limit := _CGROUP.read_text().strip()).isdigit():
-        limits.append(int(limit))
-    return min(limits)
+    if found := re.search(r"^MemAvailable:\s+(\d+) kB$", _read(_MEMINFO), re.MULTILINE):
+        limits.append(int(found[1]) * 1024)
+    return min([*limits, *_container_limits()])
+
+
+def _container_limits() -> list[int]:
+    """Bytes left in each control group that this process is in."""
+    groups = [line.split(":", 2) for line in _read(_OWN_CGROUP).splitlines() if line.count(":") >= 2]
+    left = []
+    for _, controllers, path in groups:
+        if controllers == "":  # version 2
+            root, limit, usage, files = _CGROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, usage = _CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            files = "total_inactive_file"
+        else:
+            continue
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            if not folder.is_relative_to(root):
+                break
+            if (most := _read(folder / limit).strip()).isdigit():
+                left.append(max(0, int(most) - _in_use(folder, usage, files)))
+    return left
+
+
+def _in_use(folder: Path, usage: str, files: str) -> int:
+    """Bytes that a control group uses, without the file pages that would be dropped first."""
+    used = _read(folder / usage).strip()
+    dropped = re.search(rf"^{files} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+    return max(0, (int(used) if used.isdigit() else 0) - (int(dropped[1]) if dropped else 0))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def has_default_share(device: Device) -> bool:

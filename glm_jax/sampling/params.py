@@ -87,8 +87,10 @@ class SamplingParams:
     def _counts(self) -> dict[str, int | bool | None]:
         seed, logprobs = self.seed, self.logprobs
         return {
-            "top_k": checks.integer("top_k", self.top_k, 0, _MAX_INT32, "an integer >= 0 (0 is off)"),
-            "max_tokens": checks.integer("max_tokens", self.max_tokens, 1, _MAX_INT32, "an integer >= 1"),
+            "top_k": checks.integer("top_k", self.top_k, 0, _MAX_INT32, "an integer from 0 (off) to 2147483647"),
+            "max_tokens": checks.integer(
+                "max_tokens", self.max_tokens, 1, _MAX_INT32, "an integer from 1 to 2147483647"
+            ),
             "n": checks.integer("n", self.n, 1, _MAX_N),
             "seed": None if seed is None else checks.integer("seed", seed, 0, 2**SEED_BITS - 1),
             "logprobs": None if logprobs is None else checks.integer("logprobs", logprobs, 0, _MAX_LOGPROBS),

@@ -6,9 +6,10 @@ The grammar of an answer, whose opening ``<think>`` is the end of the prompt::
     call   := "<tool_call>" NAME pair* "</tool_call>"
     pair   := "<arg_key>" KEY "</arg_key>" ws* "<arg_value>" VALUE "</arg_value>"
 
-What leaves the grammar is handled so that no text is lost and no argument made up: a ``<tool_call>`` that no name
-follows is text; a call that is cut off, or has a key without a value, is reported as incomplete; inside a value every
-tag but ``</arg_value>`` is part of the value. Only text between the pairs of a call means nothing.
+What leaves the grammar is handled so that no argument is made up: a ``<tool_call>`` that no name follows is text; a
+call that is cut off, or has a key without a value, is reported as incomplete; inside a value every tag but
+``</arg_value>`` is part of the value. Left out are text between the pairs of a call, and, when the request has tools,
+calls of any other.
 
 Text is looked at once, except for at most a tag or a name that a piece may have cut in two.
 """

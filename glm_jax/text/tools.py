@@ -87,10 +87,10 @@ def to_json(value: object, where: str) -> str:
     """JSON as the prompt shows it: characters as they are, ", " and ": " between parts, keys in the order given.
 
     Raises:
-        PromptError: if the value cannot be JSON.
+        PromptError: if the value cannot be JSON, as NaN and infinity cannot.
     """
     try:
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise PromptError(f"{where} cannot be written as JSON: {error}") from None
 

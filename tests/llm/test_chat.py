@@ -164,6 +164,8 @@ def test_an_answer_and_a_result_go_back_into_the_conversation(templated):
         (HELLO, {"tool_choice": {"type": "function", "function": {"name": "f"}}}, PromptError, "not among the tools"),
         (HELLO, {"tools": [{"type": "function"}]}, PromptError, "no function name"),
         (HELLO, {"temprature": 0}, PromptError, "unknown switch 'temprature'"),
+        (HELLO, {"template": "x"}, PromptError, "template is not a switch of the chat template"),
+        (HELLO, {"add_generation_prompt": False}, PromptError, "add_generation_prompt is not a switch"),
         (HELLO, {"enable_thinking": "no"}, PromptError, "must be true or false"),
         (HELLO, {"temperature": -1}, SamplingError, "temperature"),
         ([{"role": "user", "content": "x" * 1000}], {}, PromptError, "at most 999 fit"),

@@ -79,6 +79,22 @@ def test_theta_of_transformers_without_any_rope_key() -> None:
     assert Config.from_hf(config).rope_theta == 10_000.0
 
 
+@pytest.mark.parametrize(
+    "key",
+    """q_lora_rank n_shared_experts n_group topk_group norm_topk_prob routed_scaling_factor rope_interleave rms_norm_eps
+    max_position_embeddings tie_word_embeddings""".split(),
+)
+def test_an_absent_key_has_the_value_of_the_real_model(key: str) -> None:
+    """Which is also transformers' default (tests/parity)."""
+    assert Config.from_hf({k: v for k, v in original().items() if k != key}) == Config.flash()
+
+
+def test_the_other_name_of_the_number_of_experts() -> None:
+    config = original()
+    config["num_local_experts"] = config.pop("n_routed_experts")
+    assert Config.from_hf(config) == Config.flash()
+
+
 def test_a_file_without_the_dense_keys_has_one_dense_layer() -> None:
     config = odd(num_hidden_layers=4)
     del config["first_k_dense_replace"]
@@ -124,6 +140,11 @@ REFUSED: dict[str, tuple[HfConfig, str]] = {
     "scaling_not_a_dict": ({"rope_scaling": "yarn"}, "rope_scaling"),
     "two_thetas": ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "rope_theta"),
     "theta_text": ({"rope_theta": "1e6"}, "rope_theta"),
+    "theta_infinite": ({"rope_theta": float("inf")}, "rope_theta"),
+    "eps_infinite": ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+    "two_numbers_of_experts": ({"num_local_experts": 63}, "num_local_experts"),
+    "millions_of_layers": ({"num_hidden_layers": 3_000_000}, "at most 1,000"),
+    "unknown_key_zero": ({"sliding_window": 0}, "sliding_window"),
     "theta_negative": ({"rope_theta": -1.0}, "rope_theta"),
     "partial_rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "unknown_key": ({"sliding_window": 4096}, "sliding_window"),

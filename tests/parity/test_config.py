@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
-from glm_jax.config import Config
+from glm_jax.config import _DEFAULTS, Config
 from tests.checkpoints import tensor_shapes
 from tests.parity import theirs
 from tests.parity.cases import CASES, Case
@@ -53,6 +53,17 @@ def test_our_spellings_are_transformers_own(spelling: Any, tmp_path: Path) -> No
     assert Config.from_hf(saved) == Config.from_hf(spelling())
     if spelling is resaved:
         assert set(saved) - set(resaved()) <= {"output_router_logits", "rope_scaling"}
+
+
+def test_absent_keys_mean_what_they_mean_to_transformers() -> None:
+    theirs_by_default = Glm4MoeLiteConfig()
+    config = original()
+    for name in set(SAME) & set(_DEFAULTS):
+        del config[name]
+    ours = Config.from_hf(config)
+    assert {name: getattr(ours, name) for name in set(SAME) & set(_DEFAULTS)} == {
+        name: getattr(theirs_by_default, name) for name in set(SAME) & set(_DEFAULTS)
+    }
 
 
 def test_names_and_shapes_on_disk(tmp_path: Path) -> None:

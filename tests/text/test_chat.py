@@ -252,6 +252,7 @@ BAD_MESSAGES = {
     "arguments must be an object, not int": [assistant("", tool_calls=[call(5)])],
     "argument names must be strings": [assistant("", tool_calls=[call({1: 2})])],
     "the argument 'k' of 'f' cannot be written as JSON": [assistant("", tool_calls=[call({"k": {1, 2}})])],
+    "the argument 'x' of 'f' cannot be written as JSON": [assistant("", tool_calls=[call({"x": float("nan")})])],
     "tool_call_id must be a string": [{"role": "tool", "content": "", "tool_call_id": 5}],
 }
 
