@@ -33,7 +33,7 @@ from glm_jax.steps import (
     bucket,
     chunk_logits,
     decode_steps,
-    mtp_logits,
+    mtp_chunk,
     prefill_chunk,
 )
 
@@ -77,10 +77,10 @@ class Runner:
         """The context that all device work runs in."""
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
-    def cache(self, rows: int, slots: int) -> LatentCache:
-        """An empty cache of at least ``slots`` slots."""
-        cfg, rules = self.model.cfg, self.model.rules
-        return LatentCache.create(cfg, rows, self._capacity(slots), self.cache_dtype, rules=rules, mesh=self.mesh)
+    def cache(self, rows: int, slots: int, layers: int | None = None) -> LatentCache:
+        """An empty cache of at least ``slots`` slots, for all layers or for ``layers``."""
+        cfg, capacity, rules = self.model.cfg, self._capacity(slots), self.model.rules
+        return LatentCache.create(cfg, rows, capacity, self.cache_dtype, layers=layers, rules=rules, mesh=self.mesh)
 
     def _capacity(self, slots: int) -> int:
         return min(bucket(slots, _SMALLEST_CACHE), max(self.max_len, slots))
@@ -195,32 +195,43 @@ class Runner:
                 cache, logits = prefill_chunk(self.model, self.params, cache, logits, tokens, np.int32(start), lengths)
         return cache, logits, lengths
 
-    def all_logits(self, prompts: Prompts) -> list[np.ndarray]:
-        """Logits of every token of every row, float32 ``[T, V]`` each, on the host; some rows at a time."""
+    def all_logits(self, prompts: Prompts, first: int = 0) -> list[np.ndarray]:
+        """Logits of every token of every row, float32 ``[T, V]`` each, on the host; some rows at a time.
+
+        Those before position ``first`` are left out.
+        """
         width = min(PREFILL_CHUNK, bucket(max(map(len, prompts)), _SMALLEST_CHUNK))
         together = min(max(1, LOGITS_TOKENS // width), bucket(len(prompts)))
         groups = [prompts[i : i + together] for i in range(0, len(prompts), together)]
         with self.placed():
-            return [row for group in groups for row in self._group_logits(group, together)]
+            return [row for group in groups for row in self._group_logits(group, together, first)]
 
     def mtp_logits(self, prompt: Sequence[int]) -> np.ndarray:
         """The prediction layer's logits of one row, float32 ``[T, V]``, on the host."""
-        tokens = np.zeros((1, bucket(len(prompt), _SMALLEST_CHUNK)), np.int32)
-        tokens[0, : len(prompt)] = prompt
-        with self.placed(), self._notice("the prediction layer", None, tokens.shape):
-            logits = mtp_logits(self.model, self.params, tokens, np.int32(len(prompt)))
-            return np.asarray(logits)[0, : len(prompt)]
+        last, parts = np.int32(len(prompt) - 1), []
+        with self.placed():
+            cache, drafts = self.cache(1, len(prompt)), self.cache(1, len(prompt), layers=1)
+            following = [tokens for _, tokens in chunks([[*prompt[1:], 0]], 1)]
+            for (start, tokens), after in zip(chunks([prompt], 1), following, strict=True):
+                with self._notice(f"prediction layer of {tokens.shape[1]} tokens", None, cache.capacity):
+                    cache, drafts, logits = mtp_chunk(
+                        self.model, self.params, cache, drafts, tokens, after, np.int32(start), last
+                    )
+                parts.append(np.asarray(logits)[0, : len(prompt) - start])
+        return np.concatenate(parts)
 
-    def _group_logits(self, prompts: Prompts, count: int) -> list[np.ndarray]:
+    def _group_logits(self, prompts: Prompts, count: int, first: int) -> list[np.ndarray]:
         out: list[list[np.ndarray]] = [[] for _ in prompts]
         cache = self.cache(count, max(map(len, prompts)))
         for start, tokens in chunks(prompts, count):
             with self._notice(f"logits of {count} x {tokens.shape[1]} tokens", None, cache.capacity):
                 cache, logits = chunk_logits(self.model, self.params, cache, tokens, np.int32(start))
+            if start + tokens.shape[1] <= first:
+                continue
             host = np.asarray(logits)
             for row, prompt in enumerate(prompts):
                 if len(prompt) > start:
-                    out[row].append(host[row, : len(prompt) - start])
+                    out[row].append(host[row, max(0, first - start) : len(prompt) - start])
         return [np.concatenate(parts) for parts in out]
 
 

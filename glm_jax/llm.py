@@ -288,7 +288,7 @@ class LLM:
         """
         (before,), (after,) = self._requests.ids(prompt, room=1)[1], self._requests.ids(continuation, room=1)[1]
         _, (joined,) = self._requests.ids([*before, *after], room=0)
-        logits = self._runner().all_logits([joined])[0][len(before) - 1 : -1]
+        logits = self._runner().all_logits([joined], first=len(before) - 1)[0][:-1]
         top = logits.max(axis=-1, keepdims=True)
         logprobs = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
         each = logprobs[np.arange(len(after)), list(after)]

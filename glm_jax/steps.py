@@ -112,21 +112,39 @@ def chunk_logits(
     return cache, logits
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def mtp_logits(model: GLM, params: Params, tokens: jax.Array, length: jax.Array) -> jax.Array:
-    """The prediction layer's logits over a whole row, float32 ``[1, T, V]``.
+@functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "draft_cache"))
+def mtp_chunk(
+    model: GLM,
+    params: Params,
+    cache: LatentCache,
+    draft_cache: LatentCache,
+    tokens: jax.Array,
+    following: jax.Array,
+    start: jax.Array,
+    last: jax.Array,
+) -> tuple[LatentCache, LatentCache, jax.Array]:
+    """The prediction layer's logits over one chunk of a row, float32 ``[1, C, V]``.
 
-    Entry ``p`` joins the state of position ``p`` with token ``p + 1``; the last one with the model's own argmax.
+    Entry ``p`` joins the state of position ``p`` with token ``p + 1``, and the last one with the model's own argmax.
 
     Args:
-        tokens: int32 ``[1, T]``, padded on the right.
-        length: int32, how many of them are real; the entries after them mean nothing.
+        cache: the model's, donated.
+        draft_cache: the prediction layer's own, donated.
+        tokens: int32 ``[1, C]``, padded on the right.
+        following: int32 ``[1, C]``, the token after each.
+        start: int32, position of the chunk's first token.
+        last: int32, position of the row's last token; the entries after it mean nothing.
+
+    Returns:
+        Both caches and the logits.
     """
-    hidden, _ = _apply(model, params, tokens, method="hidden")
-    end = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)
+    positions = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None]
+    hidden, cache = _apply(model, params, tokens, positions, cache, method="hidden")
+    end = jax.lax.dynamic_slice_in_dim(hidden, jnp.clip(last - start, 0, tokens.shape[1] - 1), 1, axis=1)
     guess = jnp.argmax(_apply(model, params, end, method="head")[:, 0], axis=-1).astype(jnp.int32)
-    following = jnp.roll(tokens, -1, axis=1).at[:, length - 1].set(guess)
-    return _apply(model, params, hidden, following, method="draft")[0]
+    following = jnp.where(positions == last, guess[:, None], following)
+    logits, _, draft_cache = _apply(model, params, hidden, following, positions, draft_cache, method="draft")
+    return cache, draft_cache, logits
 
 
 @functools.partial(jax.jit, static_argnames=("model", "trace", "edit", "attention"))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from glm_jax.cache import LatentCache
 from glm_jax.model import GLM
 from glm_jax.sampling import SamplerState, SamplingParams
-from glm_jax.steps import NO_TOKEN, begin, bucket, chunk_logits, decode_steps, mtp_logits, prefill_chunk
+from glm_jax.steps import NO_TOKEN, begin, bucket, chunk_logits, decode_steps, mtp_chunk, prefill_chunk
 from tests.model.small import VARIANTS
 from tests.runner import close
 
@@ -113,13 +113,27 @@ def test_logits_of_every_token_in_chunks():
     assert close(np.concatenate(parts, axis=1)[0, :7], SMALL.reference.logits(np.asarray(PROMPTS[0])))
 
 
+def mtp(tokens, width):
+    """The prediction layer's logits of a row, in chunks."""
+    padded = np.zeros((1, SLOTS + 1), np.int32)
+    padded[0, : len(tokens)] = tokens
+    cache = LatentCache.create(SMALL.cfg, 1, SLOTS, jnp.float32)
+    drafts = LatentCache.create(SMALL.cfg, 1, SLOTS, jnp.float32, layers=1)
+    parts = []
+    for start in range(0, len(tokens), width):
+        here, after = padded[:, start : start + width], padded[:, start + 1 : start + 1 + width]
+        place, last = np.int32(start), np.int32(len(tokens) - 1)
+        cache, drafts, logits = mtp_chunk(MODEL, SMALL.params, cache, drafts, here, after, place, last)
+        parts.append(logits[0])
+    return np.concatenate(parts)[: len(tokens)]
+
+
 def test_the_prediction_layers_last_entry_is_joined_with_the_argmax(expected):
-    """And padding on the right changes nothing."""
-    guess = int(expected[0].argmax())
-    narrow = mtp_logits(MODEL, SMALL.params, block()[:1], np.int32(7))[0, :7]
-    longer = np.asarray([[*PROMPTS[0], guess]], np.int32)
-    given = mtp_logits(MODEL, SMALL.params, longer, np.int32(8))[0, :7]
-    assert close(narrow, given)
+    """And neither chunks nor padding on the right change anything."""
+    narrow = mtp(PROMPTS[0], 8)
+    given = mtp([*PROMPTS[0], int(expected[0].argmax())], 8)
+    assert close(narrow, given[:7])
+    assert close(narrow, mtp(PROMPTS[0], 4))
 
 
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])

@@ -100,6 +100,26 @@ def test_mtp_logits(llm, reference):
     assert llm.mtp_logits([ROWS[0], ROWS[2][:6]]).shape == (2, 6, 384)
 
 
+@pytest.fixture
+def long_row(monkeypatch):
+    """Two chunks and a part of one."""
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 16)
+    return [(7 * i) % 340 for i in range(1, 40)]
+
+
+def test_mtp_logits_in_chunks(llm, reference, long_row):
+    hidden = reference.hidden(long_row)
+    following = [*long_row[1:], int(reference.head(hidden[-1:]).argmax())]
+    assert close(llm.mtp_logits(long_row), reference.draft(hidden, following)[0])
+
+
+@pytest.mark.parametrize("split", [3, 16, 17, 36])
+def test_a_score_keeps_the_continuation_only(llm, reference, long_row, split):
+    exact = log_softmax(reference.logits(long_row))
+    expected = [exact[i - 1, token] for i, token in enumerate(long_row)][split:]
+    assert llm.score(long_row[:split], long_row[split:]).token_logprobs == pytest.approx(expected, abs=1e-4)
+
+
 def test_score_is_the_sum_of_the_models_logprobs(llm, reference):
     before, after = ROWS[2][:4], ROWS[2][4:]
     score = llm.score(before, after)
