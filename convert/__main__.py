@@ -19,15 +19,15 @@ class Options:
     source: Annotated[str, tyro.conf.Positional]
     """Hugging Face folder, hub id, converted folder, "tiny", or synthetic:flash?layers=4&seed=0."""
     destination: Annotated[str, tyro.conf.Positional]
-    """A new or empty folder, or that of a stopped conversion."""
+    """A new or empty folder, or that of an earlier run: what is missing there, or of the wrong size, is written."""
     to: Literal["orbax", "safetensors"] = "orbax"
     """orbax: loads fast and in slices. safetensors: a Hugging Face folder."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Of the weights; unchanged unless given."""
     check: bool = False
-    """Refuse weights that are NaN or infinite."""
+    """Refuse weights that are NaN or infinite; compare a finished conversion with the source, and mend it."""
     force: bool = False
-    """Replace an earlier conversion in the destination."""
+    """Start over, replacing whatever conversion is in the destination."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on where this one was", file=sys.stderr)
+        same = "the same command without --force" if options.force else "the same command"
+        print(f"stopped; {same} goes on where this one was", file=sys.stderr)
         return 130
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -33,15 +33,19 @@ class ConvertedSource(WeightSource):
         self.hf_config = read_config(folder)
         _check_config(self.cfg, self.hf_config, folder)
         self._records = manifest.parts
+        self._fingerprint = hashlib.sha256(manifest.to_json().encode()).hexdigest()
         _check_parts(folder, set(manifest.parts))
         self.info = SourceInfo(
             kind="converted",
             name=name or str(folder),
             folder=folder,
             dtype=manifest.dtype,
-            fingerprint=hashlib.sha256(manifest.to_json().encode()).hexdigest(),
             original=manifest.original,
         )
+
+    def fingerprint(self) -> str:
+        """Of the manifest, which has a hash of every array."""
+        return self._fingerprint
 
     def dtype(self, leaf: Leaf) -> np.dtype[Any]:
         """As the manifest has it."""

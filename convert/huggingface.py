@@ -44,10 +44,17 @@ class HuggingFaceSource(WeightSource):
             name=name or str(folder),
             folder=folder,
             dtype=main_dtype(self),
-            fingerprint=self._reader.fingerprint(),
             original=Original(settled.mtp_copies, settled.head_copy, self._narrow_dtypes(kept)),
             notes=(*self._reader.notes, *settled.notes),
         )
+
+    def fingerprint(self) -> str:
+        """Of the files, with pages of every tensor."""
+        return self._reader.fingerprint()
+
+    def modified(self) -> Mapping[str, int]:
+        """Of every shard."""
+        return self._reader.modified()
 
     def dtype(self, leaf: Leaf) -> np.dtype[Any]:
         """The dtype of the leaf's tensors; float32 where they differ among themselves."""

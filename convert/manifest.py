@@ -162,6 +162,28 @@ def load_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
 
 
+def is_converted(folder: Path) -> bool:
+    """Whether a folder's manifest.json is one of ours, even a damaged one: it says so, or parts lie beside it.
+
+    Other programs have files of that name too.
+    """
+    path = folder / MANIFEST
+    if not path.exists() or (folder / "parts").is_dir():
+        return path.exists()
+    try:
+        fields = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and fields.get("format") == FORMAT
+
+
+def write_changed(path: Path, text: str | bytes) -> None:
+    """Writes a file atomically unless it has that very content."""
+    data = text.encode() if isinstance(text, str) else text
+    if not path.is_file() or path.read_bytes() != data:
+        write_atomic(path, data)
+
+
 def write_atomic(path: Path, text: str | bytes) -> None:
     """Writes a file that is either there in full or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")

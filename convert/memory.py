@@ -35,6 +35,7 @@ class MemorySource(WeightSource):
 
     def __init__(self, cfg: Config, params: Mapping[str, Any], origin: SourceInfo | None = None) -> None:
         self.cfg = cfg
+        self._fingerprint = secrets.token_hex(32)
         self._arrays: dict[Path, Weight | Array] = dict(leaves(dict(params)))
         _check_tree(cfg, self._arrays)
         folder = origin.folder if origin else None
@@ -50,10 +51,12 @@ class MemorySource(WeightSource):
             name="parameters in memory",
             folder=folder,
             dtype=dtype,
-            # Never equal to an earlier one: a stopped save of other values must not be gone on with.
-            fingerprint=secrets.token_hex(32),
             original=Original(copies, bool(origin and origin.original.head_copy and cfg.tie_word_embeddings)),
         )
+
+    def fingerprint(self) -> str:
+        """Never equal to an earlier one: a stopped save of other values must not be gone on with."""
+        return self._fingerprint
 
     def dtype(self, leaf: Leaf) -> np.dtype[Any]:
         """The array's own."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from convert.layout import Leaf
+from convert.manifest import DTYPES
 from glm_jax.errors import CheckpointError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -57,6 +60,23 @@ def write_part(folder: Path, part: str, leaves: Sequence[Leaf], arrays: Mapping[
     remove_part(folder, part)
     with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
         checkpointer.save(part_folder(folder, part).resolve(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+
+
+def is_whole(folder: Path, leaf: Leaf, dtype: str) -> bool:
+    """Whether the files of an array are all there in their full size; reads its metadata alone."""
+    path = part_folder(folder, leaf.part) / leaf.name
+    try:
+        fields = json.loads((path / "zarr.json").read_bytes())
+        if (tuple(fields["shape"]), fields["data_type"]) != (leaf.shape, dtype):
+            return False
+        stored = fields["chunk_grid"]["configuration"]["chunk_shape"]
+        inner = fields["codecs"][0]["configuration"]["chunk_shape"]
+        grid = [size // step for size, step in zip(leaf.shape, stored, strict=True)]
+        index = 16 * (math.prod(stored) // math.prod(inner)) + 4  # a place per inner chunk, and a checksum
+        size = math.prod(stored) * DTYPES[dtype].itemsize + index
+        return all(path.joinpath("c", *map(str, at)).stat().st_size == size for at in np.ndindex(*grid))
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+        return False
 
 
 def _handler() -> Any:

@@ -8,18 +8,19 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from convert.checks import check_finite
+from convert.header import printable
 from convert.manifest import DTYPES, FORMAT_VERSION, Records
 from convert.progress import Advance, progress_bar
 from convert.reader import listing
 from convert.source import WeightSource
 from convert.sources import open_source
-from convert.targets import TARGETS, Target, verify
-from convert.work import Work, open_work
+from convert.targets import TARGETS, Target, Unit, verify
+from convert.work import Job, Work, open_work
 from glm_jax.errors import CheckpointError
 
 Form = Literal["orbax", "safetensors"]
@@ -59,55 +60,95 @@ def convert(
 
     Args:
         source: anything that :func:`convert.sources.open_source` takes.
-        destination: new or empty folder, or that of a stopped conversion.
+        destination: new or empty folder, or that of an earlier run: a stopped conversion goes on, and of a finished
+            one what is missing or of the wrong size is written again.
         to: "orbax" (parts that load fast and in slices) or "safetensors" (a Hugging Face folder).
         dtype: of the weights; ``None`` keeps every array's own.
-        check: refuse weights that are NaN or infinite.
-        force: replace an earlier conversion in the destination.
+        check: refuse weights that are NaN or infinite; compare every byte of a finished conversion with the source, and
+            write again what differs.
+        force: start over, replacing whatever conversion is in the destination.
         progress: show it on stderr.
 
     Raises:
         CheckpointError: for bad sources, folders that cannot be written, full disks, and arrays that do not read back.
         ConfigError: for a ``config.json`` that this stack cannot run.
     """
+    folder = _destination(destination)
     weights = source if isinstance(source, WeightSource) else open_source(source, dtype=dtype)
-    folder = Path(os.path.expanduser(destination)).resolve()
     if weights.info.folder and weights.info.folder.resolve() == folder:
         raise CheckpointError(f"{folder} is the source: choose another destination")
     target = TARGETS[to](weights, None if dtype is None else DTYPES[dtype])
     bar: Bar = functools.partial(progress_bar, show=progress)
     title = f"a conversion of {weights.info.name} to {to}, dtype {dtype or 'unchanged'}"
-    with open_work(folder, _key(weights, to, dtype), title, force=force) as work:
+    with open_work(folder, Job(_key(weights, to, dtype), title, weights.modified()), force=force) as work:
         if check:
             with bar("checking", weights.total_bytes()) as advance:
                 check_finite(weights, advance)
+        if work.done:
+            _recall(work, target, bar, check=check)
         return _run(work, target, bar, weights.info.notes)
 
 
+def _destination(destination: str | Path) -> Path:
+    text = os.fspath(destination)
+    if not text:
+        raise CheckpointError("no destination given: name a new or empty folder")
+    try:
+        return Path(os.path.expanduser(text)).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in it, a loop of links
+        raise CheckpointError(f"{printable(text)} cannot be a folder ({printable(str(error))})") from None
+
+
 def _key(source: WeightSource, to: str, dtype: str | None) -> str:
-    fields = {"source": source.info.fingerprint, "to": to, "dtype": dtype, "version": FORMAT_VERSION}
+    fields = {"source": source.fingerprint(), "to": to, "dtype": dtype, "version": FORMAT_VERSION}
     # A changed config.json makes another model of the same weights.
     fields["config"] = [repr(source.cfg), source.hf_config]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
+def _recall(work: Work, target: Target, bar: Bar, *, check: bool) -> None:
+    """Gives the units of a finished folder their records back; those that are missing or damaged get none."""
+    kept = target.records(work.folder)
+    with contextlib.ExitStack() as stack:
+        advance = stack.enter_context(bar("comparing", _total(target))) if check else None
+        for unit in target.units:
+            records = kept.get(unit.name, {})
+            sound = unit.stands(work.folder, records)
+            if sound and advance:
+                records = unit.record()
+                sound = not verify(unit, work.folder, records, advance)
+            if sound:
+                work.record(unit.name, records)
+            else:
+                work.forget(unit.name)
+
+
 def _run(work: Work, target: Target, bar: Bar, notes: tuple[str, ...]) -> Report:
-    total = sum(unit.nbytes for unit in target.units)
-    if work.done:
-        work.finish()
-        return Report(work.folder, total, 0, len(target.units), notes)
-    work.sweep()
     pending = [unit for unit in target.units if work.records(unit.name) is None]
+    if work.done and not pending:
+        work.sweep()
+        records = {unit.name: work.records(unit.name) or {} for unit in target.units}
+    else:
+        work.begin()
+        work.sweep()
+        _write(work, pending, bar)
+        records = _verified(work, target, bar, _total(target))
+    target.finish(work.folder, work.job.key, records)
+    work.finish()
+    return Report(work.folder, _total(target), len(pending), len(target.units) - len(pending), notes)
+
+
+def _total(target: Target) -> int:
+    return sum(unit.nbytes for unit in target.units)
+
+
+def _write(work: Work, pending: Sequence[Unit], bar: Bar) -> None:
     needed = sum(unit.nbytes for unit in pending)
     with bar("converting", needed) as advance:
         for unit in pending:
             work.require_space(needed)
             needed -= unit.nbytes
             work.record(unit.name, unit.write(work.folder, advance))
-    records = _verified(work, target, bar, total)
-    target.finish(work.folder, work.key, records)
-    work.finish()
-    return Report(work.folder, total, len(pending), len(target.units) - len(pending), notes)
 
 
 def _verified(work: Work, target: Target, bar: Bar, total: int) -> dict[str, Records]:

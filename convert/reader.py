@@ -6,10 +6,12 @@ can drop the pages again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import mmap
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +26,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Index = Any  # whatever numpy takes between brackets
 
 INDEX_NAME = "model.safetensors.index.json"
+PAGE_BYTES = 4096  # of a tensor, sampled at its beginning, middle and end
+MAX_NAME_BYTES = 255  # of a file, on every common system
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
@@ -36,15 +40,13 @@ class Shard:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with path.open("rb") as file:
-                self.size = path.stat().st_size
-                length = header_length(file.read(LENGTH_BYTES), self.size, path.name)
-                raw = file.read(length)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-        self.header: Header = parse_header(raw, self.size, path.name)
+        self.path, name = path, printable(path.name)
+        with _explain_reading(path), path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            self.size, self.modified = status.st_size, status.st_mtime_ns
+            length = header_length(file.read(LENGTH_BYTES), self.size, name)
+            raw = file.read(length)
+        self.header: Header = parse_header(raw, self.size, name)
         self.digest = hashlib.sha256(raw).hexdigest()
         self._map: mmap.mmap | None = None
 
@@ -56,14 +58,46 @@ class Shard:
         raw = np.frombuffer(self._mapped(), np.uint8, entry.end - entry.begin, entry.begin)
         return raw.view(entry.dtype).reshape(entry.shape)
 
+    def sample(self) -> str:
+        """A hash of the header and of pages of every tensor: its first, middle and last (all of a small one)."""
+        digest = hashlib.sha256(self.digest.encode())
+        # Plain reads: touching a mapped page would bring its neighbours into memory as well.
+        with _explain_reading(self.path), self.path.open("rb", buffering=0) as file:
+            for entry in self.header.tensors.values():
+                for begin, end in _pages(entry.begin, entry.end):
+                    file.seek(begin)
+                    page = file.read(end - begin)
+                    if len(page) != end - begin:
+                        raise self._changed()
+                    digest.update(page)
+        return digest.hexdigest()
+
     def _mapped(self) -> mmap.mmap:
         if self._map is None:
-            with self.path.open("rb") as file:
+            with _explain_reading(self.path), self.path.open("rb") as file:
+                # A file cut since its header was read would end the process at the first missing page.
+                if os.fstat(file.fileno()).st_size != self.size:
+                    raise self._changed()
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            # A file cut since its header was read would end the process at the first missing page.
-            if len(self._map) != self.size:
-                raise CheckpointError(f"{self.path.name} changed while it was being read")
         return self._map
+
+    def _changed(self) -> CheckpointError:
+        return CheckpointError(f"{printable(self.path.name)} changed while it was being read")
+
+
+@contextlib.contextmanager
+def _explain_reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path.parent / printable(path.name)}: {error.strerror}") from None
+
+
+def _pages(begin: int, end: int) -> list[tuple[int, int]]:
+    if end - begin <= 3 * PAGE_BYTES:
+        return [(begin, end)]
+    middle = (begin + end - PAGE_BYTES) // 2
+    return [(at, at + PAGE_BYTES) for at in (begin, middle, end - PAGE_BYTES)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,9 +151,17 @@ class Reader:
         return self.get(name)[index]
 
     def fingerprint(self) -> str:
-        """A hash that changes with any shard's name, size or header."""
-        lines = [f"{name} {shard.size} {shard.digest}" for name, shard in sorted(self.shards.items())]
+        """A hash of every shard's name, size and header, and of three pages of every tensor.
+
+        Training that touched a tensor as a whole, as every usual kind does, changes it. A few bytes changed between
+        the pages do not: a stopped conversion sees those by :meth:`modified`, a finished one under ``--check``.
+        """
+        lines = [f"{name} {shard.size} {shard.sample()}" for name, shard in sorted(self.shards.items())]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def modified(self) -> dict[str, int]:
+        """When each shard was last changed, in nanoseconds."""
+        return {name: shard.modified for name, shard in sorted(self.shards.items())}
 
 
 def refuse_pickle(path: Path) -> None:
@@ -130,7 +172,8 @@ def refuse_pickle(path: Path) -> None:
     """
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(
-            f"{path.name} is a pickle file, and loading one can run any code: convert it to safetensors first"
+            f"{printable(path.name)} is a pickle file, and loading one can run any code: "
+            "convert it to safetensors first"
         )
 
 
@@ -161,7 +204,7 @@ def _complete(files: list[str], folder: Path) -> list[str]:
 
 def _refuse_missing(missing: list[str], folder: Path) -> None:
     if missing:
-        raise CheckpointError(f"{folder} lacks {listing(missing)}: the download is incomplete")
+        raise CheckpointError(f"{folder} lacks {listing([*map(printable, missing)])}: the download is incomplete")
 
 
 def _read_index(folder: Path) -> dict[str, Any] | None:
@@ -182,10 +225,15 @@ def _indexed_files(index: Mapping[str, Any], folder: Path) -> list[str]:
     files = sorted(set(index["weight_map"].values()))
     for name in files:
         refuse_pickle(Path(name))
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if not _is_file_name(name) or not name.endswith(".safetensors"):
             raise CheckpointError(f"{INDEX_NAME} names {printable(name)}, which is not a safetensors file beside it")
-    _refuse_missing([name for name in files if not (folder / name).exists()], folder)
+    _refuse_missing([name for name in files if not os.path.exists(folder / name)], folder)
     return files
+
+
+def _is_file_name(name: str) -> bool:
+    # A name that can be printed has no control characters or lone surrogates, so it can be encoded too.
+    return Path(name).name == name and name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES
 
 
 def _homes(shards: Mapping[str, Shard]) -> dict[str, str]:
@@ -194,7 +242,7 @@ def _homes(shards: Mapping[str, Shard]) -> dict[str, str]:
     for file, shard in shards.items():
         for name in shard.header.tensors:
             if name in homes:
-                twice.append(f"{printable(name)} (in {homes[name]} and {file})")
+                twice.append(f"{printable(name)} (in {printable(homes[name])} and {printable(file)})")
             homes.setdefault(name, file)
     if twice:
         raise CheckpointError(f"tensors that are in two files: {listing(twice)}")
@@ -206,7 +254,7 @@ def _check_index(weight_map: Mapping[str, str], homes: Mapping[str, str]) -> Non
     absent = [f"{printable(n)} ({file})" for n, file in weight_map.items() if homes.get(n) != file]
     if absent:
         problems.append(f"the index lists tensors that are not in the file it names: {listing(absent)}")
-    unlisted = [f"{printable(n)} ({file})" for n, file in homes.items() if n not in weight_map]
+    unlisted = [f"{printable(n)} ({printable(file)})" for n, file in homes.items() if n not in weight_map]
     if unlisted:
         problems.append(f"the files hold tensors that the index does not list: {listing(unlisted)}")
     if problems:

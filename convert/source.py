@@ -55,7 +55,6 @@ class SourceInfo:
         name: as it was asked for.
         folder: that holds its tokenizer, chat template and generation_config.json; ``None`` if it has none.
         dtype: of most of its weights.
-        fingerprint: changes when the weights may have changed.
         original: what is needed to write the checkpoint back as it was.
         notes: sentences worth telling the user.
     """
@@ -64,7 +63,6 @@ class SourceInfo:
     name: str
     folder: Path | None
     dtype: str
-    fingerprint: str
     original: Original = dataclasses.field(default_factory=Original)
     notes: tuple[str, ...] = ()
 
@@ -83,6 +81,10 @@ class WeightSource(abc.ABC):
     hf_config: Mapping[str, Any]
 
     @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """A hash that changes when the weights may have changed; may read a sample of them."""
+
+    @abc.abstractmethod
     def dtype(self, leaf: Leaf) -> np.dtype[Any]:
         """Dtype in which the array is kept without loss."""
 
@@ -95,6 +97,10 @@ class WeightSource(abc.ABC):
         Raises:
             CheckpointError: if the bytes are not there or damaged.
         """
+
+    def modified(self) -> Mapping[str, int]:
+        """When the files of weights were last changed, in nanoseconds, where the fingerprint cannot see every byte."""
+        return {}
 
     def sha256(self, leaf: Leaf) -> str | None:
         """Known hash of the array's bytes, if the source keeps one."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from convert.converted import ConvertedSource
 from convert.hub import download, is_hub_id
 from convert.huggingface import HuggingFaceSource
-from convert.manifest import DTYPES, MANIFEST
+from convert.manifest import DTYPES, is_converted
 from convert.reader import refuse_pickle
 from convert.source import WeightSource
 from convert.synthetic import PREFIX, SyntheticSource, SyntheticSpec
@@ -50,7 +50,7 @@ def open_source(source: str | Path, *, dtype: str | None = None) -> WeightSource
 
 
 def _open_folder(folder: Path, name: str) -> WeightSource:
-    if (folder / MANIFEST).exists():
+    if is_converted(folder):
         return ConvertedSource(folder, name)
     if (folder / WORK_FOLDER).exists() or (folder / "parts").is_dir():
         raise CheckpointError(f"{folder} is an unfinished conversion: run the same `python -m convert` command again")

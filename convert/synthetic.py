@@ -66,6 +66,7 @@ class SyntheticSource(WeightSource):
 
     def __init__(self, spec: SyntheticSpec, dtype: np.dtype[Any], name: str) -> None:
         self.cfg, self.seed, self._dtype = spec.cfg, spec.seed, dtype
+        self._fingerprint = hashlib.sha256(f"{spec!r} {dtype.name}".encode()).hexdigest()
         self.hf_config = {**spec.cfg.to_hf(), "dtype": dtype.name}
         copies = ("embed", "head") if spec.cfg.num_nextn_predict_layers else ()
         self.info = SourceInfo(
@@ -73,10 +74,13 @@ class SyntheticSource(WeightSource):
             name=name,
             folder=None,
             dtype=dtype.name,
-            fingerprint=hashlib.sha256(f"{spec!r} {dtype.name}".encode()).hexdigest(),
             # As in the real checkpoint.
             original=Original(mtp_copies=copies),
         )
+
+    def fingerprint(self) -> str:
+        """Of everything that the values depend on."""
+        return self._fingerprint
 
     def dtype(self, leaf: Leaf) -> np.dtype[Any]:
         """The one dtype of all weights, or the leaf's own."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,11 +15,11 @@ import numpy as np
 
 from convert.export import outputs
 from convert.layout import Leaf
-from convert.manifest import MANIFEST, ArrayRecord, Manifest, Records, digest, write_atomic
-from convert.parts import read_leaf, write_part
+from convert.manifest import MANIFEST, ArrayRecord, Manifest, Records, digest, load_manifest, write_changed
+from convert.parts import is_whole, part_folder, read_leaf, write_part
 from convert.progress import Advance
 from convert.reader import INDEX_NAME, Shard
-from convert.source import COMPANIONS, WeightSource, build
+from convert.source import COMPANIONS, WeightSource, build, kept_dtype
 from convert.writer import Output, index_json, shard, write_shard
 from glm_jax.errors import CheckpointError
 
@@ -46,14 +45,26 @@ class Unit(Protocol):
         """Reads it back; returns the arrays whose bytes are not those that were written."""
         ...
 
+    def stands(self, folder: Path, records: Records) -> bool:
+        """Whether it is there and of the right size, with these records; reads none of its bytes."""
+        ...
+
+    def record(self) -> Records:
+        """What writing it now would return: hashes of the source's bytes."""
+        ...
+
 
 class Target(Protocol):
     """All units, and the files that make the folder complete."""
 
     units: Sequence[Unit]
 
+    def records(self, folder: Path) -> Mapping[str, Records]:
+        """What a complete folder has kept of the records of its units."""
+        ...
+
     def finish(self, folder: Path, key: str, records: Mapping[str, Records]) -> None:
-        """Writes what goes beside the units; the file that makes the folder complete comes last."""
+        """Writes what is not there yet beside the units; the file that makes the folder complete comes last."""
         ...
 
 
@@ -92,6 +103,20 @@ class Part:
             advance(self.source.nbytes(leaf, self.dtype))
         return wrong
 
+    def stands(self, folder: Path, records: Records) -> bool:
+        """Sizes of the files of every array, and Orbax's own list of arrays."""
+        wanted = {leaf.name: (leaf.shape, kept_dtype(self.source, leaf, self.dtype).name) for leaf in self.leaves}
+        return (
+            {name: (record.shape, record.dtype) for name, record in records.items()} == wanted
+            and (part_folder(folder, self.name) / "_METADATA").is_file()
+            and all(is_whole(folder, leaf, records[leaf.name].dtype) for leaf in self.leaves)
+        )
+
+    def record(self) -> Records:
+        """Hashes every array, one at a time."""
+        arrays = ((leaf, build(self.source, leaf, self.dtype)) for leaf in self.leaves)
+        return {leaf.name: ArrayRecord.of(np.ascontiguousarray(array)) for leaf, array in arrays}
+
 
 class OrbaxTarget:
     """A converted folder."""
@@ -100,6 +125,13 @@ class OrbaxTarget:
         self._source, self._dtype = source, dtype
         self.units: Sequence[Unit] = [Part(source, part, leaves, dtype) for part, leaves in source.layout().items()]
 
+    def records(self, folder: Path) -> Mapping[str, Records]:
+        """From the manifest; none if it is damaged."""
+        try:
+            return load_manifest(folder).parts
+        except CheckpointError:
+            return {}
+
     def finish(self, folder: Path, key: str, records: Mapping[str, Records]) -> None:
         """Companions, config.json, and the manifest last."""
         source, info = self._source, self._source.info
@@ -107,11 +139,11 @@ class OrbaxTarget:
         original = info.original if self._dtype is None else dataclasses.replace(info.original, dtypes={})
         dtype = info.dtype if self._dtype is None else self._dtype.name
         _write_companions(source, folder)
-        write_atomic(folder / "config.json", _config_json(source.hf_config, self._dtype))
+        write_changed(folder / "config.json", _config_json(source.hf_config, self._dtype))
         # Parameters in memory have no name to go by; their hashes tell them apart.
         origin = digest(records) if info.kind == "memory" else key
         manifest = Manifest(source.cfg, dtype, original, origin, records)
-        write_atomic(folder / MANIFEST, manifest.to_json())
+        write_changed(folder / MANIFEST, manifest.to_json())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,6 +173,20 @@ class ShardFile:
             advance(array.nbytes)
         return wrong
 
+    def stands(self, folder: Path, records: Records) -> bool:
+        """Size and header of the file; a folder of shards keeps no hashes."""
+        del records
+        try:
+            entries = Shard(folder / self.name).header.tensors
+        except CheckpointError:
+            return False
+        there = {name: (entry.shape, entry.dtype) for name, entry in entries.items()}
+        return there == {output.name: (output.shape, output.dtype) for output in self.outputs}
+
+    def record(self) -> Records:
+        """Hashes every tensor, block by block."""
+        return {o.name: ArrayRecord.of_pieces(o.shape, o.dtype.name, o.blocks()) for o in self.outputs}
+
 
 class SafetensorsTarget:
     """A Hugging Face folder, as transformers and serving engines read it."""
@@ -150,14 +196,19 @@ class SafetensorsTarget:
         self._shards = shard(outputs(source, dtype))
         self.units: Sequence[Unit] = [ShardFile(name, members) for name, members in self._shards.items()]
 
+    def records(self, folder: Path) -> Mapping[str, Records]:
+        """None: the folder has the files of its kind alone."""
+        del folder
+        return {}
+
     def finish(self, folder: Path, key: str, records: Mapping[str, Records]) -> None:
         """Companions, config.json, and the index last."""
         del records
         source = self._source
         config = {"dtype": source.info.dtype, **source.hf_config, **source.cfg.to_hf()}
         _write_companions(source, folder)
-        write_atomic(folder / "config.json", _config_json(config, self._dtype))
-        write_atomic(folder / INDEX_NAME, index_json(self._shards, key))
+        write_changed(folder / "config.json", _config_json(config, self._dtype))
+        write_changed(folder / INDEX_NAME, index_json(self._shards, key))
 
 
 TARGETS: dict[str, Callable[[WeightSource, np.dtype[Any] | None], Target]] = {
@@ -173,7 +224,11 @@ def _config_json(config: Mapping[str, Any], dtype: np.dtype[Any] | None) -> str:
 
 def _write_companions(source: WeightSource, folder: Path) -> None:
     for path in companions(source.info.folder):
-        shutil.copyfile(path, folder / path.name)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+        write_changed(folder / path.name, data)
 
 
 def companions(folder: Path | None) -> Iterator[Path]:

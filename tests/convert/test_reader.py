@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert.reader import INDEX_NAME, Reader, listing
+from convert.reader import INDEX_NAME, PAGE_BYTES, Reader, listing
 from glm_jax.errors import CheckpointError
 
 A = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
@@ -70,11 +70,60 @@ def test_symlinks_as_in_the_hub_cache(folder, tmp_path_factory):
     assert np.array_equal(Reader.open(snapshot).get("a"), A["a"])
 
 
-def test_fingerprint_follows_names_sizes_and_headers(folder):
+def test_fingerprint_follows_headers(folder):
     first = Reader.open(folder).fingerprint()
     assert Reader.open(folder).fingerprint() == first
     save(folder, "model-00002-of-00002.safetensors", {"c": np.zeros((1, 3), np.float32)})
     assert Reader.open(folder).fingerprint() != first
+
+
+def test_fingerprint_follows_names(folder):
+    first = Reader.open(folder).fingerprint()
+    (folder / INDEX_NAME).unlink()
+    for path in sorted(folder.glob("*.safetensors")):
+        path.rename(folder / path.name.replace("model-", "model-x-"))
+    assert Reader.open(folder).fingerprint() != first
+
+
+@pytest.mark.parametrize("size", [1, 3 * PAGE_BYTES, 3 * PAGE_BYTES + 2, 50 * PAGE_BYTES])
+def test_fingerprint_follows_the_ends_and_the_middle_of_every_tensor(tmp_path, size):
+    """With equal names, sizes, headers and times."""
+    tensors = {"a": np.zeros(7, np.uint8), "b": np.zeros(size, np.uint8), "c": np.zeros(7, np.uint8)}
+    save(tmp_path, "model.safetensors", tensors)
+    seen = {Reader.open(tmp_path).fingerprint()}
+    places = {(name, at) for name, tensor in tensors.items() for at in (0, tensor.size // 2, tensor.size - 1)}
+    for name, at in places:
+        changed = {key: tensor.copy() for key, tensor in tensors.items()}
+        changed[name][at] = 1
+        save(tmp_path, "model.safetensors", changed)
+        seen.add(Reader.open(tmp_path).fingerprint())
+    assert len(seen) == len(places) + 1
+
+
+def test_fingerprint_of_a_small_tensor_follows_every_byte(tmp_path):
+    for size in (300, 3 * PAGE_BYTES):
+        tensor = np.zeros(size, np.uint8)
+        seen = set()
+        for at in range(0, size, 97):
+            tensor[at] = 1
+            save(tmp_path, "model.safetensors", {"a": tensor})
+            seen.add(Reader.open(tmp_path).fingerprint())
+        assert len(seen) == len(range(0, size, 97))
+
+
+def test_fingerprint_of_a_file_that_shrinks(folder):
+    reader = Reader.open(folder)
+    os.truncate(folder / "model-00001-of-00002.safetensors", 100)
+    with pytest.raises(CheckpointError, match="changed while"):
+        reader.fingerprint()
+
+
+def test_file_that_goes_after_it_was_opened(folder):
+    reader = Reader.open(folder)
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    for read in (reader.fingerprint, lambda: reader.get("a")):
+        with pytest.raises(CheckpointError, match=r"cannot read .*00001-of-00002.safetensors: No such file"):
+            read()
 
 
 @pytest.mark.parametrize("with_index", [True, False])
@@ -141,6 +190,35 @@ def test_broken_index(folder, text):
 def test_index_may_only_name_files_beside_it(folder, name):
     write_index(folder, {"a": name})
     refused(folder, "is not a safetensors file beside it")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a" * 5000 + ".safetensors",
+        "ä" * 200 + ".safetensors",
+        "x\0.safetensors",
+        "x\x1b[31m.safetensors",
+        "x\n.safetensors",
+        "\ud800.safetensors",
+        "x\x1b[31m.bin",
+        "x\0.pt",
+    ],
+)
+def test_index_names_a_file_that_cannot_be(folder, name):
+    write_index(folder, {"a": name})
+    with pytest.raises(CheckpointError, match=r"is not a safetensors file beside it|is a pickle file") as caught:
+        Reader.open(folder)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["model-00003\x1b[31m-of-00002.safetensors", "model\n.safetensors", "x\x1b[31m.bin"])
+def test_names_of_files_are_safe_to_print(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError) as caught:
+        Reader.open(tmp_path)
+    assert str(caught.value).isprintable()
 
 
 def test_index_may_not_name_pickles(folder):

@@ -183,4 +183,11 @@ def test_seeds_differ():
     a, b = (SyntheticSource(SyntheticSpec(cfg, seed), np.dtype(np.float32), "") for seed in (0, 1))
     leaf = a.layout()["rest"][0]
     assert not np.array_equal(build(a, leaf), build(b, leaf))
-    assert a.info.fingerprint != b.info.fingerprint
+    assert a.fingerprint() != b.fingerprint()
+
+
+@pytest.mark.parametrize("text", ['{"name": "an app"}', '{"format": "other", "source": "x"}', "[]", "{", "[" * 99_999])
+def test_folder_with_the_manifest_of_another_program(tmp_path, text):
+    checkpoints.write(tmp_path, CONFIG, checkpoints.random_tensors(CONFIG, 0))
+    (tmp_path / "manifest.json").write_text(text)
+    assert open_source(tmp_path).info.kind == "huggingface"
