@@ -265,18 +265,14 @@ def _check_head_dims(config: Mapping[str, Any]) -> None:
 
 
 def _layer_types(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
-    layers, kinds, leading = (
-        config["num_hidden_layers"],
-        config.get("mlp_layer_types"),
-        config.get("first_k_dense_replace"),
-    )
+    layers, kinds = config["num_hidden_layers"], config.get("mlp_layer_types")
+    leading = config.get("first_k_dense_replace")
     if layers > _MOST_LAYERS:
         raise ConfigError(f"num_hidden_layers is {layers:,}; at most {_MOST_LAYERS:,} are understood")
     if leading is not None:
         _require_int("first_k_dense_replace", leading)
-    from_leading: tuple[LayerKind, ...] = tuple(
-        "dense" if i < (1 if leading is None else leading) else "sparse" for i in range(layers)
-    )
+    dense = 1 if leading is None else leading
+    from_leading: tuple[LayerKind, ...] = tuple("dense" if i < dense else "sparse" for i in range(layers))
     if kinds is None:
         return from_leading
     if not isinstance(kinds, (list, tuple)) or any(kind not in ("dense", "sparse") for kind in kinds):
@@ -310,9 +306,7 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
         if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
             raise ConfigError(f"partial_rotary_factor is {rope['partial_rotary_factor']}; this architecture has 1.0")
     # Without any rope key transformers' own default holds.
-    given = [
-        t for t in (config.get("rope_theta"), scaling.get("rope_theta"), parameters.get("rope_theta")) if t is not None
-    ]
+    given = [part["rope_theta"] for part in (config, scaling, parameters) if part.get("rope_theta") is not None]
     for theta in given:
         if not _is_number(theta):
             raise ConfigError(f"rope_theta must be a number, not {theta!r}")
@@ -338,12 +332,7 @@ def _require_int(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be a non-negative integer, not {value!r}")
 
 
-_POSITIVE = (
-    *(key for key in _REQUIRED if key != "qk_nope_head_dim"),
-    "max_position_embeddings",
-    "n_group",
-    "topk_group",
-)
+_POSITIVE = (*(k for k in _REQUIRED if k != "qk_nope_head_dim"), "max_position_embeddings", "n_group", "topk_group")
 
 
 def _wrong_types(cfg: Config) -> list[str]:
@@ -356,9 +345,8 @@ def _wrong_types(cfg: Config) -> list[str]:
             problems.append(f"{field.name} must be a positive number, not {value!r}")
         if field.type == "bool" and not isinstance(value, bool):
             problems.append(f"{field.name} must be true or false, not {value!r}")
-    if not isinstance(cfg.mlp_layer_types, tuple) or any(
-        kind not in ("dense", "sparse") for kind in cfg.mlp_layer_types
-    ):
+    kinds = cfg.mlp_layer_types
+    if not isinstance(kinds, tuple) or any(kind not in ("dense", "sparse") for kind in kinds):
         problems.append(f"mlp_layer_types must be a tuple of 'dense' and 'sparse', not {cfg.mlp_layer_types!r}")
     if not isinstance(cfg.eos_token_ids, tuple) or any(type(token) is not int for token in cfg.eos_token_ids):
         problems.append(f"eos_token_ids must be a tuple of integers, not {cfg.eos_token_ids!r}")

@@ -104,12 +104,12 @@ def read_config_of(model: str) -> Config:
 
 
 def _config_in(folder: Path) -> Config:
-    from convert.manifest import MANIFEST, load_manifest
+    from convert.manifest import is_converted, load_manifest
     from convert.quantised import refuse_quantised
     from convert.source import read_config
     from glm_jax.config import Config
 
-    if (folder / MANIFEST).exists():
+    if is_converted(folder):
         return load_manifest(folder).cfg
     config = read_config(folder)
     refuse_quantised(config, {}, folder)

@@ -21,6 +21,7 @@ from glm_jax.cache import bytes_per_token
 from glm_jax.config import Config
 from glm_jax.ops.mla import expanded_is_cheaper
 from glm_jax.params import ParamSpec, init_params, leaves, param_specs
+from tests.smaller import SMALLER
 from tests.test_layers import FILES, LEVELS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,18 +129,7 @@ def test_synthetic_models_in_documents_parse():
 def small_llm(tmp_path) -> glm_jax.LLM:
     """A model as small as they come, which speaks the miniature's tokens."""
     cfg = Config.from_hf(json.loads((TINY / "config.json").read_bytes()))
-    cfg = cfg.replace(
-        hidden_size=32,
-        num_hidden_layers=2,
-        mlp_layer_types=("dense", "sparse"),
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        intermediate_size=32,
-        moe_intermediate_size=16,
-    )
+    cfg = cfg.replace(**SMALLER)
     checkpoint.save(tmp_path / "small", cfg, init_params(cfg, dtype=jnp.float32))
     shutil.copy(TINY / "tokenizer.json", tmp_path / "small")
     return glm_jax.LLM.load(tmp_path / "small", dtype="float32")

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from examples.tiny_recipe.chat import Conversation, Render, draw_conversation
-from examples.tiny_recipe.plan import Plan, Rows
+from examples.tiny_recipe.plan import Plan, Rows, Stage
 from examples.tiny_recipe.tokenizer import SPECIAL_IDS
 
 # A row carries two tokens more than it has positions: the next-token target and the one after it for the MTP layer.
@@ -45,7 +45,7 @@ class Batches:
 
     def __call__(self, step: int) -> tuple[Group, Group]:
         """The library code and the conversations of a step."""
-        return self._code_rows(self._plan.code_rows(step), self._plan.code(step)), self._chat_rows(step)
+        return self._code_rows(self._plan.code_rows(step), self._plan.stage(step).code), self._chat_rows(step)
 
     def _code_rows(self, first: int, rows: Rows) -> Group:
         tokens = np.stack([self._window(first + i, rows.length) for i in range(rows.count)])
@@ -62,20 +62,19 @@ class Batches:
         return self._order[1]
 
     def _chat_rows(self, step: int) -> Group:
-        rng, rows = Random(f"chat {self._plan.seed} {step}"), self._plan.conversations(step)
-        share = self._plan.finish_tool_share if self._plan.finishing(step) else self._plan.tool_share
-        drawn = [self._chat_row(rng, rows.length + EXTRA, share) for _ in range(rows.count)]
+        rng, stage = Random(f"chat {self._plan.seed} {step}"), self._plan.stage(step)
+        drawn = [self._chat_row(rng, stage) for _ in range(stage.chat.count)]
         tokens, weights = (np.stack(part) for part in zip(*drawn, strict=True))
         return Group(tokens.astype(np.int32), weights)
 
-    def _chat_row(self, rng: Random, size: int, tool_share: float) -> tuple[np.ndarray, np.ndarray]:
+    def _chat_row(self, rng: Random, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+        size = stage.chat.length + EXTRA
         tokens = np.full(size, SPECIAL_IDS["<|endoftext|>"], np.uint16)
         weights = np.zeros(size, np.float32)
         used = 0
         while True:
-            ids, weight = encode_conversation(
-                draw_conversation(rng), self._tokenizer, self._render, self._plan.prompt_weight
-            )
+            drawn = draw_conversation(rng, stage.tool_share, stage.hard_share)
+            ids, weight = encode_conversation(drawn, self._tokenizer, self._render, self._plan.prompt_weight)
             if used + len(ids) > size:
                 if used:
                     return tokens, weights

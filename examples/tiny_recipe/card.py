@@ -41,6 +41,7 @@ def card(metrics: dict[str, Any], held_out: Sequence[LibraryFile]) -> str:
         **metrics,
         kinds=_kinds(metrics["chat"]["by_kind"]),
         loads=_loads(metrics["expert_load"]),
+        stages="\n".join(map(_stage, metrics["run"]["stages"])),
         files="\n".join(f"{file.sha256}  {file.name}" for file in held_out),
         tasks_file=TASKS,
         curve_file=CURVE,
@@ -54,5 +55,14 @@ def _kinds(by_kind: dict[str, float]) -> str:
     return "\n".join(f"| {a} | | {b} |" for a, b in zip(cells[:half], right, strict=True))
 
 
-def _loads(loads: dict[str, dict[str, float]]) -> str:
-    return "\n".join(f"| {name} | {load['busiest']:.2f} | {load['idlest']:.2f} |" for name, load in loads.items())
+def _loads(loads: dict[str, dict[str, dict[str, float]]]) -> str:
+    ends = [(part, end) for part in loads.values() for end in ("busiest", "idlest")]
+    rows = {name: [f"{part[name][end]:.2f}" for part, end in ends] for name in loads["library"]}
+    return "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    rows = [f"{stage[part]['count']} × {stage[part]['length']}" for part in ("code", "chat")]
+    shares = [f"{stage[name]:.0%}" for name in ("tool_share", "hard_share", "chat_weight")]
+    cells = [f"{stage['start']:,}", *rows, *shares, "yes" if stage["mtp"] else "no"]
+    return f"| {' | '.join(cells)} |"

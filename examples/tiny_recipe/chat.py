@@ -12,13 +12,12 @@ from examples.tiny_recipe.tools import SCHEMAS, ToolTask, draw_tool_task
 
 Json = dict[str, Any]
 Render = Callable[..., str]
-TOOL_SHARE = 0.12
 SMALL_TALK = (
     ("Hi", "Hello! Ask me a short question."),
     ("Hello", "Hello! Ask me a short question."),
     ("Who are you?", "I am the miniature of this project, a very small GLM."),
     ("What are you?", "I am the miniature of this project, a very small GLM."),
-    ("What can you do?", "I do small sums, play with letters, write Python and call tools."),
+    ("What can you do?", "I do small sums, play with digits, write Python and call tools."),
     ("Thank you", "You are welcome."),
     ("Thanks", "You are welcome."),
     ("Bye", "Goodbye!"),
@@ -46,9 +45,9 @@ class Conversation:
         return render(messages, list(self.tools) or None, add_generation_prompt=True, enable_thinking=self.thinking)
 
 
-def draw_conversation(rng: Random, tool_share: float = TOOL_SHARE) -> Conversation:
-    """A random training conversation."""
-    return _tool_conversation(rng) if rng.random() < tool_share else _plain_conversation(rng)
+def draw_conversation(rng: Random, tool_share: float = 0.06, hard_share: float = 0.0) -> Conversation:
+    """A random training conversation: about tools or not, and with questions of the hard kinds more often or not."""
+    return _tool_conversation(rng) if rng.random() < tool_share else _plain_conversation(rng, hard_share)
 
 
 def held_out_conversations(rng: Random, per_kind: int, tool_tasks: int) -> list[Conversation]:
@@ -101,28 +100,28 @@ def _schemas(names: list[str] | None) -> tuple[Json, ...]:
 
 
 def _tool_names(rng: Random) -> list[str]:
-    return rng.sample(list(SCHEMAS), rng.randint(1, 3))
+    return rng.sample(list(SCHEMAS), rng.randint(1, 2))
 
 
-def _plain_conversation(rng: Random) -> Conversation:
+def _plain_conversation(rng: Random, hard_share: float) -> Conversation:
     messages, thinking = _opening(rng), rng.random() < 0.5
     for _ in range(rng.choice((0, 0, 0, 1, 1, 2))):
-        task = _plain_turn(rng)
+        task = _plain_turn(rng, hard_share)
         messages += [_user(task.question), _assistant(task.answer, None)]
-    task = _plain_turn(rng)
+    task = _plain_turn(rng, hard_share)
     return _finish(task.kind, [*messages, _user(task.question)], task.reasoning, task.answer, thinking)
 
 
-def _plain_turn(rng: Random) -> Task:
+def _plain_turn(rng: Random, hard_share: float) -> Task:
     if rng.random() < 0.02:
         question, answer = rng.choice(SMALL_TALK)
         return Task("small_talk", question, "A short answer will do.", answer)
-    return draw_task(rng, held_out=False)
+    return draw_task(rng, held_out=False, hard_share=hard_share)
 
 
 def _tool_conversation(rng: Random) -> Conversation:
     messages, names, thinking = _opening(rng), _tool_names(rng), rng.random() < 0.5
-    for _ in range(rng.choice((0, 1, 1, 2))):
+    for _ in range(rng.choice((0, 0, 1))):
         messages += _served(draw_tool_task(rng, names, held_out=False), thinking=False)
     if rng.random() < 0.2:
         task = draw_task(rng, held_out=False)

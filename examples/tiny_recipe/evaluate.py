@@ -6,6 +6,7 @@ import functools
 import lzma
 import platform
 from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 
 from examples.tiny_recipe import heldout
 from examples.tiny_recipe.bits import bits_per_byte
-from examples.tiny_recipe.chat import Render
+from examples.tiny_recipe.chat import Render, draw_conversation
 from examples.tiny_recipe.corpus import LibraryFile
 from examples.tiny_recipe.greedy import continue_greedily
 from examples.tiny_recipe.network import forward
@@ -40,6 +41,7 @@ def evaluate(
     rows = _rows(tokenizer, texts)
     on_text, loads = _inspect(cfg, params, rows)
     on_own, _ = _inspect(cfg, params, _written(cfg, params, rows))
+    _, chat_loads = _inspect(cfg, params, _rows(tokenizer, _conversations(render)))
     return {
         "python": platform.python_version(),
         "held_out_files": len(held_out),
@@ -52,7 +54,7 @@ def evaluate(
             "held_out_text": round(float(on_text.mean()), 4),
             "own_text": round(float(on_own[:, PROMPT_TOKENS:].mean()), 4),
         },
-        "expert_load": _balance(cfg, loads),
+        "expert_load": {"library": _balance(cfg, loads), "conversations": _balance(cfg, chat_loads)},
     }
 
 
@@ -83,6 +85,11 @@ def _rows(tokenizer: Tokenizer, texts: Sequence[str], length: int = 513) -> np.n
     count = min(64, len(ids) // length)
     starts = np.linspace(0, len(ids) - length, count).astype(int)
     return np.stack([ids[start : start + length] for start in starts]).astype(np.int32)
+
+
+def _conversations(render: Render) -> list[str]:
+    rng = Random("expert load")
+    return [draw_conversation(rng).text(render) for _ in range(500)]
 
 
 def _written(cfg: Config, params: Any, rows: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from examples.tiny_recipe.batches import Batches
 from examples.tiny_recipe.plan import Plan
 from examples.tiny_recipe.state_file import load_state, save_state
-from examples.tiny_recipe.step import State, StepFn, initial_state, make_step
+from examples.tiny_recipe.step import State, initial_state, make_step
 from glm_jax.config import Config
 
 Log = Callable[[str], None]
@@ -51,14 +51,14 @@ def train(
     plan: Plan,
     batches: Batches,
     files: RunFiles,
-    probe: Callable[[Any], float],
+    probe: Callable[[Any], dict[str, float]],
     say: Log = print,
     stop: int | None = None,
 ) -> State:
     """Trains from the checkpoint, or from the start, to the end of the plan (or to step ``stop``).
 
     Args:
-        probe: bits per byte of parameters on a small held-out text.
+        probe: figures of parameters on a little held-out data ("bpb": bits per byte, "right": share of right answers).
         say: where progress lines go.
     """
     files.folder.mkdir(parents=True, exist_ok=True)
@@ -67,19 +67,17 @@ def train(
         first, state = load_state(files.state, state)
         _forget_after(files.log, first)
         say(f"resuming at step {first}")
-    functions: dict[bool, StepFn] = {}
     meter = _Meter(plan, first)
-    last = plan.total_steps if stop is None else min(stop, plan.total_steps)
+    last = plan.steps if stop is None else min(stop, plan.steps)
     for step in range(first, last):
-        with_mtp = plan.trains_mtp(step)
-        function = functions.setdefault(with_mtp, make_step(cfg, plan, with_mtp=with_mtp))
-        rate = plan.rate(step)
+        stage, rate = plan.stage(step), plan.rate(step)
+        function = make_step(cfg, plan, with_mtp=stage.mtp, chat_weight=stage.chat_weight)
         state, metrics = function(state, batches(step), jnp.float32(rate), jnp.float32(plan.bias_rate * rate))
         done = step + 1
         if done % files.log_every == 0 or done == last:
             record = meter.record(done, metrics)
-            if done % files.probe_every == 0 or done == plan.total_steps:
-                record["bpb"] = probe(state.params)
+            if done % files.probe_every == 0 or done == plan.steps:
+                record |= probe(state.params)
             _write(files.log, record)
             say(_line(record))
         if done % files.save_every == 0 or done == last:
@@ -98,12 +96,12 @@ class _Meter:
         now = time.monotonic()
         rate = (self.plan.tokens(step) - self.plan.tokens(self.step)) / (now - self.time)
         self.step, self.time = step, now
-        left = (self.plan.tokens(self.plan.total_steps) - self.plan.tokens(step)) / rate
+        left = (self.plan.tokens(self.plan.steps) - self.plan.tokens(step)) / rate
         return {"step": step, "tokens": self.plan.tokens(step), **values, "tokens_per_s": rate, "seconds_left": left}
 
 
 def _line(record: dict[str, float]) -> str:
-    names = ("loss", "code", "chat", "draft", "worst_load", "grad_norm", "bpb")
+    names = ("loss", "code", "chat", "draft", "worst_load", "grad_norm", "bpb", "right")
     shown = " ".join(f"{name} {record[name]:.3f}" for name in names if name in record)
     speed = f"{record['tokens_per_s']:.0f} tokens/s, {record['seconds_left'] / 60:.0f} min left"
     return f"step {record['step']} {record['tokens'] / 1e6:.2f}M {shown} | {speed}"

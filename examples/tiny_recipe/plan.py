@@ -48,71 +48,75 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """The schedule: a main stage of ``steps`` and a finishing one of ``finish_steps``.
+class Stage:
+    """What the steps from ``start`` on are made of: rows of library code and of conversations.
 
-    The main stage warms up, keeps the rate, and lowers it to zero over its last ``decay_steps``. Nothing before
-    the decay depends on ``steps``, so a resumed run may still be given another length. The prediction layer joins at
-    ``mtp_from``; rows of library code become longer at ``long_from``. The finishing stage is mostly conversations, at
-    ``finish_rate`` of the highest rate falling to zero.
+    Attributes:
+        start: its first step.
+        code, chat: the rows.
+        mtp: whether the prediction layer is trained.
+        tool_share: of the conversations, those about tools.
+        hard_share: of the questions, those that are surely of the hard kinds.
+        chat_weight: of the mean loss over conversations; that over code has the rest.
+    """
+
+    start: int
+    code: Rows
+    chat: Rows
+    mtp: bool = True
+    tool_share: float = 0.06
+    hard_share: float = 0.0
+    chat_weight: float = 0.5
+
+    @property
+    def tokens(self) -> int:
+        """Positions in all rows."""
+        return self.code.tokens + self.chat.tokens
+
+
+STAGES = (
+    Stage(start=0, code=Rows(6, 256), chat=Rows(4, 384), mtp=False),
+    Stage(start=1000, code=Rows(6, 256), chat=Rows(4, 384)),
+    Stage(start=1400, code=Rows(3, 512), chat=Rows(4, 384)),
+    Stage(start=1500, code=Rows(2, 512), chat=Rows(6, 384), tool_share=0.1, chat_weight=0.7),
+    Stage(start=1850, code=Rows(2, 512), chat=Rows(6, 384), tool_share=0.1, chat_weight=0.7, hard_share=0.6),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The schedule: the rate warms up, stays, and falls to zero over the last ``decay_steps``.
+
+    Nothing before the decay depends on ``steps``, so a resumed run may still be given another length.
     """
 
     steps: int
     decay_steps: int
-    mtp_from: int
-    long_from: int
-    finish_steps: int = 0
+    stages: tuple[Stage, ...] = STAGES
     warmup_steps: int = 40
-    short: Rows = Rows(12, 256)
-    long: Rows = Rows(6, 512)
-    chat: Rows = Rows(2, 512)
-    finish_code: Rows = Rows(2, 512)
-    finish_chat: Rows = Rows(6, 512)
-    tool_share: float = 0.12
-    finish_tool_share: float = 0.06
     seed: int = 0
     matrix_rate: float = 0.02
     vector_rate: float = 0.003
-    finish_rate: float = 0.6
     embed_factor: float = 4.0
     weight_decay: float = 0.05
     mtp_weight: float = 0.3
     bias_rate: float = 0.01
     prompt_weight: float = 0.1
 
-    @property
-    def total_steps(self) -> int:
-        """Steps of both stages."""
-        return self.steps + self.finish_steps
-
-    def finishing(self, step: int) -> bool:
-        """Whether a step belongs to the finishing stage."""
-        return step >= self.steps
-
-    def code(self, step: int) -> Rows:
-        """The rows of library code in a step."""
-        if self.finishing(step):
-            return self.finish_code
-        return self.short if step < self.long_from else self.long
-
-    def conversations(self, step: int) -> Rows:
-        """The rows of conversations in a step."""
-        return self.finish_chat if self.finishing(step) else self.chat
-
-    def trains_mtp(self, step: int) -> bool:
-        """Whether the prediction layer is part of a step."""
-        return step >= self.mtp_from
+    def stage(self, step: int) -> Stage:
+        """What a step is made of."""
+        return next(stage for stage in reversed(self.stages) if stage.start <= step)
 
     def code_rows(self, step: int) -> int:
         """Rows of library code, of the length of this step, read before it."""
-        return sum(self.code(s).count for s in range(step) if self.code(s).length == self.code(step).length)
+        length = self.stage(step).code.length
+        earlier = (self.stage(s).code for s in range(step))
+        return sum(rows.count for rows in earlier if rows.length == length)
 
     def tokens(self, step: int) -> int:
-        """Tokens seen before a step, of all kinds."""
-        return sum(self.code(s).tokens + self.conversations(s).tokens for s in range(step))
+        """Tokens seen before a step, of both kinds."""
+        return sum(self.stage(s).tokens for s in range(step))
 
     def rate(self, step: int) -> float:
         """The learning rate of a step as a share of the highest."""
-        if self.finishing(step):
-            return self.finish_rate * (self.total_steps - step) / self.finish_steps
         return max(0.0, min(1.0, (step + 1) / self.warmup_steps, (self.steps - step) / self.decay_steps))

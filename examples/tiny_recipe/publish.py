@@ -24,7 +24,7 @@ def publish(files: RunFiles, folder: Path) -> None:
     """Exports a run's checkpoint to ``folder``, measures what was exported, and writes the card beside it."""
     cfg = tiny_config()
     facts = json.loads(files.plan.read_text())
-    shape_only = Plan(steps=1, decay_steps=1, mtp_from=0, long_from=0)
+    shape_only = Plan(steps=1, decay_steps=1)
     step, state = load_state(files.state, initial_state(cfg, shape_only))
     tokenizer = Tokenizer.from_file(str(files.folder / "tokenizer.json"))
     export(folder, cfg, state.params, tokenizer)
@@ -40,11 +40,9 @@ def publish(files: RunFiles, folder: Path) -> None:
 
 
 def _run_facts(facts: dict[str, Any], step: int, params: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-    rows = facts["short"]["count"] * facts["short"]["length"] + facts["chat"]["count"] * facts["chat"]["length"]
     return {
         **facts,
         "trained_steps": step,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "vocabulary": tokenizer.get_vocab_size(),
-        "tokens_per_step": rows,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,12 +37,13 @@ def initial_state(cfg: Config, plan: Plan) -> State:
     return State(params, optimizer(plan).init(params))
 
 
-def make_step(cfg: Config, plan: Plan, *, with_mtp: bool) -> StepFn:
+@functools.cache
+def make_step(cfg: Config, plan: Plan, *, with_mtp: bool, chat_weight: float) -> StepFn:
     """The compiled step: ``(state, groups, rate, bias_rate) -> (state, metrics)``; the state is donated."""
     rule = optimizer(plan)
 
     def step(state: State, groups: tuple[Group, Group], rate: jax.Array, bias_rate: jax.Array) -> tuple[State, Metrics]:
-        gradient, metrics, loads = _gradient(cfg, plan, state.params, groups, with_mtp)
+        gradient, metrics, loads = _gradient(cfg, plan, state.params, groups, with_mtp, chat_weight)
         updates, optimizer_state = rule.update(gradient, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, jax.tree.map(lambda u: u * rate, updates))
         metrics["grad_norm"] = optax.tree.norm(gradient)
@@ -51,15 +53,18 @@ def make_step(cfg: Config, plan: Plan, *, with_mtp: bool) -> StepFn:
 
 
 def _gradient(
-    cfg: Config, plan: Plan, params: Tree, groups: tuple[Group, Group], with_mtp: bool
+    cfg: Config, plan: Plan, params: Tree, groups: tuple[Group, Group], with_mtp: bool, chat_weight: float
 ) -> tuple[Tree, Metrics, dict[str, jax.Array]]:
+    def mixed(code: jax.Array, chat: jax.Array) -> jax.Array:
+        return (1 - chat_weight) * code + chat_weight * chat
+
     def objective(params: Tree) -> tuple[jax.Array, tuple[Losses, Losses]]:
         code, chat = (
             losses(cfg, params, jnp.asarray(tokens), jnp.asarray(weights), with_mtp=with_mtp)
             for tokens, weights in groups
         )
-        loss = (code.main + chat.main) / (code.weight + chat.weight)
-        draft = (code.draft + chat.draft) / (code.draft_weight + chat.draft_weight)
+        loss = mixed(code.main / code.weight, chat.main / chat.weight)
+        draft = mixed(code.draft / code.draft_weight, chat.draft / chat.draft_weight)
         return loss + plan.mtp_weight * draft, (code, chat)
 
     (loss, (code, chat)), gradient = jax.value_and_grad(objective, has_aux=True)(params)
@@ -68,7 +73,7 @@ def _gradient(
         "loss": loss,
         "code": code.main / code.weight,
         "chat": chat.main / chat.weight,
-        "draft": (code.draft + chat.draft) / (code.draft_weight + chat.draft_weight),
+        "draft": mixed(code.draft / code.draft_weight, chat.draft / chat.draft_weight),
         "worst_load": jnp.max(jnp.stack([jnp.max(_share(load)) for load in loads.values()])),
     }
     return gradient, metrics, loads

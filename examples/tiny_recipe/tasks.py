@@ -1,14 +1,14 @@
 """Short questions with one right answer, drawn from a random generator.
 
-Letters stand apart (``k q z``), because byte-pair tokens hide the spelling of a word; digits are single tokens.
-Each task also gives the reasoning to its answer, which becomes the think block.
+What is to be worked on consists of digits, which are single tokens, or stands on a line of its own: byte-pair tokens
+hide the spelling of a word, and a word after a space has other tokens than one that begins an answer. Each task also
+gives the reasoning to its answer, which becomes the think block.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import string
 from collections.abc import Callable
 from random import Random
 
@@ -38,21 +38,26 @@ def is_held_out(key: str) -> bool:
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % HELD_OUT_MODULUS == 0
 
 
-def draw_task(rng: Random, *, held_out: bool, kind: str | None = None) -> Task:
-    """A random task of one kind (default: any), from the training or the held-out instances."""
-    make = TASKS[kind or rng.choice(KINDS)]
+def draw_task(rng: Random, *, held_out: bool, kind: str | None = None, hard_share: float = 0.0) -> Task:
+    """A random task of one kind (default: any), from the training or the held-out instances.
+
+    Args:
+        rng: decides.
+        held_out: from which of the two.
+        kind: one of :data:`KINDS`.
+        hard_share: how often to take one of :data:`HARD` instead of any.
+    """
+    kinds = HARD if hard_share and rng.random() < hard_share else KINDS
+    make = TASKS[kind or rng.choice(kinds)]
     while True:
         task = make(rng)
         if task.held_out == held_out:
             return task
 
 
-def _letters(rng: Random, low: int, high: int, alphabet: str = string.ascii_lowercase) -> list[str]:
-    return rng.sample(alphabet, rng.randint(low, high))
-
-
-def _number(rng: Random) -> int:
-    return rng.randrange(10 ** rng.randint(1, 3))
+def _digits(rng: Random, low: int, high: int, alphabet: str = "0123456789") -> str:
+    """Between ``low`` and ``high`` random digits, as text."""
+    return "".join(rng.choices(alphabet, k=rng.randint(low, high)))
 
 
 def _add(rng: Random) -> Task:
@@ -63,8 +68,7 @@ def _add(rng: Random) -> Task:
 
 
 def _subtract(rng: Random) -> Task:
-    a = rng.randrange(10, 100)
-    b = rng.randrange(10)
+    a, b = rng.randrange(10, 100), rng.randrange(10)
     top = a % 10 if a % 10 >= b else a % 10 + 10
     question = rng.choice(("What is {} - {}?", "Compute {} - {}.")).format(a, b)
     return Task("subtract", question, f"{top} - {b} = {top - b}.", str(a - b), f"{a} {b}")
@@ -77,108 +81,111 @@ def _after(rng: Random) -> Task:
 
 
 def _compare(rng: Random) -> Task:
-    a, b = _number(rng), _number(rng)
+    a, b = rng.sample(range(10, 100), 2)
     larger = rng.random() < 0.5
-    b += a == b
     question = f"Which is {'larger' if larger else 'smaller'}, {a} or {b}?"
     return Task("compare", question, f"{a} {'>' if a > b else '<'} {b}.", str(max(a, b) if larger else min(a, b)))
 
 
 def _largest(rng: Random) -> Task:
-    numbers = rng.sample(range(100), 3)
-    best = max(numbers)
-    listed = ", ".join(map(str, numbers))
-    return Task("largest", f"What is the largest of {listed}?", f"{sorted(numbers)[1]} < {best}.", str(best))
+    digits = _digits(rng, 3, 5)
+    name, best = rng.choice((("largest", max), ("smallest", min)))
+    order = " ".join(sorted(digits, reverse=best is max))
+    return Task("largest", f"What is the {name} digit of {digits}?", order, best(digits))
 
 
 def _parity(rng: Random) -> Task:
-    n = _number(rng)
+    n = rng.randrange(10 ** rng.randint(1, 3))
     answer = "odd" if n % 2 else "even"
     return Task("parity", f"Is {n} even or odd?", f"The last digit is {n % 10}.", answer)
 
 
 def _reverse(rng: Random) -> Task:
-    letters = _letters(rng, 3, 6)
-    question = rng.choice(("Reverse: {}", "Write these letters backwards: {}")).format(" ".join(letters))
-    return Task("reverse", question, f"The last letter is {letters[-1]}.", " ".join(letters[::-1]), " ".join(letters))
+    digits = _digits(rng, 3, 6)
+    question = rng.choice(("Reverse {}.", "Write {} backwards.")).format(digits)
+    return Task("reverse", question, f"The last digit is {digits[-1]}.", digits[::-1], digits)
 
 
 def _pick(rng: Random) -> Task:
-    letters = _letters(rng, 3, 6)
-    name, index = rng.choice((("first", 0), ("second", 1), ("last", -1)))
-    question = f"What is the {name} letter of: {' '.join(letters)}"
-    position = index % len(letters) + 1
-    return Task("pick", question, f"The {name} letter is number {position}.", letters[index])
+    digits = _digits(rng, 3, 6)
+    name, index = rng.choice((("first", 0), ("second", 1), ("third", 2), ("last", -1)))
+    position = index % len(digits) + 1
+    return Task("pick", f"What is the {name} digit of {digits}?", f"It is number {position}.", digits[index])
 
 
 def _count(rng: Random) -> Task:
-    letters = _letters(rng, 2, 8)
-    question = rng.choice(("How many letters: {}", "Count the letters: {}")).format(" ".join(letters))
-    reasoning = " ".join(f"{letter} {i}" for i, letter in enumerate(letters, 1))
-    return Task("count", question, reasoning, str(len(letters)), " ".join(letters))
+    digits = _digits(rng, 1, 8)
+    question = rng.choice(("How many digits has {}?", "Count the digits of {}.")).format(digits)
+    reasoning = " ".join(f"{digit}:{i}" for i, digit in enumerate(digits, 1))
+    return Task("count", question, reasoning, str(len(digits)), digits)
 
 
 def _occurrences(rng: Random) -> Task:
-    target, *others = _letters(rng, 3, 3)
-    letters = [target if rng.random() < 0.4 else rng.choice(others) for _ in range(rng.randint(3, 6))]
-    n = letters.count(target)
-    question = f"How often is {target} in: {' '.join(letters)}"
-    marks = " ".join("1" if letter == target else "0" for letter in letters)
-    return Task("occurrences", question, marks, str(n))
+    target, *others = rng.sample("0123456789", 3)
+    digits = "".join(target if rng.random() < 0.4 else rng.choice(others) for _ in range(rng.randint(3, 6)))
+    marks = " ".join("yes" if digit == target else "no" for digit in digits)
+    return Task("occurrences", f"How often is {target} in {digits}?", marks, str(digits.count(target)))
 
 
 def _sort(rng: Random) -> Task:
-    letters = _letters(rng, 3, 4)
-    question = rng.choice(("Sort: {}", "Put in alphabetical order: {}")).format(" ".join(letters))
-    return Task("sort", question, f"The first is {min(letters)}.", " ".join(sorted(letters)), " ".join(letters))
+    digits = _digits(rng, 3, 4)
+    question = rng.choice(("Sort the digits of {}.", "Put the digits of {} in order.")).format(digits)
+    return Task("sort", question, f"The smallest is {min(digits)}.", "".join(sorted(digits)), digits)
 
 
 def _member(rng: Random) -> Task:
-    letters = _letters(rng, 3, 6)
+    digits = _digits(rng, 3, 5)
     inside = rng.random() < 0.5
-    target = rng.choice(letters) if inside else rng.choice([c for c in string.ascii_lowercase if c not in letters])
+    target = rng.choice(digits) if inside else rng.choice([d for d in "0123456789" if d not in digits])
     reasoning = f"{target} is {'there' if inside else 'not there'}."
-    return Task("member", f"Is {target} in: {' '.join(letters)}", reasoning, "yes" if inside else "no")
-
-
-def _upper(rng: Random) -> Task:
-    letters = _letters(rng, 3, 6)
-    question = rng.choice(("Uppercase: {}", "Write in capital letters: {}")).format(" ".join(letters))
-    return Task(
-        "upper", question, f"{letters[0]} becomes {letters[0].upper()}.", " ".join(letters).upper(), " ".join(letters)
-    )
+    return Task("member", f"Is {target} in {digits}?", reasoning, "yes" if inside else "no")
 
 
 def _replace(rng: Random) -> Task:
-    old, new, *others = _letters(rng, 5, 5)
-    letters = [old if rng.random() < 0.4 else rng.choice(others) for _ in range(rng.randint(3, 5))]
-    answer = " ".join(new if letter == old else letter for letter in letters)
-    question = f"Replace {old} with {new} in: {' '.join(letters)}"
-    return Task("replace", question, f"Each {old} becomes {new}.", answer)
+    old, new, *others = rng.sample("0123456789", 5)
+    digits = "".join(old if rng.random() < 0.4 else rng.choice(others) for _ in range(rng.randint(3, 5)))
+    question = f"Replace {old} with {new} in {digits}."
+    return Task("replace", question, f"Each {old} becomes {new}.", digits.replace(old, new))
 
 
 def _join(rng: Random) -> Task:
-    words = rng.sample(WORDS, rng.randint(2, 4))
-    name, mark = rng.choice((("dashes", "-"), ("commas", ","), ("underscores", "_")))
-    return Task("join", f"Join with {name}: {' '.join(words)}", f"Put {mark} between the words.", mark.join(words))
+    a, b = _digits(rng, 1, 3), _digits(rng, 1, 3)
+    name, mark = rng.choice((("dash", "-"), ("comma", ","), ("slash", "/"), ("colon", ":")))
+    return Task("join", f"Join {a} and {b} with a {name}.", f"Put {mark} between them.", f"{a}{mark}{b}")
 
 
 def _repeat(rng: Random) -> Task:
-    word, n = rng.choice(WORDS), rng.randint(2, 5)
-    question = rng.choice(("Write {} {} times.", "Repeat the word {} {} times.")).format(word, n)
-    return Task("repeat", question, f"{n} times {word}.", " ".join([word] * n), f"{word} {n}")
+    digits, (name, n) = _digits(rng, 1, 3), rng.choice((("twice", 2), ("three times", 3), ("four times", 4)))
+    return Task("repeat", f"Write {digits} {name}.", f"{digits} comes {n} times.", digits * n)
+
+
+def _echo(rng: Random) -> Task:
+    words = " ".join(rng.sample(WORDS, rng.randint(1, 3)))
+    question = rng.choice(("Repeat:\n{}", "Write this again:\n{}")).format(words)
+    return Task("echo", question, "The same words again.", words, words)
+
+
+def _word(rng: Random) -> Task:
+    words = rng.sample(WORDS, rng.randint(2, 4))
+    return Task("word", f"What is the first word?\n{' '.join(words)}", f"{words[1]} is the second.", words[0])
 
 
 def _swap(rng: Random) -> Task:
-    a, b = rng.sample(WORDS, 2)
-    return Task("swap", f"Swap the words: {a} {b}", f"{b} comes first.", f"{b} {a}")
+    a, b = _digits(rng, 1, 3), _digits(rng, 1, 3)
+    return Task("swap", f"Swap {a} and {b}.", f"{b} comes first.", f"{b} {a}")
 
 
 def _length(rng: Random) -> Task:
     numbers = [rng.randrange(10) for _ in range(rng.randint(1, 7))]
-    listed = ", ".join(map(str, numbers))
     reasoning = " ".join(f"{n}:{i}" for i, n in enumerate(numbers, 1))
-    return Task("length", f"What does len([{listed}]) return in Python?", reasoning, str(len(numbers)))
+    return Task("length", f"What does len({numbers}) return in Python?", reasoning, str(len(numbers)))
+
+
+def _index(rng: Random) -> Task:
+    numbers = [rng.randrange(10) for _ in range(rng.randint(3, 5))]
+    index = rng.choice((0, 1, 2, -1))
+    reasoning = f"It is number {index % len(numbers) + 1} of {len(numbers)}."
+    return Task("index", f"What is {numbers}[{index}] in Python?", reasoning, str(numbers[index]))
 
 
 def _function(rng: Random) -> Task:
@@ -193,8 +200,10 @@ def _function(rng: Random) -> Task:
 TASKS: dict[str, Callable[[Random], Task]] = {
     make.__name__.removeprefix("_"): make
     for make in (
-        *(_add, _subtract, _after, _compare, _largest, _parity, _reverse, _pick, _count, _occurrences),
-        *(_sort, _member, _upper, _replace, _join, _repeat, _swap, _length, _function),
+        *(_add, _subtract, _after, _compare, _largest, _parity, _reverse, _pick, _count, _occurrences, _sort),
+        *(_member, _replace, _join, _repeat, _echo, _word, _swap, _length, _index, _function),
     )
 }
 KINDS = tuple(TASKS)
+# Those that take longest to learn.
+HARD = ("add", "subtract", "compare", "occurrences", "sort", "member", "replace", "index")

@@ -87,19 +87,19 @@ def _calculator(rng: Random) -> ToolTask:
 
 def _search(rng: Random) -> ToolTask:
     query, hits = " ".join(rng.sample(WORDS, rng.randint(1, 2))), rng.randint(1, 99)
-    ask = rng.choice(("Search for {}.", "Find pages about {}.", "Look up {}.")).format(query)
+    ask = rng.choice(("Search for:\n{}", "Find pages about:\n{}", "Look this up:\n{}")).format(query)
     return ToolTask(ask, "search", {"query": query}, json.dumps({"hits": hits}), f"I found {hits} pages about {query}.")
 
 
 def _message(rng: Random) -> ToolTask:
     who, text = rng.choice(PEOPLE), " ".join(rng.sample(WORDS, 2))
-    ask = rng.choice(("Send {} the message: {}", "Write to {}: {}", "Tell {}: {}")).format(who, text)
+    ask = rng.choice(("Send {} this message:\n{}", "Write to {}:\n{}", "Tell {}:\n{}")).format(who, text)
     return ToolTask(ask, "send_message", {"to": who, "text": text}, "sent", f"I sent the message to {who}.")
 
 
 def _timer(rng: Random) -> ToolTask:
     minutes, label = rng.randint(2, 90), rng.choice(WORDS)
-    ask = rng.choice(("Set a timer of {} minutes for {}.", "Start a {} minute timer for {}.")).format(minutes, label)
+    ask = rng.choice(("Set a timer of {} minutes:\n{}", "Start a {} minute timer:\n{}")).format(minutes, label)
     return ToolTask(
         ask, "set_timer", {"minutes": minutes, "label": label}, "ok", f"The {label} timer runs for {minutes} minutes."
     )

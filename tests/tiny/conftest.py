@@ -1,33 +1,28 @@
 """A training run small enough to repeat: a model of two layers, a tokenizer learnt from a page, short rows."""
 
+import dataclasses
+
 import jax
 import pytest
 
-from examples.tiny_recipe.plan import Plan, Rows, tiny_config
+from examples.tiny_recipe.plan import Plan, Rows, Stage, tiny_config
+from tests.smaller import SMALLER
 
 CODE = ["def area(w, h):\n    return w * h\n" * 40, "import os\n\nprint(os.getcwd())\n" * 60]
 
 
 @pytest.fixture(scope="session")
 def small_config():
-    return tiny_config().replace(
-        hidden_size=32,
-        num_hidden_layers=2,
-        mlp_layer_types=("dense", "sparse"),
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        intermediate_size=32,
-        moe_intermediate_size=16,
-    )
+    return tiny_config().replace(**SMALLER)
 
 
 @pytest.fixture(scope="session")
 def small_plan():
-    rows = {"short": Rows(2, 32), "long": Rows(1, 64), "chat": Rows(1, 96)}
-    return Plan(steps=6, decay_steps=2, warmup_steps=2, mtp_from=2, long_from=4, **rows)
+    """Two compilations: short rows without the prediction layer, then longer ones with it."""
+    short = Stage(start=0, code=Rows(2, 32), chat=Rows(1, 96), mtp=False)
+    long = Stage(start=4, code=Rows(1, 64), chat=Rows(1, 96))
+    hard = dataclasses.replace(long, start=12, tool_share=0.5, hard_share=0.5)
+    return Plan(steps=20, decay_steps=6, warmup_steps=2, stages=(short, long, hard))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import pytest
 
 from examples.tiny_recipe.batches import EXTRA, Batches, encode_conversation
 from examples.tiny_recipe.chat import Conversation
-from examples.tiny_recipe.plan import Plan, Rows
+from examples.tiny_recipe.plan import Plan, Rows, Stage
 from examples.tiny_recipe.tokenizer import LEARNT, SPECIAL_IDS, SPECIAL_TOKENS
 from glm_jax.text import render_chat
 from tests.tiny.conftest import CODE
@@ -28,15 +28,15 @@ def test_a_step_always_gives_the_same_bytes(batches, small_plan, tiny_tokenizer)
 def test_shapes_follow_the_plan(batches, small_plan):
     for step in range(small_plan.steps):
         code, chat = batches(step)
-        rows = small_plan.code(step)
-        assert code.tokens.shape == code.weights.shape == (rows.count, rows.length + EXTRA)
-        assert chat.tokens.shape == chat.weights.shape == (small_plan.chat.count, small_plan.chat.length + EXTRA)
+        stage = small_plan.stage(step)
+        assert code.tokens.shape == code.weights.shape == (stage.code.count, stage.code.length + EXTRA)
+        assert chat.tokens.shape == chat.weights.shape == (stage.chat.count, stage.chat.length + EXTRA)
         assert code.tokens.dtype == chat.tokens.dtype == np.int32
         assert max(code.tokens.max(), chat.tokens.max()) < LEARNT + len(SPECIAL_TOKENS)
 
 
 def test_a_pass_reads_every_window_once(tiny_tokenizer):
-    plan = Plan(steps=100, decay_steps=1, mtp_from=100, long_from=100, short=Rows(3, 16), chat=Rows(1, 96))
+    plan = Plan(steps=100, decay_steps=1, stages=(Stage(start=0, code=Rows(3, 16), chat=Rows(1, 96)),))
     batches = Batches(plan, tiny_tokenizer, CODE, render_chat)
     windows = (batches.pass_tokens - EXTRA) // 16
     rows = [row for step in range(-(-2 * windows // 3)) for row in batches(step)[0].tokens]

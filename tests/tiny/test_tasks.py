@@ -1,5 +1,6 @@
 """The questions: right answers by another way of computing them, and instances that are never trained on."""
 
+import json
 import re
 from random import Random
 
@@ -16,42 +17,43 @@ def numbers(question):
     return [int(n) for n in re.findall(r"\d+", question)]
 
 
-def letters(question):
-    return question.split(": ")[1].split(" ")
+def digits(question):
+    """The last number of the question, as text."""
+    return re.findall(r"\d+", question)[-1]
+
+
+def listed(question):
+    return json.loads(re.search(r"\[.*?\]", question)[0])
+
+
+def line(question):
+    return question.splitlines()[1]
 
 
 def solve_compare(q):
     return str((max if "larger" in q else min)(numbers(q)))
 
 
-def solve_occurrences(q):
-    return str(letters(q).count(re.search(r"often is (\w) in", q)[1]))
+def solve_largest(q):
+    return sorted(digits(q))[-1 if "largest" in q else 0]
 
 
 def solve_pick(q):
-    return letters(q)[{"first": 0, "second": 1, "last": -1}[re.search(r"the (\w+) letter", q)[1]]]
-
-
-def solve_member(q):
-    return "yes" if re.search(r"Is (\w) in", q)[1] in letters(q) else "no"
+    return digits(q)[{"first": 0, "second": 1, "third": 2, "last": -1}[re.search(r"the (\w+) digit", q)[1]]]
 
 
 def solve_replace(q):
-    old, new = re.search(r"Replace (\w) with (\w) in", q).groups()
-    return " ".join(letters(q)).replace(old, new)
+    old, new, text = re.findall(r"\d+", q)
+    return "".join(new if digit == old else digit for digit in text)
 
 
 def solve_join(q):
-    return {"dashes": "-", "commas": ",", "underscores": "_"}[re.search(r"with (\w+):", q)[1]].join(letters(q))
+    mark = {"dash": "-", "comma": ",", "slash": "/", "colon": ":"}[re.search(r"a (\w+)\.", q)[1]]
+    return mark.join(re.findall(r"\d+", q))
 
 
 def solve_repeat(q):
-    word, times = re.search(r"(\w+) (\d+) times", q).groups()
-    return " ".join([word] * int(times))
-
-
-def solve_length(q):
-    return str(len(re.search(r"\[(.*)\]", q)[1].split(",")))
+    return digits(q) * {"twice": 2, "three times": 3, "four times": 4}[re.search(r"\d (.*)\.", q)[1]]
 
 
 SOLVERS = {
@@ -59,20 +61,22 @@ SOLVERS = {
     "subtract": lambda q: str(numbers(q)[0] - numbers(q)[1]),
     "after": lambda q: str(numbers(q)[0] + (1 if "after" in q else -1)),
     "compare": solve_compare,
-    "largest": lambda q: str(sorted(numbers(q))[-1]),
+    "largest": solve_largest,
     "parity": lambda q: ("even", "odd")[numbers(q)[0] & 1],
-    "reverse": lambda q: " ".join(reversed(letters(q))),
+    "reverse": lambda q: "".join(reversed(digits(q))),
     "pick": solve_pick,
-    "count": lambda q: str(len(letters(q))),
-    "occurrences": solve_occurrences,
-    "sort": lambda q: " ".join(sorted(letters(q))),
-    "member": solve_member,
-    "upper": lambda q: " ".join(letters(q)).upper(),
+    "count": lambda q: str(len(digits(q))),
+    "occurrences": lambda q: str(sum(digit == re.search(r"often is (\d)", q)[1] for digit in digits(q))),
+    "sort": lambda q: "".join(sorted(digits(q))),
+    "member": lambda q: "yes" if re.search(r"Is (\d) in", q)[1] in digits(q) else "no",
     "replace": solve_replace,
     "join": solve_join,
     "repeat": solve_repeat,
-    "swap": lambda q: " ".join(letters(q)[::-1]),
-    "length": solve_length,
+    "echo": line,
+    "word": lambda q: line(q).split()[0],
+    "swap": lambda q: " ".join(re.findall(r"\d+", q)[::-1]),
+    "length": lambda q: str(len(listed(q))),
+    "index": lambda q: str(listed(q)[int(re.search(r"\]\[(-?\d)\]", q)[1])]),
 }
 
 
