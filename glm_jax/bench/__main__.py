@@ -53,11 +53,13 @@ class Prefill(Common):
     """Prompt lengths, one case each."""
 
 
+COMMANDS = {"decode": Decode, "prefill": Prefill}
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    commands = {"decode": Decode, "prefill": Prefill}
     options: Decode | Prefill = tyro.extras.subcommand_cli_from_dict(
-        commands, prog="python -m glm_jax.bench", args=args
+        COMMANDS, prog="python -m glm_jax.bench", args=args
     )
     _check(options)
     report = run(options)
