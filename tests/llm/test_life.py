@@ -74,6 +74,14 @@ def test_other_parameters_can_take_the_place(llm, folder, expected):
     assert other.generate(TEXTS, GREEDY) == expected
 
 
+@pytest.fixture
+def attentive():
+    """Ctrl-C is heard, also where whoever started the tests has had it ignored, as shells do in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupting(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Ctrl-C comes while the device runs its burst number ``after``."""
     steps, calls = decoding.decode_steps, []
@@ -88,6 +96,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     monkeypatch.setattr(decoding, "decode_steps", run)
 
 
+@pytest.mark.usefixtures("attentive")
 @pytest.mark.parametrize("after", [1, 2])
 def test_an_interrupted_generation_leaves_the_model_usable(llm, expected, monkeypatch, after):
     with monkeypatch.context() as patch:
@@ -97,6 +106,7 @@ def test_an_interrupted_generation_leaves_the_model_usable(llm, expected, monkey
     assert llm.generate(TEXTS, GREEDY) == expected
 
 
+@pytest.mark.usefixtures("attentive")
 def test_an_interrupted_stream_leaves_the_model_usable(llm, expected, monkeypatch):
     pieces = []
     with monkeypatch.context() as patch:
