@@ -1,8 +1,10 @@
 """What every test runs under: eight fake CPU devices, strict JAX, warnings as errors (the last in pyproject.toml)."""
 
+import contextlib
 import importlib.util
 import os
 import re
+import tempfile
 from pathlib import Path
 
 GPU_REQUESTED = os.environ.get("GLM_JAX_TEST_GPU") == "1"
@@ -65,3 +67,25 @@ def debug_nans():
     """Fails the test at the operation that makes a NaN. Opt-in: JAX turns buffer donation off while it checks."""
     with jax.debug_nans(True):
         yield
+
+
+@pytest.fixture
+def bound():
+    """A folder, and a context in which permissions bind: the superuser, who may write anywhere, becomes its owner."""
+    is_root, nobody = os.geteuid() == 0, 65534
+
+    @contextlib.contextmanager
+    def by_permissions():
+        if is_root:
+            for path in (place, *place.rglob("*")):
+                os.chown(path, nobody, nobody)
+            os.seteuid(nobody)
+        try:
+            yield
+        finally:
+            if is_root:
+                os.seteuid(0)
+
+    with tempfile.TemporaryDirectory() as name:  # tmp_path lies where only the user who started the tests may look
+        place = Path(name)
+        yield place, by_permissions

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,8 +113,12 @@ def test_unwritable_folder(source, tmp_path, monkeypatch, capsys, code):
     assert os.strerror(number) in err
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
-def test_folder_without_permission(source, tmp_path, capsys):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    assert main([str(source), str(tmp_path / "locked" / "out")]) == 2
-    assert "cannot write to" in capsys.readouterr().err
+def test_folder_without_permission(source, bound, capsys):
+    place, by_permissions = bound
+    shutil.copytree(source, place / "source")
+    (place / "locked").mkdir(mode=0o500)
+    with by_permissions():
+        assert main([str(place / "source"), str(place / "locked" / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: cannot write to {place / 'locked' / 'out'}")
+    assert "Permission denied" in err
