@@ -110,12 +110,16 @@ class Plan:
     def code_rows(self, step: int) -> int:
         """Rows of library code, of the length of this step, read before it."""
         length = self.stage(step).code.length
-        earlier = (self.stage(s).code for s in range(step))
-        return sum(rows.count for rows in earlier if rows.length == length)
+        return sum(stage.code.count * steps for stage, steps in self._before(step) if stage.code.length == length)
 
     def tokens(self, step: int) -> int:
         """Tokens seen before a step, of both kinds."""
-        return sum(self.stage(s).tokens for s in range(step))
+        return sum(stage.tokens * steps for stage, steps in self._before(step))
+
+    def _before(self, step: int) -> list[tuple[Stage, int]]:
+        """Each stage and how many of its steps come before this one."""
+        ends = [*(stage.start for stage in self.stages[1:]), step]
+        return [(s, max(0, min(end, step) - s.start)) for s, end in zip(self.stages, ends, strict=True)]
 
     def rate(self, step: int) -> float:
         """The learning rate of a step as a share of the highest."""
