@@ -87,9 +87,9 @@ class SamplingParams:
     def _counts(self) -> dict[str, int | bool | None]:
         seed, logprobs = self.seed, self.logprobs
         return {
-            "top_k": checks.integer("top_k", self.top_k, 0, _MAX_INT32, "an integer from 0 (off) to 2147483647"),
+            "top_k": checks.integer("top_k", self.top_k, 0, _MAX_INT32, f"an integer from 0 (off) to {_MAX_INT32}"),
             "max_tokens": checks.integer(
-                "max_tokens", self.max_tokens, 1, _MAX_INT32, "an integer from 1 to 2147483647"
+                "max_tokens", self.max_tokens, 1, _MAX_INT32, f"an integer from 1 to {_MAX_INT32}"
             ),
             "n": checks.integer("n", self.n, 1, _MAX_N),
             "seed": None if seed is None else checks.integer("seed", seed, 0, 2**SEED_BITS - 1),
