@@ -1,0 +1,1 @@
+"""Checkpoint formats, each as weights under their logical names."""
