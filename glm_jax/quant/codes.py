@@ -46,7 +46,7 @@ def e4m3_values(codes: Array) -> Array:
 
 
 def e2m1_values(codes: Array) -> Array:
-    """float32 values of 4-bit floats (one code per element, 0 .. 15); as float16 the same bits stand for 2^-14 of it."""
+    """float32 values of 4-bit floats, one code 0 .. 15 per element; as float16 the same bits stand for 2^-14 of it."""
     xp = numpy_of(codes)
     wide = codes.astype(xp.uint16)
     half = ((wide & xp.uint16(8)) << xp.uint16(12)) | ((wide & xp.uint16(7)) << xp.uint16(9))

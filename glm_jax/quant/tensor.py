@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.quant.bits import Bfloat16Bits
-from glm_jax.quant.codes import e2m1_values, e4m3_values, e8m0_values, numpy_of, unpack_nibbles
+from glm_jax.quant.codes import e2m1_values, e4m3_values, e8m0_values, numpy_of
 from glm_jax.quant.spec import QuantSpec
 
 Array = Any  # np.ndarray, jax.Array or jax.ShapeDtypeStruct
@@ -88,31 +88,42 @@ Weight = jax.Array | Bfloat16Bits | QuantizedTensor
 
 def dequantize(tensor: QuantizedTensor) -> Array:
     """The values, float32 ``[*stack, O, I]``, of NumPy or JAX arrays (the whole at once: not for a hot path)."""
-    xp, spec = numpy_of(tensor.codes), tensor.spec
-    codes = code_values(tensor.codes, spec)
-    scales = expand(scale_values(tensor), spec, tensor.shape)
-    if spec.zero == "none":
-        values = codes * scales
-    else:
-        zeros = expand(tensor.zeros.astype(xp.float32), spec, tensor.shape)
-        values = codes * scales + zeros if spec.zero == "bias" else (codes - zeros) * scales
+    xp = numpy_of(tensor.codes)
+    planes = dequantize_planes(tensor)
+    values = planes[0] if len(planes) == 1 else xp.stack(planes, axis=-1).reshape(tensor.shape)
     if tensor.permutation is None:
         return values
     place = xp.argsort(tensor.permutation, axis=-1)
     return xp.take_along_axis(values, xp.broadcast_to(place[..., None, :], values.shape), axis=-1)
 
 
-def code_values(codes: Array, spec: QuantSpec) -> Array:
-    """What codes stand for before scale and zero point, float32; 4-bit ones unpacked."""
+def dequantize_planes(tensor: QuantizedTensor) -> list[Array]:
+    """The values as stored: float32 ``[*stack, O, I / per_byte]`` for each code of a byte.
+
+    Plane i holds columns i, i + per_byte, … so 4-bit codes need not be interleaved again before a product.
+    """
+    spec, count = tensor.spec, tensor.spec.per_byte
+    scales = expand_planes(scale_values(tensor), spec, tensor.shape)
+    codes = code_planes(tensor.codes, spec)
+    if spec.zero == "none":
+        return [codes[i] * scales[i % len(scales)] for i in range(count)]
+    zeros = expand_planes(tensor.zeros.astype(numpy_of(tensor.codes).float32), spec, tensor.shape)
+    triples = [(codes[i], scales[i % len(scales)], zeros[i % len(zeros)]) for i in range(count)]
+    return [u * s + z if spec.zero == "bias" else (u - z) * s for u, s, z in triples]
+
+
+def code_planes(codes: Array, spec: QuantSpec) -> list[Array]:
+    """What the codes of each plane stand for before scale and zero point, float32."""
     xp = numpy_of(codes)
+    if spec.kind == "int8":
+        return [codes.astype(xp.float32)]
     if spec.kind == "fp8":
-        return e4m3_values(codes)
+        return [e4m3_values(codes)]
+    halves = [codes & xp.uint8(15), codes >> xp.uint8(4)]
     if spec.kind == "fp4":
-        return e2m1_values(unpack_nibbles(codes))
-    if spec.kind == "int4":
-        values = unpack_nibbles(codes).astype(xp.float32)
-        return values - xp.float32(8) if spec.zero == "none" else values
-    return codes.astype(xp.float32)
+        return [e2m1_values(half) for half in halves]
+    offset = xp.float32(8 if spec.zero == "none" else 0)
+    return [half.astype(xp.float32) - offset for half in halves]
 
 
 def scale_values(tensor: QuantizedTensor) -> Array:
@@ -126,14 +137,24 @@ def scale_values(tensor: QuantizedTensor) -> Array:
     return scales * outer if spec.outer == "multiply" else scales / outer
 
 
-def expand(blocks: Array, spec: QuantSpec, shape: tuple[int, ...]) -> Array:
-    """A value per block as a value per element (or of size 1 along an axis that one block spans)."""
-    xp, (rows, columns) = numpy_of(blocks), spec.block
-    if columns > 1 and blocks.shape[-1] > 1:
-        blocks = xp.repeat(blocks, columns, axis=-1)[..., : shape[-1]]
+def expand_planes(blocks: Array, spec: QuantSpec, shape: tuple[int, ...]) -> list[Array]:
+    """A value per block as one per stored code, for each plane; one array where all planes have the same.
+
+    An axis that a single block spans keeps size 1.
+    """
+    (rows, columns), count = spec.block, spec.per_byte
     if rows > 1 and blocks.shape[-2] > 1:
-        blocks = xp.repeat(blocks, rows, axis=-2)[..., : shape[-2], :]
-    return blocks
+        blocks = _repeat(blocks, rows, -2)[..., : shape[-2], :]
+    if blocks.shape[-1] == 1:
+        return [blocks]
+    if columns % count == 0:
+        return [_repeat(blocks, columns // count, -1)[..., : shape[-1] // count]]
+    wide = _repeat(blocks, columns, -1)[..., : shape[-1]]
+    return [wide[..., i::count] for i in range(count)]
+
+
+def _repeat(array: Array, count: int, axis: int) -> Array:
+    return array if count == 1 else numpy_of(array).repeat(array, count, axis=axis)
 
 
 def as_jax(tensor: QuantizedTensor) -> QuantizedTensor:
