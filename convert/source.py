@@ -23,7 +23,7 @@ from glm_jax.storage import Storage
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Piece = Array | QuantizedTensor
-Kind = Literal["huggingface", "converted", "synthetic", "memory"]
+Kind = Literal["huggingface", "gguf", "converted", "synthetic", "memory"]
 
 # What lies beside the weights and goes wherever they go.
 COMPANIONS = (
@@ -61,6 +61,7 @@ class SourceInfo:
         dtype: of most of its weights.
         original: what is needed to write the checkpoint back as it was.
         notes: sentences worth telling the user.
+        keep: what the folder needs to stay, where it is a temporary one.
     """
 
     kind: Kind
@@ -69,6 +70,7 @@ class SourceInfo:
     dtype: str
     original: Original = dataclasses.field(default_factory=Original)
     notes: tuple[str, ...] = ()
+    keep: Any = dataclasses.field(default=None, repr=False, compare=False)
 
 
 class WeightSource(abc.ABC):
