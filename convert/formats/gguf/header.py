@@ -27,6 +27,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 1 << 27  # ten times that of the largest vocabularies
 MAX_STRINGS = 1 << 22  # in one list
+_MOST = 1 << 17  # tensors or fields
 _ALIGNMENT = 32  # unless general.alignment says otherwise
 _MOST_DIMENSIONS = 4
 _SMALLEST_FIELD, _SMALLEST_TENSOR = 13, 24  # bytes, with an empty name
@@ -178,6 +179,8 @@ def _counts(cursor: _Cursor) -> tuple[int, int]:
     if version not in VERSIONS:
         raise CheckpointError(f"{cursor.name} is GGUF version {version}; versions 2 and 3 can be read")
     tensors, fields = cursor.u64(), cursor.u64()
+    if tensors > _MOST or fields > _MOST:
+        raise CheckpointError(f"{cursor.name}: a header of {tensors} tensors and {fields} fields is damaged")
     cursor.require(
         tensors * _SMALLEST_TENSOR + fields * _SMALLEST_FIELD, f"a header of {tensors} tensors and {fields} fields"
     )
@@ -247,7 +250,7 @@ def _entry(name: str, info: _Info, start: int, alignment: int, cursor: _Cursor) 
         )
     if 0 in info.shape or info.shape[-1] % kind.values:
         raise CheckpointError(
-            f"{where} has shape {list(info.shape)}, and {kind.name} has rows of blocks of {kind.values}"
+            f"{where} is {list(info.shape)}, which {kind.name}, with its blocks of {kind.values}, cannot be"
         )
     if info.offset % alignment:
         raise CheckpointError(f"{where} is at offset {info.offset}, which is not a multiple of {alignment}")
