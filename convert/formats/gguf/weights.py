@@ -53,6 +53,7 @@ _LAYER = {
     for ours, theirs in (("", ""), ("_exps", "switch_mlp."), ("_shexp", "shared_experts."))
 }
 _BOTH = "ffn_gate_up_exps.weight"  # gate in the first half of the rows, up in the second
+_WHOLE = "attn_kv_b.weight"
 _PER_HEAD = ("attn_k_b.weight", "attn_v_b.weight")
 _BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(.+)", re.DOTALL)
 
@@ -117,15 +118,13 @@ def named_weights(tensors: Mapping[str, Placed], config: Mapping[str, Any]) -> t
     Raises:
         CheckpointError: for tensors that this model does not have, and for types that cannot be read.
     """
-    heads, layers = config["num_attention_heads"], config["num_hidden_layers"] + config["num_nextn_predict_layers"]
-    both = {f"blk.{i}.attn_kv_b.weight" for i in range(min(layers, len(tensors)))}
-    both = {name for name in both if name in tensors and all(f"{name[:-11]}{p}" in tensors for p in _PER_HEAD)}
+    both = {name for name in tensors if name.endswith(_WHOLE) and _has_halves(name, tensors)}
     weights: dict[str, Stored] = {}
     unknown: list[str] = []
     for name, placed in tensors.items():
         if name in both:
             continue
-        found = _stored(name, placed, heads)
+        found = _stored(name, placed, config["num_attention_heads"])
         if not found:
             unknown.append(printable(name))
         weights |= {stored.name: stored for stored in found}
@@ -133,6 +132,10 @@ def named_weights(tensors: Mapping[str, Placed], config: Mapping[str, Any]) -> t
         raise CheckpointError(f"{len(unknown)} tensors that GLM-4.7-Flash does not have: {listing(unknown)}")
     _check_types(tensors)
     return weights, ["attn_kv_b is left out where the file has its halves as well"] if both else []
+
+
+def _has_halves(name: str, tensors: Mapping[str, Placed]) -> bool:
+    return all(name.removesuffix(_WHOLE) + half in tensors for half in _PER_HEAD)
 
 
 def _stored(name: str, placed: Placed, heads: int) -> list[Stored]:
