@@ -14,9 +14,9 @@ from convert.rules import Slot, assign, load, slot_storage, slots
 from convert.settle import Settled
 from convert.source import Kind, Original, Piece, SourceInfo, WeightSource, main_dtype, plain, split_runs
 from glm_jax.config import Config
-from glm_jax.params import leaves as tree_leaves
 from glm_jax.params import is_matrix, param_specs
-from glm_jax.quant import QuantizedTensor, QuantSpec
+from glm_jax.params import leaves as tree_leaves
+from glm_jax.quant import QuantSpec
 
 
 class Files(Protocol):

@@ -20,6 +20,5 @@ class HuggingFaceSource(CheckpointSource):
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         config, reader = read_config(folder), Reader.open(folder)
-        super().__init__(
-            read_formats(reader, config, folder), config, reader, kind="huggingface", name=name or str(folder), folder=folder
-        )
+        weights = read_formats(reader, config, folder)
+        super().__init__(weights, config, reader, kind="huggingface", name=name or str(folder), folder=folder)

@@ -25,8 +25,8 @@ def open_source(source: str | Path, *, dtype: str | None = None) -> WeightSource
     """Opens the weights behind a source string; reads configs and headers, and no weights.
 
     Args:
-        source: folder of safetensors or converted folder, GGUF file or a folder with one, hub id, ``"tiny"`` (the built-in miniature), or
-            ``"synthetic:flash?layers=4&seed=0"``.
+        source: folder of safetensors or converted folder, GGUF file or a folder with one, hub id, ``"tiny"`` (the
+            built-in miniature), or ``"synthetic:flash?layers=4&seed=0"``.
         dtype: in which synthetic weights are drawn (bfloat16 if ``None``); others keep theirs.
 
     Raises:
@@ -47,7 +47,9 @@ def open_source(source: str | Path, *, dtype: str | None = None) -> WeightSource
         return _open_folder(path, text)
     if path.exists():
         refuse_pickle(path)
-        raise CheckpointError(f"{path} is a file: give the folder that holds config.json and the weights, or a .gguf file")
+        raise CheckpointError(
+            f"{path} is a file: give a .gguf file, or the folder that holds config.json and the weights"
+        )
     if not is_hub_id(text):
         raise CheckpointError(f"there is no folder {text}, and it is not a hub id such as zai-org/GLM-4.7-Flash")
     return _open_folder(download(text), text)

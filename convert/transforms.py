@@ -60,7 +60,9 @@ class Transform:
 
     def _split_quantised(self, tensor: QuantizedTensor, targets: Sequence[Shape]) -> tuple[Any, ...]:
         if self.transposed:
-            return (transpose(tensor) if self.storage(tensor.spec, tensor.shape) else np.asarray(tensor).swapaxes(-1, -2),)
+            return (
+                transpose(tensor) if self.storage(tensor.spec, tensor.shape) else np.asarray(tensor).swapaxes(-1, -2),
+            )
         if len(targets) == 1:
             return (tensor,)
         heads, rows = targets[0][0], [shape[1] for shape in targets]

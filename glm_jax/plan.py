@@ -149,7 +149,9 @@ def _plan(cfg: Config, stored: Storage, options: Options) -> tuple[str, MemoryPl
         raise MemoryPlanError(f"--mesh is for the devices at hand: write --gpu {options.gpu}x{options.mesh}")
     gpu, count = find_gpus(options.gpu)
     available = int(gpu.memory_bytes * options.memory_fraction)
-    made = plan(cfg, device_bytes=available, devices=count, bandwidth=gpu.bandwidth, **_asked(cfg, stored, options, count))
+    made = plan(
+        cfg, device_bytes=available, devices=count, bandwidth=gpu.bandwidth, **_asked(cfg, stored, options, count)
+    )
     return f"{count} x {gpu.name}", made
 
 

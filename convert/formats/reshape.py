@@ -61,6 +61,7 @@ def transpose(tensor: QuantizedTensor) -> QuantizedTensor:
 
 
 def one_scale_per_row(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The same with a copy of its block's scale for each output."""
     (height, width), outputs = tensor.spec.block, tensor.shape[-2]
 
     def repeat(name: str, array: Array) -> Array:
