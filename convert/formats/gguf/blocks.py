@@ -20,7 +20,7 @@ from glm_jax.quant.codes import pack_nibbles
 Array = np.ndarray[Any, np.dtype[Any]]
 Parts = dict[str, Array]
 
-_CHUNK = 1 << 20  # values that are unpacked at once
+_CHUNK = 1 << 18  # values that are unpacked at once
 _HALF = np.dtype("<f2")
 # The sixteen values of IQ4_NL and IQ4_XS.
 _IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
@@ -157,13 +157,13 @@ def _q6_k(blocks: Array) -> Parts:
 
 
 def _iq4_nl(blocks: Array) -> Parts:
-    return {"scales": blocks[:, :2].view(_HALF), "codes": _IQ4[_nibbles(blocks[:, 2:], 16)]}
+    return {"scales": blocks[:, :2].view(_HALF), "codes": _IQ4.take(_nibbles(blocks[:, 2:], 16))}
 
 
 def _iq4_xs(blocks: Array) -> Parts:
     low, high = _nibbles(blocks[:, 4:8], 1), _fields(blocks[:, 2:4], 1, 2)
     factors = (low | high << 4).view(np.int8) - np.int8(32)
-    return {"scales": _times(_floats(blocks, 0), factors), "codes": _IQ4[_nibbles(blocks[:, 8:], 16)]}
+    return {"scales": _times(_floats(blocks, 0), factors), "codes": _IQ4.take(_nibbles(blocks[:, 8:], 16))}
 
 
 def _mxfp4(blocks: Array) -> Parts:

@@ -44,6 +44,14 @@ def test_any_part_of_a_set_opens_the_whole(parts, tmp_path):
     assert len(open_parts(parts[1])) == 3
 
 
+def test_a_first_part_without_tensors(tmp_path):
+    write(tmp_path / "m.gguf", TENSORS, FIELDS, split=len(TENSORS), first_empty=True)
+    opened = open_gguf(tmp_path / "m-00002-of-00002.gguf")
+    assert [len(part.header.tensors) for part in opened.parts] == [0, len(TENSORS)]
+    np.testing.assert_array_equal(opened.weights["lm_head.weight"].load(None), TENSORS["output.weight"])
+    assert opened.fingerprint()
+
+
 def test_a_missing_part_is_named(parts):
     parts[1].unlink()
     for path in (parts[0], parts[2], parts[0].parent):

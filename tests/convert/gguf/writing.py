@@ -132,12 +132,13 @@ def to_gguf(tensors, config, *, halves=True):
     return made | {name: np.stack(arrays) for name, arrays in experts.items()}
 
 
-def write(path: Path, tensors, fields, *, split=0, architecture=ARCHITECTURE) -> Path:
+def write(path: Path, tensors, fields, *, split=0, first_empty=False) -> Path:
     """A GGUF file; a tensor is an array, or a pair of its bytes and the name of its type.
 
-    `split` is the most tensors in a file of a set. Numbers are written as the converters do.
+    `split` is the most tensors in a file of a set, whose first file may have none. Numbers are written as the
+    converters do.
     """
-    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
+    writer = gguf.GGUFWriter(path, ARCHITECTURE, split_max_tensors=split, small_first_shard=first_empty)
     for key, value in fields.items():
         _add_field(writer, key, value)
     for name, tensor in tensors.items():
