@@ -144,8 +144,13 @@ def kept_dtype(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None) ->
 
 def storage_of(source: WeightSource, cfg: Config | None = None) -> Storage:
     """The quantised parameters of a source, under a config with the same runs (its own unless given)."""
-    specs = {leaf.target: source.storage(leaf) for members in source.layout().values() for leaf in members}
-    wanted = (path for path, _ in leaves(param_specs(cfg or source.cfg)))
+    return storage_by(cfg or source.cfg, source.storage)
+
+
+def storage_by(cfg: Config, storage: Callable[[Leaf], QuantSpec | None]) -> Storage:
+    """The quantised parameters of a model whose runs are layers of one storage each."""
+    specs = {leaf.target: storage(leaf) for members in layout(cfg).values() for leaf in members}
+    wanted = (path for path, _ in leaves(param_specs(cfg)))
     return Storage(tuple((path, spec) for path in wanted if (spec := specs.get(path))))
 
 

@@ -30,8 +30,8 @@ class Transform:
     def shape(self, targets: Sequence[Shape]) -> Shape:
         """Shape of the checkpoint tensor, given the parameters'."""
         if len(targets) == 1:
-            *stack, outputs, inputs = targets[0]
-            return (*stack, inputs, outputs) if self.transposed else targets[0]
+            shape = targets[0]
+            return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
         first, *rest = targets[0]
         joined = (first, sum(shape[1] for shape in targets), *rest[1:])
         return (joined[0] * joined[1], *joined[2:]) if self.merged else joined
