@@ -39,7 +39,7 @@ class Report:
         nbytes: bytes of all arrays.
         written: units written by this run.
         kept: units that an earlier, stopped run had finished.
-        notes: what the source had to say.
+        notes: what there is to say of the source, and of what became of its weights.
     """
 
     folder: Path
@@ -97,7 +97,7 @@ def convert(
                 check_finite(weights, advance)
         if work.done:
             _recall(work, target, bar, check=check)
-        return _run(work, target, bar, weights.info.notes)
+        return _run(work, target, bar, (*weights.info.notes, *target.notes))
 
 
 def _destination(destination: str | Path) -> Path:
