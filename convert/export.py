@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.export_plan import ExportPlan, Matrices, linear, plan_export
 from convert.formats.description import SECTIONS
-from convert.layout import MTP, REST, Leaf
+from convert.layout import MTP, Leaf
 from convert.manifest import DTYPES
 from convert.packing import WEIGHT, module_outputs, section
 from convert.rules import Matcher, Tensor

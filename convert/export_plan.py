@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from convert.formats.reshape import in_order
-from convert.layout import Leaf
+from convert.layout import MTP, Leaf
 from convert.manifest import DTYPES
 from convert.packing import obstacle, too_far
 from convert.rules import Tensor
@@ -82,9 +82,13 @@ def plan_export(source: WeightSource, tensors: Sequence[Tensor], dtype: np.dtype
         if len({_scheme(packed.get(member)) for member in members if member in kinds}) > 1:
             reasons[kind] = "stored otherwise than what it is one module with elsewhere"
     packed = {kind: spec for kind, spec in packed.items() if kind not in reasons}
+    experts = [kind for kind in kinds if kind[1].startswith(_ROUTED) and kind[0] != MTP]
+    if experts and not any(kind in packed for kind in experts):
+        reasons |= dict.fromkeys(packed, "beside plain experts, where transformers reads no packed weights")
+        packed = {}
     chosen = dtype or _model_dtype(source, bool(quantised))
     left = [(quantised[kind], reason) for kind, reason in reasons.items()]
-    return ExportPlan(packed, chosen, (*_about_plain(left, chosen), *_about_experts(packed)))
+    return ExportPlan(packed, chosen, (*_about_plain(left, chosen), *_about_readers(packed, experts)))
 
 
 def _reason(source: WeightSource, tensor: Tensor) -> str | None:
@@ -143,13 +147,17 @@ def _about_plain(left: Sequence[tuple[Tensor, str]], dtype: np.dtype[Any]) -> It
         )
 
 
-def _about_experts(packed: Mapping[Kind, QuantSpec]) -> Iterator[str]:
-    experts = {spec for (_, rule), spec in packed.items() if rule.startswith(_ROUTED)}
-    ways = len({_scheme(spec) for spec in experts})
-    if ways > 1:
-        yield f"the layers' experts are stored in {ways} ways: serving engines read that, transformers does not"
-    elif any(spec.zero == "point" for spec in experts):
+def _about_readers(packed: Mapping[Kind, QuantSpec], experts: Sequence[Kind]) -> Iterator[str]:
+    ways = {_scheme(packed.get(kind)) for kind in experts} if packed else set()
+    if len(ways) > 1:
+        yield f"the layers' experts are stored in {len(ways)} ways: serving engines read that, transformers does not"
+    elif any(packed[kind].zero == "point" for kind in experts if kind in packed):
         yield "the experts have zero points: serving engines read these, transformers does not"
+    elif any(spec.zero == "point" for spec in packed.values()):
+        yield (
+            "some weights have zero points: serving engines read these, transformers only with "
+            "quantization_config=CompressedTensorsConfig(dequantize=True)"
+        )
 
 
 class Matrices:

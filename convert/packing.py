@@ -163,6 +163,8 @@ def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:
     for name in names:
         stem, _, end = name.rpartition(".")
         # Not "experts" in so many words, by which transformers knows the routed ones.
-        stem = re.escape(stem).replace("shared_experts", "shared_expert[s]").replace(r"\#", r"\d+")
-        stems.setdefault(stem + r"\." if stem else "", []).append(end)
+        pattern = re.escape(stem).replace("shared_experts", "shared_expert[s]").replace(r"\#", r"\d+")
+        # vLLM calls shared_head.head just head.
+        pattern = rf"(?:{pattern}\.)?" if stem == "shared_head" else rf"{pattern}\." if stem else ""
+        stems.setdefault(pattern, []).append(end)
     return stems
