@@ -9,7 +9,7 @@ from typing import Any, Self
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from glm_jax.cache import bytes_per_token
+from glm_jax.cache import bytes_per_token, cache_kind
 from glm_jax.config import Config
 from glm_jax.errors import MemoryPlanError
 from glm_jax.memory import devices as hardware
@@ -136,7 +136,7 @@ def plan(
         cfg: the model.
         device_bytes: bytes that may be used on each device.
         dtype: of the weights.
-        cache_dtype: of the latent cache; that of the weights unless given.
+        cache_dtype: of the latent cache, one of :data:`glm_jax.cache.CACHE_DTYPES`; that of the weights unless given.
         devices: number along the mesh axis "model", or the number along each axis.
         rules: mesh axis of each logical axis.
         context: tokens per row, prompt and completion together; the longest that fits unless given.
@@ -154,7 +154,7 @@ def plan(
     kind = jnp.dtype(dtype).name
     placement = Placement(
         dtype=kind,
-        cache_dtype=kind if cache_dtype is None else jnp.dtype(cache_dtype).name,
+        cache_dtype=cache_kind(kind if cache_dtype is None else cache_dtype),
         rules=rules,
         axis_sizes=axis_sizes(cfg, rules, devices),
         on_cpu=on_cpu,
