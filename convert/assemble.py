@@ -56,6 +56,8 @@ class Stack:
             row: first row of the piece.
             piece: rows, in any dtype.
         """
+        if not piece.ndim:  # one number for a whole matrix
+            piece, slot, row = piece.reshape(1), None, slot or 0
         for at, block in _blocks(piece):
             start = (row + at,) + (0,) * (block.ndim - 1)
             if slot is not None:

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 
 from convert.layout import Leaf
+from convert.manifest import DTYPES
 from convert.progress import Advance
 from convert.reader import listing
-from convert.source import WeightSource
+from convert.source import Piece, WeightSource
 from glm_jax.errors import CheckpointError
+from glm_jax.quant import QuantizedTensor
+from glm_jax.quant.tensor import COMPONENTS
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -30,20 +33,28 @@ class Checker:
         self._hashes: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
 
-    def piece(self, leaf: Leaf, piece: Array) -> None:
+    def piece(self, leaf: Leaf, piece: Piece) -> None:
         """Looks at the next rows of an array."""
-        key = f"{leaf.part}/{leaf.name}"
+        if isinstance(piece, QuantizedTensor):
+            for name, array in piece.components().items():
+                self._look(leaf, name, np.asarray(array))
+        else:
+            self._look(leaf, "", piece)
+
+    def _look(self, leaf: Leaf, component: str, piece: Array) -> None:
+        key = array_name(leaf, component)
         if count := _not_finite(piece):
             self._counts[key] = self._counts.get(key, 0) + count
-        if self._source.sha256(leaf) is not None:
+        if self._source.sha256(leaf, component) is not None:
             digest = self._hashes.setdefault(key, hashlib.sha256())
             digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
 
     def close(self, leaf: Leaf) -> None:
         """Says that an array is complete."""
-        digest = self._hashes.pop(f"{leaf.part}/{leaf.name}", None)
-        if digest is not None and digest.hexdigest() != self._source.sha256(leaf):
-            self._bad.append(f"{leaf.part}/{leaf.name}")
+        for component in ("", *COMPONENTS):
+            digest = self._hashes.pop(array_name(leaf, component), None)
+            if digest is not None and digest.hexdigest() != self._source.sha256(leaf, component):
+                self._bad.append(array_name(leaf, component))
 
     def finish(self) -> None:
         """Reports everything that was found.
@@ -77,7 +88,15 @@ def check_finite(source: WeightSource, advance: Advance) -> None:
     checker.finish()
 
 
+def array_name(leaf: Leaf, component: str) -> str:
+    """Part and name of an array on disk: a quantised weight has several."""
+    return f"{leaf.part}/{leaf.name}" + (f".{component}" if component else "")
+
+
 def _not_finite(piece: Array) -> int:
+    if not np.issubdtype(piece.dtype, np.inexact) and piece.dtype != DTYPES["bfloat16"]:
+        return 0
+    piece = np.atleast_1d(piece)
     rows = max(1, _BLOCK * len(piece) // max(1, piece.size))
     blocks = (piece[at : at + rows] for at in range(0, len(piece), rows))
     return sum(block.size - int(np.count_nonzero(np.isfinite(block))) for block in blocks)

@@ -7,18 +7,22 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from convert.header import printable
-from convert.layout import Leaf, layout
+from convert.layout import MTP, REST, DiskArray, Leaf, disk_arrays, layout
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
+from glm_jax.params import leaves, param_specs
+from glm_jax.quant import QuantizedTensor, QuantSpec
+from glm_jax.storage import Storage
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Piece = Array | QuantizedTensor
 Kind = Literal["huggingface", "converted", "synthetic", "memory"]
 
 # What lies beside the weights and goes wherever they go.
@@ -89,22 +93,29 @@ class WeightSource(abc.ABC):
         """Dtype in which the array is kept without loss."""
 
     @abc.abstractmethod
-    def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Array]]:
+    def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Piece]]:
         """Rows ``start`` to ``stop`` of the array's first axis, in order, as (first row, rows) pieces.
 
-        Pieces may be read-only views, and of a narrower dtype than :meth:`dtype`.
+        Pieces may be read-only views, and of a narrower dtype than :meth:`dtype`. Those of an array that
+        :meth:`storage` knows are :class:`~glm_jax.quant.QuantizedTensor` of whole matrices, or of rows where every row
+        has its own scales.
 
         Raises:
             CheckpointError: if the bytes are not there or damaged.
         """
 
+    def storage(self, leaf: Leaf) -> QuantSpec | None:
+        """How the array is quantised; None for a plain one."""
+        del leaf
+        return None
+
     def modified(self) -> Mapping[str, int]:
         """When the files of weights were last changed, in nanoseconds, where the fingerprint cannot see every byte."""
         return {}
 
-    def sha256(self, leaf: Leaf) -> str | None:
-        """Known hash of the array's bytes, if the source keeps one."""
-        del leaf
+    def sha256(self, leaf: Leaf, component: str = "") -> str | None:
+        """Known hash of the bytes of an array (of a quantised one: of one component), if the source keeps one."""
+        del leaf, component
         return None
 
     def layout(self) -> dict[str, tuple[Leaf, ...]]:
@@ -113,11 +124,13 @@ class WeightSource(abc.ABC):
 
     def nbytes(self, leaf: Leaf, dtype: np.dtype[Any] | None = None) -> int:
         """Bytes of the array, in its own dtype or the one a conversion would give it."""
+        if spec := self.storage(leaf):
+            return spec.nbytes(leaf.shape)
         return leaf.size * kept_dtype(self, leaf, dtype).itemsize
 
     def total_bytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(self.nbytes(leaf) for leaves in self.layout().values() for leaf in leaves)
+        return sum(self.nbytes(leaf) for members in self.layout().values() for leaf in members)
 
 
 def kept_dtype(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None) -> np.dtype[Any]:
@@ -127,16 +140,57 @@ def kept_dtype(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None) ->
     return source.dtype(leaf) if dtype is None else dtype
 
 
+def storage_of(source: WeightSource, cfg: Config | None = None) -> Storage:
+    """The quantised parameters of a source, under a config with the same runs (its own unless given)."""
+    specs = {leaf.target: source.storage(leaf) for members in source.layout().values() for leaf in members}
+    wanted = (path for path, _ in leaves(param_specs(cfg or source.cfg)))
+    return Storage(tuple((path, spec) for path in wanted if (spec := specs.get(path))))
+
+
+def split_runs(cfg: Config, storage: Callable[[Leaf], QuantSpec | None]) -> Config:
+    """The config with a new run wherever a layer's weights are stored otherwise than those of the layer before."""
+    plain = cfg.replace(run_starts=())
+    kinds = [
+        tuple((leaf.name, storage(leaf)) for leaf in members)
+        for part, members in layout(plain).items()
+        if part not in (MTP, REST)
+    ]
+    same_kind = [i for i in range(1, len(kinds)) if cfg.mlp_layer_types[i] == cfg.mlp_layer_types[i - 1]]
+    return plain.replace(run_starts=tuple(i for i in same_kind if kinds[i] != kinds[i - 1]))
+
+
+def plain(piece: Piece) -> Array:
+    """The values of a piece as an array, those of quantised ones in float32."""
+    return np.asarray(piece) if isinstance(piece, QuantizedTensor) else piece
+
+
 def build(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None = None) -> Array:
     """A whole array, contiguous; without a copy where the source has it in one piece."""
     target = kept_dtype(source, leaf, dtype)
     out: Array | None = None
     for start, piece in source.pieces(leaf):
+        piece = plain(piece)
         if piece.shape == leaf.shape and piece.dtype == target and piece.flags.c_contiguous:
             return piece
         out = np.empty(leaf.shape, target) if out is None else out
         out[start : start + len(piece)] = piece
     return np.empty(leaf.shape, target) if out is None else out
+
+
+def build_arrays(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None = None) -> dict[DiskArray, Array]:
+    """The arrays that a leaf is on disk, contiguous."""
+    spec = source.storage(leaf)
+    places = disk_arrays(leaf, spec)
+    if spec is None:
+        return {places[0]: np.ascontiguousarray(build(source, leaf, dtype))}
+    arrays = {place: np.empty(place.shape, place.dtype) for place in places}
+    for row, piece in source.pieces(leaf):
+        for place, array in arrays.items():
+            part = np.atleast_1d(np.asarray(getattr(piece, place.component)))
+            # A row of scales, or a permutation, may serve all rows of a matrix.
+            start = row if len(array) == leaf.shape[0] else 0
+            array[start : start + len(part)] = part
+    return arrays
 
 
 def main_dtype(source: WeightSource) -> str:

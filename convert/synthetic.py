@@ -8,13 +8,14 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from convert.layout import Leaf
 from convert.source import Array, Original, SourceInfo, WeightSource
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
-from glm_jax.params import draw
+from glm_jax.params import draw, draw_on_device
 
 PREFIX = "synthetic:"
 _EXAMPLE = f"write {PREFIX}flash?layers=4&seed=0"
@@ -93,6 +94,13 @@ class SyntheticSource(WeightSource):
             return
         for row in range(start, leaf.shape[0] if stop is None else stop):
             yield row, self._draw(leaf, (row,))[None]
+
+    def drawn(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, jax.Array]]:
+        """As :meth:`pieces`, drawn on JAX's default device."""
+        stop, stacked = leaf.shape[0] if stop is None else stop, leaf.spec.stacked >= 2
+        for row in range(start, stop) if stacked else (start,):
+            matrix = draw_on_device(leaf.target, leaf.spec, self.seed, self._dtype, leaf.layer, (row,) * stacked)
+            yield row, matrix[None] if stacked else matrix[start:stop]
 
     def _draw(self, leaf: Leaf, index: tuple[int, ...]) -> Array:
         return draw(leaf.target, leaf.spec, self.seed, self._dtype, leaf.layer, index)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,21 +21,34 @@ from convert.layout import Leaf
 from convert.memory import MemorySource
 from convert.pipeline import Form, Report, convert
 from convert.progress import Advance, progress_bar
-from convert.source import SourceInfo, WeightSource
+from convert.requantise import Requantised
+from convert.source import Piece, SourceInfo, WeightSource, plain, storage_of
 from convert.sources import open_source
 from convert.synthetic import SyntheticSource
 from glm_jax.config import Config
-from glm_jax.params import Tree, abstract_params, init_params, leaves
-from glm_jax.quant import Bfloat16Bits
+from glm_jax.params import Tree, init_params, leaves
+from glm_jax.quant import Bfloat16Bits, QuantizedTensor, QuantRules
 from glm_jax.sharding import Rules
+from glm_jax.storage import abstract_params
 
-__all__ = ["Form", "SourceInfo", "WeightSource", "load", "load_params", "open_source", "save"]
+__all__ = [
+    "Form",
+    "SourceInfo",
+    "WeightSource",
+    "load",
+    "load_params",
+    "open_source",
+    "quantised",
+    "save",
+    "storage_of",
+]
 
 
 def load(
     source: str | Path | WeightSource,
     *,
     dtype: Any = "bfloat16",
+    quantize: str | QuantRules | None = None,
     rules: Rules = Rules(),
     mesh: Mesh | None = None,
     mtp: bool = True,
@@ -45,9 +58,11 @@ def load(
     """Loads a model's parameters.
 
     Args:
-        source: Hugging Face folder, hub id, converted folder, ``"tiny"``, ``"synthetic:flash?layers=4&seed=0"``, or
-            what :func:`open_source` returned for one of these.
-        dtype: of the parameters (router biases stay float32).
+        source: Hugging Face folder, hub id, converted folder, GGUF file, ``"tiny"``,
+            ``"synthetic:flash?layers=4&seed=0"``, or what :func:`open_source` returned for one of these.
+        dtype: of the parameters that are not quantised (router biases stay float32), and of activations.
+        quantize: a preset (:data:`glm_jax.quant.PRESETS`) or rules to quantise by while loading; unless given, every
+            weight keeps the values that it has in the source, quantised ones included.
         rules: mesh axis of each logical axis.
         mesh: devices to lay the parameters out on; ``None`` for JAX's default device.
         mtp: load the prediction layer, if there is one.
@@ -55,19 +70,40 @@ def load(
         progress: show it on stderr.
 
     Returns:
-        Config, parameter tree (``jax.Array``, or :class:`~glm_jax.quant.Bfloat16Bits` on a CPU), and what is known of
-        the source.
+        Config, parameter tree (``jax.Array``, :class:`~glm_jax.quant.QuantizedTensor`, or
+        :class:`~glm_jax.quant.Bfloat16Bits` on a CPU), and what is known of the source.
 
     Raises:
         CheckpointError: if the weights are missing, damaged, or do not fit their config.
         ConfigError: for a ``config.json`` that this stack cannot run.
+        QuantError: for rules that do not exist.
         ShardingError: if the mesh does not divide the model.
     """
     weights = source if isinstance(source, WeightSource) else open_source(source, dtype=jnp.dtype(dtype).name)
+    weights = quantised(weights, quantize, dtype, rules, mesh)
     cfg = weights.cfg if mtp else weights.cfg.replace(num_nextn_predict_layers=0, mtp_own_embeddings=False)
     if mesh is not None:
         rules.validate(cfg, mesh)
     return cfg, load_params(weights, cfg, dtype, rules, mesh, check=check, progress=progress), weights.info
+
+
+def quantised(
+    source: WeightSource,
+    quantize: str | QuantRules | None,
+    dtype: Any = "bfloat16",
+    rules: Rules = Rules(),
+    mesh: Mesh | None = None,
+) -> WeightSource:
+    """A source with its matrices quantised by a preset or rules; itself if there are none.
+
+    Raises:
+        QuantError: for a preset that does not exist.
+    """
+    quant = QuantRules.named(quantize)
+    if quant is None:
+        return source
+    sizes = None if mesh is None else dict(mesh.shape)
+    return Requantised(source, quant, rules=rules, axis_sizes=sizes, dtype=dtype)
 
 
 def load_params(
@@ -85,7 +121,7 @@ def load_params(
     Args:
         source: the weights.
         cfg: of the source, possibly without its prediction layer.
-        dtype: of the parameters.
+        dtype: of the parameters that are not quantised.
         rules: mesh axis of each logical axis.
         mesh: devices; ``None`` for JAX's default device.
         check: also check hashes and finiteness.
@@ -93,10 +129,11 @@ def load_params(
 
     Raises:
         CheckpointError: if bytes are missing or damaged.
+        ShardingError: if the mesh would cut through a block that shares a scale.
     """
     if isinstance(source, SyntheticSource):
         return init_params(cfg, source.seed, dtype, rules, mesh)
-    abstract = dict(leaves(abstract_params(cfg, dtype, rules, mesh)))
+    abstract = dict(leaves(abstract_params(cfg, dtype, rules, mesh, storage_of(source, cfg))))
     wanted = [leaf for members in source.layout().values() for leaf in members if leaf.target in abstract]
     total = sum(source.nbytes(leaf) for leaf in wanted)
     with progress_bar("loading", total, show=progress) as advance:
@@ -108,13 +145,12 @@ def _fill(
     source: WeightSource, wanted: list[Leaf], abstract: Mapping[Any, Any], checker: Checker | None, advance: Advance
 ) -> dict[Any, Any]:
     left = Counter(leaf.target for leaf in wanted)
-    stacks: dict[Any, Stack] = {}
+    stacks: dict[Any, _Filling] = {}
     filled: dict[Any, Any] = {}
     for leaf in wanted:
-        path, goal = leaf.target, abstract[leaf.target]
+        path = leaf.target
         if path not in stacks:
-            bits = isinstance(goal, Bfloat16Bits)
-            stacks[path] = Stack(goal.shape, np.dtype(goal.dtype), goal.sharding, as_bits=bits)
+            stacks[path] = _Filling(abstract[path])
         for row, piece in source.pieces(leaf):
             stacks[path].add(leaf.slot, row, piece)
             if checker:
@@ -124,11 +160,38 @@ def _fill(
         advance(source.nbytes(leaf))
         left[path] -= 1
         if not left[path]:
-            array = stacks.pop(path).finish()
-            filled[path] = Bfloat16Bits(array) if isinstance(goal, Bfloat16Bits) else array
+            filled[path] = stacks.pop(path).finish()
     if checker:
         checker.finish()
     return filled
+
+
+class _Filling:
+    """A parameter being filled: one stack, or one for each array of a quantised one."""
+
+    def __init__(self, goal: Any) -> None:
+        self._goal = goal
+        parts = goal.components() if isinstance(goal, QuantizedTensor) else {"": goal}
+        as_bits = isinstance(goal, Bfloat16Bits)
+        self._stacks = {
+            name: Stack(part.shape, np.dtype(part.dtype), part.sharding, as_bits=as_bits)
+            for name, part in parts.items()
+        }
+
+    def add(self, slot: int | None, row: int, piece: Piece) -> None:
+        """Writes rows of one layer."""
+        if not isinstance(self._goal, QuantizedTensor):
+            self._stacks[""].add(slot, row, plain(piece))
+            return
+        for name, array in cast(QuantizedTensor, piece).components().items():
+            self._stacks[name].add(slot, row, array)
+
+    def finish(self) -> Any:
+        """The parameter."""
+        if isinstance(self._goal, QuantizedTensor):
+            return self._goal.map(lambda name, _: self._stacks[name].finish())
+        array = self._stacks[""].finish()
+        return Bfloat16Bits(array) if isinstance(self._goal, Bfloat16Bits) else array
 
 
 def save(

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from glm_jax.config_checks import impossible, is_number, wrong_types
 from glm_jax.errors import ConfigError
 
 LayerKind = Literal["dense", "sparse"]
@@ -21,7 +21,7 @@ _IGNORED = frozenset(
     tokenizer_class is_decoder is_encoder_decoder add_cross_attention chunk_size_feed_forward id2label label2id
     problem_type return_dict output_hidden_states output_attentions auto_map quantization_config ep_size
     name_or_path _name_or_path sep_token_id cross_attention_hidden_size tf_legacy_loss task_specific_params
-    unsloth_fixed unsloth_version seq_aux aux_loss_alpha num_local_experts""".split()
+    quantization compression_config unsloth_fixed unsloth_version seq_aux aux_loss_alpha num_local_experts""".split()
 )
 _REQUIRED = """vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim
     qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size n_routed_experts num_experts_per_tok""".split()
@@ -76,7 +76,9 @@ class Config:
 
     ``latent_eps`` is the epsilon of the two norms inside the attention (``q_a``, ``kv_a``): transformers uses 1e-6
     there, vLLM, SGLang and llama.cpp use ``rms_norm_eps``. ``mtp_own_embeddings`` says that the prediction layer's
-    copies of the embedding and of the head differ from the model's and are kept.
+    copies of the embedding and of the head differ from the model's and are kept. ``run_starts`` are layers at which a
+    new run begins although the kind does not change, because their weights are stored in another way: no part of the
+    architecture, but of the shapes of the stacked parameters.
 
     Raises:
         ConfigError: if a value is impossible; the message names all of them.
@@ -111,9 +113,10 @@ class Config:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     mtp_own_embeddings: bool = False
+    run_starts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        problems = [*_wrong_types(self), *_impossible(self)] if not _wrong_types(self) else _wrong_types(self)
+        problems = wrong_types(self) or impossible(self)
         if problems:
             raise ConfigError("impossible config: " + "; ".join(problems))
 
@@ -134,10 +137,10 @@ class Config:
 
     @property
     def runs(self) -> tuple[LayerRun, ...]:
-        """The layers as runs of one kind, in order; each run's parameters are stacked."""
+        """The layers as runs of one kind and storage, in order; each run's parameters are stacked."""
         runs: list[LayerRun] = []
         for layer, kind in enumerate(self.mlp_layer_types):
-            if runs and runs[-1].kind == kind:
+            if runs and runs[-1].kind == kind and layer not in self.run_starts:
                 runs[-1] = dataclasses.replace(runs[-1], count=runs[-1].count + 1)
             else:
                 runs.append(LayerRun(kind, layer, 1))
@@ -308,7 +311,7 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     # Without any rope key transformers' own default holds.
     given = [part["rope_theta"] for part in (config, scaling, parameters) if part.get("rope_theta") is not None]
     for theta in given:
-        if not _is_number(theta):
+        if not is_number(theta):
             raise ConfigError(f"rope_theta must be a number, not {theta!r}")
     thetas = {float(theta) for theta in given} or {10_000.0}
     if len(thetas) > 1:
@@ -323,76 +326,6 @@ def _token_ids(value: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _require_int(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ConfigError(f"{name} must be a non-negative integer, not {value!r}")
-
-
-_POSITIVE = (*(k for k in _REQUIRED if k != "qk_nope_head_dim"), "max_position_embeddings", "n_group", "topk_group")
-
-
-def _wrong_types(cfg: Config) -> list[str]:
-    problems = []
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
-            problems.append(f"{field.name} must be an integer, not {value!r}")
-        if field.type == "float" and (not _is_number(value) or not 0 < value < math.inf):
-            problems.append(f"{field.name} must be a positive number, not {value!r}")
-        if field.type == "bool" and not isinstance(value, bool):
-            problems.append(f"{field.name} must be true or false, not {value!r}")
-    kinds = cfg.mlp_layer_types
-    if not isinstance(kinds, tuple) or any(kind not in ("dense", "sparse") for kind in kinds):
-        problems.append(f"mlp_layer_types must be a tuple of 'dense' and 'sparse', not {cfg.mlp_layer_types!r}")
-    if not isinstance(cfg.eos_token_ids, tuple) or any(type(token) is not int for token in cfg.eos_token_ids):
-        problems.append(f"eos_token_ids must be a tuple of integers, not {cfg.eos_token_ids!r}")
-    for name in ("q_lora_rank", "pad_token_id"):
-        value = getattr(cfg, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            problems.append(f"{name} must be an integer or null, not {value!r}")
-    return problems
-
-
-def _impossible(cfg: Config) -> list[str]:
-    checks = [(getattr(cfg, name) > 0, f"{name} is {getattr(cfg, name)}, must be positive") for name in _POSITIVE]
-    checks += [
-        (cfg.q_lora_rank is None or cfg.q_lora_rank > 0, f"q_lora_rank is {cfg.q_lora_rank}, must be positive or null"),
-        (cfg.qk_nope_head_dim >= 0, f"qk_nope_head_dim is {cfg.qk_nope_head_dim}, must not be negative"),
-        (cfg.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim is {cfg.qk_rope_head_dim}, must be even"),
-        (
-            len(cfg.mlp_layer_types) == cfg.num_hidden_layers,
-            f"mlp_layer_types has {len(cfg.mlp_layer_types)} entries for {cfg.num_hidden_layers} layers",
-        ),
-        (cfg.n_shared_experts >= 0, f"n_shared_experts is {cfg.n_shared_experts}, must not be negative"),
-        (
-            cfg.num_nextn_predict_layers in (0, 1),
-            f"num_nextn_predict_layers is {cfg.num_nextn_predict_layers}, must be 0 or 1",
-        ),
-    ]
-    if any(not ok for ok, _ in checks):
-        return [text for ok, text in checks if not ok]
-    per_group, kept = cfg.n_routed_experts // cfg.n_group, cfg.n_routed_experts // cfg.n_group * cfg.topk_group
-    checks += [
-        (
-            cfg.n_routed_experts % cfg.n_group == 0,
-            f"n_group {cfg.n_group} does not divide n_routed_experts {cfg.n_routed_experts}",
-        ),
-        (cfg.topk_group <= cfg.n_group, f"topk_group {cfg.topk_group} is more than n_group {cfg.n_group}"),
-        (
-            cfg.n_group == 1 or per_group >= 2,
-            f"n_group {cfg.n_group} leaves {per_group} expert per group, must be two or more",
-        ),
-        (
-            cfg.num_experts_per_tok <= kept,
-            f"num_experts_per_tok {cfg.num_experts_per_tok} is more than the {kept} experts to choose from",
-        ),
-        (
-            all(0 <= i < cfg.vocab_size for i in cfg.eos_token_ids),
-            f"eos_token_id {list(cfg.eos_token_ids)} is outside the vocabulary",
-        ),
-    ]
-    return [text for ok, text in checks if not ok]

@@ -30,3 +30,7 @@ class MemoryPlanError(GlmError):
 
 class ShardingError(GlmError, ValueError):
     """A mesh that the model cannot be laid out on."""
+
+
+class QuantError(GlmError, ValueError):
+    """A quantisation that does not exist, or that does not fit the matrix it is asked for."""

@@ -27,8 +27,9 @@ from glm_jax.ops.block import Context, Edit, Taps, block, tap_names
 from glm_jax.ops.linear import embed, linear
 from glm_jax.ops.mla import Form
 from glm_jax.ops.norm import rms_norm
-from glm_jax.params import ParamSpec, map_specs, param_specs
+from glm_jax.params import ParamSpec, leaves, map_specs, param_specs
 from glm_jax.sharding import Rules
+from glm_jax.storage import leaf_specs
 
 
 class GLM(nn.Module):
@@ -47,9 +48,13 @@ class GLM(nn.Module):
     def setup(self) -> None:
         """Declares every parameter from the one table of shapes; the prediction layer is optional in ``apply``."""
         specs = param_specs(self.cfg)
-        if not self.is_initializing() and not self.has_variable("params", "mtp"):
-            specs.pop("mtp", None)
-        self.declared = {name: self.param(name, _init, spec, self.dtype) for name, spec in specs.items()}
+        if self.is_initializing():
+            self.declared = {name: self.param(name, _init, spec, self.dtype) for name, spec in specs.items()}
+            return
+        # Linen compares arrays one by one with those that init would make, and a quantised weight has other arrays.
+        given = unfreeze(self.variables.get("params", {}))
+        _check_params(specs, given)
+        self.declared = given
 
     @property
     def weights(self) -> dict[str, Any]:
@@ -141,9 +146,8 @@ class GLM(nn.Module):
         local = _Local(self.cfg, self.rules, attention)
         specs = param_specs(self.cfg)
         axes = {name: specs["mtp"][name] for name in core}
-        call = local.wrap(
-            local.draft, (_spec_tree(axes, self.rules), _spec(specs["embed"], self.rules)), cache is not None
-        )
+        placed = (_spec_tree(core, axes, self.rules), leaf_specs(table, specs["embed"], self.rules))
+        call = local.wrap(local.draft, placed, cache is not None)
         state, cache = call((core, table), (hidden, next_tokens, positions), cache)
         logits = self._head(state, weights.get("head", self.weights.get("head", self.weights["embed"])))
         return logits, state, cache
@@ -156,7 +160,7 @@ class GLM(nn.Module):
         body = {name: self.weights[name] for name in ("embed", "runs", "norm")}
         local = _Local(self.cfg, self.rules, attention, tuple(trace), edit)
         specs = param_specs(self.cfg)
-        axes = _spec_tree({name: specs[name] for name in body}, self.rules)
+        axes = _spec_tree(body, {name: specs[name] for name in body}, self.rules)
         call = local.wrap(local.hidden, axes, cache is not None)
         (hidden, recorded), cache = call(body, (tokens, positions), cache)
         return hidden, cache, recorded
@@ -171,7 +175,7 @@ class GLM(nn.Module):
         _require_mesh(rules)
         logits = jax.shard_map(
             local,
-            in_specs=(rules.spec("vocab", "embed"), rules.spec("batch", None, None)),
+            in_specs=(leaf_specs(weight, param_specs(self.cfg)["embed"], rules), rules.spec("batch", None, None)),
             out_specs=rules.spec("batch", None, "vocab"),
         )(weight, hidden)
         return jax.reshard(logits, rules.spec("batch", None, None))
@@ -284,12 +288,24 @@ def _check_names(cfg: Config, names: Sequence[str]) -> None:
             )
 
 
-def _spec(leaf: ParamSpec, rules: Rules) -> jax.P:
-    return rules.spec(*leaf.axes)
+def _spec_tree(weights: dict[str, Any], specs: dict[str, Any], rules: Rules) -> dict[str, Any]:
+    held = dict(leaves(weights))
+    return map_specs(lambda path, leaf: leaf_specs(held[path], leaf, rules), specs)
 
 
-def _spec_tree(specs: dict[str, Any], rules: Rules) -> dict[str, Any]:
-    return map_specs(lambda _, leaf: _spec(leaf, rules), specs)
+def _check_params(specs: dict[str, Any], given: dict[str, Any]) -> None:
+    """That the parameters are those of the config; the prediction layer may be left out."""
+    wanted = dict(leaves({name: spec for name, spec in specs.items() if name != "mtp" or "mtp" in given}))
+    found = dict(leaves(given))
+    wrong = [
+        f"{'/'.join(path)} {'is missing' if path not in found else f'is {found[path].shape}, must be {spec.shape}'}"
+        for path, spec in wanted.items()
+        if path not in found or tuple(found[path].shape) != spec.shape
+    ]
+    wrong += [f"{'/'.join(path)} is unknown" for path in found if path not in wanted]
+    if wrong:
+        more = f" … and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ConfigError(f"these parameters are not the config's: {'; '.join(wrong[:5])}{more}")
 
 
 def _require_mesh(rules: Rules) -> None:

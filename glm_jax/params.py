@@ -154,26 +154,23 @@ def map_specs(function: Callable[[Path, ParamSpec], Any], tree: Tree, prefix: Pa
     }
 
 
+def is_matrix(spec: ParamSpec) -> bool:
+    """Whether a parameter is a matrix or a stack of them, and not a norm or a bias."""
+    return spec.dtype is None and len(spec.shape) - spec.stacked >= 2
+
+
 def held_as_bits(spec: ParamSpec, dtype: Any, mesh: Mesh | None = None) -> bool:
     """Whether a parameter is held as :class:`~glm_jax.quant.Bfloat16Bits`: bfloat16 matrices on a CPU."""
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    is_matrix = spec.dtype is None and len(spec.shape) - spec.stacked >= 2
-    return is_matrix and device.platform == "cpu" and jnp.dtype(dtype) == jnp.bfloat16
+    return is_matrix(spec) and device.platform == "cpu" and jnp.dtype(dtype) == jnp.bfloat16
 
 
-def abstract_params(cfg: Config, dtype: Any = jnp.bfloat16, rules: Rules = Rules(), mesh: Mesh | None = None) -> Tree:
-    """Shape, dtype and (with a mesh) sharding of every parameter on its device.
-
-    Leaves are ``jax.ShapeDtypeStruct``, or :class:`~glm_jax.quant.Bfloat16Bits` of one.
-    """
-
-    def abstract(_: Path, spec: ParamSpec) -> jax.ShapeDtypeStruct | Bfloat16Bits:
-        sharding = None if mesh is None else NamedSharding(mesh, rules.spec(*spec.axes))
-        if held_as_bits(spec, dtype, mesh):
-            return Bfloat16Bits(cast(jax.Array, jax.ShapeDtypeStruct(spec.shape, jnp.uint16, sharding=sharding)))
-        return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype or dtype), sharding=sharding)
-
-    return map_specs(abstract, param_specs(cfg))
+def plain_leaf(spec: ParamSpec, dtype: Any, rules: Rules, mesh: Mesh | None) -> jax.ShapeDtypeStruct | Bfloat16Bits:
+    """Shape, dtype and (with a mesh) sharding of a parameter that is not quantised."""
+    sharding = None if mesh is None else NamedSharding(mesh, rules.spec(*spec.axes))
+    if held_as_bits(spec, dtype, mesh):
+        return Bfloat16Bits(cast(jax.Array, jax.ShapeDtypeStruct(spec.shape, jnp.uint16, sharding=sharding)))
+    return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype or dtype), sharding=sharding)
 
 
 def init_params(
@@ -222,6 +219,17 @@ def draw(path: Path, spec: ParamSpec, seed: int, dtype: Any, layer: int, index: 
         counters = np.arange(start, min(start + _DRAW_BLOCK, values.size), dtype=np.uint32)
         values[start : start + _DRAW_BLOCK] = _to_normal(_hash(counters ^ key), spec.scale)
     return values.reshape(shape)
+
+
+def draw_on_device(
+    path: Path, spec: ParamSpec, seed: int, dtype: Any, layer: int, index: tuple[int, ...] = ()
+) -> jax.Array:
+    """As :func:`draw`, on JAX's default device."""
+    kind, shape = jnp.dtype(spec.dtype or dtype), spec.shape[spec.stacked :]
+    if spec.init != "normal":
+        return jnp.full(shape, 1.0 if spec.init == "ones" else 0.0, kind)
+    keys = np.asarray([_key(path, seed, (layer, *index) if spec.stacked else ())], np.uint32)
+    return _random_stack(None)(keys, shape, 0, spec.scale, kind.name, False)
 
 
 def _key(path: Path, seed: int, numbers: tuple[int, ...]) -> int:

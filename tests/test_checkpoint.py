@@ -10,9 +10,10 @@ import pytest
 from convert.pipeline import convert
 from glm_jax import checkpoint
 from glm_jax.errors import CheckpointError, ShardingError
-from glm_jax.params import abstract_params, leaves
+from glm_jax.params import leaves
 from glm_jax.quant import Bfloat16Bits
 from glm_jax.sharding import make_mesh, preset
+from glm_jax.storage import abstract_params
 from tests import checkpoints, spellings
 from tests.convert.comparing import same_tensors
 

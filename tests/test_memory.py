@@ -18,8 +18,9 @@ from glm_jax.errors import MemoryPlanError, ShardingError
 from glm_jax.memory import PREDICTION_LAYER, MemoryPlan, distinct_experts, find_gpus, gpus, plan, plan_on
 from glm_jax.memory import devices as hardware
 from glm_jax.memory.sizes import Placement, cache_bytes, part_of, workspace
-from glm_jax.params import abstract_params, leaves, param_specs
+from glm_jax.params import leaves, param_specs
 from glm_jax.sharding import Rules, make_mesh, preset
+from glm_jax.storage import abstract_params
 
 FLASH = Config.flash()
 SMALL = FLASH.replace(

@@ -12,19 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_jax.quant import Bfloat16Bits, Weight
-
-Index = jax.Array | int
+from glm_jax.ops.quantized import gather_rows, heads_matmul, matmul, slice_of
+from glm_jax.ops.slices import Index as Index
+from glm_jax.ops.slices import take
+from glm_jax.quant import Bfloat16Bits, QuantizedTensor, Weight, dequantize
 
 _FUSED_WIDTH = 2560  # divides the long widths of GLM-4.7-Flash, 5,120 and 10,240; 16 kB would be 4,096
 _FEW_ROWS = 256
 
 
 def pick(weight: Weight, *index: Index) -> jax.Array:
-    """``weight[index]`` with traced indices on the leading axes, in a dtype to compute with (bits become float32)."""
+    """``weight[index]`` with traced indices on the leading axes, in a dtype to compute with.
+
+    Bits and quantised weights become float32 as a whole: products go through :func:`linear`, which does not.
+    """
+    if isinstance(weight, QuantizedTensor):
+        return dequantize(slice_of(weight, index))
     if isinstance(weight, Bfloat16Bits):
-        return Bfloat16Bits(_take(weight.bits, index)).widen()
-    return _take(weight, index)
+        return Bfloat16Bits(take(weight.bits, index)).widen()
+    return take(weight, index)
 
 
 def linear(x: jax.Array, weight: Weight, *index: Index, dtype: jnp.dtype | None = None) -> jax.Array:
@@ -40,7 +46,9 @@ def linear(x: jax.Array, weight: Weight, *index: Index, dtype: jnp.dtype | None 
         ``[..., O]``.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 1 and any(isinstance(i, jax.Array) for i in index):
+    if isinstance(weight, QuantizedTensor):
+        product = matmul(rows, weight, index)
+    elif rows.shape[0] == 1 and any(isinstance(i, jax.Array) for i in index):
         product = _row_times_slice(rows, weight, index)
     elif 1 < rows.shape[0] <= _FEW_ROWS:
         # XLA:CPU multiplies few rows two to four times as fast with the weight on the left; the barrier keeps it there.
@@ -73,6 +81,8 @@ def heads_linear(x: jax.Array, weight: Weight, *index: Index, transpose: bool = 
     Returns:
         ``[..., N, O]`` (``[..., N, I]`` when ``transpose``).
     """
+    if isinstance(weight, QuantizedTensor):
+        return heads_matmul(x, weight, index, transpose=transpose).astype(x.dtype)
     matrix = pick(weight, *index)
     return einsum("...no,noi->...ni" if transpose else "...ni,noi->...no", x, matrix).astype(x.dtype)
 
@@ -108,14 +118,8 @@ def embed(table: Weight, tokens: jax.Array, first_row: Index = 0) -> jax.Array:
     local = tokens - first_row
     here = (local >= 0) & (local < table.shape[0])
     rows = jnp.where(here, local, 0)
-    values = Bfloat16Bits(table.bits[rows]).widen() if isinstance(table, Bfloat16Bits) else table[rows]
+    if isinstance(table, QuantizedTensor):
+        values = gather_rows(table, rows)
+    else:
+        values = Bfloat16Bits(table.bits[rows]).widen() if isinstance(table, Bfloat16Bits) else table[rows]
     return jnp.where(here[..., None], values, jnp.zeros((), values.dtype)).astype(table.dtype)
-
-
-def _take(stack: jax.Array, index: tuple[Index, ...]) -> jax.Array:
-    if all(isinstance(i, int) for i in index):
-        return stack[index]
-    # One slice for all axes: a slice of a slice would copy the outer one.
-    inner = stack.shape[len(index) :]
-    starts = [jnp.asarray(i, jnp.int32) for i in index] + [jnp.int32(0)] * len(inner)
-    return jax.lax.dynamic_slice(stack, starts, (1,) * len(index) + inner).reshape(inner)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from glm_jax.config import Config
 from glm_jax.ops.linear import Index, einsum, linear, pick
 from glm_jax.ops.mlp import swiglu
-from glm_jax.quant import Bfloat16Bits, Weight
+from glm_jax.quant import Weight
 from glm_jax.sharding import Rules, vary_like
 
 Weights = dict[str, Weight]
@@ -116,7 +116,7 @@ def cheapest(tokens: int, chosen: int, experts: int, in_place: bool = False) -> 
 
 def _in_place(stack: Weight, layer: Index) -> bool:
     """Whether a layer's experts are the whole array: XLA:CPU copies a slice that goes into a product of many rows."""
-    return isinstance(layer, int) and stack.shape[0] == 1 and not isinstance(stack, Bfloat16Bits)
+    return isinstance(layer, int) and stack.shape[0] == 1 and isinstance(stack, jax.Array)
 
 
 def _only_local(routing: Routing, first: Index, count: int) -> Routing:

@@ -16,8 +16,8 @@ from glm_jax.config import Config
 from glm_jax.errors import ConfigError
 from glm_jax.model import GLM
 from glm_jax.ops import mla
-from glm_jax.params import abstract_params
 from glm_jax.sharding import Rules, make_mesh, preset
+from glm_jax.storage import abstract_params
 from tests.model.small import VARIANTS, Small
 from tests.reference import Reference, layers
 from tests.runner import QUICK_COMPILE, Array, close, positions, tokens

@@ -1,4 +1,4 @@
-"""How weights are stored where that differs from a plain array."""
+"""bfloat16 matrices as CPUs hold them."""
 
 from __future__ import annotations
 
@@ -71,6 +71,3 @@ class Bfloat16Bits:
         """The values as a NumPy array of bfloat16 (or ``dtype``)."""
         values = np.asarray(self.bits).view(ml_dtypes.bfloat16)
         return values if dtype is None else values.astype(dtype)
-
-
-Weight = jax.Array | Bfloat16Bits

@@ -1,0 +1,112 @@
+"""Any source with its matrices quantised anew, one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.layout import Leaf
+from convert.source import Piece, WeightSource, plain
+from convert.synthetic import SyntheticSource
+from glm_jax.quant import QuantizedTensor, QuantRules, QuantSpec, quantize
+from glm_jax.quant.rounding import Method
+from glm_jax.sharding import Rules
+from glm_jax.storage import plan_storage
+
+_BLOCK_VALUES = 1 << 23  # quantised together: the search holds a few float32 copies of them
+
+
+class Requantised(WeightSource):
+    """Weights of another source, quantised by rules on JAX's default device.
+
+    Args:
+        base: the source; where it is quantised itself, its values are taken.
+        quant: the rules.
+        method: how scales are found.
+        rules: mesh axis of each logical axis, so that groups do not cross from one device to the next.
+        axis_sizes: devices along each mesh axis.
+        dtype: of the model.
+    """
+
+    def __init__(
+        self,
+        base: WeightSource,
+        quant: QuantRules,
+        method: Method = "mse",
+        *,
+        rules: Rules = Rules(),
+        axis_sizes: Mapping[str, int] | None = None,
+        dtype: Any = "bfloat16",
+    ) -> None:
+        self._base, self._quant, self._method, self._dtype = base, quant, method, jnp.dtype(dtype)
+        self.cfg = base.cfg.replace(run_starts=())
+        self._storage, notes = plan_storage(self.cfg, quant, rules, axis_sizes)
+        self._leaves = {(leaf.part, leaf.name): leaf for members in base.layout().values() for leaf in members}
+        self.hf_config = base.hf_config
+        if any(base.storage(leaf) for leaf in self._leaves.values()):
+            notes = ("the source is quantised: its values are quantised again, which loses a little more", *notes)
+        self.info = dataclasses.replace(base.info, notes=(*base.info.notes, *notes))
+
+    @property
+    def base(self) -> WeightSource:
+        """The source of the values."""
+        return self._base
+
+    def fingerprint(self) -> str:
+        """Of the base and of everything that decides the codes."""
+        specs = [["/".join(path), spec.to_json()] for path, spec in self._storage.specs]
+        text = json.dumps([self._base.fingerprint(), specs, self._method, self._dtype.name])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def modified(self) -> Mapping[str, int]:
+        """Of the base."""
+        return self._base.modified()
+
+    def dtype(self, leaf: Leaf) -> np.dtype[Any]:
+        """Of the base."""
+        return self._base.dtype(self.base_leaf(leaf))
+
+    def storage(self, leaf: Leaf) -> QuantSpec | None:
+        """By the rules."""
+        return self._storage.get(leaf.target)
+
+    def base_leaf(self, leaf: Leaf) -> Leaf:
+        """The same array in the base, whose runs may be others."""
+        return self._leaves[leaf.part, leaf.name]
+
+    def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Piece]]:
+        """The base's, quantised where the rules say so."""
+        spec, theirs = self.storage(leaf), self.base_leaf(leaf)
+        if spec is None:
+            for row, piece in self._base.pieces(theirs, start, stop):
+                yield row, plain(piece)
+            return
+        for row, piece in self._values(theirs, start, stop):
+            for at, block in blocks(piece, spec):
+                yield row + at, self.quantized(block, spec)
+
+    def quantized(self, values: Any, spec: QuantSpec) -> QuantizedTensor:
+        """One matrix, or rows of one, or a stack."""
+        return quantize(jnp.asarray(values), spec, self._method, self._dtype)
+
+    def _values(self, leaf: Leaf, start: int, stop: int | None) -> Iterator[tuple[int, Any]]:
+        if isinstance(self._base, SyntheticSource):
+            yield from self._base.drawn(leaf, start, stop)
+            return
+        for row, piece in self._base.pieces(leaf, start, stop):
+            yield row, plain(piece)
+
+
+def blocks(piece: Any, spec: QuantSpec) -> Iterator[tuple[int, Any]]:
+    """A piece cut into rows (of a matrix, or matrices of a stack) that are small enough to work on at once."""
+    if piece.ndim == 2 and spec.block[0] != 1:
+        yield 0, piece
+        return
+    rows = max(1, _BLOCK_VALUES * len(piece) // max(1, piece.size))
+    yield from ((at, piece[at : at + rows]) for at in range(0, len(piece), rows))
