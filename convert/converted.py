@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from convert.layout import Leaf, disk_arrays
-from convert.manifest import DTYPES, ArrayRecord, load_manifest
+from convert.manifest import DTYPES, ArrayRecord, Manifest, load_manifest
 from convert.parts import part_folder, read_array, read_rows, row_blocks
 from convert.reader import listing
-from convert.source import Piece, SourceInfo, WeightSource, read_config, split_runs
+from convert.source import Piece, SourceInfo, WeightSource, read_config, split_runs, storage_by
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError, ConfigError
 from glm_jax.quant import QuantizedTensor, QuantSpec
+from glm_jax.storage import Storage
 
 
 class ConvertedSource(WeightSource):
@@ -87,6 +88,16 @@ class ConvertedSource(WeightSource):
 
     def _record(self, leaf: Leaf, component: str = "") -> ArrayRecord:
         return self._records[leaf.part][f"{leaf.name}.{component}" if component else leaf.name]
+
+
+def stated_storage(manifest: Manifest) -> tuple[Config, Storage]:
+    """The model of a manifest, and which of its parameters are quantised and how; reads nothing else."""
+
+    def stored(leaf: Leaf) -> QuantSpec | None:
+        return manifest.storage.get(f"{leaf.part}/{leaf.name}")
+
+    cfg = split_runs(manifest.cfg, stored)
+    return cfg, storage_by(cfg, stored)
 
 
 def _check_config(cfg: Config, hf_config: Any, folder: Path) -> None:

@@ -204,6 +204,10 @@ def write_atomic(path: Path, text: str | bytes) -> None:
     os.replace(temporary, path)
 
 
+def _fits(dtype: str, fixed: str | None) -> bool:
+    return dtype in DTYPES if fixed is None else dtype == fixed
+
+
 def _original(fields: dict[str, Any]) -> Original:
     copies = tuple(name for name in ("embed", "head") if name in fields["mtp_copies"])
     dtypes = {str(key): DTYPES[value].name for key, value in fields["dtypes"].items()}
@@ -235,7 +239,7 @@ def _check_arrays(manifest: Manifest, where: Path) -> None:
         "missing": [key for key in needed if key not in listed],
         "unknown": [printable(key) for key in listed if key not in needed],
         "of the wrong shape": [k for k, a in needed.items() if k in listed and listed[k].shape != a.shape],
-        "of the wrong dtype": [k for k, a in needed.items() if k in listed and a.dtype not in (None, listed[k].dtype)],
+        "of the wrong dtype": [k for k, a in needed.items() if k in listed and not _fits(listed[k].dtype, a.dtype)],
         "quantised, but not in the model": [printable(key) for key in manifest.storage if key not in leaves],
     }
     problems = [f"{len(items)} arrays {title}: {listing(items)}" for title, items in groups.items() if items]

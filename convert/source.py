@@ -23,7 +23,7 @@ from glm_jax.storage import Storage
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Piece = Array | QuantizedTensor
-Kind = Literal["huggingface", "converted", "synthetic", "memory"]
+Kind = Literal["huggingface", "gguf", "converted", "synthetic", "memory"]
 
 # What lies beside the weights and goes wherever they go.
 COMPANIONS = (
@@ -61,6 +61,7 @@ class SourceInfo:
         dtype: of most of its weights.
         original: what is needed to write the checkpoint back as it was.
         notes: sentences worth telling the user.
+        keep: what the folder needs to stay, where it is a temporary one.
     """
 
     kind: Kind
@@ -69,6 +70,7 @@ class SourceInfo:
     dtype: str
     original: Original = dataclasses.field(default_factory=Original)
     notes: tuple[str, ...] = ()
+    keep: Any = dataclasses.field(default=None, repr=False, compare=False)
 
 
 class WeightSource(abc.ABC):
@@ -142,8 +144,13 @@ def kept_dtype(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None) ->
 
 def storage_of(source: WeightSource, cfg: Config | None = None) -> Storage:
     """The quantised parameters of a source, under a config with the same runs (its own unless given)."""
-    specs = {leaf.target: source.storage(leaf) for members in source.layout().values() for leaf in members}
-    wanted = (path for path, _ in leaves(param_specs(cfg or source.cfg)))
+    return storage_by(cfg or source.cfg, source.storage)
+
+
+def storage_by(cfg: Config, storage: Callable[[Leaf], QuantSpec | None]) -> Storage:
+    """The quantised parameters of a model whose runs are layers of one storage each."""
+    specs = {leaf.target: storage(leaf) for members in layout(cfg).values() for leaf in members}
+    wanted = (path for path, _ in leaves(param_specs(cfg)))
     return Storage(tuple((path, spec) for path in wanted if (spec := specs.get(path))))
 
 

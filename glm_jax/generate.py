@@ -45,7 +45,7 @@ class Options:
     prompt: Positional[Annotated[str | None, text_option("PROMPT"), arg(help_behavior_hint="")]] = None
     """Text to continue or, with --chat, the message. Without one it is read from stdin, if something is piped in."""
     model: Annotated[str, arg(metavar="MODEL")] = "tiny"
-    """Folder (Hugging Face, quantised or not, or converted), .gguf file, hub id, "tiny", or "synthetic:flash?layers=4"."""
+    """Folder (Hugging Face, quantised or not; converted), .gguf file, hub id, "tiny", "synthetic:flash?layers=4"."""
     prompt_file: Annotated[str | None, text_option("FILE"), arg(help_behavior_hint="")] = None
     """Read the prompt from this file ("-" for stdin)."""
     chat: _Flag = False

@@ -94,8 +94,8 @@ class LLM:
         """Loads a model.
 
         Args:
-            source: "tiny" (the built-in miniature), a Hugging Face folder or hub id, a converted folder, a GGUF file, or
-                "synthetic:flash?layers=4&seed=0" (random weights, full width).
+            source: "tiny" (the built-in miniature), a Hugging Face folder or hub id, a converted folder, a GGUF file,
+                or "synthetic:flash?layers=4&seed=0" (random weights, full width).
             quantize: "int4" (experts in 4 bits, the rest in 8), "int4-small" (everything in 4), "int4-experts",
                 "int8", or :class:`~glm_jax.quant.QuantRules`: done while loading, by the least squared error. For
                 learned rounding convert first: ``python -m convert SRC DST --quantize int4 --method signround``.

@@ -100,21 +100,26 @@ def read_model(model: str) -> tuple[Config, Storage]:
     path = Path(__file__).parent / "tiny" if model == TINY else Path(os.path.expanduser(model))
     if model and path.is_dir() and not is_gguf(path):
         return _in_folder(path)
-    if path.exists() or not is_hub_id(model):
-        source = open_source(model)  # of a single file; or says what is wrong
+    if model and path.exists():
+        source = open_source(path)
         return source.cfg, storage_of(source)
+    if not is_hub_id(model):
+        raise CheckpointError(f"there is no folder {model}, and it is not a hub id such as zai-org/GLM-4.7-Flash")
     return _in_folder(_download_config(model))
 
 
 def _in_folder(folder: Path) -> tuple[Config, Storage]:
-    from convert.manifest import is_converted
+    from convert.converted import stated_storage
+    from convert.manifest import is_converted, load_manifest
     from convert.source import read_config, storage_of
     from convert.sources import open_source
     from glm_jax.config import Config
     from glm_jax.storage import Storage
 
-    quantised = not is_converted(folder) and "quantization_config" in read_config(folder)
-    if is_converted(folder) or (quantised and any(folder.glob("*.safetensors"))):
+    if is_converted(folder):
+        return stated_storage(load_manifest(folder))
+    quantised = any(read_config(folder).get(key) for key in ("quantization_config", "quantization"))
+    if quantised and any(folder.glob("*.safetensors")):
         source = open_source(folder)
         return source.cfg, storage_of(source)
     if quantised:
@@ -149,7 +154,9 @@ def _plan(cfg: Config, stored: Storage, options: Options) -> tuple[str, MemoryPl
         raise MemoryPlanError(f"--mesh is for the devices at hand: write --gpu {options.gpu}x{options.mesh}")
     gpu, count = find_gpus(options.gpu)
     available = int(gpu.memory_bytes * options.memory_fraction)
-    made = plan(cfg, device_bytes=available, devices=count, bandwidth=gpu.bandwidth, **_asked(cfg, stored, options, count))
+    made = plan(
+        cfg, device_bytes=available, devices=count, bandwidth=gpu.bandwidth, **_asked(cfg, stored, options, count)
+    )
     return f"{count} x {gpu.name}", made
 
 

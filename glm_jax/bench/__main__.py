@@ -110,7 +110,7 @@ def run(options: Decode | Prefill) -> dict[str, Any]:
     }
 
 
-def _cases(options: Decode | Prefill, sides: list[Any], ours: Ours) -> list[dict[str, Any]]:
+def _cases(options: Decode | Prefill, sides: list[Any], ours: Any) -> list[dict[str, Any]]:
     from glm_jax.bench.measure import decode_case, prefill_case
 
     vocab, results = ours.cfg.vocab_size, []
