@@ -13,6 +13,7 @@ from convert.formats.reshape import in_order
 from convert.layout import MTP, Leaf
 from convert.manifest import DTYPES
 from convert.packing import obstacle, too_far
+from convert.requantise import Requantised
 from convert.rules import Tensor
 from convert.source import WeightSource
 from glm_jax.params import is_matrix
@@ -101,7 +102,9 @@ def _reason(source: WeightSource, tensor: Tensor) -> str | None:
         return "halves that are stored in different ways"
     if reason := obstacle(first, tensor.leaves[0].shape):
         return reason
-    if first.zero == "point" and any(map(too_far, _pieces(source, tensor.leaves))):
+    # Those that are made here stay within their bits.
+    scan = first.zero == "point" and not isinstance(source, Requantised)
+    if scan and any(map(too_far, _pieces(source, tensor.leaves))):
         return f"a zero point of {1 << first.code_bits}"
     return None
 
