@@ -183,7 +183,9 @@ def pack_tensors(
     for seed, (name, tensor) in enumerate(tensors.items()):
         if chosen(name):
             module = form.pack(np.asarray(tensor, np.float32), seed)
-            packed |= {f"{name.removesuffix('weight')}{part}": array for part, array in module.parts.items()}
+            # Writers of safetensors take the bytes as they lie.
+            parts = {part: np.ascontiguousarray(array) for part, array in module.parts.items()}
+            packed |= {f"{name.removesuffix('weight')}{part}": array for part, array in parts.items()}
             plain[name] = module.values
         else:
             packed[name] = plain[name] = tensor
