@@ -56,6 +56,10 @@ class Stack:
             row: first row of the piece.
             piece: rows, in any dtype.
         """
+        if not self._shape:  # one number for the one matrix of a parameter
+            for region in self._regions.values():
+                _add(region, (), (), piece)
+            return
         if not piece.ndim:  # one number for a whole matrix
             piece, slot, row = piece.reshape(1), None, slot or 0
         for at, block in _blocks(piece):

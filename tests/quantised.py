@@ -22,7 +22,7 @@ SIZES: HfConfig = {
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 8,
     "v_head_dim": 24,
-    "n_routed_experts": 5,
+    "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 512,
     "rope_theta": 10007.0,
