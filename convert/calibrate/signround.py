@@ -42,7 +42,7 @@ class Settings:
     """
 
     steps: int = 200
-    rows: int = 8
+    rows: int = 4
     seed: int = 0
 
 
@@ -100,9 +100,8 @@ def tune(
         advance(1)
     before = _error(forward, {**fixed, **{path: dequantize(start[path]) for path in learn}}, inputs, targets, settings)
     rounded = {path: _finish(tuned[path], wanted[path], start[path], learn[path]) for path in learn}
-    after = _error(
-        forward, {**fixed, **{path: dequantize(w) for path, w in rounded.items()}}, inputs, targets, settings
-    )
+    held = {path: dequantize(weight) for path, weight in rounded.items()}
+    after = _error(forward, {**fixed, **held}, inputs, targets, settings)
     return {**start, **(rounded if after < before else {})}, before, after
 
 
