@@ -71,6 +71,9 @@ def read_formats(reader: Tensors, config: Mapping[str, Any], folder: Path) -> di
 def _read(module: Module, description: Description) -> Stored:
     """A quantised module, in the format that its tensors show."""
     declared = description.declared(module.name)
+    for part, name in module.parts.items():
+        if 0 in module.reader.entry(name).shape:
+            raise module.error(f"{part} is empty")
     if "weight_packed" in module:
         kind = NAMES[module.reader.entry(module.parts["weight_packed"]).dtype]
         if kind == "U8":

@@ -13,12 +13,14 @@ from typing import Any
 from convert.header import printable
 from glm_jax.errors import CheckpointError
 
-# Keys under which config.json describes quantised weights: most writers, compressed-tensors of old, MLX.
-SECTIONS = ("quantization_config", "compression_config", "quantization")
+# Keys under which config.json describes quantised weights: MLX (which copies it to the next), most writers,
+# compressed-tensors of old.
+SECTIONS = ("quantization", "quantization_config", "compression_config")
 MODELOPT_FILE = "hf_quant_config.json"
 # "strategy" of compressed-tensors that says all there is to say about the block.
 _STRATEGIES = {"channel": (1, 0), "tensor": (0, 0)}
 _PLAIN_BITS = 16
+_PAIR = re.compile(r"\d{1,9}x\d{1,9}")  # a block as older versions wrote it
 _MAX_PATTERN = 1000  # characters
 
 
@@ -140,7 +142,10 @@ def _compressed_tensors(section: Mapping[str, Any], module: str) -> Declared:
 
 
 def _names(group: Mapping[str, Any]) -> list[str]:
-    return [str(target) for target in group.get("targets") or []]
+    targets = group.get("targets") or []
+    if not isinstance(targets, list):
+        raise CheckpointError(f"targets in the quantisation's configuration must be a list, not {targets!r}")
+    return [str(target) for target in targets]
 
 
 def _is_class(target: str) -> bool:
@@ -155,7 +160,8 @@ def _weights(weights: Mapping[str, Any]) -> Declared:
     strategy, group = weights.get("strategy"), weights.get("group_size")
     block: tuple[int, int] | None = _STRATEGIES.get(str(strategy))
     if strategy == "block":
-        block = _pair(weights.get("block_structure"))
+        said = weights.get("block_structure")
+        block = _pair([*map(int, said.split("x"))] if isinstance(said, str) and _PAIR.fullmatch(said) else said)
     elif block is None and group is not None:
         block = (1, max(_whole("group_size", group), 0))
     return Declared(
