@@ -23,7 +23,11 @@ class Options:
     to: Literal["orbax", "safetensors"] = "orbax"
     """orbax: loads fast and in slices. safetensors: a Hugging Face folder."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Of the weights; unchanged unless given."""
+    """Of the weights that are not quantised; unchanged unless given."""
+    quantize: str | None = None
+    """int4, int4-small, int4-experts or int8; every value stays as it is unless given."""
+    method: Literal["rtn", "mse"] = "mse"
+    """rtn: round to nearest. mse: search each group's scale for the least squared error."""
     check: bool = False
     """Refuse weights that are NaN or infinite; compare a finished conversion with the source, and mend it."""
     force: bool = False
@@ -43,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
             options.destination,
             to=options.to,
             dtype=options.dtype,
+            quantize=options.quantize,
+            method=options.method,
             check=options.check,
             force=options.force,
             progress=True,

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from convert.layout import Leaf
-from convert.manifest import DTYPES, ArrayRecord, load_manifest
-from convert.parts import part_folder, read_leaf
+from convert.layout import Leaf, disk_arrays
+from convert.manifest import DTYPES, ArrayRecord, Manifest, load_manifest
+from convert.parts import part_folder, read_array, read_rows, row_blocks
 from convert.reader import listing
-from convert.source import Array, SourceInfo, WeightSource, read_config
+from convert.source import Piece, SourceInfo, WeightSource, read_config, split_runs, storage_by
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError, ConfigError
+from glm_jax.quant import QuantizedTensor, QuantSpec
+from glm_jax.storage import Storage
 
 
 class ConvertedSource(WeightSource):
@@ -32,7 +34,8 @@ class ConvertedSource(WeightSource):
         self.cfg = manifest.cfg
         self.hf_config = read_config(folder)
         _check_config(self.cfg, self.hf_config, folder)
-        self._records = manifest.parts
+        self._records, self._storage = manifest.parts, manifest.storage
+        self.cfg = split_runs(self.cfg, self.storage)
         self._fingerprint = hashlib.sha256(manifest.to_json().encode()).hexdigest()
         _check_parts(folder, set(manifest.parts))
         self.info = SourceInfo(
@@ -49,19 +52,52 @@ class ConvertedSource(WeightSource):
 
     def dtype(self, leaf: Leaf) -> np.dtype[Any]:
         """As the manifest has it."""
-        return DTYPES[self._record(leaf).dtype]
+        return DTYPES[self.info.dtype if self.storage(leaf) else self._record(leaf).dtype]
 
-    def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Array]]:
+    def storage(self, leaf: Leaf) -> QuantSpec | None:
+        """From the manifest."""
+        return self._storage.get(f"{leaf.part}/{leaf.name}")
+
+    def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Piece]]:
         """Blocks of rows read from disk."""
         stop = leaf.shape[0] if stop is None else stop
-        return read_leaf(self._folder, leaf, self._record(leaf).dtype, start, stop)
+        spec = self.storage(leaf)
+        if spec is None:
+            (array,) = disk_arrays(leaf, None)
+            return read_array(self._folder, array, self._record(leaf).dtype, start, stop)
+        return self._quantised_pieces(leaf, spec, start, stop)
 
-    def sha256(self, leaf: Leaf) -> str:
+    def _quantised_pieces(self, leaf: Leaf, spec: QuantSpec, start: int, stop: int) -> Iterator[tuple[int, Piece]]:
+        arrays = {array.component: array for array in disk_arrays(leaf, spec)}
+        # Rows of a matrix can be had alone only where each has its own scales and nothing belongs to all of them.
+        whole = len(leaf.shape) == 2 and (spec.block[0] != 1 or spec.outer != "none" or spec.permuted)
+        bounds = [(0, leaf.shape[0])] if whole else row_blocks(self._folder, arrays["codes"], start, stop)
+        for first, last in bounds:
+            parts = {}
+            for name, array in arrays.items():
+                rows = (0, array.shape[0]) if whole else (first, last)
+                parts[name] = read_rows(self._folder, array, self._record(leaf, name).dtype, *rows)
+            if len(leaf.shape) == 2 and "outer" in parts:
+                parts["outer"] = parts["outer"].reshape(())
+            yield first, QuantizedTensor(**parts, spec=spec, dtype=self.dtype(leaf))
+
+    def sha256(self, leaf: Leaf, component: str = "") -> str | None:
         """From the manifest."""
-        return self._record(leaf).sha256
+        record = self._records[leaf.part].get(f"{leaf.name}.{component}" if component else leaf.name)
+        return record.sha256 if record else None
 
-    def _record(self, leaf: Leaf) -> ArrayRecord:
-        return self._records[leaf.part][leaf.name]
+    def _record(self, leaf: Leaf, component: str = "") -> ArrayRecord:
+        return self._records[leaf.part][f"{leaf.name}.{component}" if component else leaf.name]
+
+
+def stated_storage(manifest: Manifest) -> tuple[Config, Storage]:
+    """The model of a manifest, and which of its parameters are quantised and how; reads nothing else."""
+
+    def stored(leaf: Leaf) -> QuantSpec | None:
+        return manifest.storage.get(f"{leaf.part}/{leaf.name}")
+
+    cfg = split_runs(manifest.cfg, stored)
+    return cfg, storage_by(cfg, stored)
 
 
 def _check_config(cfg: Config, hf_config: Any, folder: Path) -> None:

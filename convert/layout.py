@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from glm_jax.config import Config
 from glm_jax.params import ParamSpec, Path, leaves, param_specs
+from glm_jax.quant import QuantSpec
 
 REST, MTP = "rest", "mtp"
 
@@ -50,6 +51,44 @@ class Leaf:
     def name(self) -> str:
         """Name inside its part, such as ``moe.gate``."""
         return ".".join(self.path)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DiskArray:
+    """One array of a part: a leaf, or one component of a quantised leaf.
+
+    Attributes:
+        part: that holds it.
+        path: names inside the part, such as ``("moe", "gate", "codes")``.
+        shape: on disk.
+        dtype: on disk where the storage fixes it; None for a plain leaf.
+        component: of a quantised leaf, else empty.
+        by_expert: whether the first axis counts experts, each of which gets chunks of its own.
+    """
+
+    part: str
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str | None
+    component: str
+    by_expert: bool
+
+    @property
+    def name(self) -> str:
+        """Name inside its part, such as ``moe.gate.codes``."""
+        return ".".join(self.path)
+
+
+def disk_arrays(leaf: Leaf, spec: QuantSpec | None) -> tuple[DiskArray, ...]:
+    """The arrays that a leaf is on disk, codes first."""
+    by_expert = "experts" in leaf.spec.axes
+    if spec is None:
+        return (DiskArray(leaf.part, leaf.path, leaf.shape, None, "", by_expert),)
+    return tuple(
+        # An array without axes has no rows to read; it is one row here.
+        DiskArray(leaf.part, (*leaf.path, name), shape or (1,), dtype.name, name, by_expert)
+        for name, (shape, dtype) in spec.components(leaf.shape).items()
+    )
 
 
 def part_name(cfg: Config, layer: int) -> str:

@@ -15,22 +15,27 @@ import ml_dtypes
 import numpy as np
 
 from convert.header import printable
-from convert.layout import Leaf, layout
+from convert.layout import disk_arrays, layout
 from convert.reader import listing
 from convert.source import Original
 from glm_jax.config import Config
-from glm_jax.errors import CheckpointError, ConfigError
+from glm_jax.errors import CheckpointError, ConfigError, QuantError
+from glm_jax.quant import QuantSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 FORMAT = "glm-jax"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the first with quantised weights; a folder without any is still of version 1
 MANIFEST = "manifest.json"
 DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
+
+
+# Codes, zero points and permutations of quantised weights.
+ARRAY_DTYPES = DTYPES | {name: np.dtype(name) for name in ("uint8", "int8", "int16", "int32")}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ class ArrayRecord:
         shape = value["shape"]
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
             raise ValueError(f"impossible shape {shape!r}")
-        if value["dtype"] not in DTYPES or not re.fullmatch(r"[0-9a-f]{64}", str(value["sha256"])):
+        if value["dtype"] not in ARRAY_DTYPES or not re.fullmatch(r"[0-9a-f]{64}", str(value["sha256"])):
             raise ValueError(f"impossible dtype or sha256 in {value!r}")
         return cls(tuple(shape), value["dtype"], value["sha256"])
 
@@ -80,6 +85,7 @@ class Manifest:
         original: what is needed to write the source checkpoint back as it was.
         source: fingerprint of the source and the options it was converted with.
         parts: the arrays of each part.
+        storage: how leaves are quantised, by ``part/leaf``.
     """
 
     cfg: Config
@@ -87,19 +93,22 @@ class Manifest:
     original: Original
     source: str
     parts: Mapping[str, Records]
+    storage: Mapping[str, QuantSpec] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """Canonical text: equal manifests are equal bytes."""
         extra = {"latent_eps": self.cfg.latent_eps, "mtp_own_embeddings": self.cfg.mtp_own_embeddings}
         fields = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if self.storage else 1,
             "config": {**self.cfg.to_hf(), **extra},
             "dtype": self.dtype,
             "original": dataclasses.asdict(self.original),
             "source": self.source,
             "parts": {part: records_to_json(records) for part, records in self.parts.items()},
         }
+        if self.storage:
+            fields["storage"] = {leaf: spec.to_json() for leaf, spec in self.storage.items()}
         return json.dumps(fields, indent=1, sort_keys=True) + "\n"
 
     @classmethod
@@ -113,7 +122,7 @@ class Manifest:
             fields = json.loads(text)
             _check_version(fields, where)
             manifest = cls._from_fields(fields)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError, QuantError) as error:
             raise CheckpointError(f"{where} is damaged ({printable(str(error))}): convert again") from None
         _check_arrays(manifest, where)
         return manifest
@@ -128,6 +137,7 @@ class Manifest:
             original=_original(fields["original"]),
             source=str(fields["source"]),
             parts={part: records_from_json(records) for part, records in fields["parts"].items()},
+            storage={leaf: QuantSpec.parse(spec) for leaf, spec in fields.get("storage", {}).items()},
         )
 
 
@@ -194,6 +204,10 @@ def write_atomic(path: Path, text: str | bytes) -> None:
     os.replace(temporary, path)
 
 
+def _fits(dtype: str, fixed: str | None) -> bool:
+    return dtype in DTYPES if fixed is None else dtype == fixed
+
+
 def _original(fields: dict[str, Any]) -> Original:
     copies = tuple(name for name in ("embed", "head") if name in fields["mtp_copies"])
     dtypes = {str(key): DTYPES[value].name for key, value in fields["dtypes"].items()}
@@ -214,17 +228,20 @@ def _check_version(fields: Any, where: Path) -> None:
 
 
 def _check_arrays(manifest: Manifest, where: Path) -> None:
-    needed = {_key(leaf): leaf for members in layout(manifest.cfg).values() for leaf in members}
+    leaves = {f"{leaf.part}/{leaf.name}": leaf for members in layout(manifest.cfg).values() for leaf in members}
+    needed = {
+        f"{array.part}/{array.name}": array
+        for key, leaf in leaves.items()
+        for array in disk_arrays(leaf, manifest.storage.get(key))
+    }
     listed = {f"{part}/{name}": record for part, records in manifest.parts.items() for name, record in records.items()}
     groups = {
         "missing": [key for key in needed if key not in listed],
         "unknown": [printable(key) for key in listed if key not in needed],
-        "of the wrong shape": [k for k, leaf in needed.items() if k in listed and listed[k].shape != leaf.shape],
+        "of the wrong shape": [k for k, a in needed.items() if k in listed and listed[k].shape != a.shape],
+        "of the wrong dtype": [k for k, a in needed.items() if k in listed and not _fits(listed[k].dtype, a.dtype)],
+        "quantised, but not in the model": [printable(key) for key in manifest.storage if key not in leaves],
     }
     problems = [f"{len(items)} arrays {title}: {listing(items)}" for title, items in groups.items() if items]
     if problems:
         raise CheckpointError(f"{where} does not fit its own config.\n  " + "\n  ".join(problems))
-
-
-def _key(leaf: Leaf) -> str:
-    return f"{leaf.part}/{leaf.name}"

@@ -14,11 +14,11 @@ from convert.assemble import alone
 from convert.layout import Leaf
 from convert.manifest import DTYPES
 from convert.reader import listing
-from convert.source import Array, Original, SourceInfo, WeightSource, read_config
+from convert.source import Array, Original, Piece, SourceInfo, WeightSource, read_config
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from glm_jax.params import Path, leaves, param_specs
-from glm_jax.quant import Bfloat16Bits, Weight
+from glm_jax.quant import Bfloat16Bits, QuantizedTensor, QuantSpec, Weight
 
 
 class MemorySource(WeightSource):
@@ -62,25 +62,36 @@ class MemorySource(WeightSource):
         """The array's own."""
         return DTYPES[self._arrays[leaf.target].dtype.name]
 
-    def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Array]]:
-        """The rows of one layer, gathered from the devices that hold them."""
-        yield start, _on_host(self._arrays[leaf.target], leaf)[start:stop]
+    def storage(self, leaf: Leaf) -> QuantSpec | None:
+        """The array's own."""
+        array = self._arrays[leaf.target]
+        return array.spec if isinstance(array, QuantizedTensor) else None
+
+    def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Piece]]:
+        """The rows of one layer, gathered from the devices that hold them; quantised weights in one piece."""
+        array = self._arrays[leaf.target]
+        if isinstance(array, QuantizedTensor):
+            whole = array.map(lambda _, part: _on_host(part, leaf.slot))
+            stacked = len(leaf.shape) > 2
+            yield (start, whole[start:stop]) if stacked else (0, whole)
+        else:
+            yield start, _on_host(array, leaf.slot)[start:stop]
 
 
-def _on_host(array: Weight | Array, leaf: Leaf) -> Array:
+def _on_host(array: Weight | Array, slot: int | None) -> Array:
     """One layer, gathered shard by shard: a stack of all layers need not fit the host."""
     if isinstance(array, Bfloat16Bits):
-        return _on_host(array.bits, leaf).view(DTYPES["bfloat16"])
+        return _on_host(array.bits, slot).view(DTYPES["bfloat16"])
     if isinstance(array, np.ndarray):
-        return array if leaf.slot is None else array[leaf.slot]
-    out = np.empty(leaf.shape, array.dtype)
+        return array if slot is None else array[slot]
+    out = np.empty(array.shape if slot is None else array.shape[1:], array.dtype)
     for index, data in {str(shard.index): (shard.index, shard.data) for shard in array.addressable_shards}.values():
-        if leaf.slot is None:
+        if slot is None:
             out[index] = np.asarray(data)
             continue
         first, last, _ = index[0].indices(array.shape[0])
-        if first <= leaf.slot < last:
-            out[index[1:]] = _row(data, leaf.slot - first)
+        if first <= slot < last:
+            out[index[1:]] = _row(data, slot - first)
     return out
 
 
@@ -108,5 +119,7 @@ def _check_tree(cfg: Config, arrays: Mapping[Path, Any]) -> None:
 
 
 def _complete(array: Weight | Array) -> bool:
+    if isinstance(array, QuantizedTensor):
+        return all(_complete(part) for part in array.components().values())
     array = array.bits if isinstance(array, Bfloat16Bits) else array
     return isinstance(array, np.ndarray) or array.is_fully_addressable

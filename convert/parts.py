@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.layout import Leaf
-from convert.manifest import DTYPES
+from convert.layout import DiskArray
+from convert.manifest import ARRAY_DTYPES
 from glm_jax.errors import CheckpointError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -41,39 +41,39 @@ def remove_part(folder: Path, part: str) -> None:
             shutil.rmtree(leftover)
 
 
-def write_part(folder: Path, part: str, leaves: Sequence[Leaf], arrays: Mapping[str, Array]) -> None:
+def write_part(folder: Path, part: str, places: Sequence[DiskArray], arrays: Mapping[str, Array]) -> None:
     """Writes the arrays of a part; the folder appears under its name when all of them are complete.
 
     Args:
         folder: the converted folder.
         part: name of the part.
-        leaves: its layout.
-        arrays: contiguous, by leaf name.
+        places: its arrays.
+        arrays: their values, contiguous, by name.
     """
     import orbax.checkpoint as ocp  # takes a second, and only writing needs it
 
     tree, save_args = {}, {}
-    for leaf in leaves:
-        by_expert = (0,) if "experts" in leaf.spec.axes else ()
-        _insert(tree, leaf.path, arrays[leaf.name])
-        _insert(save_args, leaf.path, ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=by_expert))
+    for place in places:
+        by_expert = (0,) if place.by_expert else ()
+        _insert(tree, place.path, arrays[place.name])
+        _insert(save_args, place.path, ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=by_expert))
     remove_part(folder, part)
     with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
         checkpointer.save(part_folder(folder, part).resolve(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
 
 
-def is_whole(folder: Path, leaf: Leaf, dtype: str) -> bool:
+def is_whole(folder: Path, place: DiskArray, dtype: str) -> bool:
     """Whether the files of an array are all there in their full size; reads its metadata alone."""
-    path = part_folder(folder, leaf.part) / leaf.name
+    path = part_folder(folder, place.part) / place.name
     try:
         fields = json.loads((path / "zarr.json").read_bytes())
-        if (tuple(fields["shape"]), fields["data_type"]) != (leaf.shape, dtype):
+        if (tuple(fields["shape"]), fields["data_type"]) != (place.shape, dtype):
             return False
         stored = fields["chunk_grid"]["configuration"]["chunk_shape"]
         inner = fields["codecs"][0]["configuration"]["chunk_shape"]
-        grid = [size // step for size, step in zip(leaf.shape, stored, strict=True)]
+        grid = [size // step for size, step in zip(place.shape, stored, strict=True)]
         index = 16 * (math.prod(stored) // math.prod(inner)) + 4  # a place per inner chunk, and a checksum
-        size = math.prod(stored) * DTYPES[dtype].itemsize + index
+        size = math.prod(stored) * ARRAY_DTYPES[dtype].itemsize + index
         return all(path.joinpath("c", *map(str, at)).stat().st_size == size for at in np.ndindex(*grid))
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
         return False
@@ -93,27 +93,47 @@ def _handler() -> Any:
     )
 
 
-def read_leaf(folder: Path, leaf: Leaf, dtype: str, start: int, stop: int) -> Iterator[tuple[int, Array]]:
+def read_array(folder: Path, place: DiskArray, dtype: str, start: int, stop: int) -> Iterator[tuple[int, Array]]:
     """Rows ``start`` to ``stop`` of an array in pieces of about 32 MB, the next one read while one is used.
 
     Raises:
         CheckpointError: if the array is missing, damaged, or not of the shape and dtype expected.
     """
-    with _explained(leaf):
-        store = _open(part_folder(folder, leaf.part) / leaf.name)
-        if store.shape != leaf.shape or store.dtype.name != dtype:
+    with _explained(place):
+        store = _open(part_folder(folder, place.part) / place.name)
+        if store.shape != place.shape or store.dtype.name != dtype:
             raise CheckpointError(
-                f"{leaf.part}/{leaf.name} is {store.dtype.name} {list(store.shape)}, "
-                f"the manifest says {dtype} {list(leaf.shape)}: convert again"
+                f"{place.part}/{place.name} is {store.dtype.name} {list(store.shape)}, "
+                f"the manifest says {dtype} {list(place.shape)}: convert again"
             )
         bounds = list(_row_blocks(store, start, stop))
         futures = [store[first:last].read() for first, last in bounds[:1]]
     for i, (first, last) in enumerate(bounds):
         del last
-        with _explained(leaf):
+        with _explained(place):
             piece = futures.pop(0).result()
             futures += [store[a:b].read() for a, b in bounds[i + 1 : i + 2]]
         yield first, piece
+
+
+def read_rows(folder: Path, place: DiskArray, dtype: str, start: int, stop: int) -> Array:
+    """Rows of an array in one piece.
+
+    Raises:
+        CheckpointError: as :func:`read_array`.
+    """
+    pieces = [piece for _, piece in read_array(folder, place, dtype, start, stop)]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def row_blocks(folder: Path, place: DiskArray, start: int, stop: int) -> list[tuple[int, int]]:
+    """Rows ``start`` to ``stop`` of an array as stretches of about 32 MB that end where chunks do.
+
+    Raises:
+        CheckpointError: if the array is missing or damaged.
+    """
+    with _explained(place):
+        return list(_row_blocks(_open(part_folder(folder, place.part) / place.name), start, stop))
 
 
 def _open(path: Path) -> Any:
@@ -144,13 +164,13 @@ def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 @contextlib.contextmanager
-def _explained(leaf: Leaf) -> Iterator[None]:
+def _explained(place: DiskArray) -> Iterator[None]:
     """Turns TensorStore's errors into ours; it raises ValueError for everything."""
     try:
         yield
     except ValueError as error:
         reason = str(error).split(" [")[0]
-        raise CheckpointError(f"{leaf.part}/{leaf.name} is missing or damaged ({reason}): convert again") from None
+        raise CheckpointError(f"{place.part}/{place.name} is missing or damaged ({reason}): convert again") from None
 
 
 @contextlib.contextmanager

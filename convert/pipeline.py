@@ -17,11 +17,14 @@ from convert.header import printable
 from convert.manifest import DTYPES, FORMAT_VERSION, Records
 from convert.progress import Advance, progress_bar
 from convert.reader import listing
+from convert.requantise import Requantised
 from convert.source import WeightSource
 from convert.sources import open_source
 from convert.targets import TARGETS, Target, Unit, verify
 from convert.work import Job, Work, open_work
 from glm_jax.errors import CheckpointError
+from glm_jax.quant import QuantRules
+from glm_jax.quant.rounding import Method
 
 Form = Literal["orbax", "safetensors"]
 Bar = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
@@ -52,6 +55,8 @@ def convert(
     *,
     to: Form = "orbax",
     dtype: Literal["bfloat16", "float32"] | None = None,
+    quantize: str | QuantRules | None = None,
+    method: Method = "mse",
     check: bool = False,
     force: bool = False,
     progress: bool = False,
@@ -63,7 +68,9 @@ def convert(
         destination: new or empty folder, or that of an earlier run: a stopped conversion goes on, and of a finished
             one what is missing or of the wrong size is written again.
         to: "orbax" (parts that load fast and in slices) or "safetensors" (a Hugging Face folder).
-        dtype: of the weights; ``None`` keeps every array's own.
+        dtype: of the weights that are not quantised; ``None`` keeps every array's own.
+        quantize: a preset (:data:`glm_jax.quant.PRESETS`) or rules; ``None`` keeps every value.
+        method: how codes and scales are found when quantising.
         check: refuse weights that are NaN or infinite; compare every byte of a finished conversion with the source, and
             write again what differs.
         force: start over, replacing whatever conversion is in the destination.
@@ -72,14 +79,18 @@ def convert(
     Raises:
         CheckpointError: for bad sources, folders that cannot be written, full disks, and arrays that do not read back.
         ConfigError: for a ``config.json`` that this stack cannot run.
+        QuantError: for a quantisation that does not exist.
     """
     folder = _destination(destination)
     weights = source if isinstance(source, WeightSource) else open_source(source, dtype=dtype)
     if weights.info.folder and weights.info.folder.resolve() == folder:
         raise CheckpointError(f"{folder} is the source: choose another destination")
+    if rules := QuantRules.named(quantize):
+        weights = Requantised(weights, rules, method, dtype=dtype or weights.info.dtype)
     target = TARGETS[to](weights, None if dtype is None else DTYPES[dtype])
     bar: Bar = functools.partial(progress_bar, show=progress)
-    title = f"a conversion of {weights.info.name} to {to}, dtype {dtype or 'unchanged'}"
+    quantised = f", quantised {quantize if isinstance(quantize, str) else 'by rules'} by {method}" if quantize else ""
+    title = f"a conversion of {weights.info.name} to {to}, dtype {dtype or 'unchanged'}{quantised}"
     with open_work(folder, Job(_key(weights, to, dtype), title, weights.modified()), force=force) as work:
         if check:
             with bar("checking", weights.total_bytes()) as advance:

@@ -41,7 +41,7 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path, name = path, printable(path.name)
-        with _explain_reading(path), path.open("rb") as file:
+        with explain_reading(path), path.open("rb") as file:
             status = os.fstat(file.fileno())
             self.size, self.modified = status.st_size, status.st_mtime_ns
             length = header_length(file.read(LENGTH_BYTES), self.size, name)
@@ -62,9 +62,9 @@ class Shard:
         """A hash of the header and of pages of every tensor: its first, middle and last (all of a small one)."""
         digest = hashlib.sha256(self.digest.encode())
         # Plain reads: touching a mapped page would bring its neighbours into memory as well.
-        with _explain_reading(self.path), self.path.open("rb", buffering=0) as file:
+        with explain_reading(self.path), self.path.open("rb", buffering=0) as file:
             for entry in self.header.tensors.values():
-                for begin, end in _pages(entry.begin, entry.end):
+                for begin, end in pages(entry.begin, entry.end):
                     file.seek(begin)
                     page = file.read(end - begin)
                     if len(page) != end - begin:
@@ -74,7 +74,7 @@ class Shard:
 
     def _mapped(self) -> mmap.mmap:
         if self._map is None:
-            with _explain_reading(self.path), self.path.open("rb") as file:
+            with explain_reading(self.path), self.path.open("rb") as file:
                 # A file cut since its header was read would end the process at the first missing page.
                 if os.fstat(file.fileno()).st_size != self.size:
                     raise self._changed()
@@ -86,14 +86,16 @@ class Shard:
 
 
 @contextlib.contextmanager
-def _explain_reading(path: Path) -> Iterator[None]:
+def explain_reading(path: Path) -> Iterator[None]:
+    """Turns the operating system's errors into a :class:`CheckpointError` that names the file."""
     try:
         yield
     except OSError as error:
         raise CheckpointError(f"cannot read {path.parent / printable(path.name)}: {error.strerror}") from None
 
 
-def _pages(begin: int, end: int) -> list[tuple[int, int]]:
+def pages(begin: int, end: int) -> list[tuple[int, int]]:
+    """The byte ranges of a tensor that are sampled: its first, middle and last page, or all of a small one."""
     if end - begin <= 3 * PAGE_BYTES:
         return [(begin, end)]
     middle = (begin + end - PAGE_BYTES) // 2

@@ -13,14 +13,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from convert.header import NAMES, TensorEntry, printable
+from convert.formats.base import Stored
+from convert.header import NAMES, printable
 from convert.layout import MTP, REST, Leaf, layout, part_name
 from convert.reader import listing
-from convert.transforms import HEADS, WHOLE, Transform
+from convert.transforms import HEADS, TRANSPOSED, WHOLE, Transform
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
+from glm_jax.quant import QuantSpec
 
 _MOST_MISSING = 10_000
 FLOATS = ("BF16", "F16", "F32")
@@ -34,7 +34,7 @@ class Rule:
         name: within its layer (or whole, outside the layers); ``{expert}`` stands for a number.
         targets: parameters it fills, by name inside the part.
         transform: between the tensor and the parameters.
-        written: whether exports use this name (the fused expert tensors are only read).
+        written: whether exports use this name (other programs' names are only read).
     """
 
     name: str
@@ -66,6 +66,9 @@ _ATTENTION = [
     Rule("self_attn.kv_a_proj_with_mqa.weight", ("attn.kv_a",)),
     Rule("self_attn.kv_a_layernorm.weight", ("attn.kv_a_norm",)),
     Rule("self_attn.kv_b_proj.weight", ("attn.k_b", "attn.v_b"), HEADS),
+    # MLX and GGUF store the two halves of kv_b_proj apart, the first one turned.
+    Rule("self_attn.embed_q.weight", ("attn.k_b",), TRANSPOSED, written=False),
+    Rule("self_attn.unembed_out.weight", ("attn.v_b",), written=False),
     Rule("self_attn.o_proj.weight", ("attn.o",)),
 ]
 _DENSE = [*_ATTENTION, Rule("post_attention_layernorm.weight", ("mlp.norm",)), *_swiglu("mlp", "mlp.")]
@@ -77,6 +80,8 @@ _SPARSE = [
     *_swiglu("mlp.experts.{expert}", "moe."),
     Rule("mlp.experts.gate_up_proj", ("moe.gate", "moe.up"), written=False),
     Rule("mlp.experts.down_proj", ("moe.down",), written=False),
+    # MLX and GGUF stack the experts.
+    *[Rule(f"mlp.switch_mlp.{part}_proj.weight", (f"moe.{part}",), written=False) for part in ("gate", "up", "down")],
     *_swiglu("mlp.shared_experts", "moe.shared_"),
 ]
 _PREDICTION = [
@@ -205,7 +210,7 @@ def _grouped(rules: Sequence[Rule]) -> Iterator[list[Rule]]:
             yield experts
 
 
-def assign(cfg: Config, entries: Mapping[str, TensorEntry], aliases: Mapping[str, str]) -> dict[Slot, Tensor]:
+def assign(cfg: Config, entries: Mapping[str, Stored], aliases: Mapping[str, str]) -> dict[Slot, Tensor]:
     """Gives every slot of the parameter tree its checkpoint tensor.
 
     Args:
@@ -228,7 +233,7 @@ def assign(cfg: Config, entries: Mapping[str, TensorEntry], aliases: Mapping[str
         missing=_missing(matcher, {slot for slot, _ in filled}),
         twice=_twice(filled),
         shapes=[_shape_problem(t, entries[t.name]) for t in found.values() if entries[t.name].shape != t.shape],
-        dtypes=[_dtype_problem(n, e) for n, e in entries.items() if n in found and NAMES[e.dtype] not in FLOATS],
+        dtypes=[_dtype_problem(n, e) for n, e in entries.items() if n in found and not _is_weight(e)],
     )
     return dict(filled)
 
@@ -244,11 +249,15 @@ def _twice(filled: Sequence[tuple[Slot, Tensor]]) -> list[str]:
     return sorted({tensor.name for slot, tensor in filled if counts[slot] > 1})
 
 
-def _shape_problem(tensor: Tensor, entry: TensorEntry) -> str:
+def _is_weight(entry: Stored) -> bool:
+    return entry.spec is not None or NAMES[entry.dtype] in FLOATS
+
+
+def _shape_problem(tensor: Tensor, entry: Stored) -> str:
     return f"{printable(tensor.name)} is {list(entry.shape)}, the config needs {list(tensor.shape)}"
 
 
-def _dtype_problem(name: str, entry: TensorEntry) -> str:
+def _dtype_problem(name: str, entry: Stored) -> str:
     return f"{printable(name)} is {NAMES[entry.dtype]}"
 
 
@@ -269,9 +278,17 @@ def _count(items: Sequence[str]) -> str:
     return f"{len(items)}" if len(items) < _MOST_MISSING else f"at least {_MOST_MISSING}"
 
 
-def split(tensor: Tensor, array: np.ndarray[Any, np.dtype[Any]], slot: Slot) -> np.ndarray[Any, np.dtype[Any]]:
-    """The view of a checkpoint tensor that fills a slot."""
+def load(tensor: Tensor, stored: Stored, slot: Slot) -> Any:
+    """What fills a slot, out of a checkpoint tensor: a view, or a quantised weight repacked."""
     names = [leaf.name for leaf in tensor.leaves]
-    view = tensor.rule.transform.split(array, tensor.shapes)[names.index(slot[1])]
-    # A fused tensor holds every expert.
-    return view if tensor.expert is not None or slot[2] is None else view[slot[2]]
+    # A fused or stacked tensor holds every expert.
+    expert = None if tensor.expert is not None else slot[2]
+    alone = expert is not None and len(tensor.leaves) == 1
+    shapes = [shape[1:] for shape in tensor.shapes] if alone else tensor.shapes
+    whole = tensor.rule.transform.split(stored.load(expert if alone else None), shapes)[names.index(slot[1])]
+    return whole if expert is None or alone else whole[expert]
+
+
+def slot_storage(tensor: Tensor, stored: Stored) -> QuantSpec | None:
+    """How the slots that a checkpoint tensor fills are stored."""
+    return tensor.rule.transform.storage(stored.spec, stored.shape)

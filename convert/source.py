@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from convert.header import printable
-from convert.layout import MTP, REST, Leaf, layout
+from convert.layout import MTP, REST, DiskArray, Leaf, disk_arrays, layout
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from glm_jax.params import leaves, param_specs
@@ -23,7 +23,7 @@ from glm_jax.storage import Storage
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Piece = Array | QuantizedTensor
-Kind = Literal["huggingface", "converted", "synthetic", "memory"]
+Kind = Literal["huggingface", "gguf", "converted", "synthetic", "memory"]
 
 # What lies beside the weights and goes wherever they go.
 COMPANIONS = (
@@ -61,6 +61,7 @@ class SourceInfo:
         dtype: of most of its weights.
         original: what is needed to write the checkpoint back as it was.
         notes: sentences worth telling the user.
+        keep: what the folder needs to stay, where it is a temporary one.
     """
 
     kind: Kind
@@ -69,6 +70,7 @@ class SourceInfo:
     dtype: str
     original: Original = dataclasses.field(default_factory=Original)
     notes: tuple[str, ...] = ()
+    keep: Any = dataclasses.field(default=None, repr=False, compare=False)
 
 
 class WeightSource(abc.ABC):
@@ -142,8 +144,13 @@ def kept_dtype(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None) ->
 
 def storage_of(source: WeightSource, cfg: Config | None = None) -> Storage:
     """The quantised parameters of a source, under a config with the same runs (its own unless given)."""
-    specs = {leaf.target: source.storage(leaf) for members in source.layout().values() for leaf in members}
-    wanted = (path for path, _ in leaves(param_specs(cfg or source.cfg)))
+    return storage_by(cfg or source.cfg, source.storage)
+
+
+def storage_by(cfg: Config, storage: Callable[[Leaf], QuantSpec | None]) -> Storage:
+    """The quantised parameters of a model whose runs are layers of one storage each."""
+    specs = {leaf.target: storage(leaf) for members in layout(cfg).values() for leaf in members}
+    wanted = (path for path, _ in leaves(param_specs(cfg)))
     return Storage(tuple((path, spec) for path in wanted if (spec := specs.get(path))))
 
 
@@ -155,7 +162,8 @@ def split_runs(cfg: Config, storage: Callable[[Leaf], QuantSpec | None]) -> Conf
         for part, members in layout(plain).items()
         if part not in (MTP, REST)
     ]
-    return plain.replace(run_starts=tuple(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]))
+    same_kind = [i for i in range(1, len(kinds)) if cfg.mlp_layer_types[i] == cfg.mlp_layer_types[i - 1]]
+    return plain.replace(run_starts=tuple(i for i in same_kind if kinds[i] != kinds[i - 1]))
 
 
 def plain(piece: Piece) -> Array:
@@ -174,6 +182,22 @@ def build(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None = None) 
         out = np.empty(leaf.shape, target) if out is None else out
         out[start : start + len(piece)] = piece
     return np.empty(leaf.shape, target) if out is None else out
+
+
+def build_arrays(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None = None) -> dict[DiskArray, Array]:
+    """The arrays that a leaf is on disk, contiguous."""
+    spec = source.storage(leaf)
+    places = disk_arrays(leaf, spec)
+    if spec is None:
+        return {places[0]: np.ascontiguousarray(build(source, leaf, dtype))}
+    arrays = {place: np.empty(place.shape, place.dtype) for place in places}
+    for row, piece in source.pieces(leaf):
+        for place, array in arrays.items():
+            part = np.atleast_1d(np.asarray(getattr(piece, place.component)))
+            # A row of scales, or a permutation, may serve all rows of a matrix.
+            start = row if len(array) == leaf.shape[0] else 0
+            array[start : start + len(part)] = part
+    return arrays
 
 
 def main_dtype(source: WeightSource) -> str:

@@ -7,6 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from convert.converted import ConvertedSource
+from convert.gguf import GgufSource
+from convert.gguf import is_gguf as is_gguf
 from convert.hub import download, is_hub_id
 from convert.huggingface import HuggingFaceSource
 from convert.manifest import DTYPES, is_converted
@@ -23,8 +25,8 @@ def open_source(source: str | Path, *, dtype: str | None = None) -> WeightSource
     """Opens the weights behind a source string; reads configs and headers, and no weights.
 
     Args:
-        source: folder of safetensors or converted folder, hub id, ``"tiny"`` (the built-in miniature), or
-            ``"synthetic:flash?layers=4&seed=0"``.
+        source: folder of safetensors or converted folder, GGUF file or a folder with one, hub id, ``"tiny"`` (the
+            built-in miniature), or ``"synthetic:flash?layers=4&seed=0"``.
         dtype: in which synthetic weights are drawn (bfloat16 if ``None``); others keep theirs.
 
     Raises:
@@ -39,11 +41,15 @@ def open_source(source: str | Path, *, dtype: str | None = None) -> WeightSource
     if text == TINY:
         return _open_folder(_tiny_folder(), text)
     path = Path(os.path.expanduser(text))  # that of pathlib raises where ~ is nobody's home
+    if path.exists() and is_gguf(path):
+        return GgufSource(path, text)
     if path.is_dir():
         return _open_folder(path, text)
     if path.exists():
         refuse_pickle(path)
-        raise CheckpointError(f"{path} is a file: give the folder that holds config.json and the weights")
+        raise CheckpointError(
+            f"{path} is a file: give a .gguf file, or the folder that holds config.json and the weights"
+        )
     if not is_hub_id(text):
         raise CheckpointError(f"there is no folder {text}, and it is not a hub id such as zai-org/GLM-4.7-Flash")
     return _open_folder(download(text), text)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,12 +15,21 @@ from typing import Any, Protocol
 import numpy as np
 
 from convert.export import outputs
-from convert.layout import Leaf
-from convert.manifest import MANIFEST, ArrayRecord, Manifest, Records, digest, load_manifest, write_changed
-from convert.parts import is_whole, part_folder, read_leaf, write_part
+from convert.layout import DiskArray, Leaf, disk_arrays
+from convert.manifest import (
+    ARRAY_DTYPES,
+    MANIFEST,
+    ArrayRecord,
+    Manifest,
+    Records,
+    digest,
+    load_manifest,
+    write_changed,
+)
+from convert.parts import is_whole, part_folder, read_array, write_part
 from convert.progress import Advance
 from convert.reader import INDEX_NAME, Shard
-from convert.source import COMPANIONS, WeightSource, build, kept_dtype
+from convert.source import COMPANIONS, WeightSource, build_arrays, kept_dtype
 from convert.writer import Output, index_json, shard, write_shard
 from glm_jax.errors import CheckpointError
 
@@ -86,36 +96,45 @@ class Part:
         """Writes the Orbax checkpoint of the part."""
         arrays, records = {}, {}
         for leaf in self.leaves:
-            array = np.ascontiguousarray(build(self.source, leaf, self.dtype))
-            arrays[leaf.name], records[leaf.name] = array, ArrayRecord.of(array)
-            advance(array.nbytes)
-        write_part(folder, self.name, self.leaves, arrays)
+            for place, array in build_arrays(self.source, leaf, self.dtype).items():
+                arrays[place.name], records[place.name] = array, ArrayRecord.of(array)
+            advance(self.source.nbytes(leaf, self.dtype))
+        write_part(folder, self.name, self.places, arrays)
         return records
+
+    @property
+    def places(self) -> list[DiskArray]:
+        """Its arrays on disk."""
+        return [place for leaf in self.leaves for place in disk_arrays(leaf, self.source.storage(leaf))]
 
     def verify(self, folder: Path, records: Records, advance: Advance) -> list[str]:
         """Hashes every array as it is on disk."""
         wrong = []
-        for leaf in self.leaves:
-            record = records[leaf.name]
-            pieces = read_leaf(folder, leaf, record.dtype, 0, leaf.shape[0])
-            if ArrayRecord.of_pieces(leaf.shape, record.dtype, (piece for _, piece in pieces)) != record:
-                wrong.append(f"{self.name}/{leaf.name}")
-            advance(self.source.nbytes(leaf, self.dtype))
+        for place in self.places:
+            record = records[place.name]
+            pieces = read_array(folder, place, record.dtype, 0, place.shape[0])
+            if ArrayRecord.of_pieces(place.shape, record.dtype, (piece for _, piece in pieces)) != record:
+                wrong.append(f"{self.name}/{place.name}")
+            advance(math.prod(place.shape) * ARRAY_DTYPES[record.dtype].itemsize)
         return wrong
 
     def stands(self, folder: Path, records: Records) -> bool:
         """Sizes of the files of every array, and Orbax's own list of arrays."""
-        wanted = {leaf.name: (leaf.shape, kept_dtype(self.source, leaf, self.dtype).name) for leaf in self.leaves}
+        wanted = {
+            place.name: (place.shape, place.dtype or kept_dtype(self.source, leaf, self.dtype).name)
+            for leaf in self.leaves
+            for place in disk_arrays(leaf, self.source.storage(leaf))
+        }
         return (
             {name: (record.shape, record.dtype) for name, record in records.items()} == wanted
             and (part_folder(folder, self.name) / "_METADATA").is_file()
-            and all(is_whole(folder, leaf, records[leaf.name].dtype) for leaf in self.leaves)
+            and all(is_whole(folder, place, records[place.name].dtype) for place in self.places)
         )
 
     def record(self) -> Records:
         """Hashes every array, one at a time."""
-        arrays = ((leaf, build(self.source, leaf, self.dtype)) for leaf in self.leaves)
-        return {leaf.name: ArrayRecord.of(np.ascontiguousarray(array)) for leaf, array in arrays}
+        built = (build_arrays(self.source, leaf, self.dtype) for leaf in self.leaves)
+        return {place.name: ArrayRecord.of(array) for arrays in built for place, array in arrays.items()}
 
 
 class OrbaxTarget:
@@ -142,7 +161,13 @@ class OrbaxTarget:
         write_changed(folder / "config.json", _config_json(source.hf_config, self._dtype))
         # Parameters in memory have no name to go by; their hashes tell them apart.
         origin = digest(records) if info.kind == "memory" else key
-        manifest = Manifest(source.cfg, dtype, original, origin, records)
+        storage = {
+            f"{leaf.part}/{leaf.name}": spec
+            for members in source.layout().values()
+            for leaf in members
+            if (spec := source.storage(leaf))
+        }
+        manifest = Manifest(source.cfg, dtype, original, origin, records, storage)
         write_changed(folder / MANIFEST, manifest.to_json())
 
 

@@ -31,7 +31,17 @@ from glm_jax.quant import Bfloat16Bits, QuantizedTensor, QuantRules
 from glm_jax.sharding import Rules
 from glm_jax.storage import abstract_params
 
-__all__ = ["Form", "SourceInfo", "WeightSource", "load", "load_params", "open_source", "quantised", "save"]
+__all__ = [
+    "Form",
+    "SourceInfo",
+    "WeightSource",
+    "load",
+    "load_params",
+    "open_source",
+    "quantised",
+    "save",
+    "storage_of",
+]
 
 
 def load(

@@ -45,7 +45,7 @@ class Options:
     prompt: Positional[Annotated[str | None, text_option("PROMPT"), arg(help_behavior_hint="")]] = None
     """Text to continue or, with --chat, the message. Without one it is read from stdin, if something is piped in."""
     model: Annotated[str, arg(metavar="MODEL")] = "tiny"
-    """Folder (Hugging Face or converted), hub id, "tiny", or "synthetic:flash?layers=4&seed=0"."""
+    """Folder (Hugging Face, quantised or not; converted), .gguf file, hub id, "tiny", "synthetic:flash?layers=4"."""
     prompt_file: Annotated[str | None, text_option("FILE"), arg(help_behavior_hint="")] = None
     """Read the prompt from this file ("-" for stdin)."""
     chat: _Flag = False
@@ -70,8 +70,10 @@ class Options:
     """Other sampling options: '{"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1, "logprobs": 5}'."""
     json: _Flag = False
     """Print one JSON object per completion instead of the text."""
+    quantize: Annotated[str | None, arg(metavar="PRESET", help_behavior_hint="(default: as stored)")] = None
+    """int4, int4-small, int4-experts or int8: quantise the weights while loading."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of weights and activations."""
+    """Of activations, and of weights that are not quantised."""
     mesh: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
     """Devices to split the model over."""
     max_model_len: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: what fits)")] = None
@@ -106,6 +108,7 @@ def _load(options: Options) -> LLM:
 
     return LLM.load(
         options.model,
+        quantize=options.quantize,
         dtype=options.dtype,
         mesh=options.mesh,
         max_model_len="auto" if options.max_model_len is None else options.max_model_len,

@@ -24,6 +24,7 @@ from glm_jax.errors import GlmError, PromptError, SamplingError, ShardingError
 from glm_jax.memory import Setup, plan_on
 from glm_jax.model import GLM
 from glm_jax.prompts import Prompt
+from glm_jax.quant import QuantRules
 from glm_jax.requests import Requests
 from glm_jax.rows import Row
 from glm_jax.sampling import SamplingParams
@@ -79,6 +80,7 @@ class LLM:
         cls,
         source: str | Path = "tiny",
         *,
+        quantize: str | QuantRules | None = None,
         dtype: str = "bfloat16",
         cache_dtype: str | None = None,
         mesh: int | Mesh | None = None,
@@ -92,9 +94,13 @@ class LLM:
         """Loads a model.
 
         Args:
-            source: "tiny" (the built-in miniature), a Hugging Face folder or hub id, a converted folder, or
-                "synthetic:flash?layers=4&seed=0" (random weights, full width).
-            dtype: "bfloat16" or "float32", of weights and activations.
+            source: "tiny" (the built-in miniature), a Hugging Face folder or hub id, a converted folder, a GGUF file,
+                or "synthetic:flash?layers=4&seed=0" (random weights, full width).
+            quantize: "int4" (experts in 4 bits, the rest in 8), "int4-small" (everything in 4), "int4-experts",
+                "int8", or :class:`~glm_jax.quant.QuantRules`: done while loading, by the least squared error. For
+                learned rounding convert first: ``python -m convert SRC DST --quantize int4 --method signround``.
+                Unless given, every weight keeps the values of the source, and a quantised one stays quantised.
+            dtype: "bfloat16" or "float32", of activations and of weights that are not quantised.
             cache_dtype: "bfloat16" or "float32", of the latent cache; unless given that of the weights, and float32
                 on a CPU.
             mesh: number of devices, or a mesh with axes ("data", "model"); one device unless given.
@@ -118,11 +124,13 @@ class LLM:
         asked = _context_limit(weights.cfg, max_model_len)
         companions = Companions.read(weights.cfg, weights.info.folder)  # cheap, and may be what is missing
         rules, devices = _layout(mesh, sharding)
+        weights = checkpoint.quantised(weights, quantize, dtype, rules, devices)
         cache_dtype = cache_dtype or _cache_dtype(devices, dtype)
         planned = plan_on(
             weights.cfg,
             devices or jax.devices()[:1],
             dtype=dtype,
+            storage=checkpoint.storage_of(weights),
             cache_dtype=cache_dtype,
             rules=rules,
             context=asked,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from glm_jax.config import Config
     from glm_jax.memory import MemoryPlan
+    from glm_jax.sharding import Rules
+    from glm_jax.storage import Storage
 
 DESCRIPTION = """\
 Plan a model's memory: weights by part, cache, longest context, sequences at once, and the bound that memory bandwidth
@@ -47,12 +49,14 @@ class Options:
     """A card, or several: h100, b200x4. The device at hand unless given."""
     mesh: int | None = None
     """Number of the devices at hand to split the model over."""
+    quantize: str | None = None
+    """int4, int4-small, int4-experts or int8: plan the weights quantised so."""
     context: int | None = None
     """Tokens per sequence, prompt and completion together; the longest that fits unless given."""
     sequences: int = 1
     """Sequences at once (a batch is padded to a power of two: give that number)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights."""
+    """Of the weights that are not quantised."""
     cache_dtype: Literal["bfloat16", "float32"] | None = None
     """Of the latent cache; that of the weights unless given."""
     mtp: bool = True
@@ -69,8 +73,8 @@ def main(args: Sequence[str] | None = None) -> int:
     set_memory_fraction(options.memory_fraction)
     # Asking a GPU for its size should not take its memory from others.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    cfg = read_config_of(options.model)
-    where, plan = _plan(cfg, options)
+    cfg, stored = read_model(options.model)
+    where, plan = _plan(cfg, stored, options)
     if options.json:
         print(json.dumps({"model": options.model, "on": where, **plan.to_json()}))
     else:
@@ -78,42 +82,53 @@ def main(args: Sequence[str] | None = None) -> int:
     return OK
 
 
-def read_config_of(model: str) -> Config:
-    """The architecture behind a source string, from its config alone.
+def read_model(model: str) -> tuple[Config, Storage]:
+    """The architecture behind a source string and how its weights are quantised, from configs and headers alone.
 
     Raises:
-        CheckpointError: if there is none, or if its weights are quantised, which this version does not load.
+        CheckpointError: if there is none.
         ConfigError: for a ``config.json`` that this stack cannot run.
     """
     from convert.hub import is_hub_id
-    from convert.reader import refuse_pickle
-    from convert.sources import TINY
+    from convert.source import storage_of
+    from convert.sources import TINY, is_gguf, open_source
     from convert.synthetic import PREFIX, SyntheticSpec
+    from glm_jax.storage import Storage
 
     if model.startswith(PREFIX):
-        return SyntheticSpec.parse(model).cfg
+        return SyntheticSpec.parse(model).cfg, Storage()
     path = Path(__file__).parent / "tiny" if model == TINY else Path(os.path.expanduser(model))
-    if model and path.is_dir():
-        return _config_in(path)
-    if path.is_file():
-        refuse_pickle(path)
-        raise CheckpointError(f"{path} is a file: give the folder that holds config.json")
+    if model and path.is_dir() and not is_gguf(path):
+        return _in_folder(path)
+    if model and path.exists():
+        source = open_source(path)
+        return source.cfg, storage_of(source)
     if not is_hub_id(model):
         raise CheckpointError(f"there is no folder {model}, and it is not a hub id such as zai-org/GLM-4.7-Flash")
-    return _config_in(_download_config(model))
+    return _in_folder(_download_config(model))
 
 
-def _config_in(folder: Path) -> Config:
+def _in_folder(folder: Path) -> tuple[Config, Storage]:
+    from convert.converted import stated_storage
     from convert.manifest import is_converted, load_manifest
-    from convert.quantised import refuse_quantised
-    from convert.source import read_config
+    from convert.source import read_config, storage_of
+    from convert.sources import open_source
     from glm_jax.config import Config
+    from glm_jax.storage import Storage
 
     if is_converted(folder):
-        return load_manifest(folder).cfg
-    config = read_config(folder)
-    refuse_quantised(config, {}, folder)
-    return Config.from_hf(config)
+        return stated_storage(load_manifest(folder))
+    quantised = any(read_config(folder).get(key) for key in ("quantization_config", "quantization"))
+    if quantised and any(folder.glob("*.safetensors")):
+        source = open_source(folder)
+        return source.cfg, storage_of(source)
+    if quantised:
+        print(
+            "note: these weights are quantised, and how can be seen in the files alone: planned as if they were not "
+            "(give a local folder, or --quantize)",
+            file=sys.stderr,
+        )
+    return Config.from_hf(read_config(folder)), Storage()
 
 
 def _download_config(repo: str) -> Path:
@@ -129,21 +144,23 @@ def _download_config(repo: str) -> Path:
         ) from None
 
 
-def _plan(cfg: Config, options: Options) -> tuple[str, MemoryPlan]:
+def _plan(cfg: Config, stored: Storage, options: Options) -> tuple[str, MemoryPlan]:
     """Where, in words, and the plan."""
     from glm_jax.memory import find_gpus, plan
 
     if options.gpu is None:
-        return _plan_here(cfg, options)
+        return _plan_here(cfg, stored, options)
     if options.mesh is not None:
         raise MemoryPlanError(f"--mesh is for the devices at hand: write --gpu {options.gpu}x{options.mesh}")
     gpu, count = find_gpus(options.gpu)
     available = int(gpu.memory_bytes * options.memory_fraction)
-    made = plan(cfg, device_bytes=available, devices=count, bandwidth=gpu.bandwidth, **_asked(options, count))
+    made = plan(
+        cfg, device_bytes=available, devices=count, bandwidth=gpu.bandwidth, **_asked(cfg, stored, options, count)
+    )
     return f"{count} x {gpu.name}", made
 
 
-def _plan_here(cfg: Config, options: Options) -> tuple[str, MemoryPlan]:
+def _plan_here(cfg: Config, stored: Storage, options: Options) -> tuple[str, MemoryPlan]:
     from glm_jax.memory import plan_on
     from glm_jax.sharding import make_mesh
 
@@ -153,24 +170,37 @@ def _plan_here(cfg: Config, options: Options) -> tuple[str, MemoryPlan]:
         print(
             "note: on CPUs LLM.load keeps the cache in float32: add --cache-dtype float32 to plan that", file=sys.stderr
         )
-    return f"{mesh.size} x {kind}", plan_on(cfg, mesh, **_asked(options, mesh.size))
+    return f"{mesh.size} x {kind}", plan_on(cfg, mesh, **_asked(cfg, stored, options, mesh.size))
 
 
-def _asked(options: Options, devices: int) -> dict[str, Any]:
+def _asked(cfg: Config, stored: Storage, options: Options, devices: int) -> dict[str, Any]:
     from glm_jax.sharding import preset
 
     names = ("dtype", "cache_dtype", "context", "sequences", "mtp")
+    rules = preset("latency" if devices > 1 else "replicated")
     return {
-        "rules": preset("latency" if devices > 1 else "replicated"),
+        "rules": rules,
+        "storage": _storage(cfg, options.quantize, rules, devices) or stored,
         **{name: getattr(options, name) for name in names},
     }
+
+
+def _storage(cfg: Config, quantize: str | None, rules: Rules, devices: int) -> Storage | None:
+    from glm_jax.quant import QuantRules
+    from glm_jax.sharding import MESH_AXES
+    from glm_jax.storage import plan_storage
+
+    quant = QuantRules.named(quantize)
+    return None if quant is None else plan_storage(cfg, quant, rules, {MESH_AXES[1]: devices})[0]
 
 
 def _show(model: str, where: str, plan: MemoryPlan) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print(_weights_table(f"{model}, weights in {plan.setup.placement.dtype}", plan))
+    dtype = plan.setup.placement.dtype
+    how = f"quantised, the rest in {dtype}" if plan.setup.placement.storage else f"in {dtype}"
+    console.print(_weights_table(f"{model}, weights {how}", plan))
     console.print(_device_table(where, plan))
     # Sentences are wrapped by the terminal, so that they can be copied whole.
     console.print("\n".join(_sentences(plan)), soft_wrap=True, markup=False)

@@ -143,10 +143,10 @@ def _cut_blocks(cfg: Config, storage: Storage, rules: Rules, axis_sizes: Mapping
             local = param.shape[axis] // split
             if split > 1 and block and local % block:
                 yield f"{name} has blocks of {block} {words}, {local} on each device"
-            elif split > 1 and axis == -1 and (spec.permuted or local % spec.per_byte):
-                yield (
-                    f"{name} has its inputs permuted" if spec.permuted else f"{name} has {local} inputs on each device"
-                )
+            elif split > 1 and axis == -1 and spec.permuted:
+                yield f"{name} has its inputs permuted"
+            elif split > 1 and axis == -1 and local % spec.per_byte:
+                yield f"{name} has {local} inputs on each device, and packs {spec.per_byte} to a byte"
 
 
 def _split(axis: LogicalAxis | None, rules: Rules, axis_sizes: Mapping[str, int]) -> int:

@@ -9,11 +9,12 @@ import pytest
 from glm_jax.bench.__main__ import main
 from glm_jax.bench.machine import PeakMemory, resident
 from glm_jax.bench.measure import spread
-from glm_jax.bench.ours import active_parameters
-from glm_jax.config import Config
+from glm_jax.bench.ours import active_bytes
+from glm_jax.checkpoint import load
 from glm_jax.errors import GlmError
-from glm_jax.params import leaves, param_specs
+from glm_jax.params import leaves
 
+EXPERTS = [("moe", name) for name in ("gate", "up", "down")]
 QUICK = ["--repeats", "2", "--batch", "1,2"]
 
 
@@ -64,6 +65,8 @@ def test_prefill_has_a_case_per_batch_and_length(tmp_path, capsys):
         (["decode", "--tokens", "0"], "--tokens"),
         (["decode", "--json", "nowhere/report.json"], "nowhere"),
         (["decode", "--model", "synthetic:flash", "--peer", "transformers"], "convert"),
+        (["decode", "--quantize", "int3"], "there are int4, int4-small, int4-experts, int8"),
+        (["decode", "--peer", "unquantised"], "--quantize, which is not given"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_loaded(args, message):
@@ -81,13 +84,28 @@ def test_spread():
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "all": [3.0, 1.0, 2.0]}
 
 
-def test_active_parameters_are_those_of_the_chosen_experts():
-    cfg = Config.flash().replace(num_nextn_predict_layers=0)
-    total = sum(spec.size for _, spec in leaves(param_specs(cfg)))
-    sparse = sum(run.count for run in cfg.runs if run.kind == "sparse")
-    expert = 3 * cfg.hidden_size * cfg.moe_intermediate_size
-    idle = sparse * (cfg.n_routed_experts - cfg.num_experts_per_tok) * expert
-    assert active_parameters(cfg) == total - idle - (cfg.vocab_size - 1) * cfg.hidden_size
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_the_bytes_read_are_those_of_the_chosen_experts(quantize):
+    cfg, params, _ = load("tiny", dtype="float32", quantize=quantize)
+    held = dict(leaves(params))
+    experts = sum(held[path].nbytes for path in held if path[-1] in ("gate", "up", "down") and path[-2] == "moe")
+    mtp = sum(weight.nbytes for path, weight in held.items() if path[0] == "mtp")
+    of_mtp = sum(held[path].nbytes for path in held if path[-2:] in EXPERTS and path[0] == "mtp")
+    total = sum(weight.nbytes for weight in held.values())
+    idle = (experts - of_mtp) * (1 - cfg.num_experts_per_tok / cfg.n_routed_experts)
+    row = held["embed",].nbytes / cfg.vocab_size
+    assert active_bytes(cfg, params) == round(total - mtp - idle - held["embed",].nbytes + row)
+
+
+def test_a_quantised_model_beside_itself_unquantised(tmp_path):
+    files = ["--json", str(tmp_path / "q.json")]
+    args = ["--context", "5", "--tokens", "3", "--quantize", "int4", "--peer", "unquantised"]
+    assert main(["decode", *QUICK, *args, *files]) == 0
+    report = json.loads((tmp_path / "q.json").read_text())
+    assert (report["quantize"], report["peer"]) == ("int4", "unquantised")
+    loaded = report["loaded"]
+    assert loaded["glm_jax"]["weight_bytes"] < 0.26 * loaded["unquantised"]["weight_bytes"]
+    assert set(report["results"][0]) >= {"glm_jax", "unquantised", "ratio"}
 
 
 @pytest.mark.skipif(resident() is None, reason="needs /proc")

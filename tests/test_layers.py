@@ -29,7 +29,10 @@ LEVELS = {
     "convert": 4,
     **{f"glm_jax.{name}": 3 for name in ("model", "mtp", "sampling", "text")},
     "glm_jax.ops": 2,
-    **{f"glm_jax.{name}": 1 for name in ("cache", "config", "errors", "params", "quant", "sharding")},
+    **{
+        f"glm_jax.{name}": 1
+        for name in ("cache", "config", "config_checks", "errors", "params", "quant", "sharding", "storage")
+    },
     "pallas_kernels": 0,
 }
 NO_JAX = ("glm_jax.engine.request", "glm_jax.engine.blocks", "glm_jax.engine.scheduler")

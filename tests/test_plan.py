@@ -13,7 +13,7 @@ from glm_jax.cli import BAD_INPUT, finish
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError, ConfigError
 from glm_jax.memory import gpus
-from glm_jax.plan import main, read_config_of
+from glm_jax.plan import main, read_model
 
 FLASH = "synthetic:flash"
 SMALL = Config.flash(layers=3).replace(
@@ -146,7 +146,7 @@ def test_a_folder_needs_nothing_but_its_config(tmp_path, run):
     folder = write_config(tmp_path / "model")
     record = json.loads(run("--model", folder, "--gpu", "l40s", "--json")[0])
     assert record["parameters"] == glm_jax.memory.plan(SMALL, device_bytes=0).parameters
-    assert read_config_of(folder) == SMALL
+    assert read_model(folder)[0] == SMALL
 
 
 def test_a_converted_folder_is_as_its_manifest_says(tmp_path):
@@ -158,7 +158,7 @@ def test_a_converted_folder_is_as_its_manifest_says(tmp_path):
     manifest = Manifest(cfg=cfg, dtype="bfloat16", original=Original(), source="test", parts=parts)
     folder = write_config(tmp_path / "converted")
     (tmp_path / "converted" / "manifest.json").write_text(manifest.to_json())
-    assert read_config_of(folder) == cfg
+    assert read_model(folder)[0] == cfg
 
 
 def test_a_hub_id_downloads_the_config_alone(tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_a_hub_id_downloads_the_config_alone(tmp_path, monkeypatch):
         return str(tmp_path / filename)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert read_config_of("someone/Model-1.0") == SMALL
+    assert read_model("someone/Model-1.0")[0] == SMALL
     assert asked == [("someone/Model-1.0", "config.json")]
 
 
@@ -182,7 +182,7 @@ def test_the_hub_out_of_reach(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
     with pytest.raises(CheckpointError, match=r"no folder no/such, .*\(cannot find it\): .* or give a folder's path"):
-        read_config_of("no/such")
+        read_model("no/such")
 
 
 @pytest.mark.parametrize(
@@ -196,23 +196,26 @@ def test_the_hub_out_of_reach(monkeypatch):
 )
 def test_sources_that_are_none(source, words):
     with pytest.raises(CheckpointError, match=words):
-        read_config_of(source)
+        read_model(source)
 
 
 def test_files_are_refused(tmp_path):
-    for name, words in (("model.bin", "pickle"), ("model.safetensors", "give the folder")):
+    for name, words in (("model.bin", "pickle"), ("model.safetensors", "or the folder")):
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(CheckpointError, match=words):
-            read_config_of(str(tmp_path / name))
+            read_model(str(tmp_path / name))
 
 
 def test_configs_that_cannot_be_run_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
-        read_config_of(str(tmp_path))
+        read_model(str(tmp_path))
     with pytest.raises(ConfigError, match="model_type"):
-        read_config_of(write_config(tmp_path, model_type="llama"))
-    with pytest.raises(CheckpointError, match="quantised"):
-        read_config_of(write_config(tmp_path, quantization_config={"quant_method": "awq"}))
+        read_model(write_config(tmp_path, model_type="llama"))
+
+
+def test_a_quantised_config_without_weights_is_planned_as_if_it_were_not(tmp_path, capsys):
+    assert read_model(write_config(tmp_path, quantization_config={"quant_method": "awq"}))[0] == SMALL
+    assert "how can be seen in the files alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

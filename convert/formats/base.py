@@ -35,6 +35,7 @@ class Stored:
         tensors: names in the file, for messages.
         load: gives the weight, or with a number one row of its leading axis, reading no more than that. Values are
             checked here and not before.
+        unpacked: whether the file has it quantised in a way that no storage here holds, so that it is a plain array.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Stored:
     spec: QuantSpec | None
     tensors: tuple[str, ...]
     load: Callable[[int | None], Array | QuantizedTensor]
+    unpacked: bool = False
 
 
 class Tensors(Protocol):
@@ -116,7 +118,7 @@ class Module:
                 raise IndexError(f"{self.name} is a single matrix and has no stack axis to index")
             return build(row)
 
-        return Stored(f"{self.name}.weight", shape, np.dtype(dtype), spec, self.tensors, load)
+        return Stored(f"{self.name}.weight", shape, np.dtype(dtype), spec, self.tensors, load, unpacked=spec is None)
 
 
 def plain(name: str, reader: Tensors) -> Stored:

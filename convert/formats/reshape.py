@@ -24,7 +24,7 @@ def rows(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
         raise QuantError(f"a matrix with {outputs} outputs has no outputs {start} to {stop}")
     height = tensor.spec.block[0]
     if height > 1 and (start % height or (stop % height and stop != outputs)):
-        tensor, height = _one_scale_per_row(tensor), 1
+        tensor, height = one_scale_per_row(tensor), 1
     first, last = (start // height, -(-stop // height)) if height else (0, 1)
 
     def cut(name: str, array: Array) -> Array:
@@ -60,7 +60,8 @@ def transpose(tensor: QuantizedTensor) -> QuantizedTensor:
     return dataclasses.replace(tensor.map(turn), spec=dataclasses.replace(spec, block=(width, height)))
 
 
-def _one_scale_per_row(tensor: QuantizedTensor) -> QuantizedTensor:
+def one_scale_per_row(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The same with a copy of its block's scale for each output."""
     (height, width), outputs = tensor.spec.block, tensor.shape[-2]
 
     def repeat(name: str, array: Array) -> Array:

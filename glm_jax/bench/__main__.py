@@ -25,8 +25,10 @@ class Common:
     """Rows, one case each: "1,8"."""
     dtype: Literal["bfloat16", "float32"] = "float32"
     """Of weights and activations, on both sides."""
-    peer: Literal["transformers"] | None = None
-    """Also time this one, in turn, on the same weights."""
+    quantize: str | None = None
+    """int4, int4-small, int4-experts or int8: this program's weights, quantised while loading."""
+    peer: Literal["transformers", "unquantised"] | None = None
+    """Also time this one, in turn, on the same weights; "unquantised" is this program without --quantize."""
     repeats: int = 5
     """Times each side runs."""
     json: Path | None = None
@@ -81,11 +83,15 @@ def run(options: Decode | Prefill) -> dict[str, Any]:
     from glm_jax.compile_cache import use_compile_cache
 
     use_compile_cache()
-    if options.peer:
+    if options.peer == "transformers":
         Transformers.require(options.model)
     bandwidth = machine.read_bandwidth()
-    ours = Ours(options.model, options.dtype)
-    sides = [ours, *([Transformers(options.model, options.dtype)] if options.peer else [])]
+    ours = Ours(options.model, options.dtype, options.quantize)
+    sides = [ours]
+    if options.peer == "transformers":
+        sides.append(Transformers(options.model, options.dtype))
+    elif options.peer:
+        sides.append(Ours(options.model, options.dtype, name=options.peer))
     kind = "decode" if isinstance(options, Decode) else "prefill"
     results = _cases(options, sides, ours)
     bandwidth = max(bandwidth, machine.read_bandwidth())  # before or after, whichever was disturbed less
@@ -94,6 +100,7 @@ def run(options: Decode | Prefill) -> dict[str, Any]:
         "kind": kind,
         "model": options.model,
         "dtype": options.dtype,
+        "quantize": options.quantize,
         "peer": options.peer,
         "repeats": options.repeats,
         **settings,
@@ -134,6 +141,11 @@ def _check(options: Decode | Prefill) -> None:
     for name, count in counts.items():
         if count < 1:
             raise GlmError(f"{name} must be at least 1, not {count}")
+    from glm_jax.quant import QuantRules
+
+    QuantRules.named(options.quantize)
+    if options.peer == "unquantised" and options.quantize is None:
+        raise GlmError("--peer unquantised compares with --quantize, which is not given")
     for path in (options.json, options.markdown):
         if path is not None and not path.parent.is_dir():
             raise GlmError(f"cannot write {path}: {path.parent} is not a folder")

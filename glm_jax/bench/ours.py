@@ -15,7 +15,7 @@ from glm_jax.bench.side import Loaded
 from glm_jax.config import Config
 from glm_jax.decoding import STEPS, Runner
 from glm_jax.model import GLM
-from glm_jax.params import ParamSpec, leaves, param_specs
+from glm_jax.params import leaves
 from glm_jax.sampling import SamplerState, SamplingParams
 from glm_jax.steps import DecodeState, begin, decode_steps
 
@@ -23,18 +23,17 @@ from glm_jax.steps import DecodeState, begin, decode_steps
 class Ours:
     """The model in JAX on its default device."""
 
-    name = "glm_jax"
-
-    def __init__(self, source: str, dtype: str) -> None:
+    def __init__(self, source: str, dtype: str, quantize: str | None = None, name: str = "glm_jax") -> None:
+        self.name = name
         started = time.perf_counter()
         with PeakMemory() as memory:
             # Without the prediction layer: the peer does not load it.
-            self.cfg, params, _ = checkpoint.load(source, dtype=dtype, mtp=False)
+            self.cfg, params, _ = checkpoint.load(source, dtype=dtype, quantize=quantize, mtp=False)
             jax.block_until_ready(params)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         self.loaded = Loaded(seconds=time.perf_counter() - started, weight_bytes=size, peak_bytes=memory.peak)
         self.compile_seconds = 0.0
-        self._itemsize = jnp.dtype(dtype).itemsize
+        self._read = active_bytes(self.cfg, params)
         wide_cache = jax.devices()[0].platform == "cpu"
         self._runner = Runner(
             model=GLM(self.cfg),
@@ -85,7 +84,7 @@ class Ours:
 
     def bytes_per_step(self) -> int:
         """Bytes of weights that one token reads: every matrix once, of the routed experts the chosen ones."""
-        return active_parameters(self.cfg) * self._itemsize
+        return self._read
 
     def _steps(self, state: DecodeState, tokens: int) -> np.ndarray:
         parts = []
@@ -105,18 +104,17 @@ class Ours:
         self._warm.add(key)
 
 
-def active_parameters(cfg: Config) -> int:
-    """Parameters in the products of one token."""
+def active_bytes(cfg: Config, params: Any) -> int:
+    """Bytes of weights that the products of one token read, as they are stored."""
+    chosen = cfg.num_experts_per_tok / cfg.n_routed_experts
 
-    def used(path: tuple[str, ...], spec: ParamSpec) -> int:
-        if path[0] in ("embed", "mtp"):
-            return cfg.hidden_size if path[0] == "embed" and not cfg.tie_word_embeddings else 0
-        if path[-2:-1] == ("moe",) and path[-1] in ("gate", "up", "down"):
-            return spec.size // cfg.n_routed_experts * cfg.num_experts_per_tok
-        return spec.size
+    def read(path: tuple[str, ...], weight: Any) -> float:
+        if path[0] == "mtp" or (path[0] == "embed" and not cfg.tie_word_embeddings):
+            return 0 if path[0] == "mtp" else weight.nbytes / cfg.vocab_size
+        is_expert = path[-2:-1] == ("moe",) and path[-1] in ("gate", "up", "down")
+        return weight.nbytes * (chosen if is_expert else 1)
 
-    head = cfg.vocab_size * cfg.hidden_size if cfg.tie_word_embeddings else 0
-    return head + sum(used(path, spec) for path, spec in leaves(param_specs(cfg)))
+    return round(sum(read(path, weight) for path, weight in leaves(params)))
 
 
 def _copy(state: DecodeState) -> DecodeState:

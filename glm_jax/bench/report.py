@@ -27,11 +27,12 @@ def table(report: dict[str, Any]) -> str:
 def _heading(report: dict[str, Any]) -> str:
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    quantised = f"{report['quantize']} and " if report.get("quantize") else ""
     work = f"{report['tokens']} tokens" if report["kind"] == "decode" else "prompts"
     where = f"{machine['device']}: {machine['cpu']}, {machine['cores']} cores"
     speed = f"{machine['read_bytes_per_s'] / 1e9:.1f} GB/s read, load average {machine['load_average']:.1f}"
     lines = [
-        f"### {report['kind']}: {report['model']}, {report['dtype']}",
+        f"### {report['kind']}: {report['model']}, {quantised}{report['dtype']}",
         "",
         f"{work}, {report['repeats']} repeats in turn, median (least – greatest).",
         f"{where}; {speed}. {versions}; commit {machine['commit'] or 'unknown'}.",

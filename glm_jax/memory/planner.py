@@ -17,6 +17,7 @@ from glm_jax.memory.refusal import refusal
 from glm_jax.memory.setup import Need, Setup, axis_sizes
 from glm_jax.memory.sizes import PREDICTION_LAYER, Part, Placement, Workspace, decode_bytes
 from glm_jax.sharding import Rules
+from glm_jax.storage import Storage
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +121,7 @@ def plan(
     *,
     device_bytes: int,
     dtype: Any = "bfloat16",
+    storage: Storage = Storage(),
     cache_dtype: Any = None,
     devices: int | Mapping[str, int] = 1,
     rules: Rules = Rules(),
@@ -135,8 +137,9 @@ def plan(
     Args:
         cfg: the model.
         device_bytes: bytes that may be used on each device.
-        dtype: of the weights.
-        cache_dtype: of the latent cache; that of the weights unless given.
+        dtype: of the weights that are not quantised.
+        storage: the quantised weights (:func:`glm_jax.storage.plan_storage` makes one of rules).
+        cache_dtype: of the latent cache; ``dtype`` unless given.
         devices: number along the mesh axis "model", or the number along each axis.
         rules: mesh axis of each logical axis.
         context: tokens per row, prompt and completion together; the longest that fits unless given.
@@ -154,6 +157,7 @@ def plan(
     kind = jnp.dtype(dtype).name
     placement = Placement(
         dtype=kind,
+        storage=storage,
         cache_dtype=kind if cache_dtype is None else jnp.dtype(cache_dtype).name,
         rules=rules,
         axis_sizes=axis_sizes(cfg, rules, devices),
@@ -185,7 +189,7 @@ def plan_on(cfg: Config, devices: Mesh | Sequence[hardware.Device], **options: A
     Args:
         cfg: the model.
         devices: a mesh, or devices that would stand along its axis "model".
-        options: ``dtype, cache_dtype, rules, context, sequences, mtp`` of :func:`plan`.
+        options: ``dtype, storage, cache_dtype, rules, context, sequences, mtp`` of :func:`plan`.
     """
     present = list(devices.devices.flat) if isinstance(devices, Mesh) else list(devices)
     on_cpu = present[0].platform == "cpu"

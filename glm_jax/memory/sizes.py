@@ -14,6 +14,7 @@ from glm_jax.config import Config
 from glm_jax.ops.mla import KEY_BLOCK
 from glm_jax.params import ParamSpec, Path, leaves, param_specs
 from glm_jax.sharding import LogicalAxis, Rules
+from glm_jax.storage import Storage, component_axes
 
 # Prompts are run in chunks of this many tokens per row.
 PREFILL_CHUNK = 512
@@ -27,7 +28,8 @@ class Placement:
     """What decides, besides the architecture, how many bytes a device holds.
 
     Attributes:
-        dtype: of the weights.
+        dtype: of the weights that are not quantised.
+        storage: the quantised ones.
         cache_dtype: of the latent cache.
         rules: mesh axis of each logical axis.
         axis_sizes: devices along each mesh axis.
@@ -35,6 +37,7 @@ class Placement:
     """
 
     dtype: str = "bfloat16"
+    storage: Storage = Storage()
     cache_dtype: str = "bfloat16"
     rules: Rules = Rules()
     axis_sizes: tuple[tuple[str, int], ...] = ()
@@ -80,10 +83,21 @@ def weights(cfg: Config, placement: Placement) -> dict[str, Part]:
     names = "embedding attention dense_mlp routed_experts shared_experts routers norms head".split()
     parts = dict.fromkeys([*names, PREDICTION_LAYER], Part())
     for path, spec in leaves(param_specs(cfg)):
-        item = _itemsize(spec.dtype or placement.dtype)
-        here = placement.values(spec.shape, spec.axes)
-        parts[part_of(path)] += Part(spec.size, spec.size * item, here * item)
+        parts[part_of(path)] += _leaf_part(path, spec, placement)
     return parts
+
+
+def _leaf_part(path: Path, spec: ParamSpec, placement: Placement) -> Part:
+    quant = placement.storage.get(path)
+    if quant is None:
+        item = _itemsize(spec.dtype or placement.dtype)
+        return Part(spec.size, spec.size * item, placement.values(spec.shape, spec.axes) * item)
+    arrays = quant.components(spec.shape)
+    here = sum(
+        placement.values(shape, component_axes(name, shape, spec)) * dtype.itemsize
+        for name, (shape, dtype) in arrays.items()
+    )
+    return Part(spec.size, quant.nbytes(spec.shape), here)
 
 
 def part_of(path: Path) -> str:
@@ -178,16 +192,22 @@ def _layer_weights(cfg: Config, placement: Placement) -> int:
     blocks = param_specs(cfg)["runs"]
     # A run of one layer is no loop: its matrices are used where they are.
     loops = [str(i) for i, run in enumerate(cfg.runs) if run.count > 1] or list(blocks)
-    layer = max(sum(_one_matrix(path, spec, placement) for path, spec in leaves(blocks[i])) for i in loops)
+    layer = max(
+        sum(_one_matrix(("runs", i, *path), spec, placement) for path, spec in leaves(blocks[i])) for i in loops
+    )
+    quantised_head = placement.storage.get(("embed",) if cfg.tie_word_embeddings else ("head",))
     widened = placement.values((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
-    head = widened if placement.on_cpu and _itemsize(placement.dtype) < 4 else 0
+    head = widened if placement.on_cpu and _itemsize(placement.dtype) < 4 and not quantised_head else 0
     return (layer + head) * placement.itemsize
 
 
 def _one_matrix(path: Path, spec: ParamSpec, placement: Placement) -> int:
     """Values of a parameter in one layer, and of one expert where there are many."""
     skip = 2 if "experts" in spec.axes else 1
-    return placement.values(spec.shape[skip:], spec.axes[skip:])
+    values = placement.values(spec.shape[skip:], spec.axes[skip:])
+    # Quantised matrices are widened a few rows at a time on CPUs, but for the two that expand the cache.
+    in_rows = placement.on_cpu and placement.storage.get(path) and path[-1] not in ("k_b", "v_b")
+    return values // 4 if in_rows else values
 
 
 def distinct_experts(cfg: Config, rows: int) -> float:

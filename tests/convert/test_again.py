@@ -348,7 +348,7 @@ def test_failing_source_is_not_a_failing_destination(base, tmp_path, monkeypatch
     weights = open_source(source)
     fingerprint = weights.fingerprint()
     monkeypatch.setattr(weights, "fingerprint", lambda: fingerprint)
-    for shard in weights._reader.shards.values():
+    for shard in weights._files.shards.values():
         shard._map = None  # opening compared tensors, for which it mapped the file
     failing_read(monkeypatch, lambda path: path == source / name)
     with pytest.raises(CheckpointError) as caught:

@@ -74,7 +74,7 @@ def test_newer_format_version(folder):
         lambda m: m["parts"].update(rest=None),
         lambda m: m["parts"]["rest"].update(embed={}),
         lambda m: m["parts"]["rest"]["embed"].update(shape=[-1, 2]),
-        lambda m: m["parts"]["rest"]["embed"].update(dtype="int8"),
+        lambda m: m["parts"]["rest"]["embed"].update(dtype="int12"),
         lambda m: m["parts"]["rest"]["embed"].update(sha256="abc"),
     ],
 )

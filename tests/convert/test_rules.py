@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.header import TensorEntry
+from convert.formats.base import Stored
 from convert.layout import layout
 from convert.rules import TABLES, Matcher, assign, slots
 from glm_jax.config import Config
@@ -30,7 +30,11 @@ CONFIGS = {
 
 
 def entries_of(shapes, dtype=np.float32):
-    return {name: TensorEntry(np.dtype(dtype), shape, 0, 0) for name, shape in shapes.items()}
+    return {name: stored(name, shape, dtype) for name, shape in shapes.items()}
+
+
+def stored(name, shape, dtype=np.float32):
+    return Stored(name, shape, np.dtype(dtype), None, (name,), lambda _: np.zeros(shape, dtype))
 
 
 def small():
@@ -149,9 +153,11 @@ def test_all_problems_come_together():
     del entries["model.norm.weight"]
     del entries["model.layers.1.self_attn.kv_b_proj.weight"]
     entries["model.layers.9.extra"] = entries["lm_head.weight"]
-    entries["lm_head.weight"] = TensorEntry(np.dtype(np.float32), (7, 7), 0, 0)
-    entries["model.layers.2.mlp.gate.weight"] = TensorEntry(np.dtype(np.int32), (7, 40), 0, 0)
-    entries["model.layers.1.mlp.experts.down_proj"] = TensorEntry(np.dtype(np.float32), (7, 40, 12), 0, 0)
+    entries["lm_head.weight"] = stored("lm_head.weight", (7, 7), np.float32)
+    entries["model.layers.2.mlp.gate.weight"] = stored("model.layers.2.mlp.gate.weight", (7, 40), np.int32)
+    entries["model.layers.1.mlp.experts.down_proj"] = stored(
+        "model.layers.1.mlp.experts.down_proj", (7, 40, 12), np.float32
+    )
     text = problems(cfg, entries)
     assert "2 missing: model.layers.1.self_attn.kv_b_proj.weight, model.norm.weight" in text
     assert "1 unknown: model.layers.9.extra" in text
@@ -184,7 +190,7 @@ def test_one_expert_short():
 
 def test_float64_is_not_narrowed_silently():
     cfg, entries = small()
-    entries["model.norm.weight"] = TensorEntry(np.dtype(np.float64), (40,), 0, 0)
+    entries["model.norm.weight"] = stored("model.norm.weight", (40,), np.float64)
     assert "model.norm.weight is F64" in problems(cfg, entries)
 
 

@@ -52,7 +52,7 @@ def test_pickle_as_the_source(tmp_path, name):
 
 def test_single_file_as_the_source(tmp_path):
     checkpoints.write(tmp_path, CONFIG, checkpoints.random_tensors(CONFIG, 0), shards=1)
-    refused(tmp_path / "model-00001-of-00001.safetensors", "is a file: give the folder")
+    refused(tmp_path / "model-00001-of-00001.safetensors", "is a file: give a .gguf file, or the folder")
 
 
 def test_miniature_is_a_folder_of_the_package():
