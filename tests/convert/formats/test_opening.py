@@ -204,4 +204,4 @@ def test_int8_weights_of_compressed_tensors(tmp_path):
 def test_patterns_have_an_end(tmp_path):
     config = {"quant_method": "gptq", "bits": 4, "dynamic": {"a" * 2000: {}}}
     with pytest.raises(CheckpointError, match="in the configuration is broken"):
-        Description.read({"quantization_config": config}, tmp_path).declared("m")
+        Description.read({"quantization_config": config}, tmp_path)
