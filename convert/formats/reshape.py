@@ -72,7 +72,7 @@ def one_scale_per_row(tensor: QuantizedTensor) -> QuantizedTensor:
 
 def _in_order(tensor: QuantizedTensor) -> QuantizedTensor:
     (height, width), inputs = tensor.spec.block, tensor.shape[-1]
-    place = np.argsort(tensor.permutation, axis=-1)[..., None, :]
+    place = np.argsort(np.asarray(tensor.permutation), axis=-1)[..., None, :]
     packed = tensor.spec.per_byte == 2
 
     def order(array: Array) -> Array:
