@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -26,8 +27,12 @@ class Options:
     """Of the weights that are not quantised; unchanged unless given."""
     quantize: str | None = None
     """int4, int4-small, int4-experts or int8; every value stays as it is unless given."""
-    method: Literal["rtn", "mse"] = "mse"
-    """rtn: round to nearest. mse: search each group's scale for the least squared error."""
+    method: Literal["rtn", "mse", "signround"] = "mse"
+    """rtn: round to nearest. mse: search each group's scale for the least squared error. signround: also learn from
+    text how to round, layer by layer; slow, and best."""
+    calibration: Path | None = None
+    """Text for signround: a text file, or .jsonl with "text" or "messages" on each line. The miniature's own data
+    unless given, which suits the miniature."""
     check: bool = False
     """Refuse weights that are NaN or infinite; compare a finished conversion with the source, and mend it."""
     force: bool = False
@@ -38,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0 done, 2 for bad input, 130 stopped from the keyboard."""
     options = tyro.cli(Options, args=arguments, prog="python -m convert")
     # Conversion is the host's work: leave accelerators, and most of their memory, to others.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if options.method != "signround":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from convert.calibrate import Calibration
     from convert.pipeline import convert
 
     try:
@@ -49,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
             dtype=options.dtype,
             quantize=options.quantize,
             method=options.method,
+            calibration=None if options.calibration is None else Calibration(path=options.calibration),
             check=options.check,
             force=options.force,
             progress=True,

@@ -10,8 +10,9 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
+from convert.calibrate import CalibratedSource, Calibration
 from convert.checks import check_finite
 from convert.header import printable
 from convert.manifest import DTYPES, FORMAT_VERSION, Records
@@ -22,7 +23,7 @@ from convert.source import WeightSource
 from convert.sources import open_source
 from convert.targets import TARGETS, Target, Unit, verify
 from convert.work import Job, Work, open_work
-from glm_jax.errors import CheckpointError
+from glm_jax.errors import CheckpointError, QuantError
 from glm_jax.quant import QuantRules
 from glm_jax.quant.rounding import Method
 
@@ -56,7 +57,8 @@ def convert(
     to: Form = "orbax",
     dtype: Literal["bfloat16", "float32"] | None = None,
     quantize: str | QuantRules | None = None,
-    method: Method = "mse",
+    method: Literal["rtn", "mse", "signround"] = "mse",
+    calibration: Calibration | None = None,
     check: bool = False,
     force: bool = False,
     progress: bool = False,
@@ -70,7 +72,9 @@ def convert(
         to: "orbax" (parts that load fast and in slices) or "safetensors" (a Hugging Face folder).
         dtype: of the weights that are not quantised; ``None`` keeps every array's own.
         quantize: a preset (:data:`glm_jax.quant.PRESETS`) or rules; ``None`` keeps every value.
-        method: how codes and scales are found when quantising.
+        method: "rtn" rounds to nearest, "mse" searches scales for the least squared error, "signround" also learns
+            from text how to round (one layer in memory at a time, about 24 bytes per weight of it).
+        calibration: the text for "signround"; the miniature's own data unless given.
         check: refuse weights that are NaN or infinite; compare every byte of a finished conversion with the source, and
             write again what differs.
         force: start over, replacing whatever conversion is in the destination.
@@ -86,7 +90,9 @@ def convert(
     if weights.info.folder and weights.info.folder.resolve() == folder:
         raise CheckpointError(f"{folder} is the source: choose another destination")
     if rules := QuantRules.named(quantize):
-        weights = Requantised(weights, rules, method, dtype=dtype or weights.info.dtype)
+        weights = _requantised(weights, rules, method, calibration, dtype or weights.info.dtype)
+    elif calibration is not None:
+        raise QuantError("a calibration text is for quantising: say how, with quantize (--quantize)")
     target = TARGETS[to](weights, None if dtype is None else DTYPES[dtype])
     bar: Bar = functools.partial(progress_bar, show=progress)
     quantised = f", quantised {quantize if isinstance(quantize, str) else 'by rules'} by {method}" if quantize else ""
@@ -97,7 +103,21 @@ def convert(
                 check_finite(weights, advance)
         if work.done:
             _recall(work, target, bar, check=check)
-        return _run(work, target, bar, weights.info.notes)
+        if isinstance(weights, CalibratedSource):
+            weights.folder = folder
+        return _run(work, target, bar, weights)
+
+
+def _requantised(
+    source: WeightSource, rules: QuantRules, method: str, calibration: Calibration | None, dtype: str
+) -> WeightSource:
+    if method == "signround":
+        return CalibratedSource(source, rules, calibration or Calibration(), dtype=dtype)
+    if calibration is not None:
+        raise QuantError(f"the method {method} uses no calibration text: say signround, or leave the text out")
+    if method not in get_args(Method):
+        raise QuantError(f"no method {method!r}; there are {', '.join(get_args(Method))}, signround")
+    return Requantised(source, rules, cast(Method, method), dtype=dtype)
 
 
 def _destination(destination: str | Path) -> Path:
@@ -134,7 +154,7 @@ def _recall(work: Work, target: Target, bar: Bar, *, check: bool) -> None:
                 work.forget(unit.name)
 
 
-def _run(work: Work, target: Target, bar: Bar, notes: tuple[str, ...]) -> Report:
+def _run(work: Work, target: Target, bar: Bar, source: WeightSource) -> Report:
     pending = [unit for unit in target.units if work.records(unit.name) is None]
     if work.done and not pending:
         work.sweep()
@@ -142,10 +162,11 @@ def _run(work: Work, target: Target, bar: Bar, notes: tuple[str, ...]) -> Report
     else:
         work.begin()
         work.sweep()
-        _write(work, pending, bar)
+        _write(work, pending, bar, source)
         records = _verified(work, target, bar, _total(target))
     target.finish(work.folder, work.job.key, records)
     work.finish()
+    notes = (*source.info.notes, *(source.notes() if isinstance(source, CalibratedSource) else ()))
     return Report(work.folder, _total(target), len(pending), len(target.units) - len(pending), notes)
 
 
@@ -153,13 +174,42 @@ def _total(target: Target) -> int:
     return sum(unit.nbytes for unit in target.units)
 
 
-def _write(work: Work, pending: Sequence[Unit], bar: Bar) -> None:
+def _write(work: Work, pending: Sequence[Unit], bar: Bar, source: WeightSource) -> None:
     needed = sum(unit.nbytes for unit in pending)
+    if isinstance(source, CalibratedSource) and pending:
+        source.require_memory()
     with bar("converting", needed) as advance:
         for unit in pending:
             work.require_space(needed)
             needed -= unit.nbytes
-            work.record(unit.name, unit.write(work.folder, advance))
+            meter = _Meter(advance)
+            if isinstance(source, CalibratedSource):
+                source.advance = functools.partial(meter.early, unit.nbytes)
+            work.record(unit.name, unit.write(work.folder, meter))
+
+
+class _Meter:
+    """Progress of a unit that takes long to make before its first byte is written.
+
+    Args:
+        advance: takes bytes done.
+    """
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance, self._given = advance, 0
+
+    def early(self, nbytes: int, share: float) -> None:
+        """Counts a share of the unit's bytes ahead of time."""
+        count = min(int(share * nbytes), nbytes - self._given)
+        self._given += count
+        self._advance(count)
+
+    def __call__(self, count: int) -> None:
+        """Counts bytes written, but for those that were counted already."""
+        covered = min(count, self._given)
+        self._given -= covered
+        if count > covered:
+            self._advance(count - covered)
 
 
 def _verified(work: Work, target: Target, bar: Bar, total: int) -> dict[str, Records]:

@@ -55,7 +55,7 @@ class Runner:
         model: the module.
         params: its parameters.
         mesh: of the parameters, or None for one device.
-        cache_dtype: of the latent cache.
+        cache_dtype: of the latent cache, one of :data:`glm_jax.cache.CACHE_DTYPES`.
         valid_vocab: ids from here on are never drawn.
         unused_ids: nor are these.
         eos_ids: end a row unless it ignores them.
@@ -80,7 +80,16 @@ class Runner:
     def cache(self, rows: int, slots: int, layers: int | None = None) -> LatentCache:
         """An empty cache of at least ``slots`` slots, for all layers or for ``layers``."""
         cfg, capacity, rules = self.model.cfg, self._capacity(slots), self.model.rules
-        return LatentCache.create(cfg, rows, capacity, self.cache_dtype, layers=layers, rules=rules, mesh=self.mesh)
+        return LatentCache.create(
+            cfg,
+            rows,
+            capacity,
+            self.cache_dtype,
+            layers=layers,
+            rules=rules,
+            mesh=self.mesh,
+            reads_as=plain_cache_dtype(self.mesh, self.params["embed"].dtype),
+        )
 
     def _capacity(self, slots: int) -> int:
         return min(bucket(slots, _SMALLEST_CACHE), max(self.max_len, slots))
@@ -155,7 +164,7 @@ class Runner:
             # Completions of one prompt each get a copy of its cache.
             order = {prompt: i for i, prompt in enumerate(prompts)}
             of_row = np.asarray([order[row.prompt_ids] for row in rows] + [0] * (count - len(rows)), np.int32)
-            cache, logits, lengths = LatentCache(cache.data[:, of_row]), logits[of_row], lengths[of_row]
+            cache, logits, lengths = cache.take(of_row), logits[of_row], lengths[of_row]
         budgets = np.asarray([row.budget for row in padded], np.int32)
         filler = np.arange(count) >= len(rows)
         with self._notice("sampling", timing, cache.data.shape, sampler.features):
@@ -233,6 +242,12 @@ class Runner:
                 if len(prompt) > start:
                     out[row].append(host[row, max(0, first - start) : len(prompt) - start])
         return [np.concatenate(parts) for parts in out]
+
+
+def plain_cache_dtype(mesh: Mesh | None, dtype: Any) -> str:
+    """The weights', but on a CPU float32, which holds the same values: XLA:CPU would widen the cache at every layer."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return "float32" if device.platform == "cpu" else jnp.dtype(dtype).name
 
 
 def _slots(rows: Sequence[Row]) -> int:

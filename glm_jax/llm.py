@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from glm_jax import checkpoint, prompts, steps
 from glm_jax.answers import AnswerFormat, ChatStream
+from glm_jax.cache import cache_kind
 from glm_jax.checkpoint import Form, SourceInfo
 from glm_jax.companions import Companions
 from glm_jax.compile_cache import use_compile_cache
 from glm_jax.completion import Completion, Piece, Score, Timing
 from glm_jax.config import Config
-from glm_jax.decoding import Runner
+from glm_jax.decoding import Runner, plain_cache_dtype
 from glm_jax.errors import GlmError, PromptError, SamplingError, ShardingError
 from glm_jax.memory import Setup, plan_on
 from glm_jax.model import GLM
@@ -70,7 +70,7 @@ class LLM:
         self.max_model_len = min(max_model_len or cfg.max_position_embeddings, cfg.max_position_embeddings)
         self.timing = Timing()
         self._params: steps.Params | None = params
-        self._cache_dtype = jnp.dtype(cache_dtype or _cache_dtype(mesh, params["embed"].dtype))
+        self._cache_dtype = cache_kind(cache_dtype or plain_cache_dtype(mesh, params["embed"].dtype))
         self._template, self._info, self._setup = companions.template, info, setup
         seeds = random.SystemRandom() if seed is None else random.Random(seed)
         self._requests = Requests(companions=companions, vocab=cfg.vocab_size, max_len=self.max_model_len, seeds=seeds)
@@ -101,8 +101,8 @@ class LLM:
                 learned rounding convert first: ``python -m convert SRC DST --quantize int4 --method signround``.
                 Unless given, every weight keeps the values of the source, and a quantised one stays quantised.
             dtype: "bfloat16" or "float32", of activations and of weights that are not quantised.
-            cache_dtype: "bfloat16" or "float32", of the latent cache; unless given that of the weights, and float32
-                on a CPU.
+            cache_dtype: "bfloat16", "float32", "int8" or "fp8", of the latent cache; unless given that of the
+                activations, and float32 on a CPU. The last two take half of bfloat16's bytes, and round what is stored.
             mesh: number of devices, or a mesh with axes ("data", "model"); one device unless given.
             sharding: layout on the mesh, "latency" (the default: heads and widths split) or "replicated".
             max_model_len: longest prompt and completion together; "auto" is what the model and the memory allow.
@@ -117,15 +117,15 @@ class LLM:
             MemoryPlanError: if it cannot fit, with the arithmetic.
         """
         use_compile_cache()
-        for name, value in (("dtype", dtype), ("cache_dtype", cache_dtype or "float32")):
-            if value not in _DTYPES:
-                raise GlmError(f"{name} must be {' or '.join(_DTYPES)}, not {value!r}")
+        if dtype not in _DTYPES:
+            raise GlmError(f"dtype must be {' or '.join(_DTYPES)}, not {dtype!r}")
+        cache_dtype = None if cache_dtype is None else cache_kind(cache_dtype)
         weights = checkpoint.open_source(source, dtype=dtype)
         asked = _context_limit(weights.cfg, max_model_len)
         companions = Companions.read(weights.cfg, weights.info.folder)  # cheap, and may be what is missing
         rules, devices = _layout(mesh, sharding)
         weights = checkpoint.quantised(weights, quantize, dtype, rules, devices)
-        cache_dtype = cache_dtype or _cache_dtype(devices, dtype)
+        cache_dtype = cache_dtype or plain_cache_dtype(devices, dtype)
         planned = plan_on(
             weights.cfg,
             devices or jax.devices()[:1],
@@ -353,12 +353,6 @@ def _context_limit(cfg: Config, asked: int | str) -> int | None:
     if not isinstance(asked, int) or not 1 < asked <= cfg.max_position_embeddings:
         raise GlmError(f'max_model_len must be "auto" or 2 to {cfg.max_position_embeddings:,}, not {asked!r}')
     return asked
-
-
-def _cache_dtype(mesh: Mesh | None, dtype: Any) -> str:
-    """The weights', but on a CPU float32, which holds the same values: XLA:CPU would widen the cache at every layer."""
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    return "float32" if device.platform == "cpu" else jnp.dtype(dtype).name
 
 
 def _together(rows: list[np.ndarray], many: bool) -> Any:

@@ -148,9 +148,9 @@ class GLM(nn.Module):
         axes = {name: specs["mtp"][name] for name in core}
         placed = (_spec_tree(core, axes, self.rules), leaf_specs(table, specs["embed"], self.rules))
         call = local.wrap(local.draft, placed, cache is not None)
-        state, data = call((core, table), (hidden, next_tokens, positions), None if cache is None else cache.data)
+        state, cache = call((core, table), (hidden, next_tokens, positions), cache)
         logits = self._head(state, weights.get("head", self.weights.get("head", self.weights["embed"])))
-        return logits, state, None if data is None else LatentCache(data)
+        return logits, state, cache
 
     def _hidden(self, tokens, positions, cache, trace, edit, attention):  # noqa: ANN001, ANN202
         positions = _positions(tokens, positions, cache)
@@ -162,8 +162,8 @@ class GLM(nn.Module):
         specs = param_specs(self.cfg)
         axes = _spec_tree(body, {name: specs[name] for name in body}, self.rules)
         call = local.wrap(local.hidden, axes, cache is not None)
-        (hidden, recorded), data = call(body, (tokens, positions), None if cache is None else cache.data)
-        return hidden, None if data is None else LatentCache(data), recorded
+        (hidden, recorded), cache = call(body, (tokens, positions), cache)
+        return hidden, cache, recorded
 
     def _head(self, hidden: jax.Array, weight: Any) -> jax.Array:
         def local(weight: Any, hidden: jax.Array) -> jax.Array:
@@ -275,6 +275,7 @@ def _check_cache(cfg: Config, cache: LatentCache | None, batch: int, layers: int
     found, expected = cache.data.shape, (layers, batch, cache.capacity, cfg.cache_width)
     if found != expected:
         raise ConfigError(f"the cache is {found} (layers, rows, slots, width); these tokens need {expected}")
+    cache.check_scales()
 
 
 def _check_names(cfg: Config, names: Sequence[str]) -> None:

@@ -7,14 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from glm_jax.cache import LatentCache
 from glm_jax.ops.block import Context, block
 from glm_jax.ops.linear import embed, linear
 from glm_jax.ops.norm import rms_norm
 
 
 def draft_hidden(
-    ctx: Context, hidden: jax.Array, next_tokens: jax.Array, cache: jax.Array | None, w: dict[str, Any], table: Any
-) -> tuple[jax.Array, jax.Array | None]:
+    ctx: Context, hidden: jax.Array, next_tokens: jax.Array, cache: LatentCache | None, w: dict[str, Any], table: Any
+) -> tuple[jax.Array, LatentCache | None]:
     """State from which the token after ``next_tokens`` is predicted.
 
     Entry ``p`` joins the model's hidden state of position ``p`` with token ``p + 1`` and predicts token ``p + 2``::
@@ -25,7 +26,7 @@ def draft_hidden(
     Args:
         hidden: ``[B, T, D]``, the model's state **after** its final norm.
         next_tokens: int32 ``[B, T]``.
-        cache: this layer's own, ``[1, B, S, R + P]``.
+        cache: this layer's own, of one layer.
         w: the ``mtp`` parameters.
         table: embedding rows of this device.
 

@@ -57,7 +57,7 @@ class Options:
     """Sequences at once (a batch is padded to a power of two: give that number)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the weights that are not quantised."""
-    cache_dtype: Literal["bfloat16", "float32"] | None = None
+    cache_dtype: Literal["bfloat16", "float32", "int8", "fp8"] | None = None
     """Of the latent cache; that of the weights unless given."""
     mtp: bool = True
     """Count the multi-token-prediction layer, which is loaded with the model."""

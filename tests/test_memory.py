@@ -202,17 +202,33 @@ def test_the_workspace_covers_what_the_compiler_asks_for(rows, chunk, slots, mib
 
 # The same on a CPU: float32 weights, and bfloat16 ones, which a CPU widens.
 @pytest.mark.parametrize(
-    ("dtype", "rows", "slots", "mib"),
+    ("dtype", "cache", "rows", "slots", "mib"),
     [
-        ("float32", 1, 4096, 299.3),
-        ("float32", 1, 2048, 393.7),
-        ("float32", 4, 4096, 883.1),
-        ("bfloat16", 1, 4096, 1678.8),
+        ("float32", "float32", 1, 4096, 299.3),
+        ("float32", "float32", 1, 2048, 393.7),
+        ("float32", "float32", 4, 4096, 883.1),
+        ("bfloat16", "float32", 1, 4096, 1678.8),
+        ("float32", "int8", 1, 4096, 252.6),
+        ("float32", "fp8", 1, 2048, 393.7),
+        ("float32", "fp8", 4, 4096, 696.3),
     ],
 )
-def test_the_workspace_covers_what_a_cpu_asks_for(dtype, rows, slots, mib):
-    space = workspace(FLASH, Placement(dtype=dtype, cache_dtype="float32", on_cpu=True), rows, slots)
+def test_the_workspace_covers_what_a_cpu_asks_for(dtype, cache, rows, slots, mib):
+    space = workspace(FLASH, Placement(dtype=dtype, cache_dtype=cache, on_cpu=True), rows, slots)
     assert mib * 2**20 <= space.total
+
+
+def test_the_workspace_of_an_8_bit_cache_counts_rows_as_stored_and_as_read():
+    """In bfloat16, 16,384 slots: rows as stored, and a block of keys and the chunk, in float32 and rounded."""
+    plain, narrow = (workspace(FLASH, Placement(cache_dtype=kind), 2, 16_384) for kind in ("bfloat16", "int8"))
+    stored, wide = 16_384 * (576 + 8), (1024 + 512) * 576 * (4 + 2)
+    assert plain.activations - narrow.activations == 2 * (16_384 * 576 * 2 - stored - wide)
+
+
+def test_bfloat16_in_place_of_float32_leaves_an_8_bit_cache_as_it_is():
+    made = on(gpu="h100", dtype="float32", cache_dtype="fp8", context=4096)
+    assert made.setup.in_dtype("bfloat16").placement.cache_dtype == "fp8"
+    assert "cache_dtype" not in made.refusal()
 
 
 def test_splitting_makes_the_workspace_smaller():
@@ -227,6 +243,7 @@ SPLITS = st.sampled_from(
     [(cfg, n) for cfg in VARIANTS.values() for n in ([1, 2, 4] if cfg is FLASH else [1, 2, 4, 5, 10, 20])]
 )
 DTYPES = st.sampled_from(["bfloat16", "float32"])
+CACHES = st.sampled_from([None, "bfloat16", "float32", "int8", "fp8"])
 BUDGETS = st.one_of(st.integers(0, 10**8), st.integers(10**8, 3 * 10**11))
 
 
@@ -234,10 +251,10 @@ def split_plan(cfg, devices, **options) -> MemoryPlan:
     return plan(cfg, devices=devices, rules=preset("latency" if devices > 1 else "replicated"), **options)
 
 
-@given(SPLITS, DTYPES, st.booleans(), st.data())
-def test_more_never_needs_less(split, dtype, on_cpu, data):
+@given(SPLITS, DTYPES, CACHES, st.booleans(), st.data())
+def test_more_never_needs_less(split, dtype, cache_dtype, on_cpu, data):
     cfg, devices = split
-    setup = split_plan(cfg, devices, device_bytes=0, dtype=dtype, on_cpu=on_cpu).setup
+    setup = split_plan(cfg, devices, device_bytes=0, dtype=dtype, cache_dtype=cache_dtype, on_cpu=on_cpu).setup
     lengths = st.one_of(st.integers(1, cfg.max_position_embeddings), st.integers(2040, 2060))
     short, long = sorted(data.draw(st.tuples(lengths, lengths)))
     few, many = sorted(data.draw(st.tuples(st.integers(1, 300), st.integers(1, 300))))
@@ -306,6 +323,7 @@ def test_a_refusal_shows_the_arithmetic_and_what_would_fit():
         "= 61.21 GB, but each of the 2 devices has 48.95 GB",
         "what would fit: 9 sequences of that length",
         "what would fit: a context of 18,916 tokens for each sequence",
+        'what would fit: 8 bits per cached value, with cache_dtype="int8" or "fp8"',
         "what would fit: 4 such devices, with mesh=4",
     ]
     # What it says is true, and one more is too much.
@@ -313,6 +331,8 @@ def test_a_refusal_shows_the_arithmetic_and_what_would_fit():
     assert not on(gpu="rtx6000-adax2", context=32_768, sequences=10).fits
     assert on(gpu="rtx6000-adax2", context=18_916, sequences=16).fits
     assert not on(gpu="rtx6000-adax2", context=18_917, sequences=16).fits
+    for kind in ("int8", "fp8"):
+        assert on(gpu="rtx6000-adax2", context=32_768, sequences=16, cache_dtype=kind).fits
     assert on(gpu="rtx6000-adax4", context=32_768, sequences=16).fits
 
 

@@ -123,6 +123,12 @@ def test_options_reach_the_plan(run):
     assert record("--dtype", "float32")["cache_bytes_per_token"] == 2 * 54_144
     assert record("--cache-dtype", "float32")["cache_bytes_per_token"] == 2 * 54_144
     assert record("--cache-dtype", "float32")["weight_bytes"] == plain["weight_bytes"]
+    for kind in ("int8", "fp8"):
+        narrow = record("--cache-dtype", kind)
+        assert (narrow["cache_dtype"], narrow["cache_bytes_per_token"]) == (kind, 27_448)
+        assert narrow["device_needs"]["cache"] == 1000 * 27_448
+        assert narrow["weight_bytes"] == plain["weight_bytes"]
+        assert plain["decode_bytes"] - narrow["decode_bytes"] == 1000 * (54_144 - 27_448)
     assert record("--sequences", "3")["device_needs"]["cache"] == 3 * 1000 * 54_144
     bare = record("--no-mtp")
     assert plain["device_needs"]["weights"] - bare["device_needs"]["weights"] == plain["mtp_bytes"] == bare["mtp_bytes"]

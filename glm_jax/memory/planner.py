@@ -9,7 +9,7 @@ from typing import Any, Self
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from glm_jax.cache import bytes_per_token
+from glm_jax.cache import bytes_per_token, cache_kind
 from glm_jax.config import Config
 from glm_jax.errors import MemoryPlanError
 from glm_jax.memory import devices as hardware
@@ -139,7 +139,7 @@ def plan(
         device_bytes: bytes that may be used on each device.
         dtype: of the weights that are not quantised.
         storage: the quantised weights (:func:`glm_jax.storage.plan_storage` makes one of rules).
-        cache_dtype: of the latent cache; ``dtype`` unless given.
+        cache_dtype: of the latent cache, one of :data:`glm_jax.cache.CACHE_DTYPES`; ``dtype`` unless given.
         devices: number along the mesh axis "model", or the number along each axis.
         rules: mesh axis of each logical axis.
         context: tokens per row, prompt and completion together; the longest that fits unless given.
@@ -158,7 +158,7 @@ def plan(
     placement = Placement(
         dtype=kind,
         storage=storage,
-        cache_dtype=kind if cache_dtype is None else jnp.dtype(cache_dtype).name,
+        cache_dtype=cache_kind(kind if cache_dtype is None else cache_dtype),
         rules=rules,
         axis_sizes=axis_sizes(cfg, rules, devices),
         on_cpu=on_cpu,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from glm_jax.cache import bytes_per_token
+from glm_jax.cache import EIGHT_BITS, bytes_per_token
 from glm_jax.memory.setup import Setup
 
 _DEFAULT_SHARE, _LARGE_SHARE = 0.75, 0.95
@@ -40,6 +40,8 @@ def _alternatives(setup: Setup, rows: int, context: int) -> list[str]:
         found.append(f"a context of {counted(shorter, 'token')}" + (" for each sequence" if rows > 1 else ""))
     if (jnp.dtype(setup.placement.dtype).itemsize > 2) and setup.in_dtype("bfloat16").fits(rows, context):
         found.append('half the bytes per value, with dtype="bfloat16"')
+    if setup.placement.cache_dtype not in EIGHT_BITS and setup.with_cache("int8").fits(rows, context):
+        found.append('8 bits per cached value, with cache_dtype="int8" or "fp8"')
     if not setup.placement.on_cpu and (count := _enough_devices(setup, rows, context)):
         found.append(f"{count} such devices, with mesh={count}")
     return found

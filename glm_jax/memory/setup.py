@@ -10,6 +10,7 @@ from typing import NamedTuple, Self, cast
 
 from jax.sharding import AbstractMesh, Mesh
 
+from glm_jax.cache import EIGHT_BITS
 from glm_jax.config import Config
 from glm_jax.errors import MemoryPlanError, ShardingError
 from glm_jax.memory.sizes import PREDICTION_LAYER, Part, Placement, Workspace, cache_bytes, weights, workspace
@@ -94,9 +95,14 @@ class Setup:
         return dataclasses.replace(self, placement=placement)
 
     def in_dtype(self, dtype: str) -> Self:
-        """The same with weights and cache in another dtype."""
-        placement = dataclasses.replace(self.placement, dtype=dtype, cache_dtype=dtype)
+        """The same with weights, and a cache that is not of 8 bits, in another dtype."""
+        kept = self.placement.cache_dtype
+        placement = dataclasses.replace(self.placement, dtype=dtype, cache_dtype=kept if kept in EIGHT_BITS else dtype)
         return dataclasses.replace(self, placement=placement)
+
+    def with_cache(self, dtype: str) -> Self:
+        """The same with a cache in another dtype."""
+        return dataclasses.replace(self, placement=dataclasses.replace(self.placement, cache_dtype=dtype))
 
 
 def axis_sizes(cfg: Config, rules: Rules, devices: int | Mapping[str, int]) -> tuple[tuple[str, int], ...]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 
 from glm_jax.cache import AXES as CACHE_AXES
+from glm_jax.cache import EIGHT_BITS, bytes_per_row
 from glm_jax.config import Config
 from glm_jax.ops.mla import KEY_BLOCK
 from glm_jax.params import ParamSpec, Path, leaves, param_specs
@@ -30,7 +31,7 @@ class Placement:
     Attributes:
         dtype: of the weights that are not quantised.
         storage: the quantised ones.
-        cache_dtype: of the latent cache.
+        cache_dtype: of the latent cache, one of :data:`glm_jax.cache.CACHE_DTYPES`.
         rules: mesh axis of each logical axis.
         axis_sizes: devices along each mesh axis.
         on_cpu: whether the devices are CPUs, which compute in float32 whatever the weights are stored in.
@@ -116,8 +117,8 @@ def part_of(path: Path) -> str:
 
 def cache_bytes(cfg: Config, placement: Placement, rows: int, context: int) -> int:
     """Bytes on one device of a latent cache of ``rows`` rows with ``context`` slots."""
-    shape = (cfg.num_hidden_layers, rows, context, cfg.cache_width)
-    return placement.values(shape, CACHE_AXES) * _itemsize(placement.cache_dtype)
+    shape = (cfg.num_hidden_layers, rows, context)
+    return placement.values(shape, CACHE_AXES[:-1]) * bytes_per_row(cfg, placement.cache_dtype)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -149,7 +150,9 @@ def workspace(cfg: Config, placement: Placement, rows: int, context: int, chunk:
 
         attention      n * heads * K * (8 + a)               scores, weights in float32 and rounded
                        + rows * K * heads * (Hn + Hv) * a    keys and values of the block
-                       + rows * context * (R + P) * a        the layer's rows of the cache
+                       + rows * context * (R + P) * a        the layer's rows of the cache; of an 8-bit cache those as
+                                                             stored, and rows * (K + chunk) * (R + P) * (4 + a) for
+                                                             the ones read and written, in float32 and rounded
         feed-forward   n * widest * (8 + 2 a)                gate and up, in float32 and rounded
                        + 8 * D * n * experts per token       results by pair, sorted and in order
                        + 4 * D * 64 * experts                padding of their blocks
@@ -174,6 +177,9 @@ def _attention(cfg: Config, placement: Placement, rows: int, context: int, chunk
     keys = context if context <= 2 * KEY_BLOCK else KEY_BLOCK
     scores = chunk * heads * keys * (8 + item)
     expanded = keys * heads * (cfg.qk_nope_head_dim + cfg.v_head_dim) * item
+    if placement.cache_dtype in EIGHT_BITS:
+        widened = (keys + chunk) * cfg.cache_width * (4 + item)
+        return rows * (scores + expanded + context * bytes_per_row(cfg, placement.cache_dtype) + widened)
     return rows * (scores + expanded + context * cfg.cache_width * item)
 
 

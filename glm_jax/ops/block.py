@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from glm_jax.cache import LatentCache, Rows
 from glm_jax.config import Config
 from glm_jax.errors import ConfigError
 from glm_jax.ops import moe
@@ -69,13 +70,13 @@ class Context:
 
 
 def block(
-    ctx: Context, h: jax.Array, cache: jax.Array | None, w: dict[str, Any], layer: Index, slot: Index, name: str = ""
-) -> tuple[jax.Array, jax.Array | None]:
+    ctx: Context, h: jax.Array, cache: LatentCache | None, w: dict[str, Any], layer: Index, slot: Index, name: str = ""
+) -> tuple[jax.Array, LatentCache | None]:
     """``h + attention(norm(h))``, then ``+ feed_forward(norm(.))``.
 
     Args:
         h: residual stream ``[B, T, D]``.
-        cache: ``[L, B, S, R + P]`` or ``None`` to attend to the new tokens alone.
+        cache: of all layers, or ``None`` to attend to the new tokens alone.
         w: parameters of a run, stacked by layer.
         layer: index into the run's stacks.
         slot: index into the cache's layers.
@@ -101,29 +102,25 @@ def tap_names(kind: str, name: str) -> tuple[str, ...]:
 
 
 def _attention(
-    ctx: Context, h: jax.Array, cache: Any, w: dict[str, Any], layer: Index, slot: Index
-) -> tuple[jax.Array, Any]:
+    ctx: Context, h: jax.Array, cache: LatentCache | None, w: dict[str, Any], layer: Index, slot: Index
+) -> tuple[jax.Array, LatentCache | None]:
     cfg = ctx.cfg
     heads = w["k_b"].shape[1]
     x = rms_norm(h, pick(w["norm"], layer), cfg.rms_norm_eps)
-    queries, rows = project(cfg, x, w, layer, ctx.positions, heads)
+    queries, new = project(cfg, x, w, layer, ctx.positions, heads)
     if cache is None:
         # The rows are the tokens themselves: a token's slot is its place in the row, wherever the row begins.
         own_slot = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], ctx.positions.shape)
+        rows = Rows(new)
     else:
         own_slot = ctx.positions
-        cache, rows = _write(cache, rows, own_slot, slot)
+        cache = cache.write(slot, own_slot, new, cfg.kv_lora_rank)
+        # The new tokens too are seen as they are stored, so that it does not matter which call wrote a row.
+        rows = cache.layer(slot)
     out = attend(cfg, queries, rows, own_slot, w, layer, ctx.form)
     # Partial sums over the devices' heads are added in float32.
     partial = linear(out.reshape(*out.shape[:2], -1), w["o"], layer, dtype=jnp.dtype(jnp.float32))
     return ctx.rules.psum(partial, "heads").astype(h.dtype), cache
-
-
-def _write(cache: jax.Array, rows: jax.Array, positions: jax.Array, slot: Index) -> tuple[jax.Array, jax.Array]:
-    batch = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
-    # Padding may lie past the capacity; such rows are dropped.
-    cache = cache.at[slot, batch, positions].set(rows.astype(cache.dtype), mode="drop")
-    return cache, jax.lax.dynamic_index_in_dim(cache, slot, keepdims=False)
 
 
 def _dense(ctx: Context, h: jax.Array, w: dict[str, Any], layer: Index) -> jax.Array:

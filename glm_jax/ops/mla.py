@@ -12,11 +12,13 @@ The scale is ``(nope + rope)^-1/2`` in both.
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from glm_jax.cache import Rows
 from glm_jax.config import Config
 from glm_jax.ops.linear import Index, einsum, heads_linear, linear, pick
 from glm_jax.ops.norm import rms_norm
@@ -67,13 +69,13 @@ def project(
 
 
 def attend(
-    cfg: Config, q: Queries, rows: jax.Array, positions: jax.Array, w: Weights, layer: Index, form: Form = "auto"
+    cfg: Config, q: Queries, rows: Rows, positions: jax.Array, w: Weights, layer: Index, form: Form = "auto"
 ) -> jax.Array:
     """Causal attention of new tokens over cached rows.
 
     Args:
         q: queries of ``T`` tokens.
-        rows: ``[B, S, R + P]``; slot ``s`` holds the token at position ``s``.
+        rows: of ``S`` slots as they are stored; slot ``s`` holds the token at position ``s``.
         positions: int32 ``[B, T]``; a query sees slots up to its own position.
         w: ``k_b [.., N, Hn, R]`` and ``v_b [.., N, Hv, R]``, stacked by layer.
         form: "auto" takes the cheaper one for these shapes.
@@ -81,27 +83,23 @@ def attend(
     Returns:
         ``[B, T, N, Hv]``.
     """
-    length, slots = positions.shape[1], rows.shape[1]
+    length, slots = positions.shape[1], rows.slots
     if form == "auto":
         form = "expanded" if expanded_is_cheaper(cfg, length, slots) else "absorbed"
     scale = cfg.qk_head_dim**-0.5
+    read = functools.partial(Rows.values, latent=cfg.kv_lora_rank, dtype=q.nope.dtype)
     if form == "expanded":
         k_b, v_b = pick(w["k_b"], layer), pick(w["v_b"], layer)
         return _softmax_over_blocks(
-            lambda block: _expand(cfg, q, block, k_b, v_b), rows, positions, scale, q.nope, cfg.v_head_dim
+            lambda block: _expand(cfg, q, read(block), k_b, v_b), rows, positions, scale, q.nope, cfg.v_head_dim
         ).astype(q.nope.dtype)
     query = jnp.concatenate([heads_linear(q.nope, w["k_b"], layer, transpose=True), q.rope], axis=-1)
-    latent = _softmax_over_blocks(
-        lambda block: (
-            einsum("btnr,bsr->bnts", query, block),
-            block[:, :, None],
-        ),
-        rows,
-        positions,
-        scale,
-        q.nope,
-        cfg.cache_width,
-    )
+
+    def score(block: Rows) -> tuple[jax.Array, jax.Array]:
+        values = read(block)
+        return einsum("btnr,bsr->bnts", query, values), values[:, :, None]
+
+    latent = _softmax_over_blocks(score, rows, positions, scale, q.nope, cfg.cache_width)
     return heads_linear(latent[..., : cfg.kv_lora_rank].astype(q.nope.dtype), w["v_b"], layer)
 
 
@@ -130,10 +128,10 @@ def _joined(nope: jax.Array, rope: jax.Array) -> jax.Array:
 def _softmax_over_blocks(score, rows, positions, scale, q, width):  # noqa: ANN001, ANN202
     """``softmax(scores) @ values`` in float32, over key blocks when the context is long.
 
-    ``score(block)`` gives scores ``[B, N, T, s]`` and values ``[B, s, N or 1, width]``.
+    ``score(block)`` gives scores ``[B, N, T, s]`` and values ``[B, s, N or 1, width]`` of some of the rows; it is what
+    reads them, so that of a long context no more than a block is ever held in a wider dtype than it is stored in.
     """
-    slots = rows.shape[1]
-    if slots <= 2 * KEY_BLOCK:
+    if rows.slots <= 2 * KEY_BLOCK:
         scores, values = score(rows)
         scores = _mask(scores * scale, positions, 0)
         weights = jax.nn.softmax(scores, axis=-1)
@@ -143,13 +141,13 @@ def _softmax_over_blocks(score, rows, positions, scale, q, width):  # noqa: ANN0
 
 def _blockwise(score, rows, positions, scale, q, width):  # noqa: ANN001, ANN202
     batch, length, heads, _ = q.shape
-    blocks = -(-rows.shape[1] // KEY_BLOCK)
-    rows = jnp.pad(rows, ((0, 0), (0, blocks * KEY_BLOCK - rows.shape[1]), (0, 0)))
+    blocks = -(-rows.slots // KEY_BLOCK)
+    rows = rows.padded(blocks * KEY_BLOCK)
     last = jnp.max(positions)
 
     def attend_block(carry, i):  # noqa: ANN001, ANN202
         top, total, out = carry
-        scores, values = score(jax.lax.dynamic_slice_in_dim(rows, i * KEY_BLOCK, KEY_BLOCK, axis=1))
+        scores, values = score(rows.part(i * KEY_BLOCK, KEY_BLOCK))
         scores = _mask(scores * scale, positions, i * KEY_BLOCK)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         weights, rescale = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)

@@ -173,7 +173,7 @@ def test_bfloat16_writes_the_same_where_the_margin_is_clear(tmp_path):
     ("options", "error", "message"),
     [
         ({"dtype": "float64"}, GlmError, "dtype must be bfloat16 or float32, not 'float64'"),
-        ({"cache_dtype": "int8"}, GlmError, "cache_dtype must be bfloat16 or float32, not 'int8'"),
+        ({"cache_dtype": "int4"}, GlmError, "cache_dtype must be bfloat16, float32, int8 or fp8, not 'int4'"),
         ({"max_model_len": 1}, GlmError, "max_model_len must be"),
         ({"max_model_len": 1001}, GlmError, 'max_model_len must be "auto" or 2 to 1,000, not 1001'),
         ({"max_model_len": "long"}, GlmError, "not 'long'"),

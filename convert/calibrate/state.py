@@ -1,0 +1,66 @@
+"""Where a calibration stands: kept on disk between layers, so that a killed run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+from convert.reader import Shard
+from convert.source import Array
+from convert.work import WORK_FOLDER
+from glm_jax.errors import CheckpointError
+
+_KEPT = 2  # the layer that was recorded last may be one behind
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class State:
+    """What goes into a layer.
+
+    Attributes:
+        index: of the layer.
+        exact: float32 ``[N, T, D]``, from the unquantised model.
+        seen: the same from the quantised layers before it.
+        notes: a sentence on each layer so far.
+    """
+
+    index: int
+    exact: Array
+    seen: Array
+    notes: tuple[str, ...]
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / WORK_FOLDER / f"calibration-{index}.safetensors"
+
+
+def save_state(folder: Path | None, state: State, key: str) -> None:
+    """Writes the state, and removes the ones that nothing can ask for any more."""
+    if folder is None:
+        return
+    path = _path(folder, state.index)
+    temporary = path.with_suffix(".tmp")
+    arrays = {"exact": np.ascontiguousarray(state.exact), "seen": np.ascontiguousarray(state.seen)}
+    safetensors.numpy.save_file(arrays, temporary, metadata={"key": key, "notes": json.dumps(state.notes)})
+    os.replace(temporary, path)
+    for old in range(state.index - _KEPT + 1):
+        _path(folder, old).unlink(missing_ok=True)
+
+
+def load_state(folder: Path | None, index: int, key: str) -> State | None:
+    """The state before a layer, if it was kept and is of the same calibration."""
+    if folder is None or not _path(folder, index).is_file():
+        return None
+    try:
+        file = Shard(_path(folder, index))
+        if file.header.metadata.get("key") != key:
+            return None
+        notes = tuple(json.loads(file.header.metadata["notes"]))
+        return State(index, np.array(file.get("exact")), np.array(file.get("seen")), notes)
+    except (CheckpointError, KeyError, ValueError):
+        return None
