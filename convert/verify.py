@@ -143,7 +143,10 @@ def run(options: Options, texts: Sequence[str]) -> tuple[dict[str, Any], Positio
     model = sides.requantised(stored, options.quantize, options.method or "mse")
     if not 2 <= options.window <= (longest := reference.cfg.max_position_embeddings):
         raise PromptError(f"--window must be 2 to {longest:,}, the longest context of this model, not {options.window}")
-    inputs = None if options.weights_only else _inputs(options, reference, stored, texts)
+    inputs = None
+    if not options.weights_only:
+        inputs = _inputs(options, reference, stored, texts)
+        sides.require_room(reference, model, dtype=options.dtype, window=options.window)
     report: dict[str, Any] = {
         "source": {"name": options.against, "kind": reference.info.kind, "size": sizes(reference)},
         "model": {
@@ -179,7 +182,6 @@ def _inputs(options: Options, reference: WeightSource, other: WeightSource, text
     ids = sides.encode(texts, ours, theirs) if texts else []
     file = tiny_folder() / "heldout_chat.jsonl" if options.chat == "tiny" else Path(options.chat or "")
     tasks = marks.read_tasks(file) if options.chat else []
-    sides.require_room(reference, other, dtype=options.dtype, window=options.window)
     return _Inputs((ours, theirs), ids, tasks, (chat.prompts(tasks, ours), chat.prompts(tasks, theirs)))
 
 

@@ -23,6 +23,18 @@ def conversations() -> list[Conversation]:
     return held_out_conversations(Random(SEED), PER_KIND, TOOL_TASKS)
 
 
+def more_conversations(per_kind: int = 60, tool_tasks: int = 200) -> list[Conversation]:
+    """A larger set for comparing models that differ little: over 1,000 tasks, always the same, each prompt once.
+
+    They are drawn as :func:`conversations` are, from another seed: every instance is one that its own hash holds out
+    (:func:`examples.tiny_recipe.tasks.is_held_out`), and neither the training conversations nor the calibration text,
+    which are drawn from the other instances, hold any of them in whatever words. Kinds with few held-out instances
+    give fewer than ``per_kind``, for repetitions are left out.
+    """
+    drawn = held_out_conversations(Random(f"{SEED}, more"), per_kind, tool_tasks)
+    return list({json.dumps(to_record(item)): item for item in drawn}.values())
+
+
 def to_record(conversation: Conversation) -> dict[str, Any]:
     """A conversation as one line of the file: messages to send, and the answer or the call that is right."""
     last = conversation.messages[-1]
