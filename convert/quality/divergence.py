@@ -78,7 +78,7 @@ class Positions:
             GlmError: if it is something else.
         """
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 fields = {name: stored[name] for name in _FIELDS}
                 text = str(stored["text"])
         except OSError as error:
