@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -132,8 +132,7 @@ def _step(
     gradients = {path: _masked(gradient, learn[path]) for path, gradient in gradients.items()}
     updates, state = optimiser.update(gradients, state, tuned)
     moved = optax.apply_updates(tuned, updates)
-    kept = {path: _limited(Tuned(*value)) for path, value in moved.items()}  # pyright: ignore[reportAttributeAccessIssue]
-    return kept, state
+    return {path: _limited(value) for path, value in cast(dict[Path, Tuned], moved).items()}, state
 
 
 def _masked(gradient: Tuned, learn: jax.Array) -> Tuned:

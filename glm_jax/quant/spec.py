@@ -87,8 +87,8 @@ class QuantSpec:
             raise QuantError(f"{self.kind} packs {self.per_byte} inputs to a byte: a matrix {list(shape)} does not fit")
         *stack, outputs, inputs = shape
         rows, columns = self.block
-        blocks = (*stack, -(-outputs // (rows or outputs)), -(-inputs // (columns or inputs)))
-        parts = {
+        blocks: tuple[int, ...] = (*stack, -(-outputs // (rows or outputs)), -(-inputs // (columns or inputs)))
+        parts: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
             "codes": ((*stack, outputs, inputs // self.per_byte), self._code_dtype),
             "scales": (blocks, self.scale_dtype),
         }
