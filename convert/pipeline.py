@@ -92,7 +92,9 @@ def convert(
     if rules := QuantRules.named(quantize):
         weights = _requantised(weights, rules, method, calibration, dtype or weights.info.dtype)
     elif calibration is not None:
-        raise QuantError("a calibration text is for quantising: say how, with quantize (--quantize)")
+        raise QuantError("a calibration text is for quantising: say to what, with quantize (--quantize)")
+    elif method != "mse":
+        raise QuantError(f"{method} is a way to quantise: say to what, with quantize (--quantize)")
     target = TARGETS[to](weights, None if dtype is None else DTYPES[dtype])
     bar: Bar = functools.partial(progress_bar, show=progress)
     quantised = f", quantised {quantize if isinstance(quantize, str) else 'by rules'} by {method}" if quantize else ""
