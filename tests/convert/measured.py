@@ -1,4 +1,4 @@
-"""Runs one step and prints its peak memory: ``python -m tests.convert.measured STEP SOURCE [DESTINATION [FORM [...]]]``.
+"""Runs one step and prints its peak memory: ``python -m tests.convert.measured STEP SOURCE [DESTINATION [FORM …]]``.
 
 Memory is RssAnon + RssShmem above the value after imports: pages of mapped files do not count.
 """

@@ -113,7 +113,7 @@ def test_the_same_command_finds_it_done(source, folder):
 
 @pytest.mark.parametrize("other", [{"quantize": "int8"}, {"quantize": "int4", "method": "rtn"}, {}])
 def test_other_options_need_force(source, folder, other):
-    with pytest.raises(CheckpointError, match="with other options.*--force"):
+    with pytest.raises(CheckpointError, match=r"with other options.*--force"):
         convert(source, folder, **other)
 
 
@@ -129,24 +129,18 @@ def test_damage_is_found_and_mended(source, folder):
     assert contents(folder) == before
 
 
+GATE, GATE_SCALES = "layer-00001/moe.gate", "layer-00001/moe.gate.scales"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m["storage"]["layer-00001/moe.gate"].update(kind="int5"), "is damaged (impossible quantisation"),
+        (lambda m: m["storage"][GATE].update(kind="int5"), "is damaged (impossible quantisation"),
         (lambda m: m["storage"].update({"layer-00001/moe.up": "int4"}), "is damaged (a quantisation has"),
-        (lambda m: m["storage"].pop("layer-00001/moe.gate"), "arrays missing: layer-00001/moe.gate"),
-        (
-            lambda m: m["storage"].update({"layer-00009/moe.gate": m["storage"]["layer-00001/moe.gate"]}),
-            "not in the model",
-        ),
-        (
-            lambda m: m["storage"]["layer-00001/moe.gate"].update(block=[1, 8]),
-            "wrong shape: layer-00001/moe.gate.scales",
-        ),
-        (
-            lambda m: m["storage"]["layer-00001/moe.gate"].update(scale="float16"),
-            "wrong dtype: layer-00001/moe.gate.scales",
-        ),
+        (lambda m: m["storage"].pop(GATE), f"arrays missing: {GATE}"),
+        (lambda m: m["storage"].update({"layer-00009/moe.gate": m["storage"][GATE]}), "not in the model"),
+        (lambda m: m["storage"][GATE].update(block=[1, 8]), f"wrong shape: {GATE_SCALES}"),
+        (lambda m: m["storage"][GATE].update(scale="float16"), f"wrong dtype: {GATE_SCALES}"),
         (lambda m: m["parts"]["rest"]["norm"].update(dtype="int8"), "wrong dtype: rest/norm"),
     ],
 )

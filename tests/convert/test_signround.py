@@ -78,7 +78,7 @@ def test_it_lowers_the_error_of_the_output_and_says_by_how_much():
 
 def test_where_learning_does_not_help_the_start_is_kept():
     """With inputs that have nothing to do with each other, rounding to nearest is the best there is."""
-    plain, x, y = problem(rank=32)
+    plain, x, _ = problem(rank=32)
     x = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
     start, made, before, after = tuned(plain, x, np.einsum("bti,oi->bto", x, np.asarray(plain["w",])))
     assert after >= before
@@ -123,19 +123,30 @@ def test_which_storages_can_be_learnt(spec, can):
     assert can_learn(spec) == can
 
 
-def test_layers_are_learnt_in_turn_and_the_rest_is_searched(source):
+@pytest.fixture(scope="module")
+def learnt(source):
+    """A calibration that was asked for its layers in turn, and what it gave for the second."""
     made = calibrated(source)
-    searched = {leaf.name: leaf for leaf in made.layout()["rest"]}
-    (head,) = (piece for _, piece in made.pieces(searched["head"]))
-    assert np.array_equal(dequantize(head), dequantize(made.quantized(_values(source, "rest", "head"), head.spec)))
-    notes = []
-    for part in ("layer-00000", "layer-00001", "mtp"):
-        assert arrays(made, part)
-        notes.append(made.notes()[-1])
+    parts = {part: arrays(made, part) for part in ("layer-00000", "layer-00001", "mtp")}
+    return made, parts["layer-00001"]
+
+
+def test_layers_are_learnt_in_turn(learnt):
+    notes = learnt[0].notes()
     assert [note.partition(":")[0] for note in notes] == ["layer-00000", "layer-00001", "mtp"]
     for note in notes[:2]:
         before, after = (float(word) for word in note.partition("output ")[2].split(";")[0].split(" -> "))
         assert after < before
+
+
+def test_embedding_and_head_are_searched(source):
+    made = calibrated(source)
+    for leaf in made.layout()["rest"]:
+        if spec := made.storage(leaf):
+            (piece,) = (piece for _, piece in made.pieces(leaf))
+            assert np.array_equal(
+                dequantize(piece), dequantize(made.quantized(_values(source, "rest", leaf.name), spec))
+            )
 
 
 def _values(source, part, name):
@@ -156,12 +167,9 @@ def test_experts_that_saw_little_are_listed_and_left_to_the_search(source):
             assert same or expert not in listed
 
 
-def test_asking_for_a_later_layer_first_learns_those_before(source):
-    late, in_turn = calibrated(source), calibrated(source)
-    wanted = arrays(late, "layer-00001")
-    arrays(in_turn, "layer-00000")
-    expected = arrays(in_turn, "layer-00001")
-    assert all(np.array_equal(wanted[name].codes, expected[name].codes) for name in wanted)
+def test_asking_for_a_later_layer_first_learns_those_before(source, learnt):
+    late = arrays(calibrated(source), "layer-00001")
+    assert all(np.array_equal(late[name].codes, learnt[1][name].codes) for name in late)
 
 
 def test_another_text_is_another_conversion(source, tmp_path):
@@ -181,7 +189,7 @@ def test_too_little_memory_is_said_before_the_first_layer(source, tmp_path, monk
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("a.txt", "too short", "has 4 tokens: calibrating takes at least 2,048"),
+        ("a.txt", "too short", "has 3 tokens: calibrating takes at least 2,048"),
         ("a.jsonl", '{"text": "a"}\nnot json', "line 2 is not JSON"),
         ("a.jsonl", '{"words": "a"}', 'line 1 must be an object with "text" or "messages"'),
     ],
