@@ -2,45 +2,128 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from convert.layout import MTP, REST, Leaf
+from convert.export_plan import ExportPlan, Matrices, linear, plan_export
+from convert.formats.description import SECTIONS
+from convert.layout import MTP, Leaf
 from convert.manifest import DTYPES
+from convert.packing import WEIGHT, module_outputs, section
 from convert.rules import Matcher, Tensor
-from convert.source import Array, WeightSource, kept_dtype
+from convert.source import Array, WeightSource, kept_dtype, plain
 from convert.writer import Output
+from glm_jax.quant import QuantSpec
 
 _BLOCK_BYTES = 32 << 20
 
 
-def outputs(source: WeightSource, dtype: np.dtype[Any] | None = None) -> list[Output]:
-    """Every tensor of the checkpoint under its real name, copies included where the original had them.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Export:
+    """A checkpoint to be written.
+
+    Attributes:
+        outputs: every tensor under its real name, copies included where the original had them.
+        config: its ``config.json``, which describes quantised weights as compressed-tensors does.
+        notes: sentences worth telling the user.
+    """
+
+    outputs: Sequence[Output]
+    config: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def export(source: WeightSource, dtype: np.dtype[Any] | None = None) -> Export:
+    """The checkpoint of a source. Weights that are quantised stay so where compressed-tensors can hold them.
 
     Args:
         source: the weights.
-        dtype: to convert to; ``None`` gives each tensor the dtype that the original had.
+        dtype: to convert what is not quantised to; ``None`` gives each tensor the dtype that the original had.
     """
-    original = source.info.original
-    tensors = [*Matcher(source.cfg).expected()]
+    tensors = [*_tensors(source)]
+    exporter = _Exporter(source, plan_export(source, tensors, dtype), dtype)
+    copies = [*_copies(source)]
+    found = [output for tensor in tensors for output in exporter.outputs(tensor, tensor.name)]
+    found += [output for name, tensor in copies for output in exporter.outputs(tensor, name)]
+    names = [(tensor.name, tensor) for tensor in tensors] + copies
+    said = source.hf_config
+    config = {"dtype": exporter.plan.dtype.name, **{key: said[key] for key in said if key not in SECTIONS}}
+    if exporter.plan.packed:
+        config["quantization_config"] = _section(exporter.plan, names)
+    return Export(found, {**config, **source.cfg.to_hf()}, exporter.plan.notes)
+
+
+def _section(plan: ExportPlan, names: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
+    packed: dict[str, QuantSpec] = {}
+    left = {"lm_head": None}  # programs may have the module even where the embedding serves as one
+    for name, tensor in names:
+        module, spec = name.removesuffix(WEIGHT), plan.spec(tensor)
+        if spec is not None:
+            packed[module] = spec
+        elif linear(tensor, name):
+            left[module] = None
+    return section(packed, [module for module in left if module not in packed])
+
+
+def _tensors(source: WeightSource) -> Iterator[Tensor]:
+    absent: set[str] = set()
     if source.cfg.mtp_own_embeddings:
-        absent = {f"{MTP}/{key}" for key in ("embed", "head")} - {f"{MTP}/{key}" for key in original.mtp_copies}
-        tensors = [t for t in tensors if f"{t.leaves[0].part}/{t.leaves[0].name}" not in absent]
-    plain = [_output(source, tensor, dtype) for tensor in tensors]
-    return [*plain, *_copies(source, dtype)]
+        absent = {f"{MTP}/{key}" for key in ("embed", "head")}
+        absent -= {f"{MTP}/{key}" for key in source.info.original.mtp_copies}
+    for tensor in Matcher(source.cfg).expected():
+        if f"{tensor.leaves[0].part}/{tensor.leaves[0].name}" not in absent:
+            yield tensor
 
 
-def _output(source: WeightSource, tensor: Tensor, dtype: np.dtype[Any] | None) -> Output:
-    kept = _written_dtype(source, tensor.leaves[0], dtype)
-    return Output(tensor.name, tensor.shape, kept, functools.partial(_blocks, source, tensor, kept))
+def _copies(source: WeightSource) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the original that repeat another one."""
+    cfg, original = source.cfg, source.info.original
+    matcher = Matcher(cfg)
+    embed, head = (matcher.match(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    head = head or embed
+    names = {}
+    if cfg.num_nextn_predict_layers and not cfg.mtp_own_embeddings:
+        prefix = f"model.layers.{cfg.num_hidden_layers}."
+        known = {"embed": (f"{prefix}embed_tokens.weight", embed), "head": (f"{prefix}shared_head.head.weight", head)}
+        names.update(known[key] for key in original.mtp_copies)
+    if cfg.tie_word_embeddings and original.head_copy:
+        names["lm_head.weight"] = embed
+    yield from ((name, tensor) for name, tensor in names.items() if tensor)
 
 
-def _written_dtype(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None) -> np.dtype[Any]:
-    narrow = source.info.original.dtypes.get(f"{leaf.part}/{leaf.name}")
-    return DTYPES[narrow] if narrow and dtype is None else kept_dtype(source, leaf, dtype)
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Exporter:
+    """Tensors of a source as they are written."""
+
+    source: WeightSource
+    plan: ExportPlan
+    dtype: np.dtype[Any] | None
+    matrices: Matrices = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "matrices", Matrices(self.source))
+
+    def outputs(self, tensor: Tensor, name: str) -> list[Output]:
+        """What becomes of a tensor, under a name that may be that of a copy."""
+        spec = self.plan.spec(tensor)
+        if spec is None:
+            kept = self._kept(tensor.leaves[0])
+            return [Output(name, tensor.shape, kept, functools.partial(_blocks, self.source, tensor, kept))]
+        outputs, inputs = tensor.shape
+        load = self.matrices.of(tensor, tensor.name)
+        return module_outputs(name.removesuffix(WEIGHT), spec, (outputs, inputs), load)
+
+    def _kept(self, leaf: Leaf) -> np.dtype[Any]:
+        narrow = self.source.info.original.dtypes.get(f"{leaf.part}/{leaf.name}")
+        if narrow and self.dtype is None:
+            return DTYPES[narrow]
+        if self.source.storage(leaf) is not None:
+            return self.plan.dtype
+        return kept_dtype(self.source, leaf, self.dtype)
 
 
 def _blocks(source: WeightSource, tensor: Tensor, dtype: np.dtype[Any]) -> Iterator[Array]:
@@ -50,11 +133,11 @@ def _blocks(source: WeightSource, tensor: Tensor, dtype: np.dtype[Any]) -> Itera
         return
     start, stop = (0, None) if tensor.expert is None else (tensor.expert, tensor.expert + 1)
     for _, piece in source.pieces(leaf, start, stop):
-        yield from _cast_rows(piece, dtype)
+        yield from _cast_rows(plain(piece), dtype)
 
 
 def _whole(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any]) -> Array:
-    return np.concatenate([piece.astype(dtype, copy=False) for _, piece in source.pieces(leaf)])
+    return np.concatenate([plain(piece).astype(dtype, copy=False) for _, piece in source.pieces(leaf)])
 
 
 def _cast_rows(piece: Array, dtype: np.dtype[Any]) -> Iterator[Array]:
@@ -62,29 +145,3 @@ def _cast_rows(piece: Array, dtype: np.dtype[Any]) -> Iterator[Array]:
     rows = max(1, _BLOCK_BYTES * count // max(1, piece.nbytes))
     for at in range(0, count, rows):
         yield piece[at : at + rows].astype(dtype, copy=False)
-
-
-def _copies(source: WeightSource, dtype: np.dtype[Any] | None) -> Iterator[Output]:
-    """Tensors of the original that repeat another one."""
-    cfg, original = source.cfg, source.info.original
-    rest = {leaf.name: leaf for leaf in source.layout()[REST]}
-    head = rest.get("head", rest["embed"])
-    names = {}
-    if cfg.num_nextn_predict_layers and not cfg.mtp_own_embeddings:
-        prefix = f"model.layers.{cfg.num_hidden_layers}."
-        known = {
-            "embed": (f"{prefix}embed_tokens.weight", rest["embed"]),
-            "head": (f"{prefix}shared_head.head.weight", head),
-        }
-        names.update(known[key] for key in original.mtp_copies)
-    if cfg.tie_word_embeddings and original.head_copy:
-        names["lm_head.weight"] = rest["embed"]
-    for name, leaf in names.items():
-        kept = kept_dtype(source, leaf, dtype)
-        blocks = functools.partial(_leaf_blocks, source, leaf, kept)
-        yield Output(name, leaf.shape, kept, blocks)
-
-
-def _leaf_blocks(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any]) -> Iterator[Array]:
-    for _, piece in source.pieces(leaf):
-        yield from _cast_rows(piece, dtype)

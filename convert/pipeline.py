@@ -40,7 +40,7 @@ class Report:
         nbytes: bytes of all arrays.
         written: units written by this run.
         kept: units that an earlier, stopped run had finished.
-        notes: what the source had to say.
+        notes: what there is to say of the source, and of what became of its weights.
     """
 
     folder: Path
@@ -168,7 +168,8 @@ def _run(work: Work, target: Target, bar: Bar, source: WeightSource) -> Report:
         records = _verified(work, target, bar, _total(target))
     target.finish(work.folder, work.job.key, records)
     work.finish()
-    notes = (*source.info.notes, *(source.notes() if isinstance(source, CalibratedSource) else ()))
+    said = source.info.notes + target.notes
+    notes = (*said, *(source.notes() if isinstance(source, CalibratedSource) else ()))
     return Report(work.folder, _total(target), len(pending), len(target.units) - len(pending), notes)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from convert.export import outputs
+from convert.export import export
 from convert.layout import DiskArray, Leaf, disk_arrays
 from convert.manifest import (
     ARRAY_DTYPES,
@@ -65,9 +65,10 @@ class Unit(Protocol):
 
 
 class Target(Protocol):
-    """All units, and the files that make the folder complete."""
+    """All units, the files that make the folder complete, and sentences worth telling the user."""
 
     units: Sequence[Unit]
+    notes: tuple[str, ...]
 
     def records(self, folder: Path) -> Mapping[str, Records]:
         """What a complete folder has kept of the records of its units."""
@@ -142,6 +143,7 @@ class OrbaxTarget:
 
     def __init__(self, source: WeightSource, dtype: np.dtype[Any] | None) -> None:
         self._source, self._dtype = source, dtype
+        self.notes: tuple[str, ...] = ()
         self.units: Sequence[Unit] = [Part(source, part, leaves, dtype) for part, leaves in source.layout().items()]
 
     def records(self, folder: Path) -> Mapping[str, Records]:
@@ -218,7 +220,9 @@ class SafetensorsTarget:
 
     def __init__(self, source: WeightSource, dtype: np.dtype[Any] | None) -> None:
         self._source, self._dtype = source, dtype
-        self._shards = shard(outputs(source, dtype))
+        made = export(source, dtype)
+        self._config, self.notes = made.config, made.notes
+        self._shards = shard(made.outputs)
         self.units: Sequence[Unit] = [ShardFile(name, members) for name, members in self._shards.items()]
 
     def records(self, folder: Path) -> Mapping[str, Records]:
@@ -230,9 +234,8 @@ class SafetensorsTarget:
         """Companions, config.json, and the index last."""
         del records
         source = self._source
-        config = {"dtype": source.info.dtype, **source.hf_config, **source.cfg.to_hf()}
         _write_companions(source, folder)
-        write_changed(folder / "config.json", _config_json(config, self._dtype))
+        write_changed(folder / "config.json", _config_json(self._config, self._dtype))
         write_changed(folder / INDEX_NAME, index_json(self._shards, key))
 
 

@@ -44,7 +44,7 @@ def transpose(tensor: QuantizedTensor) -> QuantizedTensor:
         QuantError: if 4-bit codes cannot be packed along the outputs because those are odd in number.
     """
     if tensor.spec.permuted:
-        tensor = _in_order(tensor)
+        tensor = in_order(tensor)
     spec, outputs = tensor.spec, tensor.shape[-2]
     packed = spec.per_byte == 2
     if packed and outputs % 2:
@@ -70,7 +70,11 @@ def one_scale_per_row(tensor: QuantizedTensor) -> QuantizedTensor:
     return dataclasses.replace(tensor.map(repeat), spec=dataclasses.replace(tensor.spec, block=(1, width)))
 
 
-def _in_order(tensor: QuantizedTensor) -> QuantizedTensor:
+def in_order(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The same with its permuted columns in the order of the inputs, each with a copy of its group's scale.
+
+    One scale per output (or for all) needs no copies and stays as it is.
+    """
     (height, width), inputs = tensor.spec.block, tensor.shape[-1]
     place = np.argsort(np.asarray(tensor.permutation), axis=-1)[..., None, :]
     packed = tensor.spec.per_byte == 2
