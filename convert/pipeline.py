@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -24,6 +25,7 @@ from convert.sources import open_source
 from convert.targets import TARGETS, Target, Unit, verify
 from convert.work import Job, Work, open_work
 from glm_jax.errors import CheckpointError, QuantError
+from glm_jax.memory import in_gb
 from glm_jax.quant import QuantRules
 from glm_jax.quant.rounding import Method
 
@@ -107,6 +109,9 @@ def convert(
             _recall(work, target, bar, check=check)
         if isinstance(weights, CalibratedSource):
             weights.folder = folder
+            if progress:
+                needed = in_gb(weights.memory_bytes())
+                print(f"learning how to round, one layer at a time, takes about {needed} of memory", file=sys.stderr)
         return _run(work, target, bar, weights)
 
 
