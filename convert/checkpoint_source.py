@@ -14,15 +14,19 @@ from convert.rules import Slot, assign, load, slot_storage, slots
 from convert.settle import Settled
 from convert.source import Kind, Original, Piece, SourceInfo, WeightSource, main_dtype, plain, split_runs
 from glm_jax.config import Config
-from glm_jax.params import is_matrix, param_specs
-from glm_jax.params import leaves as tree_leaves
-from glm_jax.quant import QuantSpec
+from glm_jax.memory import in_gb
+from glm_jax.params import is_matrix
+from glm_jax.quant import PRESETS, QuantSpec
+from glm_jax.storage import quantised_bytes
 
 
 class Files(Protocol):
     """What is asked of the files behind the tensors."""
 
-    notes: tuple[str, ...]
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Harmless oddities worth telling."""
+        ...
 
     def fingerprint(self) -> str:
         """A hash that changes when the weights may have changed."""
@@ -96,7 +100,7 @@ class CheckpointSource(WeightSource):
         if key not in self._storage:
             # Norms and routers are not held quantised, whatever a file does with them.
             fixed = not is_matrix(leaf.spec) or leaf.path[-1] == "router"
-            specs = set() if fixed else {self._slot_storage(slot) for slot in _slots_of(leaf)}
+            specs: set[QuantSpec | None] = {None} if fixed else {self._slot_storage(slot) for slot in _slots_of(leaf)}
             self._storage[key] = specs.pop() if len(specs) == 1 else None
         return self._storage[key]
 
@@ -138,11 +142,11 @@ class CheckpointSource(WeightSource):
             if self.storage(leaf) is None and any(self._is_packed(slot) for slot in _slots_of(leaf))
         }
         if packed:
-            small = sum(spec.size for _, spec in tree_leaves(param_specs(self.cfg))) * 0.56 / 1e9
+            sizes = ", ".join(f'"{name}" {in_gb(quantised_bytes(self.cfg, rules))}' for name, rules in PRESETS.items())
             yield (
-                f"{sum(packed.values()) / 1e9:.2f} G of its weights are quantised in ways that cannot be kept as they "
-                f"are (such as {next(iter(packed)).name}), and take 2 or 4 bytes each here; "
-                f'quantize="int4" would hold the whole model in about {small:.1f} GB'
+                f"{sum(packed.values()):,} weights are quantised in ways that cannot be kept as they are (such as "
+                f"{next(iter(packed)).name}), and become plain numbers; with quantize (--quantize) the whole model "
+                f"would take: {sizes}"
             )
 
     def _is_packed(self, slot: Slot) -> bool:

@@ -78,7 +78,7 @@ class MemorySource(WeightSource):
             yield start, _on_host(array, leaf.slot)[start:stop]
 
 
-def _on_host(array: Weight | Array, slot: int | None) -> Array:
+def _on_host(array: jax.Array | Bfloat16Bits | Array, slot: int | None) -> Array:
     """One layer, gathered shard by shard: a stack of all layers need not fit the host."""
     if isinstance(array, Bfloat16Bits):
         return _on_host(array.bits, slot).view(DTYPES["bfloat16"])

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -24,6 +25,7 @@ from convert.sources import open_source
 from convert.targets import TARGETS, Target, Unit, verify
 from convert.work import Job, Work, open_work
 from glm_jax.errors import CheckpointError, QuantError
+from glm_jax.memory import in_gb
 from glm_jax.quant import QuantRules
 from glm_jax.quant.rounding import Method
 
@@ -92,7 +94,9 @@ def convert(
     if rules := QuantRules.named(quantize):
         weights = _requantised(weights, rules, method, calibration, dtype or weights.info.dtype)
     elif calibration is not None:
-        raise QuantError("a calibration text is for quantising: say how, with quantize (--quantize)")
+        raise QuantError("a calibration text is for quantising: say to what, with quantize (--quantize)")
+    elif method != "mse":
+        raise QuantError(f"{method} is a way to quantise: say to what, with quantize (--quantize)")
     target = TARGETS[to](weights, None if dtype is None else DTYPES[dtype])
     bar: Bar = functools.partial(progress_bar, show=progress)
     quantised = f", quantised {quantize if isinstance(quantize, str) else 'by rules'} by {method}" if quantize else ""
@@ -105,6 +109,9 @@ def convert(
             _recall(work, target, bar, check=check)
         if isinstance(weights, CalibratedSource):
             weights.folder = folder
+            if progress:
+                needed = in_gb(weights.memory_bytes())
+                print(f"learning how to round, one layer at a time, takes about {needed} of memory", file=sys.stderr)
         return _run(work, target, bar, weights)
 
 

@@ -44,7 +44,8 @@ class Requantised(WeightSource):
         axis_sizes: Mapping[str, int] | None = None,
         dtype: Any = "bfloat16",
     ) -> None:
-        self._base, self._quant, self._method, self._dtype = base, quant, method, jnp.dtype(dtype)
+        self._base, self._dtype = base, jnp.dtype(dtype)
+        self._method: Method = method
         self.cfg = base.cfg.replace(run_starts=())
         self._storage, notes = plan_storage(self.cfg, quant, rules, axis_sizes)
         self._leaves = {(leaf.part, leaf.name): leaf for members in base.layout().values() for leaf in members}

@@ -39,7 +39,7 @@ def open_source(source: str | Path, *, dtype: str | None = None) -> WeightSource
     if text.startswith(PREFIX):
         return SyntheticSource(SyntheticSpec.parse(text), DTYPES[dtype or "bfloat16"], text)
     if text == TINY:
-        return _open_folder(_tiny_folder(), text)
+        return _open_folder(tiny_folder(), text)
     path = Path(os.path.expanduser(text))  # that of pathlib raises where ~ is nobody's home
     if path.exists() and is_gguf(path):
         return GgufSource(path, text)
@@ -63,5 +63,6 @@ def _open_folder(folder: Path, name: str) -> WeightSource:
     return HuggingFaceSource(folder, name)
 
 
-def _tiny_folder() -> Path:
+def tiny_folder() -> Path:
+    """The folder of the built-in miniature."""
     return Path(str(files("glm_jax"))) / TINY

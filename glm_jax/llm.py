@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -137,6 +138,8 @@ class LLM:
         ).require()
         show = weights.total_bytes() > 1 << 30 if progress is None else progress
         cfg, params, info = checkpoint.load(weights, dtype=dtype, rules=rules, mesh=devices, check=check, progress=show)
+        for note in info.notes:
+            print(f"note: {note}", file=sys.stderr)
         return cls(
             cfg if latent_eps is None else cfg.replace(latent_eps=latent_eps),
             params,

@@ -52,7 +52,7 @@ class GLM(nn.Module):
             self.declared = {name: self.param(name, _init, spec, self.dtype) for name, spec in specs.items()}
             return
         # Linen compares arrays one by one with those that init would make, and a quantised weight has other arrays.
-        given = unfreeze(self.variables.get("params", {}))
+        given: dict[str, Any] = unfreeze(dict(self.variables.get("params", {})))
         _check_params(specs, given)
         self.declared = given
 

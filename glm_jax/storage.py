@@ -66,6 +66,16 @@ def plan_storage(
     return Storage(tuple(specs)), (note,) if left else ()
 
 
+def quantised_bytes(cfg: Config, quant: QuantRules, dtype: Any = jnp.bfloat16) -> int:
+    """Bytes of all parameters of a model under rules of quantisation."""
+    storage, _ = plan_storage(cfg, quant)
+    total = 0
+    for path, param in leaves(param_specs(cfg)):
+        spec = storage.get(path)
+        total += spec.nbytes(param.shape) if spec else param.size * jnp.dtype(param.dtype or dtype).itemsize
+    return total
+
+
 def abstract_params(
     cfg: Config,
     dtype: Any = jnp.bfloat16,

@@ -204,7 +204,7 @@ def linear(name: str, kinds: Iterable[str]) -> bool:
         "mtp": ".eh_proj.",
     }
     kind = next((kind for kind, part in parts.items() if part in name), None)
-    return kind in kinds and name.endswith("_proj.weight") or (kind in kinds and "_with_mqa.weight" in name)
+    return (kind in kinds and name.endswith("_proj.weight")) or (kind in kinds and "_with_mqa.weight" in name)
 
 
 def group_scheme(bits: int, symmetric: bool, group: int, **more: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import runpy
 import shlex
@@ -10,17 +11,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 import tyro
 
 import glm_jax
 from convert.synthetic import SyntheticSpec
+from examples import measure_quality
 from glm_jax import checkpoint
 from glm_jax.cache import bytes_per_token
 from glm_jax.config import Config
 from glm_jax.ops.mla import expanded_is_cheaper
 from glm_jax.params import ParamSpec, init_params, leaves, param_specs
+from glm_jax.quant import PRESETS
+from glm_jax.storage import Storage, abstract_params, plan_storage
 from tests.smaller import SMALLER
 from tests.test_layers import FILES, LEVELS
 
@@ -30,6 +35,7 @@ DOCUMENTS = sorted(
     path for at in ("*.md", "docs/**/*.md", "examples/*.md", "glm_jax/tiny/*.md") for path in ROOT.glob(at)
 )
 README, ARCHITECTURE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "ARCHITECTURE.md"))
+QUANTISATION = (ROOT / "docs" / "quantisation.md").read_text(encoding="utf-8")
 FLASH = Config.flash()
 
 
@@ -197,6 +203,27 @@ def test_the_costs_of_attention_follow_from_the_config():
     slots = 1 << 30
     assert not expanded_is_cheaper(FLASH, int(crossover), slots)
     assert expanded_is_cheaper(FLASH, int(crossover) + 1, slots)
+
+
+def test_the_sizes_of_the_presets_follow_from_the_config():
+    table = {name.strip("`"): cells[-2:] for name, *cells in rows(QUANTISATION, "preset")}
+    expected = {}
+    for name, rules in {"none": None, **PRESETS}.items():
+        storage = plan_storage(FLASH, rules)[0] if rules else Storage()
+        held = abstract_params(FLASH, "bfloat16", storage=storage)
+        held.pop("mtp")
+        total = sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(held))
+        count = parameters({name: spec for name, spec in param_specs(FLASH).items() if name != "mtp"})
+        expected[name] = [f"{total / 1e9:.2f} GB", f"{8 * total / count:.2f}"]
+    assert table == expected
+
+
+def test_the_tables_of_quality_are_those_of_the_results(tmp_path):
+    results = json.loads((ROOT / "docs" / "quantisation" / "results.json").read_text(encoding="utf-8"))
+    (tmp_path / "page.md").write_text(QUANTISATION, encoding="utf-8")
+    measure_quality.fill(tmp_path / "page.md", measure_quality.tables(results))
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == QUANTISATION
+    assert "| int4/mse |" in QUANTISATION
 
 
 GLOSSARY = {

@@ -27,6 +27,7 @@ LEVELS = {
         for name in ("steps", "checkpoint", "memory", "compile_cache", "rows", "prompts", "completion")
     },
     "convert": 4,
+    **{f"convert.{name}": 6 for name in ("verify", "compare", "quality")},
     **{f"glm_jax.{name}": 3 for name in ("model", "mtp", "sampling", "text")},
     "glm_jax.ops": 2,
     **{

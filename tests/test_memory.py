@@ -323,6 +323,7 @@ def test_a_refusal_shows_the_arithmetic_and_what_would_fit():
         "= 61.21 GB, but each of the 2 devices has 48.95 GB",
         "what would fit: 9 sequences of that length",
         "what would fit: a context of 18,916 tokens for each sequence",
+        'what would fit: weights in fewer bits, with quantize="int8"',
         'what would fit: 8 bits per cached value, with cache_dtype="int8" or "fp8"',
         "what would fit: 4 such devices, with mesh=4",
     ]
@@ -333,12 +334,16 @@ def test_a_refusal_shows_the_arithmetic_and_what_would_fit():
     assert not on(gpu="rtx6000-adax2", context=18_917, sequences=16).fits
     for kind in ("int8", "fp8"):
         assert on(gpu="rtx6000-adax2", context=32_768, sequences=16, cache_dtype=kind).fits
+    assert made.setup.quantised("int8").fits(16, 32_768)
     assert on(gpu="rtx6000-adax4", context=32_768, sequences=16).fits
 
 
-def test_a_refusal_of_the_weights_themselves_offers_only_more_devices():
+def test_a_refusal_of_the_weights_themselves_offers_fewer_bits_or_more_devices():
     lines = on(gpu="rtx4090", context=100).refusal().splitlines()
-    assert lines[1:] == ["what would fit: 4 such devices, with mesh=4"]
+    assert lines[1:] == [
+        'what would fit: weights in fewer bits, with quantize="int4"',
+        "what would fit: 4 such devices, with mesh=4",
+    ]
     alone = on(gpu="rtx4090")
     assert (alone.fits, alone.context, alone.max_context, alone.max_sequences) == (False, 1, 0, 0)
     assert "1 sequence of 1 token at" in alone.refusal()

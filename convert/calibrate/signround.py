@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class Settings:
     """
 
     steps: int = 200
-    rows: int = 8
+    rows: int = 4
     seed: int = 0
 
 
@@ -100,9 +100,8 @@ def tune(
         advance(1)
     before = _error(forward, {**fixed, **{path: dequantize(start[path]) for path in learn}}, inputs, targets, settings)
     rounded = {path: _finish(tuned[path], wanted[path], start[path], learn[path]) for path in learn}
-    after = _error(
-        forward, {**fixed, **{path: dequantize(w) for path, w in rounded.items()}}, inputs, targets, settings
-    )
+    held = {path: dequantize(weight) for path, weight in rounded.items()}
+    after = _error(forward, {**fixed, **held}, inputs, targets, settings)
     return {**start, **(rounded if after < before else {})}, before, after
 
 
@@ -133,8 +132,7 @@ def _step(
     gradients = {path: _masked(gradient, learn[path]) for path, gradient in gradients.items()}
     updates, state = optimiser.update(gradients, state, tuned)
     moved = optax.apply_updates(tuned, updates)
-    kept = {path: _limited(Tuned(*value)) for path, value in moved.items()}  # pyright: ignore[reportAttributeAccessIssue]
-    return kept, state
+    return {path: _limited(value) for path, value in cast(dict[Path, Tuned], moved).items()}, state
 
 
 def _masked(gradient: Tuned, learn: jax.Array) -> Tuned:

@@ -111,7 +111,7 @@ class CalibratedSource(Requantised):
                     walk = self._walk
                 else:
                     walk = State(0, self._embedded(quantised=False), self._embedded(quantised=True), ())
-            assert walk is not None and walk.index == index
+            assert walk is not None
             self._walk, made = self._learn(part, walk)
             self._made = (part, made)
             save_state(self.folder, self._walk, self.fingerprint())
@@ -138,10 +138,8 @@ class CalibratedSource(Requantised):
         if part != MTP:
             held = {**weights, **{path: dequantize(weight) for path, weight in tuned.items()}}
             walk = State(walk.index + 1, targets, self._through(forward, held, seen), notes)
-        made = {
-            leaf.name: tuned[path].map(lambda _, a: np.asarray(a)) for path, leaf in members.items() if path in tuned
-        }
-        return dataclasses.replace(walk, notes=notes), made
+        on_host = {path: weight.map(lambda _, array: np.asarray(array)) for path, weight in tuned.items()}
+        return dataclasses.replace(walk, notes=notes), {members[path].name: weight for path, weight in on_host.items()}
 
     def _value(self, leaf: Leaf) -> jax.Array:
         """A whole array in float32, on the device."""

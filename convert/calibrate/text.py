@@ -37,8 +37,8 @@ class Calibration:
     """
 
     path: Path | None = None
-    windows: int = 128
-    length: int = 512
+    windows: int = 256
+    length: int = 256
 
     def tokens(self, cfg: Config, folder: Path | None) -> np.ndarray:
         """Windows int32 ``[N, T]``, spread evenly over the text.

@@ -16,7 +16,7 @@ from convert.formats.base import Module as Module
 from convert.formats.base import Stored as Stored
 from convert.formats.base import Tensors, plain
 from convert.formats.compressed_tensors import read_packed
-from convert.formats.description import Description
+from convert.formats.description import Declared, Description
 from convert.formats.fp4 import read_fp4
 from convert.formats.fp8 import read_scaled
 from convert.formats.mlx import read_mlx
@@ -71,6 +71,9 @@ def read_formats(reader: Tensors, config: Mapping[str, Any], folder: Path) -> di
 def _read(module: Module, description: Description) -> Stored:
     """A quantised module, in the format that its tensors show."""
     declared = description.declared(module.name)
+    for part, name in module.parts.items():
+        if 0 in module.reader.entry(name).shape:
+            raise module.error(f"{part} is empty")
     if "weight_packed" in module:
         kind = NAMES[module.reader.entry(module.parts["weight_packed"]).dtype]
         if kind == "U8":
@@ -79,14 +82,13 @@ def _read(module: Module, description: Description) -> Stored:
         _only(module, "weight_packed weight_scale weight_zero_point weight_g_idx weight_shape".split())
         return read_packed(module, declared)
     if "qweight" in module:
-        return _read_words(module, description)
+        return _read_words(module, description, declared)
     if "weight" in module:
-        return _read_weight(module, description)
+        return _read_weight(module, description, declared)
     raise _leftover(module, module.parts)
 
 
-def _read_weight(module: Module, description: Description) -> Stored:
-    declared = description.declared(module.name)
+def _read_weight(module: Module, description: Description, declared: Declared) -> Stored:
     kind = NAMES[module.reader.entry(module.parts["weight"]).dtype]
     if kind == "U32":
         _only(module, ["weight", "scales", "biases"])
@@ -103,9 +105,8 @@ def _read_weight(module: Module, description: Description) -> Stored:
     return read_scaled(module, declared)
 
 
-def _read_words(module: Module, description: Description) -> Stored:
+def _read_words(module: Module, description: Description, declared: Declared) -> Stored:
     """GPTQ or AWQ: which of them, the axis along which ``qweight`` is packed tells."""
-    declared = description.declared(module.name)
     _only(module, ["qweight", "qzeros", "scales", "g_idx"])
     columns = module.need("qweight", ("I32",), 2).shape[1]
     if columns == module.need("scales", ("F16", "BF16", "F32"), 2).shape[1]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from convert.formats.base import SCALES, Module, Stored, block_size, scale_kind
 from convert.formats.description import Declared, Description
 from convert.formats.integers import Integers, Layout, stored_integers
-from convert.formats.words import AWQ_PLACES, awq_order, unpack, word_count
+from convert.formats.words import AWQ_PLACES, awq_nibbles, awq_order, unpack, word_count
 
 BITS = range(4, 8)
 
@@ -52,11 +52,12 @@ def read_awq(module: Module, declared: Declared) -> Stored:
 
 def _unpack(module: Module, layout: Layout) -> Integers:
     outputs, bits = layout.shape[0], layout.bits
-    codes = awq_order(unpack(module.read("qweight"), bits, outputs)).T
+    nibbles, words = bits == 4 and layout.spec is not None, module.read("qweight")
+    codes = awq_nibbles(words) if nibbles else awq_order(unpack(words, bits, outputs)).T
     zeros = awq_order(unpack(module.read("qzeros"), bits, outputs)).T
     if layout.zero == "none":
         middle = 1 << (bits - 1)
         if (zeros != middle).any():
             raise module.error(f"the configuration says symmetric, but not all zero points are {middle}")
         zeros = None
-    return Integers(codes, module.read("scales").T, zeros)
+    return Integers(codes, module.read("scales").T, zeros, nibbles=nibbles)

@@ -169,14 +169,22 @@ def values_dtype(kind: str) -> np.dtype[Any]:
     return {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": DTYPES["F16"]}.get(kind, DTYPES["F32"])
 
 
-def block_size(module: Module, size: int, count: int, declared: int | None, axis: str) -> int:
+def block_size(module: Module, size: int, count: int, declared: int | None, axis: str, *, cut: bool = False) -> int:
     """How many of ``size`` rows or columns share a scale when there are ``count`` scales; 0 for all.
+
+    Args:
+        module: for messages.
+        size: rows or columns.
+        count: scales along them.
+        declared: what the configuration says.
+        axis: "inputs" or "outputs".
+        cut: whether the last block may be smaller.
 
     Raises:
         CheckpointError: if no size fits, or the one that the configuration gives does not.
     """
     if declared is not None:
-        if -(-size // (declared or size)) != count:
+        if -(-size // (declared or size)) != count or (not cut and size % (declared or size)):
             said = f"blocks of {declared} {axis}" if declared else f"one scale for all {axis}"
             raise module.error(f"the configuration says {said}, but {size} {axis} have {count} scales")
         return declared

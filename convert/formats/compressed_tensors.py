@@ -30,6 +30,8 @@ def read_packed(module: Module, declared: Declared) -> Stored:
     scale = module.need("weight_scale", tuple(SCALES))
     groups = scale.shape[-1] if len(scale.shape) == len(packed.shape) else 1
     per_matrix = [(*stack, 1, 1)] + ([] if stack else [(), (1,)])
+    if "weight_shape" in module:
+        module.need_shape("weight_shape", ("I64", "I32"), (len(packed.shape),))
     inputs = _inputs(module, words, groups, declared)
     bits = _bits(module, words, inputs, declared)
     group = block_size(module, inputs, groups, declared.group, "inputs")
@@ -72,9 +74,9 @@ def _unpack(module: Module, layout: Layout, groups: int, row: int | None) -> Int
 
 def _inputs(module: Module, words: int, groups: int, declared: Declared) -> int:
     """Width of the matrix, from shapes alone where they tell it."""
-    if declared.group and groups > 1:
+    if declared.group:
         return groups * declared.group
-    module.need("weight_shape", ("I64", "I32"), 1)
+    module.need("weight_shape", ("I64", "I32"))
     # Two or three numbers, read where nothing else says how much of the last word is padding.
     inputs = int(module.read("weight_shape")[-1])
     if not 0 < inputs <= 32 * words:

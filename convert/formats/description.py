@@ -6,19 +6,22 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from convert.header import printable
 from glm_jax.errors import CheckpointError
 
-# Keys under which config.json describes quantised weights: most writers, compressed-tensors of old, MLX.
-SECTIONS = ("quantization_config", "compression_config", "quantization")
+# Keys under which config.json describes quantised weights: MLX (which copies it to the next), most writers,
+# compressed-tensors of old.
+SECTIONS = ("quantization", "quantization_config", "compression_config")
 MODELOPT_FILE = "hf_quant_config.json"
 # "strategy" of compressed-tensors that says all there is to say about the block.
 _STRATEGIES = {"channel": (1, 0), "tensor": (0, 0)}
+_INTEGERS = ("gptq", "auto-round", "awq")
 _PLAIN_BITS = 16
+_PAIR = re.compile(r"\d{1,9}x\d{1,9}")  # a block as older versions wrote it
 _MAX_PATTERN = 1000  # characters
 
 
@@ -49,6 +52,14 @@ class Declared:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Override:
+    """Settings for the modules that a pattern fits."""
+
+    fits: Callable[[str], Any]
+    said: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Description:
     """The section of a configuration that describes quantised weights.
 
@@ -56,10 +67,12 @@ class Description:
         method: ``quant_method`` in lower case; "mlx" and "modelopt" where those say so in their own way; None where
             there is no description.
         section: the section itself.
+        overrides: for modules by pattern.
     """
 
     method: str | None
     section: Mapping[str, Any]
+    overrides: tuple[Override, ...] = ()
 
     @classmethod
     def read(cls, config: Mapping[str, Any], folder: Path) -> Description:
@@ -79,7 +92,7 @@ class Description:
                 return cls("mlx", section)
             if method == "modelopt":
                 return cls("modelopt", {**(_modelopt(folder) or {}), **section})
-            return cls(_method(method), section)
+            return cls(_method(method), section, tuple(_overrides(section)))
         exported = _modelopt(folder)
         return cls(None, {}) if exported is None else cls("modelopt", exported)
 
@@ -89,11 +102,12 @@ class Description:
         Raises:
             CheckpointError: if it says something that has no meaning.
         """
+        if self.method in _INTEGERS:
+            own = (self.section.get("extra_config") or {}).get(module)
+            found = own if own is not None else next((o.said for o in self.overrides if o.fits(module)), {})
+            return _integers({**self.section, **found} if isinstance(found, Mapping) else self.section)
         read = {
             "compressed-tensors": _compressed_tensors,
-            "gptq": _integers,
-            "auto-round": _integers,
-            "awq": _integers,
             "fp8": _blocks,
             "modelopt": _algorithm,
             "mlx": _mlx,
@@ -140,7 +154,10 @@ def _compressed_tensors(section: Mapping[str, Any], module: str) -> Declared:
 
 
 def _names(group: Mapping[str, Any]) -> list[str]:
-    return [str(target) for target in group.get("targets") or []]
+    targets = group.get("targets") or []
+    if not isinstance(targets, list):
+        raise CheckpointError(f"targets in the quantisation's configuration must be a list, not {targets!r}")
+    return [str(target) for target in targets]
 
 
 def _is_class(target: str) -> bool:
@@ -155,7 +172,8 @@ def _weights(weights: Mapping[str, Any]) -> Declared:
     strategy, group = weights.get("strategy"), weights.get("group_size")
     block: tuple[int, int] | None = _STRATEGIES.get(str(strategy))
     if strategy == "block":
-        block = _pair(weights.get("block_structure"))
+        said = weights.get("block_structure")
+        block = _pair([*map(int, said.split("x"))] if isinstance(said, str) and _PAIR.fullmatch(said) else said)
     elif block is None and group is not None:
         block = (1, max(_whole("group_size", group), 0))
     return Declared(
@@ -166,8 +184,7 @@ def _weights(weights: Mapping[str, Any]) -> Declared:
     )
 
 
-def _integers(section: Mapping[str, Any], module: str) -> Declared:
-    said = {**section, **_overrides(section, module)}
+def _integers(said: Mapping[str, Any]) -> Declared:
     bits = _whole("bits", said.get("bits", said.get("w_bit")))
     group = said.get("group_size", said.get("q_group_size"))
     if bits is None or bits >= _PLAIN_BITS:
@@ -181,23 +198,23 @@ def _integers(section: Mapping[str, Any], module: str) -> Declared:
     )
 
 
-def _overrides(section: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    """GPTQModel's ``dynamic`` (patterns, ``+:`` before them or nothing) and AutoRound's ``extra_config``."""
+def _overrides(section: Mapping[str, Any]) -> Iterator[Override]:
+    """AutoRound's ``extra_config`` and GPTQModel's ``dynamic`` (patterns, ``+:`` before them or nothing)."""
     extra, dynamic = (section.get(key) or {} for key in ("extra_config", "dynamic"))
     if not isinstance(extra, Mapping) or not isinstance(dynamic, Mapping):
         raise CheckpointError("extra_config and dynamic must be objects")
-    found = extra.get(module)
-    if found is None:
-        matching = (value for key, value in extra.items() if _pattern(_loose(key)).search(module))
-        positive = ((key.removeprefix("+:"), value) for key, value in dynamic.items() if not key.startswith("-:"))
-        later = (value for key, value in positive if _pattern(key).match(module))
-        found = next(matching, None) or next(later, None)
-    return found if isinstance(found, Mapping) else {}
+    for key, value in extra.items():
+        if isinstance(value, Mapping):
+            # A name without a sign of a pattern is any part of a module's name.
+            pattern = any(sign in key for sign in (".*", *"^$|()[]?+"))
+            yield Override(_pattern(key).search if pattern else functools.partial(_has, key), value)
+    for key, value in dynamic.items():
+        if isinstance(value, Mapping) and not key.startswith("-:"):
+            yield Override(_pattern(key.removeprefix("+:")).match, value)
 
 
-def _loose(key: str) -> str:
-    # A name without a sign of a pattern is any part of a module's name.
-    return key if any(sign in key for sign in (".*", *"^$|()[]?+")) else re.escape(key)
+def _has(part: str, name: str) -> bool:
+    return part in name
 
 
 def _blocks(section: Mapping[str, Any], module: str) -> Declared:

@@ -87,8 +87,8 @@ def _block(module: Module, shape: tuple[int, ...], grid: tuple[int, int], declar
     if said == (1, 0) and grid == (1, 1) and outputs != 1:
         raise module.error("the configuration says one scale per output, but there is one for all")
     return (
-        block_size(module, outputs, rows, said[0], "outputs"),
-        block_size(module, inputs, columns, said[1], "inputs"),
+        block_size(module, outputs, rows, said[0], "outputs", cut=True),
+        block_size(module, inputs, columns, said[1], "inputs", cut=True),
     )
 
 

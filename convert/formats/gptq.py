@@ -86,7 +86,7 @@ def read_gptq(module: Module, declared: Declared, zeros: Zeros, *, planar: bool)
     if -(-inputs // (group or inputs)) != groups:
         said = "the configuration says" if declared.group is not None else "the shapes make"
         raise module.error(f"{said} groups of {group}, but {inputs} inputs have {groups} scales")
-    ordered = indexed is not None and bool(declared.ordered)
+    ordered = indexed is not None and declared.ordered is not False
     layout = Layout(
         shape=(outputs, inputs),
         bits=bits,
@@ -132,7 +132,7 @@ def _index(module: Module, layout: Layout, groups: int) -> Array | None:
         return None
     index, inputs = read_groups(module, "g_idx", groups), layout.shape[-1]
     if not layout.permuted and (index != np.arange(inputs) // (layout.group or inputs)).any():
-        raise module.error("g_idx reorders the inputs, but the configuration does not say desc_act")
+        raise module.error("g_idx reorders the inputs, but the configuration says desc_act is false")
     return index
 
 

@@ -108,7 +108,7 @@ def _packed(matrix: Integers, layout: Layout, spec: QuantSpec, dtype: np.dtype[A
     if spec.permuted:
         assert matrix.groups is not None  # the layout says permuted only where there are groups
         permutation = np.argsort(matrix.groups, kind="stable").astype(np.int32)
-        codes = codes[..., permutation]
+        codes = np.take(codes, permutation, axis=-1)
     if matrix.nibbles:
         pass
     elif spec.kind == "int4":

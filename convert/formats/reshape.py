@@ -76,7 +76,7 @@ def in_order(tensor: QuantizedTensor) -> QuantizedTensor:
     One scale per output (or for all) needs no copies and stays as it is.
     """
     (height, width), inputs = tensor.spec.block, tensor.shape[-1]
-    place = np.argsort(tensor.permutation, axis=-1)[..., None, :]
+    place = np.argsort(np.asarray(tensor.permutation), axis=-1)[..., None, :]
     packed = tensor.spec.per_byte == 2
 
     def order(array: Array) -> Array:

@@ -87,7 +87,7 @@ def run(options: Decode | Prefill) -> dict[str, Any]:
         Transformers.require(options.model)
     bandwidth = machine.read_bandwidth()
     ours = Ours(options.model, options.dtype, options.quantize)
-    sides = [ours]
+    sides: list[Any] = [ours]
     if options.peer == "transformers":
         sides.append(Transformers(options.model, options.dtype))
     elif options.peer:

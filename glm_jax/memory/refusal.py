@@ -9,6 +9,7 @@ from glm_jax.memory.setup import Setup
 
 _DEFAULT_SHARE, _LARGE_SHARE = 0.75, 0.95
 _MOST_DEVICES = 64
+_PRESETS = ("int8", "int4", "int4-small")  # the one that changes least first
 
 
 def refusal(setup: Setup, rows: int, context: int) -> str:
@@ -40,6 +41,9 @@ def _alternatives(setup: Setup, rows: int, context: int) -> list[str]:
         found.append(f"a context of {counted(shorter, 'token')}" + (" for each sequence" if rows > 1 else ""))
     if (jnp.dtype(setup.placement.dtype).itemsize > 2) and setup.in_dtype("bfloat16").fits(rows, context):
         found.append('half the bytes per value, with dtype="bfloat16"')
+    quantised = (name for name in _PRESETS if not setup.placement.storage and setup.quantised(name).fits(rows, context))
+    if preset := next(quantised, None):
+        found.append(f'weights in fewer bits, with quantize="{preset}"')
     if setup.placement.cache_dtype not in EIGHT_BITS and setup.with_cache("int8").fits(rows, context):
         found.append('8 bits per cached value, with cache_dtype="int8" or "fp8"')
     if not setup.placement.on_cpu and (count := _enough_devices(setup, rows, context)):

@@ -15,7 +15,9 @@ from glm_jax.config import Config
 from glm_jax.errors import MemoryPlanError, ShardingError
 from glm_jax.memory.sizes import PREDICTION_LAYER, Part, Placement, Workspace, cache_bytes, weights, workspace
 from glm_jax.ops.mla import KEY_BLOCK
+from glm_jax.quant import PRESETS
 from glm_jax.sharding import MESH_AXES, Rules, preset
+from glm_jax.storage import plan_storage
 
 
 class Need(NamedTuple):
@@ -99,6 +101,12 @@ class Setup:
         kept = self.placement.cache_dtype
         placement = dataclasses.replace(self.placement, dtype=dtype, cache_dtype=kept if kept in EIGHT_BITS else dtype)
         return dataclasses.replace(self, placement=placement)
+
+    def quantised(self, preset: str) -> Self:
+        """The same with the weights quantised by a preset."""
+        sizes = dict(self.placement.axis_sizes)
+        storage, _ = plan_storage(self.cfg, PRESETS[preset], self.placement.rules, sizes)
+        return dataclasses.replace(self, placement=dataclasses.replace(self.placement, storage=storage))
 
     def with_cache(self, dtype: str) -> Self:
         """The same with a cache in another dtype."""

@@ -11,10 +11,10 @@ Index = jax.Array | int
 
 
 class Rows(NamedTuple):
-    """``count`` entries of an axis from a traced ``start``."""
+    """``size`` entries of an axis from a traced ``start``."""
 
     start: Index
-    count: int
+    size: int
 
 
 def take(stack: jax.Array, index: tuple[Index | Rows, ...]) -> jax.Array:
@@ -24,7 +24,7 @@ def take(stack: jax.Array, index: tuple[Index | Rows, ...]) -> jax.Array:
     # One slice for all axes: a slice of a slice would copy the outer one.
     inner = stack.shape[len(index) :]
     starts = [jnp.asarray(i.start if isinstance(i, Rows) else i, jnp.int32) for i in index]
-    sizes = [i.count if isinstance(i, Rows) else 1 for i in index]
-    kept = [i.count for i in index if isinstance(i, Rows)]
+    sizes = [i.size if isinstance(i, Rows) else 1 for i in index]
+    kept = [i.size for i in index if isinstance(i, Rows)]
     sliced = jax.lax.dynamic_slice(stack, [*starts, *[jnp.int32(0)] * len(inner)], (*sizes, *inner))
     return sliced.reshape(*kept, *inner)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, get_args
+import math
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,12 @@ from glm_jax.quant.tensor import QuantizedTensor
 
 Method = Literal["rtn", "mse"]
 
-# Fractions of a block's range that the search tries. Clipping more than 40 % away never won on normal weights.
-_SHRINK = np.linspace(1.0, 0.6, 41, dtype=np.float32)
+# Fractions of a block's range that the search tries, and how often the best scale is then fitted to its own codes. On
+# normal weights this finds less error than 41 fractions from 1 to 0.6 alone.
+_SHRINK = np.linspace(1.0, 0.7, 6, dtype=np.float32)
+_SHRINK_WITH_POINT = np.linspace(1.0, 0.7, 16, dtype=np.float32)
+_REFITS = 2
+_CHUNK_VALUES = 1 << 18  # searched together: what a core's cache holds
 
 
 def quantize(weight: jax.Array, spec: QuantSpec, method: Method = "mse", dtype: Any = jnp.bfloat16) -> QuantizedTensor:
@@ -58,22 +63,55 @@ def check_makeable(spec: QuantSpec, shape: tuple[int, ...]) -> None:
 @functools.partial(jax.jit, static_argnames=("spec", "method"))
 def _quantize(weight: jax.Array, spec: QuantSpec, method: Method) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     blocks = to_blocks(weight.astype(jnp.float32), spec)
-
-    def candidate(shrink: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        scale, zero = _scales(blocks, spec, shrink)
-        error = decode(encode(blocks, scale, zero, spec), scale, zero, spec) - blocks
-        return scale, zero, jnp.sum(error * error, axis=(-2, -1), keepdims=True)
-
-    def better(best: Any, shrink: jax.Array) -> tuple[Any, None]:
-        new = candidate(shrink)
-        wins = new[2] < best[2]
-        return tuple(jnp.where(wins, a, b) for a, b in zip(new, best, strict=True)), None
-
-    best = candidate(jnp.float32(1.0))
-    if method == "mse":
-        best, _ = jax.lax.scan(better, best, jnp.asarray(_SHRINK[1:]))
-    scale, zero, _ = best
+    flat = blocks.reshape(-1, *blocks.shape[-2:])  # blocks have nothing to do with each other
+    chunk = _divisor(flat.shape[0], max(1, _CHUNK_VALUES // math.prod(flat.shape[1:])))
+    search = functools.partial(_search, spec=spec, method=method)
+    parts = jax.lax.map(search, flat.reshape(-1, chunk, *flat.shape[1:]))
+    scale, zero = (part.reshape(*blocks.shape[:-2], 1, 1) for part in parts)
     return finish(encode(blocks, scale, zero, spec), scale, zero, spec, weight.shape)
+
+
+class _Found(NamedTuple):
+    """Scale, zero point and squared error of each block, ``[..., 1, 1]``."""
+
+    scale: jax.Array
+    zero: jax.Array
+    error: jax.Array
+
+
+def _search(blocks: jax.Array, spec: QuantSpec, method: Method) -> tuple[jax.Array, jax.Array]:
+    """Scales and zero points ``[n, 1, 1]`` of blocks ``[n, rows, columns]``."""
+
+    def measured(scale: jax.Array, zero: jax.Array) -> _Found:
+        error = decode(encode(blocks, scale, zero, spec), scale, zero, spec) - blocks
+        return _Found(scale, zero, jnp.sum(error * error, axis=(-2, -1), keepdims=True))
+
+    def shrunk(best: _Found, shrink: jax.Array) -> tuple[_Found, None]:
+        return _better(best, measured(*_scales(blocks, spec, shrink))), None
+
+    def refitted(best: _Found, _: None) -> tuple[_Found, None]:
+        """The scale that suits the codes it gave: ``sum(w q) / sum(q q)``."""
+        codes = encode(blocks, best.scale, best.zero, spec)
+        products = [jnp.sum(codes * other, axis=(-2, -1), keepdims=True) for other in (blocks, codes)]
+        scale = round_scale(products[0] / jnp.where(products[1] > 0, products[1], 1.0), spec)
+        return _better(best, measured(scale, best.zero)), None
+
+    best = measured(*_scales(blocks, spec, jnp.float32(1.0)))
+    if method == "mse":
+        symmetric = spec.zero == "none"
+        best, _ = jax.lax.scan(shrunk, best, jnp.asarray((_SHRINK if symmetric else _SHRINK_WITH_POINT)[1:]))
+        best, _ = jax.lax.scan(refitted, best, None, length=_REFITS if symmetric else 0)
+    return best.scale, best.zero
+
+
+def _better(best: _Found, new: _Found) -> _Found:
+    wins = new.error < best.error
+    return _Found(*(jnp.where(wins, a, b) for a, b in zip(new, best, strict=True)))
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest divisor of ``size`` that is at most ``most``."""
+    return next(n for n in range(min(size, most), 0, -1) if size % n == 0)
 
 
 def to_blocks(weight: jax.Array, spec: QuantSpec) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from glm_jax.errors import QuantError
 from glm_jax.quant.spec import QuantSpec
@@ -59,11 +59,11 @@ class QuantRules:
         Raises:
             QuantError: listing the presets there are.
         """
-        if rules is None or isinstance(rules, cls):
+        if not isinstance(rules, str):
             return rules
         if rules not in PRESETS:
             raise QuantError(f"no quantisation {rules!r}; there are {', '.join(PRESETS)}")
-        return PRESETS[rules]  # pyright: ignore[reportReturnType]
+        return cast(Self, PRESETS[rules])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; :meth:`parse` is the inverse."""
@@ -80,7 +80,9 @@ class QuantRules:
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(value, Mapping) or not set(value) <= set(names):
             raise QuantError(f"quantisation rules have {', '.join(names)}, not {value!r}")
-        return cls(**{key: spec if spec in (None, "same") else QuantSpec.parse(spec) for key, spec in value.items()})
+        as_given = {key: spec for key, spec in value.items() if spec is None or (key == "mtp" and spec == "same")}
+        parsed = {key: QuantSpec.parse(spec) for key, spec in value.items() if key not in as_given}
+        return cls(**as_given, **parsed)
 
 
 PRESETS: dict[str, QuantRules] = {

@@ -74,10 +74,8 @@ class QuantSpec:
         rows, columns = self.block
         block = {(1, 0): "per output", (0, 0): "per matrix"}.get((rows, columns))
         block = block or (f"g{columns}" if rows == 1 else f"{rows or 'all'}x{columns or 'all'}")
-        extras = [
-            text for text, there in ((f"{self.zero}s", self.zero != "none"), ("permuted", self.permuted)) if there
-        ]
-        return " ".join([self.kind, block, self.scale, *extras])
+        zeros = {"none": [], "point": ["zero points"], "bias": ["biases"]}[self.zero]
+        return " ".join([self.kind, block, self.scale, *zeros, *(["permuted"] if self.permuted else [])])
 
     def components(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape and dtype of each stored array of a weight ``[*stack, O, I]``.
@@ -85,12 +83,12 @@ class QuantSpec:
         Raises:
             QuantError: if a matrix of this shape cannot be stored so.
         """
-        *stack, outputs, inputs = shape
-        if len(shape) < 2 or inputs % self.per_byte:
+        if len(shape) < 2 or shape[-1] % self.per_byte:
             raise QuantError(f"{self.kind} packs {self.per_byte} inputs to a byte: a matrix {list(shape)} does not fit")
+        *stack, outputs, inputs = shape
         rows, columns = self.block
-        blocks = (*stack, -(-outputs // (rows or outputs)), -(-inputs // (columns or inputs)))
-        parts = {
+        blocks: tuple[int, ...] = (*stack, -(-outputs // (rows or outputs)), -(-inputs // (columns or inputs)))
+        parts: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
             "codes": ((*stack, outputs, inputs // self.per_byte), self._code_dtype),
             "scales": (blocks, self.scale_dtype),
         }

@@ -36,9 +36,9 @@ class QuantizedTensor:
 
     codes: Array
     scales: Array
-    zeros: Array | None = None
-    outer: Array | None = None
-    permutation: Array | None = None
+    zeros: Array = None
+    outer: Array = None
+    permutation: Array = None
     spec: QuantSpec = dataclasses.field(kw_only=True)
     dtype: Any = dataclasses.field(default=np.dtype(np.float32), kw_only=True)
 

@@ -1,8 +1,9 @@
-"""A conversion that kills itself at a chosen point: ``python dying.py POINT SOURCE DESTINATION FORM``.
+"""A conversion that kills itself at a chosen point: ``python dying.py POINT SOURCE DESTINATION FORM OPTIONS``.
 
 The points are made by patching functions here, in the child; the program itself knows nothing of them.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -91,6 +92,6 @@ POINTS: dict[str, Callable[[], None]] = {
 
 if __name__ == "__main__":
     assert shutil is work.shutil
-    point, source, destination, form = sys.argv[1:]
+    point, source, destination, form, options = sys.argv[1:]
     POINTS[point]()
-    convert(source, destination, to=form)  # type: ignore[arg-type]
+    convert(source, destination, to=form, **json.loads(options))  # type: ignore[arg-type]

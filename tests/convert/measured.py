@@ -1,4 +1,4 @@
-"""Runs one step and prints its peak memory: ``python -m tests.convert.measured STEP SOURCE [DESTINATION] [FORM]``.
+"""Runs one step and prints its peak memory: ``python -m tests.convert.measured STEP SOURCE [DESTINATION [FORM …]]``.
 
 Memory is RssAnon + RssShmem above the value after imports: pages of mapped files do not count.
 """
@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -49,7 +50,9 @@ def load(source: str) -> int:
     return checkpoint.open_source(info.name).total_bytes()
 
 
-def main(step: str, source: str, destination: str = "", form: str = "orbax") -> None:
+def main(
+    step: str, source: str, destination: str = "", form: str = "orbax", quantize: str = "", method: str = "mse"
+) -> None:
     """Prints bytes at the peak, of the weights, of the largest part, and the seconds it took."""
     import orbax.checkpoint  # noqa: F401  (imports are not part of the claim)
     import tensorstore  # noqa: F401
@@ -57,7 +60,11 @@ def main(step: str, source: str, destination: str = "", form: str = "orbax") -> 
     jax.block_until_ready(jax.numpy.zeros(8))
     began = time.monotonic()
     with Peak() as peak:
-        size = load(source) if step == "load" else convert(source, destination, to=form).nbytes  # type: ignore[arg-type]
+        if step == "load":
+            size = load(source)
+        else:
+            options: dict[str, Any] = {"to": form, "quantize": quantize or None, "method": method}
+            size = convert(source, destination, **options).nbytes
     seconds = time.monotonic() - began
     weights = open_source(source)
     largest = max(sum(weights.nbytes(leaf) for leaf in members) for members in weights.layout().values())

@@ -1,4 +1,4 @@
-"""Quantised sources as Hugging Face folders of compressed-tensors: every code, every value, and what is said of them."""
+"""Quantised sources as folders of compressed-tensors: every code, every value, and what is said of them."""
 
 import json
 import re
@@ -202,14 +202,20 @@ def test_zero_points_beyond_the_bits_of_a_code(tmp_path):
     written = checkpoints.read(tmp_path / "out")
     assert "a zero point of 16" in report.notes[-2]
     assert "is one module with" in report.notes[-2]
-    for module, part in {"1.self_attn.q_a": "weight", "1.self_attn.kv_a": "weight", "0.self_attn.q_a": "weight_packed"}.items():
+    for module, part in {
+        "1.self_attn.q_a": "weight",
+        "1.self_attn.kv_a": "weight",
+        "0.self_attn.q_a": "weight_packed",
+    }.items():
         end = "proj_with_mqa" if module.endswith("kv_a") else "proj"
         assert f"model.layers.{module}_{end}.{part}" in written
 
 
 def test_plain_experts_leave_nothing_packed(source, tmp_path):
     """transformers reads no folder whose experts alone are plain."""
-    report = convert(source, tmp_path / "out", to="safetensors", quantize=QuantRules(attention=INT4, head=INT8), method="rtn")
+    report = convert(
+        source, tmp_path / "out", to="safetensors", quantize=QuantRules(attention=INT4, head=INT8), method="rtn"
+    )
     assert not [name for name in checkpoints.read(tmp_path / "out") if name.endswith("weight_packed")]
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert "beside plain experts, where transformers reads no packed weights" in report.notes[-1]

@@ -1,5 +1,6 @@
 """A conversion may be killed at any moment: the same command again gives the same bytes."""
 
+import json
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from convert.sources import open_source
 from glm_jax.errors import CheckpointError
 from tests import checkpoints, spellings
 from tests.convert.comparing import contents, same_tensors
+from tests.convert.small import calibratable
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["the middle of the second layer", "before a layer's record", "half of the manifest"]
@@ -43,8 +45,15 @@ def whole(source, tmp_path_factory):
     return contents(folder)
 
 
-def die(point, source, destination, form="orbax"):
-    command = [sys.executable, "-m", "tests.convert.dying", point, str(source), str(destination), form]
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """A small model with a tokenizer, so that calibration text can be encoded."""
+    return calibratable(tmp_path_factory.mktemp("calibrated"))
+
+
+def die(point, source, destination, form="orbax", **options):
+    text = json.dumps(options)
+    command = [sys.executable, "-m", "tests.convert.dying", point, str(source), str(destination), form, text]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
 
@@ -71,6 +80,20 @@ def test_killed_at(point, source, whole, tmp_path):
 @pytest.mark.parametrize("point", SOAK)
 def test_killed_at_more_points(point, source, whole, tmp_path):
     dies_and_goes_on(point, source, whole, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("point", "method"),
+    [("before a layer's record", "mse"), ("the middle of the second layer", "signround")],
+)
+def test_quantising_killed_at(point, method, calibrated, tmp_path):
+    options = {"quantize": "int4", "method": method}
+    convert(calibrated, tmp_path / "whole", **options)
+    die(point, calibrated, tmp_path / "out", **options)
+    refused(tmp_path / "out")
+    report = convert(calibrated, tmp_path / "out", **options)
+    assert report.kept
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_killed_after_the_manifest(source, whole, tmp_path):

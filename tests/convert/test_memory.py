@@ -1,7 +1,8 @@
 """Memory of loading and converting at full width, measured in a process of its own.
 
 Needs about 28 GB of disk: two folders of 2.7 GB (two layers), and three of 6.5 GB (four layers and the prediction
-layer), of which the two of safetensors repeat embedding and head in the prediction layer, 1.3 GB each.
+layer), of which the two of safetensors repeat embedding and head in the prediction layer, 1.3 GB each; quantised ones
+take less.
 """
 
 import filecmp
@@ -58,3 +59,14 @@ def test_converting_four_layers(base):
         assert figures["peak"] <= figures["part"] + 1e9, source
     for path in sorted((base / "hf4").glob("*.safetensors")):
         assert filecmp.cmp(path, base / "back4" / path.name, shallow=False)
+
+
+@pytest.mark.parametrize("method", ["rtn", "mse"])
+def test_quantising_four_layers(base, method):
+    """Within 4 GB, whatever the size of the model: a layer is in memory at a time."""
+    source = base / "quantise4"
+    if not source.exists():
+        measure("convert", "synthetic:flash?layers=4", source, "safetensors")
+    figures = measure("convert", source, base / f"int4-{method}", "orbax", "int4", method)
+    assert figures["peak"] <= 4e9
+    assert figures["size"] <= 0.31 * 2 * 3.26e9  # of bfloat16 with the prediction layer

@@ -56,7 +56,7 @@ def test_single_file_as_the_source(tmp_path):
 
 
 def test_miniature_is_a_folder_of_the_package():
-    assert sources._tiny_folder().parts[-2:] == ("glm_jax", "tiny")
+    assert sources.tiny_folder().parts[-2:] == ("glm_jax", "tiny")
 
 
 class FakeHub:

@@ -1,6 +1,8 @@
 """Conversations: the model's own format, the same every time, nothing held out among them."""
 
 import hashlib
+import json
+import re
 import subprocess
 import sys
 from random import Random
@@ -9,14 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from convert.calibrate.text import _LIBRARY as calibration_library_files
 from examples.tiny_recipe.chat import draw_conversation
-from examples.tiny_recipe.heldout import conversations, mark, to_record
+from examples.tiny_recipe.corpus import LibraryFile
+from examples.tiny_recipe.heldout import conversations, mark, more_conversations, to_record
+from examples.tiny_recipe.tasks import KINDS, is_held_out
 from examples.tiny_recipe.tools import MAKERS, SCHEMAS, draw_tool_task
 from glm_jax.text import parse_output, render_chat
 
+SUM = re.compile(r"(?:What is|Add|Compute) (\d+) (?:\+|and) (\d)[.?]")
 seeds = st.integers(0, 2**32)
 DIGEST = """
 import hashlib; from random import Random
+from convert.calibrate.text import _LIBRARY as calibration_library_files
 from examples.tiny_recipe.chat import draw_conversation
 from glm_jax.text import render_chat
 rng = Random(7)
@@ -96,3 +103,22 @@ def test_another_process_draws_the_same_bytes():
         env={"PYTHONHASHSEED": "5", "PYTHONPATH": "."},
     )
     assert there.stdout.strip() == here
+
+
+def test_the_larger_set_is_new_to_training_and_calibration(tiny_folder):
+    items = more_conversations()
+    assert len(items) > 1000
+    assert len({str((item.messages[:-1], item.tools, item.thinking)) for item in items}) == len(items)
+    assert {item.kind for item in items} == {*KINDS, "tool_call"}
+    sums = {match.groups() for item in items if (match := SUM.search(item.messages[0]["content"]))}
+    assert len(sums) > 20
+    assert all(is_held_out(f"add|{a} {b}") for a, b in sums)
+    calibration = (tiny_folder / "calibration.jsonl").read_text(encoding="utf-8")
+    trained = set(SUM.findall(calibration))
+    assert len(trained) > 5
+    assert not trained & sums
+    assert not [item for item in items if json.dumps(f"<|user|>{item.messages[0]['content']}<")[1:-1] in calibration]
+
+
+def test_calibration_reads_no_held_out_file():
+    assert not [name for name in calibration_library_files if LibraryFile(name, "", "").held_out]

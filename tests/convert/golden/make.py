@@ -115,7 +115,7 @@ def compressed_tensors():
     one("sym-channel", 8, 44, None, 4, True, torch.bfloat16)
     one("asym-g32", 9, 64, 32, 4, False, torch.bfloat16)
     one("asym-g128", 4, 128, 128, 4, False, torch.float16)
-    one("asym-channel", 8, 60, None, 4, False, torch.bfloat16)
+    one("asym-channel", 7, 60, None, 4, False, torch.bfloat16)
     one("int8-sym-g32", 4, 64, 32, 8, True, torch.bfloat16)
     one("int8-asym-g64", 6, 64, 64, 8, False, torch.float16)
     one("int8-channel", 8, 36, None, 8, True, torch.float32)

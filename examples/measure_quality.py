@@ -1,0 +1,272 @@
+"""Measures every way to quantise the built-in miniature, and fills the tables and the picture of docs/quantisation.md.
+
+.venv/bin/python -m examples.measure_quality                      # everything
+.venv/bin/python -m examples.measure_quality --models int4/rtn int4/mse --chat none int4/mse --out measured
+
+Text: the held-out files of the Python standard library. Chat: the tasks of ``heldout.more_conversations``. Neither has
+a part in training or calibration. Weights have the values that are stored, activations are float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from convert.pipeline import convert  # noqa: E402
+from convert.quality import chat, divergence, sides  # noqa: E402
+from convert.quality.divergence import Positions  # noqa: E402
+from convert.quality.report import error, nats, table  # noqa: E402
+from convert.quality.sides import Side  # noqa: E402
+from convert.quality.statistics import paired_bootstrap  # noqa: E402
+from convert.quality.weights import sizes, weight_errors  # noqa: E402
+from convert.source import WeightSource  # noqa: E402
+from convert.sources import open_source  # noqa: E402
+from examples.tiny_recipe import corpus, heldout  # noqa: E402
+from glm_jax.cache import bytes_per_token  # noqa: E402
+from glm_jax.companions import Companions  # noqa: E402
+from glm_jax.compile_cache import use_compile_cache  # noqa: E402
+from glm_jax.quant import PRESETS  # noqa: E402
+
+METHODS = ("rtn", "mse", "signround")
+CACHES = ("bfloat16", "int8", "fp8")
+NONE = "none"
+CHAT = (NONE, *(f"int4/{method}" for method in METHODS), "int4-small/mse", "int8/mse")
+TOKENS = 112_000
+BEGIN, END = "<!-- {}: written by examples/measure_quality.py -->", "<!-- end of {} -->"
+
+
+@dataclasses.dataclass(slots=True)
+class Model:
+    """One way to store the weights: its figures, and the model itself."""
+
+    name: str
+    figures: dict[str, Any]
+    side: Side
+
+
+def main() -> None:
+    """Parses the command line, measures, and writes."""
+    args = _arguments()
+    use_compile_cache()
+    started = time.perf_counter()
+    source = open_source("tiny")
+    companions = Companions.read(source.cfg, source.info.folder)
+    exact = sides.load(source, companions, dtype="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        models = [_model(name, source, companions, Path(folder)) for name in args.models]
+        models.insert(0, Model(NONE, {"name": NONE, "size": sizes(source)}, exact))
+        results, positions = _on_text(exact, models, companions, args)
+        if args.chat:
+            _on_chat(exact, [model for model in models if model.name in args.chat], companions, results)
+    results["differences"] = _differences(positions)
+    results["seconds"] = round(time.perf_counter() - started, 1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    _plot(results, args.out / "quality.png")
+    if args.page:
+        fill(args.page, tables(results))
+    print(*tables(results).values(), sep="\n\n")
+    print(f"\n{results['seconds']:.0f} s in all", file=sys.stderr)
+
+
+def _model(name: str, source: WeightSource, companions: Companions, folder: Path) -> Model:
+    """A model by ``preset/method``."""
+    started = time.perf_counter()
+    preset, _, method = name.partition("/")
+    if method == "signround":
+        report = convert(source, folder / name.replace("/", "-"), quantize=preset, method="signround", progress=True)
+        made = open_source(report.folder)
+    else:
+        made = sides.requantised(source, preset, "rtn" if method == "rtn" else "mse")
+    side = sides.load(made, companions, dtype="float32")
+    seconds = time.perf_counter() - started
+    errors = weight_errors(source, made)
+    figures = {"name": name, "size": sizes(made), "weights": errors["by_kind"], "seconds_to_make": round(seconds, 1)}
+    return Model(name, figures, side)
+
+
+def _on_text(
+    exact: Side, models: Sequence[Model], companions: Companions, args: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, Positions]]:
+    """Divergences with a float32 cache, and for some models with every other cache."""
+    _, files = corpus.split(corpus.library_files())
+    ids = [companions.tokenizer.encode(file.text) for file in files]
+    wanted: dict[str, tuple[Side, dict[str, Any], str]] = {}
+    wanted |= {model.name: (model.side, model.figures, "float32") for model in models[1:]}
+    for model in (model for model in models if model.name in args.cached):
+        for kind in args.caches:
+            side = dataclasses.replace(model.side, cache_dtype=kind)
+            wanted[f"{model.name} {kind}"] = (side, {"name": model.name, "size": model.figures["size"]}, kind)
+    started = time.perf_counter()
+    found = divergence.measure(exact, [side for side, _, _ in wanted.values()], ids, tokens=args.tokens, progress=True)
+    seconds = time.perf_counter() - started
+    rows = []
+    for (_, figures, kind), positions in zip(wanted.values(), found, strict=True):
+        row = {**figures, "cache": kind, "cache_bytes_per_token": bytes_per_token(exact.cfg, kind)}
+        rows.append({**row, "text": positions.summary()})
+    results = {
+        "model": "tiny",
+        "files": len(files),
+        "tokens_in_files": sum(map(len, ids)),
+        "source": sizes(open_source("tiny")),
+        "rows": rows,
+        "seconds_on_text": round(seconds, 1),
+    }
+    return results, dict(zip(wanted, found, strict=True))
+
+
+def _on_chat(exact: Side, models: Sequence[Model], companions: Companions, results: dict[str, Any]) -> None:
+    tasks = [heldout.to_record(item) for item in heldout.more_conversations()]
+    prompts = chat.prompts(tasks, companions)
+    started = time.perf_counter()
+    ours = chat.answer(exact, tasks, prompts, progress=True)
+    results["chat"] = {}
+    for model in models:
+        theirs = ours if model.side is exact else chat.answer(model.side, tasks, prompts, progress=True)
+        results["chat"][model.name] = chat.compared(ours, theirs)
+    results["seconds_on_chat"] = round(time.perf_counter() - started, 1)
+
+
+def _differences(positions: dict[str, Positions]) -> dict[str, Any]:
+    """Of each two methods of a preset: mean KL of the later one minus that of the earlier, with its interval."""
+    found = {}
+    for name, other in itertools.combinations((name for name in positions if " " not in name), 2):
+        if name.partition("/")[0] == other.partition("/")[0]:
+            difference, *ends = paired_bootstrap(positions[other].kl, positions[name].kl)
+            found[f"{other} - {name}"] = {"kl": difference, "kl_95": ends}
+    return found
+
+
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """The Markdown tables of the page, by the name of their place in it."""
+    made = {"weights": _weights_table(results), "cache": _cache_table(results)}
+    if results["differences"]:
+        made["methods"] = _methods_table(results)
+    return {**made, "chat": _chat_table(results["chat"])} if "chat" in results else made
+
+
+def _weights_table(results: dict[str, Any]) -> str:
+    head = ["preset / method", "bits per weight", "of bfloat16's bytes", "error of experts", "mean KL (95 %)"]
+    rows = [[*head, "99 % of KL", "perplexity", "same token", "where the lead > 0.5"]]
+    before = results["source"]["main"]["bytes"]
+    for row in results["rows"]:
+        if "weights" in row:
+            size, text = row["size"], row["text"]
+            cells = [f"{size['bits_per_weight']:.2f}", f"{size['main']['bytes'] / before:.1%}"]
+            rows.append([row["name"], *cells, error(row["weights"]["experts"]), *_figures(text)])
+    text = results["rows"][0]["text"]
+    perplexity = f"{text['perplexity']['reference']:.3f}"
+    rows.insert(1, ["bfloat16, as trained", "16.00", "100.0%", "0", "0", "0", perplexity, "100%", "100%"])
+    rows[1][1] = f"{results['source']['bits_per_weight']:.2f}"
+    words = f"{text['tokens']:,} tokens of {results['files']} files; the lead is over 0.5 nats at "
+    return f"{table(rows)}\n\n{words}{text['top1']['sure_positions']:,} of them."
+
+
+def _cache_table(results: dict[str, Any]) -> str:
+    head = ["weights", "cache", "bytes per token", "mean KL (95 %)", "99 % of KL", "perplexity", "same token"]
+    rows = [[*head, "where the lead > 0.5"]]
+    cached = {row["name"] for row in results["rows"] if row["cache"] != "float32"}
+    for row in results["rows"]:
+        if row["name"] in cached:
+            name = "bfloat16" if row["name"] == NONE else row["name"]
+            rows.append([name, row["cache"], f"{row['cache_bytes_per_token']:,}", *_figures(row["text"])])
+    return table(rows)
+
+
+def _figures(text: dict[str, Any]) -> list[str]:
+    kl, top = text["kl"], text["top1"]
+    low, high = kl["mean_95"]
+    shares = [f"{top[name]:.2%}" for name in ("agreement", "sure_agreement")]
+    mean = f"{nats(kl['mean'])} ({nats(low)} – {nats(high)})"
+    return [mean, nats(kl["p99"]), f"{text['perplexity']['model']:.3f}", *shares]
+
+
+def _methods_table(results: dict[str, Any]) -> str:
+    rows = [["difference", "mean KL in nats", "95 % interval"]]
+    for name, found in results["differences"].items():
+        low, high = found["kl_95"]
+        rows.append([name.replace(" - ", " − "), f"{found['kl']:+.3g}", f"{low:+.3g} to {high:+.3g}"])
+    return table(rows)
+
+
+def _chat_table(answered: dict[str, Any]) -> str:
+    rows = [["weights", "tasks", "right", "tool calls right", "difference (95 %)", "ratio (95 %)"]]
+    for name, found in answered.items():
+        model, (low, high) = found["model"], found["difference_95"]
+        calls = f"{model['by_kind']['tool_call']:.1%}"
+        cells = [f"{model['tasks']:,}", f"{model['exact_match']:.2%}", calls]
+        if name == NONE:
+            rows.append(["bfloat16", *cells, "", ""])
+            continue
+        ratio, ends = found["ratio"], found["ratio_95"]
+        difference = f"{found['difference']:+.2%} ({low:+.2%} to {high:+.2%})"
+        rows.append([name, *cells, difference, f"{ratio:.4f} ({ends[0]:.4f} – {ends[1]:.4f})"])
+    return table(rows)
+
+
+def fill(page: Path, made: dict[str, str]) -> None:
+    """Puts each table between its marks on the page; the marks must be there."""
+    text = page.read_text(encoding="utf-8")
+    for name, content in made.items():
+        begin, end = BEGIN.format(name), END.format(name)
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise SystemExit(f"{page} has no place for {name}: {begin} … {end}")
+        text = f"{before}{begin}\n\n{content}\n\n{end}{after}"
+    page.write_text(text, encoding="utf-8")
+
+
+def _plot(results: dict[str, Any], path: Path) -> None:
+    """Bytes against divergence, a line for each method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    rows = [row for row in results["rows"] if "weights" in row]
+    for method, mark in zip(METHODS, "osD", strict=True):
+        mine = sorted((row for row in rows if row["name"].endswith(f"/{method}")), key=_bits)
+        axes.plot([_bits(row) for row in mine], [row["text"]["kl"]["mean"] for row in mine], mark, label=method)
+    for name in {row["name"].partition("/")[0] for row in rows}:
+        mine = [row for row in rows if row["name"].partition("/")[0] == name]
+        top = max(row["text"]["kl"]["mean"] for row in mine)
+        axes.annotate(name, (_bits(mine[0]), top), (0, 8), textcoords="offset points", ha="center")
+    axes.set(xlabel="bits per weight", ylabel="mean KL in nats", yscale="log")
+    axes.margins(0.1, 0.15)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def _bits(row: dict[str, Any]) -> float:
+    return row["size"]["bits_per_weight"]
+
+
+def _arguments() -> argparse.Namespace:
+    every = [f"{preset}/{method}" for preset in PRESETS for method in METHODS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--models", nargs="+", choices=every, default=every, metavar="PRESET/METHOD", help="all of them unless given")
+    add("--cached", nargs="*", choices=[NONE, *every], default=[NONE, "int4/mse"], help="measured with --caches too")
+    add("--caches", nargs="*", choices=CACHES, default=CACHES, help="dtypes of the latent cache")
+    add("--chat", nargs="*", choices=[NONE, *every], default=CHAT, help="which also answer the chat tasks")
+    add("--tokens", type=int, default=TOKENS, help="held-out tokens to look at, about")
+    add("--out", type=Path, default=ROOT / "docs" / "quantisation", help="folder of results.json and quality.png")
+    add("--page", type=Path, help="page whose tables are filled in, docs/quantisation.md for the one of the repository")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

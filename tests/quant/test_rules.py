@@ -1,0 +1,114 @@
+"""Which matrices a preset quantises, and groups that fit."""
+
+import json
+
+import pytest
+
+from glm_jax.config import Config
+from glm_jax.errors import QuantError
+from glm_jax.params import is_matrix, leaves, param_specs
+from glm_jax.quant import PRESETS, QuantRules, QuantSpec
+from glm_jax.quant.rules import fit
+from glm_jax.sharding import Rules
+from glm_jax.storage import plan_storage
+
+FLASH = Config.flash(layers=3)
+KINDS = {"int4": {"int4", "int8"}, "int4-small": {"int4"}, "int4-experts": {"int4"}, "int8": {"int8"}}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_never_touches_routers_norms_and_biases(name):
+    storage, notes = plan_storage(FLASH, PRESETS[name])
+    assert not notes
+    quantised = dict(storage.specs)
+    assert {spec.kind for spec in quantised.values()} == KINDS[name]
+    for path, spec in leaves(param_specs(FLASH)):
+        if "router" in path[-1] or "norm" in path[-1] or not is_matrix(spec):
+            assert path not in quantised
+        elif name != "int4-experts":
+            assert path in quantised
+
+
+def test_the_experts_preset_leaves_everything_else():
+    quantised = {path for path, _ in plan_storage(FLASH, PRESETS["int4-experts"])[0].specs}
+    assert {path[-1] for path in quantised} == {"gate", "up", "down"}
+    assert {path[-2] for path in quantised} == {"moe"}
+
+
+def test_each_kind_of_matrix_has_its_own_rule():
+    fields = "experts shared_experts dense_mlp attention head embedding mtp".split()
+    for name in fields:
+        rules = QuantRules(**{"mtp": None, name: QuantSpec(kind="int8", block=(1, 0))})
+        paths = {path for path, _ in plan_storage(FLASH, rules)[0].specs}
+        assert paths
+        in_mtp = {path for path in paths if path[0] == "mtp"}
+        assert bool(in_mtp) == (name == "mtp")
+        others = QuantRules(
+            **{key: QuantSpec(kind="int8", block=(1, 0)) for key in fields if key != name} | {name: None}
+        )
+        assert not paths & {path for path, _ in plan_storage(FLASH, others)[0].specs}
+
+
+def test_the_prediction_layer_is_one_of_the_layers_unless_told_otherwise():
+    storage, _ = plan_storage(FLASH, PRESETS["int4"])
+    kinds = {path[1:]: spec.kind for path, spec in storage.specs if path[0] == "mtp"}
+    assert (kinds["moe", "gate"], kinds["moe", "shared_gate"], kinds["attn", "o"], kinds["eh_proj",]) == (
+        *("int4", "int8", "int8", "int8"),
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_round_trip(name):
+    assert QuantRules.parse(json.loads(json.dumps(PRESETS[name].to_json()))) == PRESETS[name]
+    assert QuantRules.named(name) is PRESETS[name]
+
+
+@pytest.mark.parametrize("value", [{"expert": None}, {"experts": "int4"}, {"experts": {"kind": "int5"}}, []])
+def test_rules_that_are_none_are_refused(value):
+    with pytest.raises(QuantError):
+        QuantRules.parse(value)
+
+
+def test_unknown_presets_are_listed():
+    with pytest.raises(QuantError, match="no quantisation 'int3'; there are int4, int4-small, int4-experts, int8"):
+        QuantRules.named("int3")
+
+
+@pytest.mark.parametrize(
+    ("shape", "local", "columns"),
+    [
+        ((8, 128), None, 64),
+        ((8, 96), None, 32),
+        ((8, 40), None, 8),
+        ((8, 36), None, None),
+        ((8, 63), None, None),
+        ((8, 1536), 384, 64),
+        ((8, 192), 48, 16),
+        ((8, 96), 12, None),
+    ],
+)
+def test_groups_shrink_until_they_divide(shape, local, columns):
+    fitted = fit(QuantSpec(kind="int4", block=(1, 64)), shape, local)
+    assert (fitted.block[1] if fitted else None) == columns
+
+
+def test_a_scale_per_output_always_fits():
+    spec = QuantSpec(kind="int8", block=(1, 0))
+    assert fit(spec, (8, 63)) == spec
+
+
+def test_what_no_group_divides_is_said():
+    cfg = FLASH.replace(moe_intermediate_size=1532)
+    storage, notes = plan_storage(cfg, PRESETS["int4"])
+    assert storage.get(("runs", "1", "moe", "down")) is None
+    assert storage.get(("runs", "1", "moe", "gate")) is not None
+    assert len(notes) == 1
+    assert "runs/1/moe/down" in notes[0]
+
+
+def test_a_group_is_never_wider_than_the_width_on_a_device():
+    cfg = FLASH.replace(moe_intermediate_size=192)
+    rules = Rules(heads="model", ffn="model", vocab="model")
+    spec = plan_storage(cfg, PRESETS["int4"], rules, {"data": 1, "model": 4})[0].get(("runs", "1", "moe", "down"))
+    assert spec is not None
+    assert spec.block == (1, 16)  # 192 / 4 = 48
