@@ -22,7 +22,7 @@ class Options:
     destination: Annotated[str, tyro.conf.Positional]
     """A new or empty folder, or that of an earlier run: what is missing there, or of the wrong size, is written."""
     to: Literal["orbax", "safetensors"] = "orbax"
-    """orbax: loads fast and in slices. safetensors: a Hugging Face folder."""
+    """orbax: loads fast and in slices. safetensors: a Hugging Face folder; quantised weights as compressed-tensors."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Of the weights that are not quantised; unchanged unless given."""
     quantize: str | None = None
