@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 from convert.checkpoint_source import CheckpointSource
@@ -37,12 +39,18 @@ class GgufSource(CheckpointSource):
     def __init__(self, path: Path, name: str | None = None) -> None:
         opened = open_gguf(path)
         # Readers of tokenizers and templates know folders; this one lives as long as what is known of the source.
-        folder = tempfile.TemporaryDirectory(prefix="glm-jax-gguf-")
-        missing = _unpack(opened, Path(folder.name))
-        super().__init__(
-            opened.weights, opened.config, opened, kind="gguf", name=name or str(path), folder=Path(folder.name)
-        )
-        self.info = dataclasses.replace(self.info, keep=folder, notes=(*self.info.notes, *missing))
+        kept = _Folder()
+        missing = _unpack(opened, kept.path)
+        super().__init__(opened.weights, opened.config, opened, kind="gguf", name=name or str(path), folder=kept.path)
+        self.info = dataclasses.replace(self.info, keep=kept, notes=(*self.info.notes, *missing))
+
+
+class _Folder:
+    """A private temporary folder that goes when nobody holds this object any more."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="glm-jax-gguf-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def _unpack(opened: GgufFile, folder: Path) -> tuple[str, ...]:
