@@ -111,9 +111,10 @@ class CheckpointSource(WeightSource):
     def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Piece]]:
         """One per expert, or the rows in one piece; plain ones are views."""
         quantised = self.storage(leaf) is not None
+        end = leaf.spec.shape[0 if leaf.slot is None else 1] if stop is None else stop
         for slot in _slots_of(leaf):
             expert = slot[2]
-            if expert is not None and not start <= expert < (leaf.shape[0] if stop is None else stop):
+            if expert is not None and not start <= expert < end:
                 continue
             value = self._load(slot)
             if quantised:

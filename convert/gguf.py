@@ -39,14 +39,14 @@ class GgufSource(CheckpointSource):
     def __init__(self, path: Path, name: str | None = None) -> None:
         opened = open_gguf(path)
         # Readers of tokenizers and templates know folders; this one lives as long as what is known of the source.
-        folder = _Folder()
-        missing = _unpack(opened, folder.path)
-        super().__init__(opened.weights, opened.config, opened, kind="gguf", name=name or str(path), folder=folder.path)
-        self.info = dataclasses.replace(self.info, keep=folder, notes=(*self.info.notes, *missing))
+        kept = _Folder()
+        missing = _unpack(opened, kept.path)
+        super().__init__(opened.weights, opened.config, opened, kind="gguf", name=name or str(path), folder=kept.path)
+        self.info = dataclasses.replace(self.info, keep=kept, notes=(*self.info.notes, *missing))
 
 
 class _Folder:
-    """A folder that is removed, without a warning, when nothing refers to this any more, at the latest at the end."""
+    """A private temporary folder that goes when nobody holds this object any more."""
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="glm-jax-gguf-"))

@@ -148,7 +148,7 @@ def small_llm(tmp_path) -> glm_jax.LLM:
 def test_the_notebook_lines_of_the_readme_run(small_llm, monkeypatch, tmp_path, capsys):
     (code,) = blocks(README, "python")
     assert len([line for line in code.splitlines() if line]) <= 12
-    monkeypatch.setattr(glm_jax.LLM, "load", lambda: small_llm)
+    monkeypatch.setattr(glm_jax.LLM, "load", lambda quantize=None: small_llm)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lines.py").write_text(code)
     names = runpy.run_path("lines.py")

@@ -7,7 +7,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.quant.bits import Bfloat16Bits
@@ -155,8 +154,3 @@ def expand_planes(blocks: Array, spec: QuantSpec, shape: tuple[int, ...]) -> lis
 
 def _repeat(array: Array, count: int, axis: int) -> Array:
     return array if count == 1 else numpy_of(array).repeat(array, count, axis=axis)
-
-
-def as_jax(tensor: QuantizedTensor) -> QuantizedTensor:
-    """The same on JAX's default device."""
-    return tensor.map(lambda _, array: jnp.asarray(array))
