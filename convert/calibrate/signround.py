@@ -15,17 +15,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from glm_jax.params import Path
 from glm_jax.quant import QuantizedTensor, QuantSpec, dequantize, quantize
 from glm_jax.quant.rounding import code_range, finish, from_blocks, to_blocks
 from glm_jax.quant.tensor import scale_values
+
+if TYPE_CHECKING:
+    import optax
 
 Forward = Callable[[Any, jax.Array], jax.Array]  # (weights by path, inputs [B, T, D]) -> outputs [B, T, D]
 _LEAST_FACTOR, _LARGEST_FACTOR = 0.5, 1.25
@@ -83,6 +85,8 @@ def tune(
     Returns:
         The weights, and the mean squared errors before and after (the start is kept where learning did not help).
     """
+    import optax  # takes half a second, and only learning needs it
+
     fixed = {path: value for path, value in plain.items() if path not in start}
     fixed |= {path: dequantize(weight) for path, weight in start.items() if path not in learn}
     tuned = {path: _begin(plain[path], start[path]) for path in learn}
@@ -127,6 +131,8 @@ def _step(
     def loss(tuned: dict[Path, Tuned]) -> jax.Array:
         made = {path: _soft(tuned[path], plain[path], scales[path], spec) for path, spec in specs}
         return jnp.mean(jnp.square(forward({**fixed, **made}, inputs) - targets))
+
+    import optax
 
     gradients = jax.grad(loss)(tuned)
     gradients = {path: _masked(gradient, learn[path]) for path, gradient in gradients.items()}
