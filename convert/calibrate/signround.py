@@ -85,16 +85,13 @@ def tune(
     Returns:
         The weights, and the mean squared errors before and after (the start is kept where learning did not help).
     """
-    import optax  # takes half a second, and only learning needs it
-
     fixed = {path: value for path, value in plain.items() if path not in start}
     fixed |= {path: dequantize(weight) for path, weight in start.items() if path not in learn}
     tuned = {path: _begin(plain[path], start[path]) for path in learn}
     scales = {path: scale_values(start[path])[..., None, None] for path in learn}
     specs = tuple(sorted((path, start[path].spec) for path in learn))
     wanted = {path: plain[path] for path in learn}
-    schedule = optax.linear_schedule(1.0 / settings.steps, 0.0, settings.steps)
-    optimiser = optax.sign_sgd(schedule)
+    optimiser = _optimiser(settings.steps)
     state = optimiser.init(tuned)
     step = functools.partial(_step, forward, optimiser, specs)
     order = np.random.default_rng(settings.seed)
@@ -107,6 +104,14 @@ def tune(
     held = {path: dequantize(weight) for path, weight in rounded.items()}
     after = _error(forward, {**fixed, **held}, inputs, targets, settings)
     return {**start, **(rounded if after < before else {})}, before, after
+
+
+@functools.cache
+def _optimiser(steps: int) -> optax.GradientTransformation:
+    """One object for all layers, which then share a compilation."""
+    import optax  # takes half a second, and only learning needs it
+
+    return optax.sign_sgd(optax.linear_schedule(1.0 / steps, 0.0, steps))
 
 
 def _begin(plain: jax.Array, start: QuantizedTensor) -> Tuned:
