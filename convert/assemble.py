@@ -61,7 +61,11 @@ class Stack:
                 _add(region, (), (), piece)
             return
         if not piece.ndim:  # one number for a whole matrix
-            piece, slot, row = piece.reshape(1), None, slot or 0
+            if slot is None:
+                for region in self._regions.values():
+                    region.write((), piece)
+                return
+            piece, slot, row = piece.reshape(1), None, slot
         for at, block in _blocks(piece):
             start = (row + at,) + (0,) * (block.ndim - 1)
             if slot is not None:

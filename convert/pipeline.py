@@ -102,16 +102,18 @@ def convert(
     quantised = f", quantised {quantize if isinstance(quantize, str) else 'by rules'} by {method}" if quantize else ""
     title = f"a conversion of {weights.info.name} to {to}, dtype {dtype or 'unchanged'}{quantised}"
     with open_work(folder, Job(_key(weights, to, dtype), title, weights.modified()), force=force) as work:
-        if check:
-            with bar("checking", weights.total_bytes()) as advance:
-                check_finite(weights, advance)
-        if work.done:
-            _recall(work, target, bar, check=check)
         if isinstance(weights, CalibratedSource):
-            weights.folder = folder
+            weights.folder, weights.keep_all = folder, to == "safetensors"
             if progress:
                 needed = in_gb(weights.memory_bytes())
                 print(f"learning how to round, one layer at a time, takes about {needed} of memory", file=sys.stderr)
+        if check:
+            # Of a source that is quantised on the way, the values before: codes are always finite.
+            given = weights.base if isinstance(weights, Requantised) else weights
+            with bar("checking", given.total_bytes()) as advance:
+                check_finite(given, advance)
+        if work.done:
+            _recall(work, target, bar, check=check)
         return _run(work, target, bar, weights)
 
 
@@ -188,7 +190,7 @@ def _write(work: Work, pending: Sequence[Unit], bar: Bar, source: WeightSource) 
         source.require_memory()
     with bar("converting", needed) as advance:
         for unit in pending:
-            work.require_space(needed)
+            work.require_space(needed + (source.state_bytes() if isinstance(source, CalibratedSource) else 0))
             needed -= unit.nbytes
             meter = _Meter(advance)
             if isinstance(source, CalibratedSource):

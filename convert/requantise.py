@@ -14,6 +14,7 @@ import numpy as np
 from convert.layout import Leaf
 from convert.source import Piece, WeightSource, plain
 from convert.synthetic import SyntheticSource
+from glm_jax.errors import CheckpointError
 from glm_jax.quant import QuantizedTensor, QuantRules, QuantSpec, quantize
 from glm_jax.quant.rounding import Method
 from glm_jax.sharding import Rules
@@ -90,6 +91,7 @@ class Requantised(WeightSource):
             return
         for row, piece in self._values(theirs, start, stop):
             for at, block in blocks(piece, spec):
+                refuse_not_finite(block, theirs)
                 yield row + at, self.quantized(block, spec)
 
     def quantized(self, values: Any, spec: QuantSpec) -> QuantizedTensor:
@@ -102,6 +104,19 @@ class Requantised(WeightSource):
             return
         for row, piece in self._base.pieces(leaf, start, stop):
             yield row, plain(piece)
+
+
+def refuse_not_finite(values: Any, leaf: Leaf) -> None:
+    """Integers cannot stand for NaN and infinity, and must not hide them.
+
+    Raises:
+        CheckpointError: naming the array.
+    """
+    if not bool(jnp.isfinite(jnp.max(jnp.abs(jnp.asarray(values))))):
+        raise CheckpointError(
+            f"{leaf.part}/{leaf.name} holds weights that are NaN or infinite, which cannot be quantised: "
+            "the checkpoint is damaged"
+        )
 
 
 def blocks(piece: Any, spec: QuantSpec) -> Iterator[tuple[int, Any]]:

@@ -22,7 +22,7 @@ from glm_jax.completion import Completion, Piece, Score, Timing
 from glm_jax.config import Config
 from glm_jax.decoding import Runner, plain_cache_dtype
 from glm_jax.errors import GlmError, PromptError, SamplingError, ShardingError
-from glm_jax.memory import Setup, plan_on
+from glm_jax.memory import Setup, in_gb, plan_on
 from glm_jax.model import GLM
 from glm_jax.prompts import Prompt
 from glm_jax.quant import QuantRules
@@ -137,9 +137,9 @@ class LLM:
             context=asked,
         ).require()
         show = weights.total_bytes() > 1 << 30 if progress is None else progress
+        for note in weights.info.notes:
+            print(f"note: {note}; {in_gb(weights.total_bytes())} of weights in all", file=sys.stderr)
         cfg, params, info = checkpoint.load(weights, dtype=dtype, rules=rules, mesh=devices, check=check, progress=show)
-        for note in info.notes:
-            print(f"note: {note}", file=sys.stderr)
         return cls(
             cfg if latent_eps is None else cfg.replace(latent_eps=latent_eps),
             params,

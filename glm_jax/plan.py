@@ -110,6 +110,7 @@ def read_model(model: str) -> tuple[Config, Storage]:
 
 def _in_folder(folder: Path) -> tuple[Config, Storage]:
     from convert.converted import stated_storage
+    from convert.formats.description import MODELOPT_FILE, SECTIONS
     from convert.manifest import is_converted, load_manifest
     from convert.source import read_config, storage_of
     from convert.sources import open_source
@@ -118,7 +119,8 @@ def _in_folder(folder: Path) -> tuple[Config, Storage]:
 
     if is_converted(folder):
         return stated_storage(load_manifest(folder))
-    quantised = any(read_config(folder).get(key) for key in ("quantization_config", "quantization"))
+    config = read_config(folder)
+    quantised = any(config.get(key) for key in SECTIONS) or (folder / MODELOPT_FILE).exists()
     if quantised and any(folder.glob("*.safetensors")):
         source = open_source(folder)
         return source.cfg, storage_of(source)
@@ -128,7 +130,7 @@ def _in_folder(folder: Path) -> tuple[Config, Storage]:
             "(give a local folder, or --quantize)",
             file=sys.stderr,
         )
-    return Config.from_hf(read_config(folder)), Storage()
+    return Config.from_hf(config), Storage()
 
 
 def _download_config(repo: str) -> Path:

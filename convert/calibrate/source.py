@@ -15,10 +15,10 @@ import numpy as np
 
 from convert.calibrate.blocks import Block, Prediction
 from convert.calibrate.signround import Settings, can_learn, start_from, tune
-from convert.calibrate.state import State, load_state, save_state
+from convert.calibrate.state import State, latest_notes, load_state, save_state
 from convert.calibrate.text import Calibration
 from convert.layout import MTP, REST, Leaf, layout
-from convert.requantise import Requantised
+from convert.requantise import Requantised, refuse_not_finite
 from convert.source import Array, Piece, WeightSource, plain
 from glm_jax.errors import MemoryPlanError
 from glm_jax.memory.devices import device_limit
@@ -64,6 +64,7 @@ class CalibratedSource(Requantised):
         self._walk: State | None = None
         self._made: tuple[str, dict[str, QuantizedTensor]] = ("", {})
         self.folder: FilePath | None = None
+        self.keep_all = False  # a file of several layers begins again with its first
         self.advance: Callable[[float], None] = lambda share: None
 
     def fingerprint(self) -> str:
@@ -73,7 +74,12 @@ class CalibratedSource(Requantised):
 
     def notes(self) -> tuple[str, ...]:
         """What happened to each layer, so far."""
-        return () if self._walk is None else self._walk.notes
+        return latest_notes(self.folder, self.fingerprint()) if self._walk is None else self._walk.notes
+
+    def state_bytes(self) -> int:
+        """What is kept on disk between layers, at most."""
+        one = 8 * self._tokens.size * self.cfg.hidden_size
+        return one * (len(self._parts) + 1 if self.keep_all else 3)
 
     def memory_bytes(self) -> int:
         """An estimate of what the largest layer needs."""
@@ -114,7 +120,7 @@ class CalibratedSource(Requantised):
             assert walk is not None
             self._walk, made = self._learn(part, walk)
             self._made = (part, made)
-            save_state(self.folder, self._walk, self.fingerprint())
+            save_state(self.folder, self._walk, self.fingerprint(), keep_all=self.keep_all)
         return self._made[1]
 
     def _learn(self, part: str, walk: State) -> tuple[State, dict[str, QuantizedTensor]]:
@@ -147,6 +153,7 @@ class CalibratedSource(Requantised):
         for row, piece in self._values(self.base_leaf(leaf), 0, None):
             values = np.asarray(piece)
             out[row : row + len(values)] = values
+        refuse_not_finite(out, leaf)
         return jnp.asarray(out)
 
     def _embedded(self, *, quantised: bool) -> Array:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from convert.reader import Shard
@@ -39,17 +41,33 @@ def _path(folder: Path, index: int) -> Path:
     return folder / WORK_FOLDER / f"calibration-{index}.safetensors"
 
 
-def save_state(folder: Path | None, state: State, key: str) -> None:
-    """Writes the state, and removes the ones that nothing can ask for any more."""
+def save_state(folder: Path | None, state: State, key: str, *, keep_all: bool = False) -> None:
+    """Writes the state, and removes those that nothing can ask for any more, unless all are to be kept.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     if folder is None:
         return
     path = _path(folder, state.index)
     temporary = path.with_suffix(".tmp")
     arrays = {"exact": np.ascontiguousarray(state.exact), "seen": np.ascontiguousarray(state.seen)}
-    safetensors.numpy.save_file(arrays, temporary, metadata={"key": key, "notes": json.dumps(state.notes)})
+    try:
+        safetensors.numpy.save_file(arrays, temporary, metadata={"key": key, "notes": json.dumps(state.notes)})
+    except safetensors.SafetensorError as error:  # which says what the system said, in words alone
+        full = os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EFBIG) in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from None
     os.replace(temporary, path)
-    for old in range(state.index - _KEPT + 1):
+    for old in range(0 if keep_all else state.index - _KEPT + 1):
         _path(folder, old).unlink(missing_ok=True)
+
+
+def latest_notes(folder: Path | None, key: str) -> tuple[str, ...]:
+    """The notes of the calibration that got furthest."""
+    found = [] if folder is None else list((folder / WORK_FOLDER).glob("calibration-*.safetensors"))
+    numbers = [int(path.stem.rpartition("-")[2]) for path in found if path.stem.rpartition("-")[2].isdecimal()]
+    state = load_state(folder, max(numbers), key) if numbers else None
+    return state.notes if state else ()
 
 
 def load_state(folder: Path | None, index: int, key: str) -> State | None:

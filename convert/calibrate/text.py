@@ -71,7 +71,7 @@ def _own() -> Iterator[str]:
 
 def _in_file(path: Path, template: str | None) -> Iterator[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -79,7 +79,8 @@ def _in_file(path: Path, template: str | None) -> Iterator[str]:
     if path.suffix != ".jsonl":
         yield text
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    # JSON may hold line separators of its own, which splitlines would take for ends of lines.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield _of_line(line, f"{path}, line {number}", template)
 

@@ -109,8 +109,8 @@ def fit(spec: QuantSpec, shape: tuple[int, ...], local_inputs: int | None = None
         local_inputs: inputs on one device, where they are split: no group may cross from one to the next.
     """
     inputs = local_inputs or shape[-1]
-    columns = spec.block[1]
-    if inputs % spec.per_byte:
+    rows, columns = spec.block
+    if inputs % spec.per_byte or (rows and shape[-2] % rows):
         return None
     if not columns:
         return spec

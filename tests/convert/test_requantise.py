@@ -202,3 +202,20 @@ def test_names_of_arrays():
     (leaf, *_) = open_source("synthetic:flash?layers=1").layout()["layer-00000"]
     assert array_name(leaf, "") == "layer-00000/attn.norm"
     assert array_name(leaf, "codes") == "layer-00000/attn.norm.codes"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("method", ["rtn", "signround"])
+def test_weights_that_are_no_numbers_are_never_hidden_in_codes(tmp_path, bad, method):
+    folder = calibratable(tmp_path)
+    tensors = checkpoints.read(folder)
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    tensors[name][2, 5] = bad
+    damaged = checkpoints.write(tmp_path / "damaged", json.loads((folder / "config.json").read_text()), tensors)
+    for companion in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / companion, damaged / companion)
+    if method == "rtn":
+        with pytest.raises(CheckpointError, match=r"layer-00001/moe\.up holds weights that are NaN or infinite"):
+            convert(damaged, tmp_path / "out", quantize="int4", method=method)
+    with pytest.raises(CheckpointError, match=r"NaN or infinite: layer-00001/moe\.up \(1\)"):
+        convert(damaged, tmp_path / "out", quantize="int4", method=method, check=True)

@@ -44,7 +44,7 @@ def _draw(rng, spec, name, shape, dtype):
         return rng.integers(1, 127, shape).astype(dtype)
     if name == "zeros" and spec.zero == "point":
         return rng.integers(0, 17 if spec.kind == "int4" else 257, shape).astype(dtype)
-    return (0.1 + rng.random(shape)).astype(dtype)
+    return np.asarray(0.1 + rng.random(shape), dtype)
 
 
 def values(tensor: QuantizedTensor) -> np.ndarray:

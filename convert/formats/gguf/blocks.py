@@ -46,13 +46,20 @@ def repack(raw: Array, kind: TensorType, name: str) -> QuantizedTensor:
     for start in range(0, len(blocks), step):
         with np.errstate(invalid="ignore"):  # a scale of infinity times a code of 0, as in ggml
             parts = unpack(blocks[start : start + step])
-        if spec.scale == "e8m0" and parts["scales"].max(initial=0) == 255:
+        if not _are_numbers(parts, spec):
             raise CheckpointError(f"{name} has a block whose scale is not a number: the file is damaged")
         if spec.per_byte == 2:
             parts["codes"] = pack_nibbles(parts["codes"])
         for key, array in flat.items():
             array[start : start + step] = parts[key]
     return QuantizedTensor(**whole, spec=spec)
+
+
+def _are_numbers(parts: Parts, spec: QuantSpec) -> bool:
+    """Whether all scales and biases are finite."""
+    if spec.scale == "e8m0":
+        return parts["scales"].max(initial=0) < 255
+    return all(bool(np.isfinite(parts[key]).all()) for key in ("scales", "zeros") if key in parts)
 
 
 def _nibbles(packed: Array, width: int) -> Array:
