@@ -19,7 +19,7 @@ PLACES = [
     ("head",),
     ("mtp", "eh_proj"),
     ("mtp", "head"),
-    ("runs", "1", "attn", "o"),
+    ("runs", "1", "attn", "q_a"),
     ("runs", "1", "moe", "gate"),
 ]
 
