@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from convert.calibrate import CalibratedSource, Calibration
+from convert.calibrate.signround import Settings
 from convert.checks import check_finite
 from convert.header import printable
 from convert.manifest import DTYPES, FORMAT_VERSION, Records
@@ -121,7 +122,8 @@ def _requantised(
     source: WeightSource, rules: QuantRules, method: str, calibration: Calibration | None, dtype: str
 ) -> WeightSource:
     if method == "signround":
-        return CalibratedSource(source, rules, calibration or Calibration(), dtype=dtype)
+        text = calibration or Calibration()
+        return CalibratedSource(source, rules, text, Settings(steps=text.steps), dtype=dtype)
     if calibration is not None:
         raise QuantError(f"the method {method} uses no calibration text: say signround, or leave the text out")
     if method not in get_args(Method):

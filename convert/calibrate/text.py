@@ -34,11 +34,13 @@ class Calibration:
             for the miniature's own data: conversations, and modules of Python's library.
         windows: of text, at most.
         length: tokens in each.
+        steps: of the descent, for each layer.
     """
 
     path: Path | None = None
     windows: int = 256
     length: int = 256
+    steps: int = 200
 
     def tokens(self, cfg: Config, folder: Path | None) -> np.ndarray:
         """Windows int32 ``[N, T]``, spread evenly over the text.

