@@ -201,9 +201,22 @@ def test_options_of_loading_reach_the_loader(monkeypatch, capsys, llm):
     asked = {}
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     monkeypatch.setattr(LLM, "load", lambda source, **options: asked.update(options, source=source) or llm)
-    options = ("--model", "m", "--dtype", "float32", "--mesh", "2", "--max-model-len", "99", "--check")
+    options = (
+        "--model",
+        "m",
+        "--quantize",
+        "int4",
+        "--dtype",
+        "float32",
+        "--mesh",
+        "2",
+        "--max-model-len",
+        "99",
+        "--check",
+    )
     assert generate.main([*options, "--max-tokens", "1", "x"]) == 0
-    assert asked == {"source": "m", "dtype": "float32", "mesh": 2, "max_model_len": 99, "check": True}
+    loading = {"dtype": "float32", "mesh": 2, "max_model_len": 99, "check": True}
+    assert asked == {"source": "m", "quantize": "int4", **loading}
 
 
 @pytest.mark.parametrize(

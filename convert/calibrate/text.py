@@ -6,7 +6,6 @@ import dataclasses
 import json
 import sysconfig
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,8 @@ class Calibration:
 
 
 def _own() -> Iterator[str]:
-    yield from _in_file(Path(str(files("glm_jax"))) / "tiny" / "calibration.jsonl", None)
+    # Drawn by the miniature's recipe (examples/tiny_recipe/chat.py), as its training data was.
+    yield from _in_file(Path(__file__).parent / "conversations.jsonl", None)
     library = Path(sysconfig.get_path("stdlib"))
     for name in _LIBRARY:
         if (library / name).is_file():

@@ -5,12 +5,14 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import convert.calibrate
 from convert.calibrate.text import _LIBRARY as calibration_library_files
 from examples.tiny_recipe.chat import draw_conversation
 from examples.tiny_recipe.corpus import LibraryFile
@@ -113,7 +115,7 @@ def test_the_larger_set_is_new_to_training_and_calibration(tiny_folder):
     sums = {match.groups() for item in items if (match := SUM.search(item.messages[0]["content"]))}
     assert len(sums) > 20
     assert all(is_held_out(f"add|{a} {b}") for a, b in sums)
-    calibration = (tiny_folder / "calibration.jsonl").read_text(encoding="utf-8")
+    calibration = Path(convert.calibrate.__file__).with_name("conversations.jsonl").read_text(encoding="utf-8")
     trained = set(SUM.findall(calibration))
     assert len(trained) > 5
     assert not trained & sums
