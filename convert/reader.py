@@ -6,6 +6,7 @@ can drop the pages again.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import hashlib
@@ -32,39 +33,31 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 
-class Shard:
-    """One safetensors file, its header checked, mapped when first touched.
+class MappedFile(abc.ABC):
+    """A file of tensors whose header was checked; mapped when first touched.
 
-    Raises:
-        CheckpointError: if the file is unreadable, truncated, damaged, or not safetensors.
+    Attributes:
+        path: of the file.
+        size: in bytes, when its header was read.
+        digest: sha256 of its header.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, name = path, printable(path.name)
-        with explain_reading(path), path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            self.size, self.modified = status.st_size, status.st_mtime_ns
-            length = header_length(file.read(LENGTH_BYTES), self.size, name)
-            raw = file.read(length)
-        self.header: Header = parse_header(raw, self.size, name)
-        self.digest = hashlib.sha256(raw).hexdigest()
-        self._map: mmap.mmap | None = None
+    path: Path
+    size: int
+    digest: str
+    _map: mmap.mmap | None = None
 
-    def get(self, name: str) -> Array:
-        """The tensor as a read-only view of the mapped file."""
-        entry = self.header.tensors[name]
-        if entry.begin == entry.end:
-            return np.empty(entry.shape, entry.dtype)
-        raw = np.frombuffer(self._mapped(), np.uint8, entry.end - entry.begin, entry.begin)
-        return raw.view(entry.dtype).reshape(entry.shape)
+    @abc.abstractmethod
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """First byte and end of every tensor."""
 
     def sample(self) -> str:
         """A hash of the header and of pages of every tensor: its first, middle and last (all of a small one)."""
         digest = hashlib.sha256(self.digest.encode())
         # Plain reads: touching a mapped page would bring its neighbours into memory as well.
         with explain_reading(self.path), self.path.open("rb", buffering=0) as file:
-            for entry in self.header.tensors.values():
-                for begin, end in pages(entry.begin, entry.end):
+            for tensor in self.ranges():
+                for begin, end in pages(*tensor):
                     file.seek(begin)
                     page = file.read(end - begin)
                     if len(page) != end - begin:
@@ -83,6 +76,36 @@ class Shard:
 
     def _changed(self) -> CheckpointError:
         return CheckpointError(f"{printable(self.path.name)} changed while it was being read")
+
+
+class Shard(MappedFile):
+    """One safetensors file, its header checked, mapped when first touched.
+
+    Raises:
+        CheckpointError: if the file is unreadable, truncated, damaged, or not safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, name = path, printable(path.name)
+        with explain_reading(path), path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            self.size, self.modified = status.st_size, status.st_mtime_ns
+            length = header_length(file.read(LENGTH_BYTES), self.size, name)
+            raw = file.read(length)
+        self.header: Header = parse_header(raw, self.size, name)
+        self.digest = hashlib.sha256(raw).hexdigest()
+
+    def get(self, name: str) -> Array:
+        """The tensor as a read-only view of the mapped file."""
+        entry = self.header.tensors[name]
+        if entry.begin == entry.end:
+            return np.empty(entry.shape, entry.dtype)
+        raw = np.frombuffer(self._mapped(), np.uint8, entry.end - entry.begin, entry.begin)
+        return raw.view(entry.dtype).reshape(entry.shape)
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Of every tensor."""
+        return ((entry.begin, entry.end) for entry in self.header.tensors.values())
 
 
 @contextlib.contextmanager

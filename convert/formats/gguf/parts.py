@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import mmap
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from convert.formats.gguf.header import Entry, Header, read_header, whole_number
 from convert.header import printable
-from convert.reader import explain_reading, listing, pages
+from convert.reader import MappedFile, explain_reading, listing
 from glm_jax.errors import CheckpointError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -24,7 +23,7 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 _MOST_PARTS = 10_000
 
 
-class Part:
+class Part(MappedFile):
     """One GGUF file, its header checked, mapped when first touched.
 
     Raises:
@@ -37,38 +36,16 @@ class Part:
             status = os.fstat(file.fileno())
             self.size, self.modified = status.st_size, status.st_mtime_ns
             self.header: Header = read_header(file, self.size, self.name)
-        self._map: mmap.mmap | None = None
+        self.digest = self.header.digest
 
     def raw(self, entry: Entry) -> Array:
         """The bytes of a tensor, uint8 ``[*stack, O, row bytes]``, as a read-only view of the mapped file."""
         flat = np.frombuffer(self._mapped(), np.uint8, entry.end - entry.begin, entry.begin)
         return flat.reshape(*entry.shape[:-1], entry.row_bytes)
 
-    def sample(self) -> str:
-        """A hash of the header and of pages of every tensor: its first, middle and last (all of a small one)."""
-        digest = hashlib.sha256(self.header.digest.encode())
-        # Plain reads: touching a mapped page would bring its neighbours into memory as well.
-        with explain_reading(self.path), self.path.open("rb", buffering=0) as file:
-            for entry in self.header.tensors.values():
-                for begin, end in pages(entry.begin, entry.end):
-                    file.seek(begin)
-                    page = file.read(end - begin)
-                    if len(page) != end - begin:
-                        raise self._changed()
-                    digest.update(page)
-        return digest.hexdigest()
-
-    def _mapped(self) -> mmap.mmap:
-        if self._map is None:
-            with explain_reading(self.path), self.path.open("rb") as file:
-                # A file cut since its header was read would end the process at the first missing page.
-                if os.fstat(file.fileno()).st_size != self.size:
-                    raise self._changed()
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._map
-
-    def _changed(self) -> CheckpointError:
-        return CheckpointError(f"{self.name} changed while it was being read")
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Of every tensor."""
+        return ((entry.begin, entry.end) for entry in self.header.tensors.values())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
