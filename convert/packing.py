@@ -20,6 +20,8 @@ from glm_jax.quant import QuantizedTensor, QuantSpec, pack_nibbles
 Array = np.ndarray[Any, np.dtype[Any]]
 FORMAT = "pack-quantized"
 WEIGHT = ".weight"
+# Parameters that are no Linear modules in the programs that read such folders.
+NOT_LINEAR = (("embed",), ("mtp", "embed"), ("mtp", "eh_proj"))
 _WORD = np.dtype("<i4")
 _BIT_SCALES = ("e4m3", "e8m0")
 _NUMBERED = re.compile(r"(?:model\.layers\.(?P<layer>\d+)\.)?(?P<inner>.*)")

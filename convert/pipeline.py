@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -18,6 +18,7 @@ from convert.calibrate.signround import Settings
 from convert.checks import check_finite
 from convert.header import printable
 from convert.manifest import DTYPES, FORMAT_VERSION, Records
+from convert.packing import NOT_LINEAR
 from convert.progress import Advance, progress_bar
 from convert.reader import listing
 from convert.requantise import Requantised
@@ -93,7 +94,9 @@ def convert(
     if weights.info.folder and weights.info.folder.resolve() == folder:
         raise CheckpointError(f"{folder} is the source: choose another destination")
     if rules := QuantRules.named(quantize):
-        weights = _requantised(weights, rules, method, calibration, dtype or weights.info.dtype)
+        # What the folder cannot hold quantised is not rounded in vain.
+        keep = NOT_LINEAR if to == "safetensors" else ()
+        weights = _requantised(weights, rules, method, calibration, dtype or weights.info.dtype, keep)
     elif calibration is not None:
         raise QuantError("a calibration text is for quantising: say to what, with quantize (--quantize)")
     elif method != "mse":
@@ -119,16 +122,21 @@ def convert(
 
 
 def _requantised(
-    source: WeightSource, rules: QuantRules, method: str, calibration: Calibration | None, dtype: str
+    source: WeightSource,
+    rules: QuantRules,
+    method: str,
+    calibration: Calibration | None,
+    dtype: str,
+    keep: Collection[tuple[str, ...]],
 ) -> WeightSource:
     if method == "signround":
         text = calibration or Calibration()
-        return CalibratedSource(source, rules, text, Settings(steps=text.steps), dtype=dtype)
+        return CalibratedSource(source, rules, text, Settings(steps=text.steps), dtype=dtype, keep=keep)
     if calibration is not None:
         raise QuantError(f"the method {method} uses no calibration text: say signround, or leave the text out")
     if method not in get_args(Method):
         raise QuantError(f"no method {method!r}; there are {', '.join(get_args(Method))}, signround")
-    return Requantised(source, rules, cast(Method, method), dtype=dtype)
+    return Requantised(source, rules, cast(Method, method), dtype=dtype, keep=keep)
 
 
 def _destination(destination: str | Path) -> Path:

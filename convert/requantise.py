@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,10 +15,11 @@ from convert.layout import Leaf
 from convert.source import Piece, WeightSource, plain
 from convert.synthetic import SyntheticSource
 from glm_jax.errors import CheckpointError
+from glm_jax.params import Path
 from glm_jax.quant import QuantizedTensor, QuantRules, QuantSpec, quantize
 from glm_jax.quant.rounding import Method
 from glm_jax.sharding import Rules
-from glm_jax.storage import plan_storage
+from glm_jax.storage import Storage, plan_storage
 
 _BLOCK_VALUES = 1 << 23  # quantised together: the search holds a few float32 copies of them
 
@@ -33,6 +34,7 @@ class Requantised(WeightSource):
         rules: mesh axis of each logical axis, so that groups do not cross from one device to the next.
         axis_sizes: devices along each mesh axis.
         dtype: of the model.
+        keep: paths of parameters that stay as they are, whatever the rules say.
     """
 
     def __init__(
@@ -44,11 +46,15 @@ class Requantised(WeightSource):
         rules: Rules = Rules(),
         axis_sizes: Mapping[str, int] | None = None,
         dtype: Any = "bfloat16",
+        keep: Collection[Path] = (),
     ) -> None:
         self._base, self._dtype = base, jnp.dtype(dtype)
         self._method: Method = method
         self.cfg = base.cfg.replace(run_starts=())
-        self._storage, notes = plan_storage(self.cfg, quant, rules, axis_sizes)
+        planned, notes = plan_storage(self.cfg, quant, rules, axis_sizes)
+        self._storage = Storage(tuple((path, spec) for path, spec in planned.specs if path not in keep))
+        if kept := ["/".join(path) for path, _ in planned.specs if path in keep]:
+            notes = (*notes, f"not quantised, because the destination cannot hold it so: {', '.join(kept)}")
         self._leaves = {(leaf.part, leaf.name): leaf for members in base.layout().values() for leaf in members}
         self.hf_config = base.hf_config
         if any(base.storage(leaf) for leaf in self._leaves.values()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -43,6 +43,7 @@ class CalibratedSource(Requantised):
         calibration: the text.
         settings: of the descent.
         dtype: of the model.
+        keep: paths of parameters that stay as they are, whatever the rules say.
 
     Raises:
         CheckpointError: if there is too little text.
@@ -56,8 +57,9 @@ class CalibratedSource(Requantised):
         settings: Settings = Settings(),
         *,
         dtype: Any = "bfloat16",
+        keep: Collection[Path] = (),
     ) -> None:
-        super().__init__(base, quant, "mse", dtype=dtype)
+        super().__init__(base, quant, "mse", dtype=dtype, keep=keep)
         self._tokens = calibration.tokens(base.cfg, base.info.folder)
         self._settings = settings
         self._parts = [part for part in layout(self.cfg) if part != REST]
