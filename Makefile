@@ -9,7 +9,7 @@ VENV := .venv/bin
 WORKERS ?= 2
 PIN := -c constraints.txt
 
-.PHONY: help venv generate test test-parity test-newest soak lint wheel clean
+.PHONY: help venv generate test test-parity test-kernels test-aot test-newest soak lint wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -18,7 +18,7 @@ help:  ## show this list
 venv: .venv/.stamp  ## make .venv with everything but torch
 
 .venv/.stamp: pyproject.toml constraints.txt
-	@.ci/make-venv .venv 3.11 $(PIN) -e ".[test,train,dev]"
+	@.ci/make-venv .venv 3.11 $(PIN) -e ".[test,train,dev,aot]"
 	@touch $@
 
 .venv-parity/.stamp: pyproject.toml constraints.txt
@@ -35,6 +35,12 @@ test: .venv/.stamp  ## unit, property, sharding and end-to-end tests on the CPU:
 
 test-parity: .venv-parity/.stamp  ## the same numbers as transformers, in an environment of its own
 	@.venv-parity/bin/python -m pytest -m parity $(ARGS)
+
+test-kernels: .venv/.stamp  ## the GPU kernels in Triton's interpreter, without a GPU
+	@TRITON_INTERPRET=1 $(VENV)/python -m pytest -n $(WORKERS) --dist worksteal -m "kernels and not soak" $(ARGS)
+
+test-aot: .venv/.stamp  ## the GPU programs compiled for cards that are not here: launches, memory, spills
+	@$(VENV)/python -m pytest -n $(WORKERS) -m "aot and not soak" $(ARGS)
 
 test-newest: .venv/.stamp  ## a smoke run on the newest JAX, when a Python >= 3.12 is on the machine
 	@.ci/smoke-newest

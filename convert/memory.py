@@ -18,7 +18,7 @@ from convert.source import Array, Original, Piece, SourceInfo, WeightSource, rea
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from glm_jax.params import Path, leaves, param_specs
-from glm_jax.quant import Bfloat16Bits, QuantizedTensor, QuantSpec, Weight
+from glm_jax.quant import Bfloat16Bits, QuantizedTensor, QuantSpec, TiledWeight, Weight, untile
 
 
 class MemorySource(WeightSource):
@@ -65,17 +65,19 @@ class MemorySource(WeightSource):
     def storage(self, leaf: Leaf) -> QuantSpec | None:
         """The array's own."""
         array = self._arrays[leaf.target]
-        return array.spec if isinstance(array, QuantizedTensor) else None
+        return array.spec if isinstance(array, QuantizedTensor | TiledWeight) else None
 
     def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Piece]]:
         """The rows of one layer, gathered from the devices that hold them; quantised weights in one piece."""
-        array = self._arrays[leaf.target]
+        array, slot = self._arrays[leaf.target], leaf.slot
+        if isinstance(array, TiledWeight):  # one layer at a time: a second copy of all need not fit
+            array, slot = untile(array if slot is None else array[slot]), None
         if isinstance(array, QuantizedTensor):
-            whole = array.map(lambda _, part: _on_host(part, leaf.slot))
+            whole = array.map(lambda _, part: _on_host(part, slot))
             stacked = len(leaf.shape) > 2
             yield (start, whole[start:stop]) if stacked else (0, whole)
         else:
-            yield start, _on_host(array, leaf.slot)[start:stop]
+            yield start, _on_host(array, slot)[start:stop]
 
 
 def _on_host(array: jax.Array | Bfloat16Bits | Array, slot: int | None) -> Array:
@@ -122,4 +124,5 @@ def _complete(array: Weight | Array) -> bool:
     if isinstance(array, QuantizedTensor):
         return all(_complete(part) for part in array.components().values())
     array = array.bits if isinstance(array, Bfloat16Bits) else array
+    array = array.tiles.words if isinstance(array, TiledWeight) else array
     return isinstance(array, np.ndarray) or array.is_fully_addressable

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from glm_jax.params import Tree, init_params, leaves
 from glm_jax.quant import Bfloat16Bits, QuantizedTensor, QuantRules
 from glm_jax.sharding import Rules
 from glm_jax.storage import abstract_params
+from glm_jax.tiling import tiled, tiled_tree
 
 __all__ = [
     "Form",
@@ -52,6 +53,7 @@ def load(
     rules: Rules = Rules(),
     mesh: Mesh | None = None,
     mtp: bool = True,
+    tiles: bool = False,
     check: bool = False,
     progress: bool = False,
 ) -> tuple[Config, Tree, SourceInfo]:
@@ -66,6 +68,7 @@ def load(
         rules: mesh axis of each logical axis.
         mesh: devices to lay the parameters out on; ``None`` for JAX's default device.
         mtp: load the prediction layer, if there is one.
+        tiles: lay the matrices out as kernels read them (:class:`~glm_jax.quant.TiledWeight`); for one device.
         check: read every byte a second look: hashes of a converted folder, and values that are NaN or infinite.
         progress: show it on stderr.
 
@@ -84,7 +87,8 @@ def load(
     cfg = weights.cfg if mtp else weights.cfg.replace(num_nextn_predict_layers=0, mtp_own_embeddings=False)
     if mesh is not None:
         rules.validate(cfg, mesh)
-    return cfg, load_params(weights, cfg, dtype, rules, mesh, check=check, progress=progress), weights.info
+    params = load_params(weights, cfg, dtype, rules, mesh, tiles=tiles, check=check, progress=progress)
+    return cfg, params, weights.info
 
 
 def quantised(
@@ -113,6 +117,7 @@ def load_params(
     rules: Rules = Rules(),
     mesh: Mesh | None = None,
     *,
+    tiles: bool = False,
     check: bool = False,
     progress: bool = False,
 ) -> Tree:
@@ -124,6 +129,7 @@ def load_params(
         dtype: of the parameters that are not quantised.
         rules: mesh axis of each logical axis.
         mesh: devices; ``None`` for JAX's default device.
+        tiles: lay the matrices out as kernels read them.
         check: also check hashes and finiteness.
         progress: show it on stderr.
 
@@ -132,17 +138,24 @@ def load_params(
         ShardingError: if the mesh would cut through a block that shares a scale.
     """
     if isinstance(source, SyntheticSource):
-        return init_params(cfg, source.seed, dtype, rules, mesh)
+        made = init_params(cfg, source.seed, dtype, rules, mesh)
+        return tiled_tree(made) if tiles else made
     abstract = dict(leaves(abstract_params(cfg, dtype, rules, mesh, storage_of(source, cfg))))
     wanted = [leaf for members in source.layout().values() for leaf in members if leaf.target in abstract]
     total = sum(source.nbytes(leaf) for leaf in wanted)
     with progress_bar("loading", total, show=progress) as advance:
-        filled = _fill(source, wanted, abstract, Checker(source) if check else None, advance)
+        finish = tiled if tiles else lambda _, weight: weight
+        filled = _fill(source, wanted, abstract, Checker(source) if check else None, advance, finish)
     return _tree({path: filled[path] for path in abstract})
 
 
 def _fill(
-    source: WeightSource, wanted: list[Leaf], abstract: Mapping[Any, Any], checker: Checker | None, advance: Advance
+    source: WeightSource,
+    wanted: list[Leaf],
+    abstract: Mapping[Any, Any],
+    checker: Checker | None,
+    advance: Advance,
+    finish: Callable[[Any, Any], Any],
 ) -> dict[Any, Any]:
     left = Counter(leaf.target for leaf in wanted)
     stacks: dict[Any, _Filling] = {}
@@ -160,7 +173,7 @@ def _fill(
         advance(source.nbytes(leaf))
         left[path] -= 1
         if not left[path]:
-            filled[path] = stacks.pop(path).finish()
+            filled[path] = finish(path, stacks.pop(path).finish())
     if checker:
         checker.finish()
     return filled

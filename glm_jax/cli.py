@@ -20,6 +20,7 @@ _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 def finish(run: Callable[[], int]) -> NoReturn:
     """Runs a command and exits: 0 done, 2 bad usage or input, 1 failure, 130 interrupted."""
     _open_missing_streams()
+    _without_a_gpu()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a character the terminal lacks must not end the command
     try:
@@ -46,6 +47,12 @@ def _open_missing_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (open to the end)
+
+
+def _without_a_gpu() -> None:
+    """JAX's plugin for CUDA, which ``plan --compile`` uses, must not complain at every start that there is no CUDA."""
+    if not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg")):  # Linux, and Linux within Windows
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 
 def text_option(metavar: str) -> PrimitiveConstructorSpec[str | None]:

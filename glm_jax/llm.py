@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+import pallas_kernels
 from glm_jax import checkpoint, prompts, steps
 from glm_jax.answers import AnswerFormat, ChatStream
 from glm_jax.cache import cache_kind
@@ -33,6 +34,7 @@ from glm_jax.sharding import Rules, make_mesh, preset
 from glm_jax.text import render_chat
 
 _MAX_ROWS = 64
+_KERNELS = ("triton", "reference")
 _DTYPES = ("bfloat16", "float32")
 
 
@@ -88,6 +90,7 @@ class LLM:
         sharding: str | None = None,
         max_model_len: int | str = "auto",
         latent_eps: float | None = None,
+        kernels: str | None = None,
         seed: int | None = None,
         check: bool = False,
         progress: bool | None = None,
@@ -109,6 +112,8 @@ class LLM:
             max_model_len: longest prompt and completion together; "auto" is what the model and the memory allow.
             latent_eps: epsilon of the norms inside the attention: 1e-6 as in transformers unless given; serving engines
                 have 1e-5.
+            kernels: "triton" (hand-written kernels, for one GPU) or "reference" (plain JAX, which XLA compiles for any
+                device, and which can be differentiated); the former unless given, where there is a GPU and Triton.
             seed: makes the seeds drawn for requests without one repeatable.
             check: also look for NaN and infinite weights, and verify hashes.
             progress: show a progress bar on stderr; by default for weights over 1 GB.
@@ -125,6 +130,7 @@ class LLM:
         asked = _context_limit(weights.cfg, max_model_len)
         companions = Companions.read(weights.cfg, weights.info.folder)  # cheap, and may be what is missing
         rules, devices = _layout(mesh, sharding)
+        tiles = _tiles(kernels, devices)
         weights = checkpoint.quantised(weights, quantize, dtype, rules, devices)
         cache_dtype = cache_dtype or plain_cache_dtype(devices, dtype)
         planned = plan_on(
@@ -139,7 +145,9 @@ class LLM:
         show = weights.total_bytes() > 1 << 30 if progress is None else progress
         for note in weights.info.notes:
             print(f"note: {note}; {in_gb(weights.total_bytes())} of weights in all", file=sys.stderr)
-        cfg, params, info = checkpoint.load(weights, dtype=dtype, rules=rules, mesh=devices, check=check, progress=show)
+        cfg, params, info = checkpoint.load(
+            weights, dtype=dtype, rules=rules, mesh=devices, tiles=tiles, check=check, progress=show
+        )
         return cls(
             cfg if latent_eps is None else cfg.replace(latent_eps=latent_eps),
             params,
@@ -340,6 +348,19 @@ class LLM:
         for batch in prompts.batches(rows, _MAX_ROWS, runner.fits):
             for _ in runner.run(batch, self.timing):
                 pass
+
+
+def _tiles(kernels: str | None, mesh: Mesh | None) -> bool:
+    """Whether to lay weights out for kernels."""
+    if kernels is None:
+        return mesh is None and pallas_kernels.available() and not pallas_kernels.interpreted()
+    if kernels not in _KERNELS:
+        raise GlmError(f"kernels must be {' or '.join(map(repr, _KERNELS))}, not {kernels!r}")
+    if kernels == "triton" and mesh is not None:
+        raise GlmError("kernels run on one device: leave mesh out, or use kernels='reference'")
+    if kernels == "triton" and not pallas_kernels.available():
+        raise GlmError("kernels='triton' needs an NVIDIA GPU and the package triton (pip install 'glm-jax[cuda]')")
+    return kernels == "triton"
 
 
 def _layout(mesh: int | Mesh | None, sharding: str | None) -> tuple[Rules, Mesh | None]:

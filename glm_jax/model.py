@@ -23,6 +23,7 @@ from glm_jax.cache import AXES as CACHE_AXES
 from glm_jax.cache import LatentCache
 from glm_jax.config import Config, LayerRun
 from glm_jax.errors import ConfigError, ShardingError
+from glm_jax.ops import fused
 from glm_jax.ops.block import Context, Edit, Taps, block, tap_names
 from glm_jax.ops.linear import embed, linear
 from glm_jax.ops.mla import Form
@@ -195,6 +196,9 @@ class _Local:
         self, w: dict[str, Any], inputs: tuple[jax.Array, ...], cache: Any
     ) -> tuple[tuple[jax.Array, dict[str, Any]], Any]:
         tokens, positions = inputs
+        if cache is not None and self._by_kernels(w, tokens):
+            h, cache = fused.hidden(self.cfg, w, tokens, positions, cache)
+            return (h, {}), cache
         ctx = Context(self.cfg, self.rules, positions, self.form, Taps(frozenset(self.trace), self.edit))
         first = self.rules.index("vocab") * w["embed"].shape[0]
         h = ctx.taps("embed", self.rules.psum(embed(w["embed"], tokens, first), "vocab"))
@@ -202,6 +206,12 @@ class _Local:
             h, cache = _run(ctx, run, h, cache, w["runs"][str(i)])
         h = ctx.taps("norm", rms_norm(h, w["norm"], self.cfg.rms_norm_eps))
         return (h, ctx.taps.recorded), cache
+
+    def _by_kernels(self, w: dict[str, Any], tokens: jax.Array) -> bool:
+        """Whether the fused kernels do this call; they have one form, no named activations, and one device."""
+        plain = not (self.rules.mesh_axes or self.trace or self.edit) and self.form == "auto"
+        few = tokens.size <= fused.MOST_TOKENS and tokens.shape[1] <= fused.MOST_PER_ROW
+        return plain and few and fused.obstacle(self.cfg, w) is None
 
     def draft(self, w: tuple[dict[str, Any], Any], inputs: tuple[jax.Array, ...], cache: Any) -> tuple[jax.Array, Any]:
         hidden, next_tokens, positions = inputs

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +33,7 @@ Examples:
   python -m glm_jax.plan --model synthetic:flash --gpu h100           on a card that is not here
   python -m glm_jax.plan --model synthetic:flash --gpu b200x4 --context 32768 --sequences 64
   python -m glm_jax.plan --model ./converted --gpu rtxpro6000 --json | jq .max_context
+  python -m glm_jax.plan --model synthetic:flash --gpu h200 --quantize int4 --context 8192 --compile
 
 Cards: rtx6000-ada rtxpro6000 h100 h200 b200; for memory only: a100-80gb l40s rtx5090 rtx4090 rtx3090.
 Several (NAMExN, or --mesh) share the model by attention heads and expert widths; each holds the whole cache.
@@ -63,6 +64,9 @@ class Options:
     """Count the multi-token-prediction layer, which is loaded with the model."""
     memory_fraction: float = 0.95
     """Part of a GPU's memory that JAX may take."""
+    compile: bool = False
+    """Also compile the generation loop for the card of --gpu, which need not be here: kernels per token, CUDA graphs,
+    memory. Takes a minute, and the packages of glm-jax[aot]."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -75,11 +79,46 @@ def main(args: Sequence[str] | None = None) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     cfg, stored = read_model(options.model)
     where, plan = _plan(cfg, stored, options)
+    compiled = _compiled(cfg, plan, options) if options.compile else {}
     if options.json:
-        print(json.dumps({"model": options.model, "on": where, **plan.to_json()}))
+        print(json.dumps({"model": options.model, "on": where, **plan.to_json(), **compiled}))
     else:
         _show(options.model, where, plan)
+        if compiled:
+            print(_compiled_sentence(compiled))
     return OK
+
+
+def _compiled(cfg: Config, plan: MemoryPlan, options: Options) -> dict[str, Any]:
+    """What the generation loop becomes on the card."""
+    from pallas_kernels import aot
+
+    if options.gpu is None:
+        raise MemoryPlanError(f"--compile is for a card by name: add --gpu, one of {', '.join(aot.cards())}")
+    argument = {
+        "gpu": options.gpu,
+        "config": dataclasses.asdict(cfg),
+        "storage": plan.setup.placement.storage.to_json(),
+        "batch": plan.sequences,
+        "context": plan.context,
+        "cache_dtype": plan.setup.placement.cache_dtype,
+    }
+    print(f"compiling the generation loop for {options.gpu} ...", file=sys.stderr)
+    try:
+        made = aot.in_child("glm_jax.aot:decode", argument)
+    except aot.AotError as error:
+        raise MemoryPlanError(str(error)) from None
+    names = ("launches_per_token", "graph_pieces", "launches_outside_graphs", "copies_per_token", "temp_bytes")
+    return {name: made[name] for name in (*names, "collectives", "kernels")}
+
+
+def _compiled_sentence(compiled: Mapping[str, Any]) -> str:
+    graphs = compiled["graph_pieces"]
+    pieces = "one CUDA graph" if graphs == 1 and not compiled["launches_outside_graphs"] else f"{graphs} CUDA graphs"
+    return (
+        f"compiled: {compiled['launches_per_token']} kernels per token in {pieces} for the whole loop, "
+        f"{compiled['temp_bytes'] / 1e6:,.1f} MB of temporaries (kernels are compiled, not run or timed)"
+    )
 
 
 def read_model(model: str) -> tuple[Config, Storage]:

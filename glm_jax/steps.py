@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from glm_jax.cache import LatentCache
 from glm_jax.model import GLM
@@ -189,9 +190,8 @@ def begin(
     return state, jax.tree.map(lambda x: x[:, None], written)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "steps"), donate_argnames="state")
 def decode_steps(
-    model: GLM, params: Params, state: DecodeState, limit: jax.Array, *, steps: int
+    model: GLM, params: Params, state: DecodeState, limit: jax.Array | np.int32, *, steps: int
 ) -> tuple[DecodeState, Written]:
     """Up to ``min(limit, steps)`` decode steps without a host in between; ends early when every row is done.
 
@@ -200,6 +200,31 @@ def decode_steps(
         limit: int32, steps to run now; data, so that streaming and bulk share one compilation.
         steps: width of the output buffer.
     """
+    return _compiled_decode(jax.default_backend() == "gpu")(model, params, state, limit, steps=steps)
+
+
+# The whole loop as one CUDA graph, its condition evaluated on the device: the host starts it and hears of it when it is
+# done. Without WHILE in the list the host would be asked after every token whether to go on.
+GPU_OPTIONS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    "xla_gpu_graph_min_graph_size": 1,
+}
+
+
+@functools.cache
+def _compiled_decode(on_gpu: bool) -> Any:
+    return jax.jit(
+        decode_program,
+        static_argnames=("model", "steps"),
+        donate_argnames="state",
+        compiler_options=GPU_OPTIONS if on_gpu else None,
+    )
+
+
+def decode_program(
+    model: GLM, params: Params, state: DecodeState, limit: jax.Array, *, steps: int
+) -> tuple[DecodeState, Written]:
+    """What :func:`decode_steps` compiles."""
     buffer = _empty(state, steps)
 
     def go_on(carry: tuple[jax.Array, DecodeState, Written]) -> jax.Array:

@@ -35,6 +35,15 @@ class Storage:
     def __bool__(self) -> bool:
         return bool(self.specs)
 
+    def to_json(self) -> list[list[Any]]:
+        """Plain values; :meth:`parse` is the inverse."""
+        return [[list(path), spec.to_json()] for path, spec in self.specs]
+
+    @classmethod
+    def parse(cls, value: list[list[Any]]) -> Storage:
+        """From plain values."""
+        return cls(tuple((tuple(path), QuantSpec.parse(spec)) for path, spec in value))
+
 
 def plan_storage(
     cfg: Config, quant: QuantRules, rules: Rules = Rules(), axis_sizes: Mapping[str, int] | None = None

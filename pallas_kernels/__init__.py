@@ -1,4 +1,12 @@
-"""Accelerator kernels: arrays in, arrays out, knowing nothing of any model.
+"""Kernels for GPUs: arrays in, arrays out, knowing nothing of any model.
 
-There is none yet: every operation runs its reference implementation in ``glm_jax.ops``, compiled by XLA.
+Each operation is a folder: ``op.py`` (shapes in words, and the launch), ``triton.py`` (the kernels), ``reference.py``
+(what they must compute, in plain JAX) and ``shapes.py`` (block sizes). Operations are Triton kernels, launched by XLA
+as part of the program around them; see ``_launch.py``. Importing any of this needs neither a GPU nor Triton.
 """
+
+from pallas_kernels._device import Target as Target
+from pallas_kernels._device import compiling_for as compiling_for
+from pallas_kernels._launch import LaunchError as LaunchError
+from pallas_kernels._launch import available as available
+from pallas_kernels._launch import interpreted as interpreted

@@ -21,7 +21,7 @@ PACKAGES = ("glm_jax", "convert", "pallas_kernels")
 LEVELS = {
     "glm_jax": 7,  # the facade: looks names up lazily, and nothing below may import it
     **{f"glm_jax.{name}": 6 for name in ("generate", "plan", "bench", "batch", "serve", "cli", "terminal")},
-    **{f"glm_jax.{name}": 5 for name in ("llm", "decoding", "answers", "companions", "requests", "engine")},
+    **{f"glm_jax.{name}": 5 for name in ("llm", "decoding", "answers", "companions", "requests", "engine", "aot")},
     **{
         f"glm_jax.{name}": 4
         for name in ("steps", "checkpoint", "memory", "compile_cache", "rows", "prompts", "completion")
@@ -32,7 +32,7 @@ LEVELS = {
     "glm_jax.ops": 2,
     **{
         f"glm_jax.{name}": 1
-        for name in ("cache", "config", "config_checks", "errors", "params", "quant", "sharding", "storage")
+        for name in ("cache", "config", "config_checks", "errors", "params", "quant", "sharding", "storage", "tiling")
     },
     "pallas_kernels": 0,
 }
@@ -200,8 +200,12 @@ def watch_imports(*modules: str) -> dict[str, list[str]]:
 
 @pytest.mark.smoke
 def test_importing_anything_touches_no_device_sets_nothing_reads_nothing():
-    importable = [module for module in FILES if not module.endswith("__main__")]
-    assert watch_imports(*importable)["found"] == []
+    # Triton reads the source of what it is to compile; nothing imports such a module before it launches a kernel.
+    kernels = [module for module in FILES if module.rpartition(".")[2] in ("triton", "_dot")]
+    importable = [module for module in FILES if not module.endswith("__main__") and module not in kernels]
+    watched = watch_imports(*importable)
+    assert watched["found"] == []
+    assert not {*kernels, "triton"} & set(watched["modules"])
 
 
 def test_the_watch_sees_what_it_should(tmp_path):

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glm_jax.ops import tiled
 from glm_jax.ops.quantized import gather_rows, heads_matmul, matmul, slice_of
 from glm_jax.ops.slices import Index as Index
 from glm_jax.ops.slices import take
-from glm_jax.quant import Bfloat16Bits, QuantizedTensor, Weight, dequantize
+from glm_jax.quant import Bfloat16Bits, QuantizedTensor, TiledWeight, Weight, dequantize
 
 _FUSED_WIDTH = 2560  # divides the long widths of GLM-4.7-Flash, 5,120 and 10,240; 16 kB would be 4,096
 _FEW_ROWS = 256
@@ -28,6 +29,8 @@ def pick(weight: Weight, *index: Index) -> jax.Array:
     """
     if isinstance(weight, QuantizedTensor):
         return dequantize(slice_of(weight, index))
+    if isinstance(weight, TiledWeight):
+        return tiled.values_of(weight, index)
     if isinstance(weight, Bfloat16Bits):
         return Bfloat16Bits(take(weight.bits, index)).widen()
     return take(weight, index)
@@ -48,6 +51,8 @@ def linear(x: jax.Array, weight: Weight, *index: Index, dtype: jnp.dtype | None 
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, QuantizedTensor):
         product = matmul(rows, weight, index)
+    elif isinstance(weight, TiledWeight):
+        product = tiled.matmul(rows, weight, index)
     elif rows.shape[0] == 1 and any(isinstance(i, jax.Array) for i in index):
         product = _row_times_slice(rows, weight, index)
     elif 1 < rows.shape[0] <= _FEW_ROWS:
@@ -120,6 +125,8 @@ def embed(table: Weight, tokens: jax.Array, first_row: Index = 0) -> jax.Array:
     rows = jnp.where(here, local, 0)
     if isinstance(table, QuantizedTensor):
         values = gather_rows(table, rows)
+    elif isinstance(table, TiledWeight):
+        values = tiled.values_of(table, ())[rows]  # tiles are for products: nobody lays an embedding out so
     else:
         values = Bfloat16Bits(table.bits[rows]).widen() if isinstance(table, Bfloat16Bits) else table[rows]
     return jnp.where(here[..., None], values, jnp.zeros((), values.dtype)).astype(table.dtype)

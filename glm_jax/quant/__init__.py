@@ -8,5 +8,8 @@ from glm_jax.quant.rules import PRESETS as PRESETS
 from glm_jax.quant.rules import QuantRules as QuantRules
 from glm_jax.quant.spec import QuantSpec as QuantSpec
 from glm_jax.quant.tensor import QuantizedTensor as QuantizedTensor
-from glm_jax.quant.tensor import Weight as Weight
 from glm_jax.quant.tensor import dequantize as dequantize
+from glm_jax.quant.tiled import TiledWeight as TiledWeight
+from glm_jax.quant.tiled import tile as tile
+from glm_jax.quant.tiled import untile as untile
+from glm_jax.quant.weight import Weight as Weight

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from glm_jax.quant.bits import Bfloat16Bits
 from glm_jax.quant.codes import e2m1_values, e4m3_values, e8m0_values, numpy_of
 from glm_jax.quant.spec import QuantSpec
 
@@ -80,9 +79,6 @@ class QuantizedTensor:
         """The values as a NumPy array of float32 (or ``dtype``)."""
         values = dequantize(self.map(lambda _, array: np.asarray(array)))
         return values if dtype is None else values.astype(dtype)
-
-
-Weight = jax.Array | Bfloat16Bits | QuantizedTensor
 
 
 def dequantize(tensor: QuantizedTensor) -> Array:

@@ -85,7 +85,10 @@ def test_killed_at_more_points(point, source, whole, tmp_path):
 
 @pytest.mark.parametrize(
     ("point", "method"),
-    [("before a layer's record", "mse"), ("before a layer's record", "signround")],
+    [
+        ("before a layer's record", "mse"),
+        pytest.param("before a layer's record", "signround", marks=pytest.mark.soak),
+    ],
 )
 def test_quantising_killed_at(point, method, calibrated, tmp_path):
     quick = {"windows": 8, "length": 32, "steps": 5}

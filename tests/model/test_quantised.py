@@ -117,7 +117,12 @@ def dequantised(params):
 
 @pytest.mark.parametrize(
     ("rules", "variant"),
-    [("int4", "odd"), ("int8", "tied"), ("fp8", "full_rank_queries"), ("mixed", "all_experts")],
+    [
+        ("int4", "odd"),
+        ("mixed", "all_experts"),
+        pytest.param("int8", "tied", marks=pytest.mark.soak),
+        pytest.param("fp8", "full_rank_queries", marks=pytest.mark.soak),
+    ],
 )
 def test_a_quantised_model_is_the_model_of_its_values(rules, variant):
     small = VARIANTS[variant]

@@ -1,0 +1,230 @@
+"""The forward pass of few tokens in few kernels: eight for a layer of experts.
+
+The reference computes one operation after the other; here kernels begin and end where the data must cross the card, and
+everything between is part of one of them:
+
+====== =======================================================================================
+ 1     queries' latent and latent, from the normed residual stream
+ 2     queries in the space of the latents, rotated; the new row of the cache
+ 3     attention over shares of the cache
+ 4     the shares put together, values
+ 5     output projection, residual stream
+ 6     the router's logits
+ 7     chosen experts and shared expert: gate, up, their product
+ 8     down, weighted sum, residual stream
+====== =======================================================================================
+
+The residual stream is float32. A norm is never computed on its own: the kernel before it leaves the stream multiplied
+by the norm's weight, and its sums of squares, and the kernel after it multiplies its products by ``1 / rms``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from glm_jax.cache import LatentCache
+from glm_jax.config import Config, LayerRun
+from glm_jax.ops.linear import embed
+from glm_jax.ops.rope import rope_table
+from glm_jax.params import leaves
+from glm_jax.quant import TiledWeight
+from glm_jax.tiling import lies_in_tiles
+from pallas_kernels import available, mla_decode, moe
+from pallas_kernels.quant_matmul import Squares, linear
+
+# More tokens are for the reference, in which products of many rows and sorted experts win.
+MOST_TOKENS, MOST_PER_ROW = 64, 8
+_COUNTERS = 16_384
+_BLOCK = 64
+
+
+class Stream(NamedTuple):
+    """The residual stream of M tokens between two layers, and what goes along with it.
+
+    Attributes:
+        h: float32 ``[M, D]``.
+        scaled: ``[M, D]``, times the weight of the norm that comes next.
+        squares: float32 ``[M, blocks]``, sums of squares of h by block of columns.
+        cache: of all layers.
+        counters: zeros.
+    """
+
+    h: jax.Array
+    scaled: jax.Array
+    squares: jax.Array
+    cache: mla_decode.Cache
+    counters: jax.Array
+
+
+def obstacle(cfg: Config, body: dict[str, Any]) -> str | None:
+    """Why a model cannot be run by these kernels; None if it can."""
+    if not available():
+        return "there is no GPU, or no Triton"
+    widths = (cfg.kv_lora_rank, cfg.qk_rope_head_dim)
+    if cfg.q_lora_rank is None:
+        return "its queries have no latent"
+    if cfg.n_group != 1:
+        return "its experts are chosen by group"
+    if any(width & (width - 1) for width in widths):
+        return "the widths of latent and rope key must be powers of two"
+    if cfg.qk_head_dim % _BLOCK or cfg.q_lora_rank % _BLOCK or cfg.kv_lora_rank % _BLOCK:
+        return f"the widths of head and latents must be multiples of {_BLOCK}"
+    plain = [
+        "/".join(path)
+        for path, leaf in leaves(body["runs"])
+        if not isinstance(leaf, TiledWeight) and lies_in_tiles(("runs", *path))
+    ]
+    return f"{plain[0]} is not in tiles" if plain else None
+
+
+def hidden(
+    cfg: Config, body: dict[str, Any], tokens: jax.Array, positions: jax.Array, cache: LatentCache
+) -> tuple[jax.Array, LatentCache]:
+    """States after the final norm, and the cache with the new tokens in it.
+
+    Args:
+        cfg: the model.
+        body: ``embed``, ``runs`` and ``norm``; the matrices of the runs in tiles.
+        tokens: int32 ``[B, T]``.
+        positions: int32 ``[B, T]``.
+        cache: of all layers.
+
+    Returns:
+        ``[B, T, D]`` in the dtype of the embedding, and the cache.
+    """
+    embedded = embed(body["embed"], tokens.reshape(-1))
+    dtype, h = embedded.dtype, embedded.astype(jnp.float32)
+    flat = positions.reshape(-1)
+    norms = jnp.concatenate([*(run["attn"]["norm"] for run in _runs(cfg, body)), body["norm"][None]])
+    stream = Stream(
+        h,
+        (h * norms[:1].astype(jnp.float32)).astype(dtype),
+        jnp.sum(h * h, axis=-1, keepdims=True),
+        mla_decode.Cache(cache.data, cache.scales),
+        jnp.zeros(_COUNTERS, jnp.int32),
+    )
+    table = jnp.stack(rope_table(flat, cfg.qk_rope_head_dim, cfg.rope_theta, dtype))  # together: one kernel
+    shared = _Shared(cfg, flat, table, norms)
+    for run, weights in zip(cfg.runs, _runs(cfg, body), strict=True):
+        stream = _run(shared, run, weights, stream)
+    factor = jax.lax.rsqrt(jnp.sum(stream.squares, axis=-1, keepdims=True) / h.shape[-1] + cfg.rms_norm_eps)
+    states = (stream.scaled.astype(jnp.float32) * factor).astype(dtype)
+    kept = dataclasses.replace(cache, data=stream.cache.codes, scales=stream.cache.scales)
+    return states.reshape(*tokens.shape, -1), kept
+
+
+class _Shared(NamedTuple):
+    """What all layers have in common."""
+
+    cfg: Config
+    positions: jax.Array
+    table: jax.Array
+    norms: jax.Array
+
+
+def _runs(cfg: Config, body: dict[str, Any]) -> list[dict[str, Any]]:
+    return [body["runs"][str(i)] for i in range(len(cfg.runs))]
+
+
+def _run(shared: _Shared, run: LayerRun, w: dict[str, Any], stream: Stream) -> Stream:
+    attn = w["attn"]
+    ones = jnp.ones((run.count, shared.cfg.qk_rope_head_dim), attn["norm"].dtype)
+    latent_norms = jnp.concatenate([attn["q_a_norm"], attn["kv_a_norm"], ones], axis=1)
+
+    # Spelled out: a loop would add its counter to every layer, and would hold the layers of a token apart.
+    for i in range(run.count):
+        stream = _layer(shared, run, w, latent_norms, jnp.full(1, i, jnp.int32), stream)
+    return stream
+
+
+def _layer(
+    shared: _Shared, run: LayerRun, w: dict[str, Any], latent_norms: jax.Array, place: jax.Array, stream: Stream
+) -> Stream:
+    cfg, attn = shared.cfg, w["attn"]
+    dtype, squares = stream.scaled.dtype, Squares(stream.squares, 0, stream.squares.shape[1])
+    a, counters = linear(
+        stream.scaled,
+        attn["q_a"].tiles,
+        place,
+        stream.counters,
+        other=attn["kv_a"].tiles,
+        squares=squares,
+        eps=cfg.rms_norm_eps,
+        next_norm=latent_norms,
+    )
+    latents = _split_squares(cfg, a.squares)
+    sizes = _attention(cfg)
+    query, cache = mla_decode.queries(
+        sizes, a.scaled, latents, place, shared.positions, shared.table, attn["q_b"].tiles, attn["k_b"].tiles,
+        stream.cache, cache_from=run.start, dtype=dtype,
+    )  # fmt: skip
+    parts = mla_decode.attend(sizes, query, cache, place, shared.positions, cache_from=run.start)
+    attended = mla_decode.values(sizes, parts, place, attn["v_b"].tiles, dtype=dtype)
+    feed = w.get("moe") or w["mlp"]
+    mid, counters = linear(
+        attended, attn["o"].tiles, place, counters, residual=stream.h, next_norm=feed["norm"], dtype=jnp.float32,
+        scaled_dtype=dtype,
+    )  # fmt: skip
+    step = _sparse if "moe" in w else _dense
+    made, counters = step(shared, run, feed, place, mid, counters)
+    return Stream(made.out, made.scaled, made.squares.parts, cache, counters)
+
+
+def _sparse(shared, run, w, place, mid, counters):  # noqa: ANN001, ANN202
+    cfg = shared.cfg
+    routed = moe.Routed(
+        experts=cfg.n_routed_experts,
+        chosen=cfg.num_experts_per_tok,
+        normalised=cfg.norm_topk_prob,
+        factor=cfg.routed_scaling_factor,
+    )
+    logits, counters = linear(
+        mid.scaled, w["router"].tiles, place, counters, squares=mid.squares, eps=cfg.rms_norm_eps, dtype=jnp.float32
+    )
+    both = (w["shared_gate"].tiles, w["shared_up"].tiles) if cfg.n_shared_experts else None
+    bias = w["router_bias"]
+    h = moe.gate_up(
+        routed, mid.scaled, mid.squares, place, logits.out, bias, w["gate"].tiles, w["up"].tiles, both,
+        eps=cfg.rms_norm_eps,
+    )  # fmt: skip
+    shared_down = w["shared_down"].tiles if cfg.n_shared_experts else None
+    return moe.down(
+        routed, h, place, logits.out, bias, w["down"].tiles, shared_down, mid.out, shared.norms, counters,
+        next_from=run.start + 1,
+    )  # fmt: skip
+
+
+def _dense(shared, run, w, place, mid, counters):  # noqa: ANN001, ANN202
+    none = moe.Routed(experts=1, chosen=0, normalised=False, factor=1.0)
+    both = (w["gate"].tiles, w["up"].tiles)
+    h = moe.gate_up(none, mid.scaled, mid.squares, place, mid.out, mid.out, *both, both, eps=shared.cfg.rms_norm_eps)
+    h = h.reshape(mid.scaled.shape[0], -1)
+    return linear(
+        h, w["down"].tiles, place, counters, residual=mid.out, next_norm=shared.norms, next_from=run.start + 1,
+        dtype=jnp.float32, scaled_dtype=h.dtype,
+    )  # fmt: skip
+
+
+def _attention(cfg: Config) -> mla_decode.Attention:
+    return mla_decode.Attention(
+        heads=cfg.num_attention_heads,
+        nope=cfg.qk_nope_head_dim,
+        rope=cfg.qk_rope_head_dim,
+        latent=cfg.kv_lora_rank,
+        value=cfg.v_head_dim,
+        query_latent=cfg.q_lora_rank or 0,
+        interleave=cfg.rope_interleave,
+        eps=cfg.latent_eps,
+    )
+
+
+def _split_squares(cfg: Config, squares: Squares) -> tuple[Squares, Squares]:
+    """Those of the queries' latent and of the latent; blocks do not cross from one to the other."""
+    width = (cfg.q_lora_rank or 0) + cfg.cache_width
+    block = _BLOCK if -(-width // _BLOCK) == squares.count else _BLOCK // 2
+    first, count = (cfg.q_lora_rank or 0) // block, cfg.kv_lora_rank // block
+    return Squares(squares.parts, 0, first), Squares(squares.parts, first, count)

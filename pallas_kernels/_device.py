@@ -1,0 +1,62 @@
+"""What the device that a program is traced for can do; asked here and nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+
+# Shared memory that one block may ask for, by compute capability (CUDA C++ programming guide, "Technical
+# specifications per compute capability").
+_SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """A GPU that kernels are compiled for.
+
+    Attributes:
+        name: as JAX calls it (``device_kind``).
+        capability: ten times the compute capability: 89 for 8.9.
+        multiprocessors: number of them.
+    """
+
+    name: str
+    capability: int
+    multiprocessors: int
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory that one block may have; the least of all known ones for an unknown card."""
+        return _SHARED_MEMORY.get(self.capability, min(_SHARED_MEMORY.values()))
+
+
+_CHOSEN: contextvars.ContextVar[Target | None] = contextvars.ContextVar("glm_jax_target", default=None)
+
+
+def target() -> Target | None:
+    """The GPU to trace for: the one chosen by :func:`compiling_for`, else JAX's default device if that is one."""
+    return _CHOSEN.get() or _present()
+
+
+@contextlib.contextmanager
+def compiling_for(chosen: Target) -> Iterator[None]:
+    """Traces for a GPU that need not be here. Functions that were traced before keep the kernels of their time."""
+    token = _CHOSEN.set(chosen)
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
+
+
+@functools.cache
+def _present() -> Target | None:
+    if jax.default_backend() not in ("gpu", "cuda"):
+        return None
+    device = jax.devices()[0]
+    major, _, minor = str(device.compute_capability).partition(".")
+    return Target(device.device_kind, 10 * int(major) + int(minor), int(device.core_count))

@@ -1,0 +1,115 @@
+"""Triton's interpreter on NumPy arrays, in place of the torch tensors that it expects.
+
+It computes bfloat16 as raw 16-bit integers, so kernels take the dtype they compute in as a constant, and are given
+float32 here. ``TRITON_INTERPRET=1`` must be in the environment before triton is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+_TYPES = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "int64": "i64",
+    "int32": "i32",
+    "uint32": "u32",
+    "int8": "i8",
+    "uint8": "u8",
+}
+
+
+class _Storage:
+    """What the interpreter asks of a tensor's storage."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def cpu(self) -> _Storage:
+        return self
+
+    def copy_(self, other: Any) -> None:
+        """The interpreter works in the array itself, so there is nothing to bring back."""
+
+
+class Tensor:
+    """A contiguous NumPy array with the methods of a torch tensor that the interpreter uses."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.dtype = array, _TYPES[array.dtype.name]
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> _Storage:
+        return _Storage(self.array)
+
+    def new_empty(self, *_: Any, **__: Any) -> Tensor:
+        return Tensor.__new__(Tensor)
+
+    def set_(self, storage: _Storage, *_: Any) -> None:
+        self.array, self.dtype = storage.array, _TYPES[storage.array.dtype.name]
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def stride(self) -> tuple[int, ...]:
+        return tuple(step // self.array.itemsize for step in self.array.strides)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+
+def interpret(
+    kernel: Any,
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    constants: Mapping[str, Any],
+    aliases: Mapping[int, int],
+    *inputs: jax.Array,
+) -> list[jax.Array]:
+    """Runs a kernel program by program, also where it is part of a compiled function."""
+    run = functools.partial(_run, kernel, tuple(outputs), grid, dict(constants), dict(aliases))
+    return list(jax.pure_callback(run, list(outputs), *inputs, vmap_method="sequential"))
+
+
+def _run(
+    kernel: Any,
+    outputs: tuple[jax.ShapeDtypeStruct, ...],
+    grid: tuple[int, ...],
+    constants: dict[str, Any],
+    aliases: dict[int, int],
+    *inputs: Any,
+) -> list[np.ndarray]:
+    arrays = [np.array(x, order="C") for x in inputs]
+    made = [_undefined(output) for output in outputs]
+    for source, destination in aliases.items():
+        made[destination] = arrays[source]
+    with warnings.catch_warnings():
+        # Triton's own: it takes the number out of an array of one element in a way that NumPy will not always allow,
+        # and computes what a mask then drops.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        kernel[grid](*map(Tensor, arrays), *map(Tensor, made), **constants)
+    return made
+
+
+def _undefined(output: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Contents that no kernel may count on: NaN, or a large number."""
+    dtype = np.dtype(output.dtype)
+    worst = np.iinfo(dtype).max if dtype.kind in "iu" else np.nan
+    return np.full(output.shape, worst, dtype)

@@ -1,0 +1,270 @@
+"""The operations: which block sizes, and the launches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _device
+from pallas_kernels._launch import Shape, launch
+from pallas_kernels.mla_decode.shapes import AttendShape, ProjectShape, attend_shape, project_shape
+from pallas_kernels.quant_matmul.op import Squares, compute_dtype, constants, operands
+from pallas_kernels.tiles import Tiles
+
+_STORED = {"int8": "int8", "uint8": "fp8"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """Sizes of the attention.
+
+    Attributes:
+        heads: query heads.
+        nope: width of the part of a query without position.
+        rope: width of the part with it.
+        latent: width of a latent.
+        value: width of a head's value.
+        query_latent: width of the queries' own latent.
+        interleave: whether rotated pairs are neighbours.
+        eps: of the norms of the latents.
+    """
+
+    heads: int
+    nope: int
+    rope: int
+    latent: int
+    value: int
+    query_latent: int
+    interleave: bool
+    eps: float
+
+    @property
+    def scale(self) -> float:
+        """Of the scores."""
+        return (self.nope + self.rope) ** -0.5
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cache:
+    """Rows ``[latent | rope key]`` of all layers.
+
+    Attributes:
+        codes: ``[L, B, S, R + P]``, bfloat16 or float32 values, int8 codes, or uint8 with the bits of float8 e4m3.
+        scales: float32 ``[L, B, S, 2]`` of 8-bit codes, else None.
+    """
+
+    codes: jax.Array
+    scales: jax.Array | None = None
+
+    @property
+    def kind(self) -> str:
+        """What a kernel calls it: "int8", "fp8" or "plain"."""
+        return _STORED.get(self.codes.dtype.name, "plain")
+
+
+def queries(
+    att: Attention,
+    a: jax.Array,
+    squares: tuple[Squares, Squares],
+    place: jax.Array,
+    positions: jax.Array,
+    table: jax.Array,
+    q_b: Tiles,
+    k_b: Tiles,
+    cache: Cache,
+    *,
+    cache_from: int = 0,
+    dtype: Any,
+    shape: ProjectShape | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Queries in the space of the latents, and the cache with the new tokens in it.
+
+    Args:
+        att: sizes.
+        a: ``[M, Q + R + P]``: queries' latent, latent and rope key before their norms' factors, each already multiplied
+            by its norm's weight.
+        squares: of the queries' latent, and of the latent.
+        place: int32 ``[1]``, index of the layer in the weights.
+        positions: int32 ``[M]``, M = batch times tokens per row, in that order.
+        table: cosines and sines ``[2, M, P / 2]``.
+        q_b: ``[L, N * (H + P), Q]``.
+        k_b: ``[L, N, R, H]``: outputs are the latents. It has factors of its inputs in place of scales.
+        cache: aliased by the result.
+        cache_from: what to add to ``place`` for the index of the layer in the cache.
+        dtype: of the queries.
+        shape: block sizes; chosen unless given.
+
+    Returns:
+        Queries ``[M, N, R + P]``, their rope part rotated; the cache.
+    """
+    m, (_, batch, slots, width) = a.shape[0], cache.codes.shape
+    shape = shape or project_shape(m, k_b.tiles)
+    programs = att.heads * (k_b.tiles // shape.per)
+    head = att.nope + att.rope
+    q_squares, k_squares = squares
+    from pallas_kernels.mla_decode.triton import queries_kernel
+
+    made, _, codes, scales = launch(
+        queries_kernel,
+        [
+            a,
+            q_squares.parts,
+            place,
+            positions,
+            table,
+            *operands(q_b),
+            k_b.words,
+            a if k_b.factors is None else k_b.factors,
+            cache.codes,
+            a if cache.scales is None else cache.scales,
+        ],
+        [
+            jax.ShapeDtypeStruct((m, att.heads, width), dtype),
+            jax.ShapeDtypeStruct((programs, m, head), dtype),
+            jax.ShapeDtypeStruct(cache.codes.shape, cache.codes.dtype),
+            jax.ShapeDtypeStruct((1,) if cache.scales is None else cache.scales.shape, jnp.float32),
+        ],
+        grid=(programs + 1, math.ceil(m / shape.block_m)),
+        shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
+        aliases={10: 2} | ({} if cache.scales is None else {11: 3}),
+        M=m,
+        T=m // batch,
+        HEADS=att.heads,
+        NOPE=att.nope,
+        P=att.rope,
+        RQ=att.query_latent,
+        R=att.latent,
+        BATCH=batch,
+        SLOTS=slots,
+        LATENT_TILES=k_b.tiles,
+        PER=shape.per,
+        BM=shape.block_m,
+        EPS=att.eps,
+        ALL_PARTS=q_squares.parts.shape[1],
+        Q_PARTS=q_squares.count,
+        K_FIRST=k_squares.first,
+        K_PARTS=k_squares.count,
+        INTERLEAVE=att.interleave,
+        CACHE=cache.kind,
+        CACHE_FROM=cache_from,
+        DT=compute_dtype(dtype),
+        **_named(q_b, "Q_", without=("K",)),
+        **{f"K_{name}": constants(k_b)[name] for name in ("CHUNKS", "PER_WORD", "KIND")},
+        K_INPUT_TILES=0 if k_b.factors is None else k_b.factors.shape[-2],
+    )
+    return made, Cache(codes, None if cache.scales is None else scales)
+
+
+def attend(
+    att: Attention,
+    query: jax.Array,
+    cache: Cache,
+    place: jax.Array,
+    positions: jax.Array,
+    *,
+    cache_from: int = 0,
+    shape: AttendShape | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention over the cached rows up to each token's own, in shares.
+
+    Args:
+        att: sizes.
+        query: ``[M, N, R + P]`` from :func:`queries`.
+        cache: with the new tokens in it.
+        place: int32 ``[1]``, as for :func:`queries`.
+        positions: int32 ``[M]``.
+        cache_from: as for :func:`queries`.
+        shape: block sizes; chosen for the card unless given.
+
+    Returns:
+        For :func:`values`: sums of latents float32 ``[B, shares, T * N, R]``, largest scores and sums of exponentials
+        float32 ``[B, shares, T * N]``.
+    """
+    m, (_, batch, slots, _) = query.shape[0], cache.codes.shape
+    tokens = m // batch
+    rows = tokens * att.heads
+    target = _device.target()
+    capability, count = (target.capability, target.multiprocessors) if target else (90, 128)
+    shape = shape or attend_shape(rows, batch, slots, capability, count)
+    from pallas_kernels.mla_decode.triton import attend_kernel
+
+    number = jax.ShapeDtypeStruct((batch, shape.splits, rows), jnp.float32)
+    parts, tops, totals = launch(
+        attend_kernel,
+        [query, cache.codes, place if cache.scales is None else cache.scales, place, positions],
+        [jax.ShapeDtypeStruct((*number.shape, att.latent), jnp.float32), number, number],
+        grid=(shape.splits, math.ceil(rows / shape.block_q), batch),
+        shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
+        T=tokens,
+        HEADS=att.heads,
+        R=att.latent,
+        P=att.rope,
+        BATCH=batch,
+        SLOTS=slots,
+        SPLITS=shape.splits,
+        BQ=shape.block_q,
+        BS=shape.block_s,
+        SCALE=att.scale,
+        CACHE=cache.kind,
+        CACHE_FROM=cache_from,
+        DT=compute_dtype(query.dtype),
+    )
+    return parts, tops, totals
+
+
+def values(
+    att: Attention,
+    parts: tuple[jax.Array, jax.Array, jax.Array],
+    place: jax.Array,
+    v_b: Tiles,
+    *,
+    dtype: Any,
+    shape: ProjectShape | None = None,
+) -> jax.Array:
+    """The shares of :func:`attend` put together and projected: ``[M, N * V]``.
+
+    Args:
+        att: sizes.
+        parts: from :func:`attend`.
+        place: int32 ``[1]``, index of the layer.
+        v_b: ``[L, N, V, R]``.
+        dtype: of the result.
+        shape: block sizes; chosen unless given.
+    """
+    batch, splits, rows, latent = parts[0].shape
+    tokens = rows // att.heads
+    m = batch * tokens
+    shape = shape or ProjectShape()
+    from pallas_kernels.mla_decode.triton import values_kernel
+
+    out, _ = launch(
+        values_kernel,
+        [*parts, place, *operands(v_b)],
+        [
+            jax.ShapeDtypeStruct((m, att.heads * att.value), dtype),
+            jax.ShapeDtypeStruct((att.heads * v_b.tiles, m, latent), dtype),
+        ],
+        grid=(att.heads, v_b.tiles, math.ceil(m / shape.block_m)),
+        shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
+        M=m,
+        T=tokens,
+        HEADS=att.heads,
+        R=latent,
+        V=att.value,
+        SPLITS=splits,
+        BM=shape.block_m,
+        BS=min(16, splits),
+        DT=compute_dtype(dtype),
+        **_named(v_b, "", without=("K",)),
+    )
+    return out
+
+
+def _named(weight: Tiles, prefix: str, without: Any = ()) -> dict[str, Any]:
+    return {f"{prefix}{name}": value for name, value in constants(weight).items() if name not in without}

@@ -1,0 +1,70 @@
+"""Block sizes of the attention kernels: what was measured on a card, and a rule for every other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+LARGEST_SPLITS = 128
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AttendShape:
+    """How attention over the cache is cut up.
+
+    Attributes:
+        block_q: queries (tokens times heads) of a program, 16 or more.
+        block_s: cached rows read at a time, 16 or more.
+        splits: programs that share the rows of one token.
+        num_warps: of a program.
+        num_stages: blocks of rows in flight.
+    """
+
+    block_q: int = 32
+    block_s: int = 32
+    splits: int = 1
+    num_warps: int = 8
+    num_stages: int = 2
+
+
+def attend_shape(queries: int, batch: int, slots: int, capability: int, multiprocessors: int) -> AttendShape:
+    """Shares of at least two blocks of rows, and no more programs than fill the card once.
+
+    Args:
+        queries: per row of the batch, tokens times heads.
+        batch: rows.
+        slots: capacity of the cache.
+        capability: of the card, 89 for 8.9.
+        multiprocessors: of the card.
+    """
+    block_q = 16 if queries <= 16 else 32
+    block_s = 16 if capability < 90 else 32
+    programs = batch * -(-queries // block_q)
+    splits = 1
+    while splits < LARGEST_SPLITS and 2 * splits * programs <= multiprocessors and slots // (2 * splits) >= 2 * block_s:
+        splits *= 2
+    return AttendShape(block_q=block_q, block_s=block_s, splits=splits)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectShape:
+    """How the projections before and after attention are cut up.
+
+    Attributes:
+        block_m: tokens of a program, 16 or more.
+        per: tiles of 64 latents for which a program absorbs its query.
+        num_warps: of a program.
+        num_stages: chunks in flight.
+    """
+
+    block_m: int = 16
+    per: int = 2
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def project_shape(tokens: int, latent_tiles: int) -> ProjectShape:
+    """Four programs for each head while there is one block of tokens, else one."""
+    per = max(1, latent_tiles // 4) if tokens <= 16 else latent_tiles
+    while latent_tiles % per:
+        per -= 1
+    return ProjectShape(per=per)

@@ -1,0 +1,184 @@
+"""The operations: which block sizes, and the launches."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._launch import Shape, launch
+from pallas_kernels.moe.shapes import PairShape
+from pallas_kernels.quant_matmul.op import Made, Squares, compute_dtype, constants, operands
+from pallas_kernels.tiles import Tiles
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Routed:
+    """How experts are chosen.
+
+    Attributes:
+        experts: how many there are.
+        chosen: how many a token is given; 0 for a feed-forward without any, which is then the shared expert alone.
+        normalised: whether their weights are made to sum to one.
+        factor: that the weights are then multiplied by.
+    """
+
+    experts: int
+    chosen: int
+    normalised: bool
+    factor: float
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """As the kernels take them."""
+        return {"E": self.experts, "X": self.chosen, "NORMALISED": self.normalised, "FACTOR": self.factor}
+
+
+def gate_up(
+    routed: Routed,
+    x: jax.Array,
+    squares: Squares,
+    place: jax.Array,
+    logits: jax.Array,
+    bias: jax.Array,
+    gate: Tiles,
+    up: Tiles,
+    shared: tuple[Tiles, Tiles] | None,
+    *,
+    eps: float,
+    shape: PairShape = PairShape(),
+) -> jax.Array:
+    """The products ``silu(gate(norm(x))) * up(norm(x))`` of the chosen experts and the shared one.
+
+    Args:
+        routed: how experts are chosen.
+        x: ``[M, D]``, multiplied by its norm's weight.
+        squares: of x before that.
+        place: int32 ``[1]``, index of the layer.
+        logits: float32 ``[M, E]``.
+        bias: float32 ``[L, E]``, which takes part in the choice only.
+        gate: ``[L, E, F, D]``; so is ``up``, in the same storage.
+        up: see ``gate``.
+        shared: gate and up of the shared expert, ``[L, F, D]``, or None.
+        eps: of the norm.
+        shape: block sizes.
+
+    Returns:
+        ``[M * X * F + M * F']``: rows of the pairs, then of the shared expert.
+    """
+    m, width = x.shape[0], gate.shape[-2]
+    other = shared or (gate, up)
+    shared_width = shared[0].shape[-2] if shared else 0
+    from pallas_kernels.moe.triton import gate_up_kernel
+
+    size = m * routed.chosen * width + m * shared_width
+    (out,) = launch(
+        gate_up_kernel,
+        [
+            x,
+            squares.parts,
+            place,
+            logits,
+            bias,
+            *operands(gate),
+            *operands(up),
+            *operands(other[0]),
+            *operands(other[1]),
+        ],
+        [jax.ShapeDtypeStruct((size,), x.dtype)],
+        grid=(math.ceil(max(width, shared_width) / shape.block_n), m * routed.chosen + _blocks(m, shared, shape)),
+        shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
+        M=m,
+        **routed.constants,
+        EPS=eps,
+        PARTS=squares.parts.shape[1],
+        BM=shape.block_m,
+        BN=shape.block_n,
+        F=width,
+        **constants(gate),
+        SF=shared_width,
+        **_shared(other[0]),
+        DT=compute_dtype(x.dtype),
+    )
+    return out
+
+
+def down(
+    routed: Routed,
+    h: jax.Array,
+    place: jax.Array,
+    logits: jax.Array,
+    bias: jax.Array,
+    weight: Tiles,
+    shared: Tiles | None,
+    residual: jax.Array,
+    next_norm: jax.Array,
+    counters: jax.Array,
+    *,
+    next_from: int = 0,
+    shape: PairShape = PairShape(),
+) -> tuple[Made, jax.Array]:
+    """Adds the weighted outputs of the chosen experts, and of the shared one, to the residual stream.
+
+    Args:
+        routed: how experts are chosen.
+        h: from :func:`gate_up`.
+        place: int32 ``[1]``, index of the layer.
+        logits: float32 ``[M, E]``.
+        bias: float32 ``[L, E]``.
+        weight: ``[L, E, D, F]``.
+        shared: ``[L, D, F']`` of the shared expert, or None.
+        residual: float32 ``[M, D]``.
+        next_norm: ``[norms, D]``, weights of the norm that reads the result.
+        counters: int32 zeros, one for each block of outputs or more.
+        next_from: what to add to ``place`` for the index of the norm.
+        shape: block sizes.
+
+    Returns:
+        The residual stream in float32, times the next norm's weight in the dtype of h, and its squares; the counters,
+        zero again.
+    """
+    m, outputs = residual.shape
+    blocks, other = math.ceil(outputs / shape.block_n), shared or weight
+    from pallas_kernels.moe.triton import down_kernel
+
+    own = constants(weight)
+    width, shared_width = own.pop("K"), shared.shape[-1] if shared else 0
+    out, scaled, parts, _, counters = launch(
+        down_kernel,
+        [h, logits, bias, place, *operands(weight), *operands(other), residual, next_norm, counters],
+        [
+            jax.ShapeDtypeStruct((m, outputs), jnp.float32),
+            jax.ShapeDtypeStruct((m, outputs), h.dtype),
+            jax.ShapeDtypeStruct((m, blocks), jnp.float32),
+            jax.ShapeDtypeStruct((routed.chosen + 1, m, outputs), jnp.float32),
+            jax.ShapeDtypeStruct(counters.shape, jnp.int32),
+        ],
+        grid=(blocks, m * routed.chosen + _blocks(m, shared, shape)),
+        shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
+        aliases={12: 4},
+        M=m,
+        N=outputs,
+        **routed.constants,
+        BM=shape.block_m,
+        BN=shape.block_n,
+        F=width,
+        **own,
+        SF=shared_width,
+        **_shared(other),
+        NEXT_FROM=next_from,
+        DT=compute_dtype(h.dtype),
+    )
+    return Made(out, scaled, Squares(parts, 0, blocks)), counters
+
+
+def _blocks(rows: int, shared: Any, shape: PairShape) -> int:
+    """Programs of the shared expert for each block of outputs."""
+    return math.ceil(rows / shape.block_m) if shared else 0
+
+
+def _shared(weight: Tiles) -> dict[str, Any]:
+    return {f"S_{name}": value for name, value in constants(weight).items() if name != "K"}

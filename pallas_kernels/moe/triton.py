@@ -1,0 +1,149 @@
+"""Mixture of experts for few tokens: every (token, expert) pair by itself, with nothing sorted.
+
+A program of :func:`gate_up_kernel` or :func:`down_kernel` works on a tile of one expert. Which expert that is it finds
+out itself, from the router's logits: 64 numbers to look at, against another kernel to wait for. The shared expert takes
+part as one more slot, for all tokens at once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pallas_kernels._dot import dot_pair, dot_tile, rms_factor
+
+
+@triton.jit
+def chosen(
+    logits, bias, token, slot, E: tl.constexpr, X: tl.constexpr, NORMALISED: tl.constexpr, FACTOR: tl.constexpr
+):  # fmt: skip
+    """Number and weight of the slot-th best expert of a token; of equal ones the first comes first."""
+    wide: tl.constexpr = triton.next_power_of_2(E)
+    e = tl.arange(0, wide)
+    score = 1.0 / (1.0 + tl.exp(-tl.load(logits + token * E + e, mask=e < E, other=0.0)))
+    choice = tl.where(e < E, score + tl.load(bias + e, mask=e < E, other=0.0), float("-inf"))
+    number = tl.full((), 0, tl.int32)
+    weight = tl.full((), 0.0, tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for i in tl.static_range(X):
+        best = tl.argmax(choice, axis=0).to(tl.int32)
+        value = tl.sum(tl.where(e == best, score, 0.0), axis=0)
+        total += value
+        number = tl.where(slot == i, best, number)
+        weight = tl.where(slot == i, value, weight)
+        choice = tl.where(e == best, float("-inf"), choice)
+    if NORMALISED:
+        weight = weight / (total + 1e-20)
+    return number, weight * FACTOR
+
+
+@triton.jit
+def swiglu(gate, up, factor):
+    """``silu(gate) * up`` of products that still lack a factor per row."""
+    gate, up = gate * factor[:, None], up * factor[:, None]
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def gate_up_kernel(
+    x, squares, place, logits, bias, g_words, g_scales, g_offsets, u_words, u_scales, u_offsets, sg_words, sg_scales,
+    sg_offsets, su_words, su_scales, su_offsets, out,
+    M: tl.constexpr, K: tl.constexpr, E: tl.constexpr, X: tl.constexpr, NORMALISED: tl.constexpr,
+    FACTOR: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, F: tl.constexpr,
+    TILES: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr,
+    PER_WORD: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr, OFFSET: tl.constexpr, SF: tl.constexpr,
+    S_TILES: tl.constexpr, S_CHUNKS: tl.constexpr, S_GROUPS: tl.constexpr, S_GROUP: tl.constexpr, S_SUB: tl.constexpr,
+    S_PER_WORD: tl.constexpr, S_KIND: tl.constexpr, S_SCALED: tl.constexpr, S_OFFSET: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """``silu(gate(x)) * up(x)``; programs (block of the width, pair or block of rows of the shared expert).
+
+    First in ``out`` come the M * X rows of the pairs, then the M of the shared expert.
+    """
+    pn, who = tl.program_id(0), tl.program_id(1)
+    r, n = tl.arange(0, BM), pn * BN + tl.arange(0, BN)
+    layer = tl.load(place).to(tl.int64)
+    HALVES: tl.constexpr = 64 // BN  # written so that the compiler sees how places in a tile are aligned
+    first = (pn % HALVES) * BN
+    if who < M * X:
+        if pn * BN < F:
+            token = who // X
+            expert, _ = chosen(logits, bias + layer * E, token, who % X, E, X, NORMALISED, FACTOR)
+            rows, here = token + 0 * r, r == 0
+            gate, up = dot_pair(
+                x, rows, here, g_words, g_scales, g_offsets, u_words, u_scales, u_offsets,
+                (layer * E + expert) * TILES + pn // HALVES, first, CHUNKS, K, K, CHUNKS, GROUPS, GROUP, SUB,
+                PER_WORD, KIND, BM, BN, SCALED, OFFSET, DT,
+            )  # fmt: skip
+            value = swiglu(gate, up, rms_factor(squares, rows, here, EPS, K, 0, PARTS, PARTS))
+            to = out + (who + r)[:, None] * F + n[None, :]
+            tl.store(to, value.to(out.dtype.element_ty), mask=here[:, None] & (n < F)[None, :])
+    else:
+        if pn * BN < SF:
+            rows = (who - M * X) * BM + r
+            here = rows < M
+            gate, up = dot_pair(
+                x, rows, here, sg_words, sg_scales, sg_offsets, su_words, su_scales, su_offsets,
+                layer * S_TILES + pn // HALVES, first, S_CHUNKS, K, K, S_CHUNKS, S_GROUPS, S_GROUP, S_SUB,
+                S_PER_WORD, S_KIND, BM, BN, S_SCALED, S_OFFSET, DT,
+            )  # fmt: skip
+            value = swiglu(gate, up, rms_factor(squares, rows, here, EPS, K, 0, PARTS, PARTS))
+            to = out + M * X * F + rows[:, None] * SF + n[None, :]
+            tl.store(to, value.to(out.dtype.element_ty), mask=here[:, None] & (n < SF)[None, :])
+
+
+@triton.jit
+def down_kernel(
+    h, logits, bias, place, words, scales, offsets, s_words, s_scales, s_offsets, residual, next_norm, counters_in,
+    out, scaled, out_squares, partial, counters,
+    M: tl.constexpr, N: tl.constexpr, E: tl.constexpr, X: tl.constexpr, NORMALISED: tl.constexpr,
+    FACTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, F: tl.constexpr, TILES: tl.constexpr,
+    CHUNKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr, PER_WORD: tl.constexpr,
+    KIND: tl.constexpr, SCALED: tl.constexpr, OFFSET: tl.constexpr, SF: tl.constexpr, S_TILES: tl.constexpr,
+    S_CHUNKS: tl.constexpr, S_GROUPS: tl.constexpr, S_GROUP: tl.constexpr, S_SUB: tl.constexpr,
+    S_PER_WORD: tl.constexpr, S_KIND: tl.constexpr, S_SCALED: tl.constexpr, S_OFFSET: tl.constexpr,
+    NEXT_FROM: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """``residual + sum of weight * down(h)``; programs (block of outputs, pair or block of rows of the shared expert).
+
+    The program that finishes a block of outputs last adds the experts, always in the same order. ``place`` has the
+    index of the layer; NEXT_FROM more is that of ``next_norm`` in its own stack.
+    """
+    pn, who = tl.program_id(0), tl.program_id(1)
+    r, n = tl.arange(0, BM), pn * BN + tl.arange(0, BN)
+    layer = tl.load(place).to(tl.int64)
+    HALVES: tl.constexpr = 64 // BN  # written so that the compiler sees how places in a tile are aligned
+    first = (pn % HALVES) * BN
+    zero = tl.zeros((BM, BN), tl.float32)
+    if who < M * X:
+        token = who // X
+        expert, weight = chosen(logits, bias + layer * E, token, who % X, E, X, NORMALISED, FACTOR)
+        acc = dot_tile(
+            zero, h, who + 0 * r, r == 0, h, words, scales, offsets, (layer * E + expert) * TILES + pn // HALVES,
+            first, 0, CHUNKS, F, F, CHUNKS, GROUPS, GROUP, SUB, PER_WORD, KIND, BM, BN, False, SCALED, OFFSET, DT,
+        )  # fmt: skip
+        to = partial + ((who % X) * M + token + r)[:, None] * N + n[None, :]
+        tl.store(to, acc * weight, mask=(r == 0)[:, None] & (n < N)[None, :])
+    else:
+        rows = (who - M * X) * BM + r
+        acc = dot_tile(
+            zero, h + M * X * F, rows, rows < M, h, s_words, s_scales, s_offsets,
+            layer * S_TILES + pn // HALVES, first, 0, S_CHUNKS, SF, SF, S_CHUNKS, S_GROUPS, S_GROUP, S_SUB,
+            S_PER_WORD, S_KIND, BM, BN, False, S_SCALED, S_OFFSET, DT,
+        )  # fmt: skip
+        to = partial + (X * M + rows)[:, None] * N + n[None, :]
+        tl.store(to, acc, mask=(rows < M)[:, None] & (n < N)[None, :])
+    tl.debug_barrier()
+    if tl.atomic_add(counters + pn, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
+        tl.store(counters + pn, 0)
+        weight = tl.load(next_norm + (layer + NEXT_FROM) * N + n, mask=n < N, other=0.0).to(tl.float32)
+        for block in range(tl.cdiv(M, BM)):
+            rows = block * BM + r
+            inside = (rows < M)[:, None] & (n < N)[None, :]
+            at = rows[:, None] * N + n[None, :]
+            value = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+            for slot in tl.static_range(X + (1 if SF else 0)):
+                value += tl.load(partial + slot * M * N + at, mask=inside, other=0.0, cache_modifier=".cg")
+            tl.store(out + at, value, mask=inside)
+            tl.store(scaled + at, (value * weight[None, :]).to(scaled.dtype.element_ty), mask=inside)
+            kept = tl.where(inside, value, 0.0)
+            tl.store(out_squares + rows * tl.num_programs(0) + pn, tl.sum(kept * kept, axis=1), mask=rows < M)

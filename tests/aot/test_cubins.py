@@ -1,0 +1,98 @@
+"""Every kernel of a decode step at the real model's shapes, compiled for every architecture that is promised."""
+
+import dataclasses
+import functools
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from glm_jax.aot import _as_on_a_gpu
+from glm_jax.cache import LatentCache
+from glm_jax.config import Config
+from glm_jax.model import GLM
+from glm_jax.quant import PRESETS
+from glm_jax.storage import abstract_params, plan_storage
+from glm_jax.tiling import tiled_tree
+from pallas_kernels import compiling_for
+from pallas_kernels._launch import recording
+from pallas_kernels.aot import cards
+
+pytestmark = pytest.mark.aot
+BY_ARCHITECTURE = {89: "rtx6000-ada", 90: "h200", 100: "b200", 120: "rtxpro6000"}
+
+
+def tool(name):
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+@dataclasses.dataclass
+class Facts:
+    """What the assembler made of a kernel."""
+
+    registers: int
+    stack: int
+    instructions: list[str]
+
+    @classmethod
+    def of(cls, cubin):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            usage, code = (
+                subprocess.run([tool(name), option, file.name], capture_output=True, text=True, check=True).stdout
+                for name, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+            )
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", code, re.MULTILINE)
+        return cls(registers, stack, found)
+
+    def count(self, pattern):
+        return sum(bool(re.match(pattern, name)) for name in self.instructions)
+
+
+@functools.cache
+def kernels(card, preset, batch, cache_dtype):
+    """Name and kernel of each that a step launches: a dense layer and two of experts have them all."""
+    cfg = Config.flash(layers=3)
+    params = abstract_params(cfg, jnp.bfloat16, storage=plan_storage(cfg, PRESETS[preset])[0])
+    params.pop("mtp")
+    tiled = jax.eval_shape(tiled_tree, _as_on_a_gpu(params))
+    cache = jax.eval_shape(lambda: LatentCache.create(cfg, batch, 8192, cache_dtype))
+    tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    with compiling_for(cards()[card].target), recording() as made:
+        jax.eval_shape(lambda p, t, at, c: GLM(cfg).apply({"params": p}, t, at, c), tiled, tokens, tokens, cache)
+    return {(kernel.name, kernel.ptx): kernel for kernel in made}
+
+
+CASES = [("int4", 1, "bfloat16"), ("int4-small", 1, "fp8"), ("int4", 32, "int8")]
+
+
+@pytest.mark.parametrize(("preset", "batch", "cache"), CASES)
+@pytest.mark.parametrize("architecture", BY_ARCHITECTURE)
+def test_kernels_of_a_step(architecture, preset, batch, cache):
+    found = kernels(BY_ARCHITECTURE[architecture], preset, batch, cache)
+    names = {name for name, _ in found}
+    assert names >= {
+        "linear_kernel",
+        "queries_kernel",
+        "attend_kernel",
+        "values_kernel",
+        "gate_up_kernel",
+        "down_kernel",
+    }
+    limit = cards()[BY_ARCHITECTURE[architecture]].shared_memory_per_block
+    for (name, _), kernel in found.items():
+        facts = Facts.of(kernel.cubin)
+        assert facts.stack == 0, f"{name} spills {facts.stack} bytes"
+        assert facts.count(r"(LDL|STL)\b") == 0, name
+        assert kernel.shared_memory <= limit
+        assert facts.registers * 32 * kernel.num_warps <= 65536
+        assert facts.count("HMMA") + facts.count("HGMMA") + facts.count("UTC.*MMA"), f"{name} has no tensor instruction"
+        assert facts.count(r"LDGSTS\S*\.128"), f"{name} copies nothing 16 bytes at a time"

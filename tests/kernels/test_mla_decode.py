@@ -1,0 +1,135 @@
+"""Attention over the latent cache: queries and the new row, shares of the attention, values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.mla_decode import Attention, Cache, attend, queries, values
+from pallas_kernels.mla_decode.reference import attend_ref, queries_ref, values_ref
+from pallas_kernels.mla_decode.shapes import AttendShape, ProjectShape, attend_shape
+from tests.kernels.making import assert_close, normal, squares, tiles
+
+pytestmark = pytest.mark.kernels
+LAYERS, ONE = 3, jnp.ones(1, jnp.int32)
+CODES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "int8": jnp.int8, "fp8": jnp.uint8}
+
+
+def sizes(heads=3, nope=32, rope=32, latent=128, value=32, query_latent=64, interleave=True):
+    return Attention(
+        heads=heads, nope=nope, rope=rope, latent=latent, value=value, query_latent=query_latent,
+        interleave=interleave, eps=1e-5,
+    )  # fmt: skip
+
+
+def cache_of(rng, att, kind, batch, slots):
+    shape = (LAYERS, batch, slots, att.latent + att.rope)
+    if kind in ("bfloat16", "float32"):
+        return Cache(normal(rng, *shape, dtype=CODES[kind]))
+    codes = rng.integers(-127, 128, shape) if kind == "int8" else rng.integers(0, 0x7F, shape)
+    scales = rng.uniform(0.001, 0.02, (*shape[:3], 2)) / (1 if kind == "int8" else 2)
+    return Cache(jnp.asarray(codes, CODES[kind]), jnp.asarray(scales, jnp.float32))
+
+
+def positions_of(rng, batch, tokens, slots):
+    first = rng.integers(0, slots - tokens, (batch, 1))
+    return jnp.asarray(first + np.arange(tokens), jnp.int32).reshape(-1)
+
+
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 1), (2, 3), (17, 1)])
+def test_attention_and_values(kind, batch, tokens):
+    rng = np.random.default_rng([batch, tokens])
+    att, slots = sizes(), 96
+    cache = cache_of(rng, att, kind, batch, slots)
+    query = normal(rng, batch * tokens, att.heads, att.latent + att.rope)
+    positions = positions_of(rng, batch, tokens, slots)
+    v_b = tiles(rng, (2, att.heads, att.value, att.latent), "int8")
+    expected = values_ref(att, attend_ref(att, query, cache, ONE, positions, cache_from=1), ONE, v_b, dtype=jnp.float32)
+    for splits in (1, 4):
+        shape = AttendShape(block_q=16, block_s=16, splits=splits)
+        parts = jax.jit(lambda q, c, s=shape: attend(att, q, c, ONE, positions, cache_from=1, shape=s))(query, cache)
+        assert_close(values_ref(att, parts, ONE, v_b, dtype=jnp.float32), expected)
+        assert_close(jax.jit(lambda p: values(att, p, ONE, v_b, dtype=jnp.float32))(parts), expected)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 1023])
+def test_every_length_of_a_context(length):
+    """At and around the edges of blocks and shares, with what nobody has written behind it."""
+    rng = np.random.default_rng(length)
+    att = sizes(heads=2)
+    codes = np.array(normal(rng, LAYERS, 1, 1024, 160))
+    codes[:, :, length:] = np.nan
+    cache, query = Cache(jnp.asarray(codes)), normal(rng, 1, 2, 160)
+    positions = jnp.full(1, length - 1, jnp.int32)
+    parts = attend(att, query, cache, ONE, positions, shape=AttendShape(block_q=16, block_s=32, splits=8))
+    clean = Cache(jnp.nan_to_num(cache.codes))
+    v_b = tiles(rng, (2, 2, 32, 128), "float32")
+    expected = values_ref(att, attend_ref(att, query, clean, ONE, positions), ONE, v_b, dtype=jnp.float32)
+    assert_close(values(att, parts, ONE, v_b, dtype=jnp.float32), expected)
+
+
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("weights", ["int4", "int8", "float32"])
+def test_queries_and_the_new_row(kind, weights):
+    rng = np.random.default_rng(0)
+    batch, tokens, slots = 2, 2, 48
+    att = sizes(interleave=weights != "int8")
+    m = batch * tokens
+    a = normal(rng, m, 64 + 160)
+    both = squares(rng, m, 6)
+    latents = (type(both)(both.parts, 0, 2), type(both)(both.parts, 2, 4))
+    angles = rng.standard_normal((m, 16))
+    table = jnp.asarray(np.stack([np.cos(angles), np.sin(angles)]), jnp.float32)
+    q_b = tiles(rng, (2, 3 * 64, 64), weights, 32 if weights == "int4" else 0)
+    k_b = tiles(rng, (2, 3, 128, 32), weights, factors=0 if weights == "float32" else 2)
+    cache, positions = cache_of(rng, att, kind, batch, slots), positions_of(rng, batch, tokens, slots)
+    given = (att, a, latents, ONE, positions, table, q_b, k_b)
+    expected, after = queries_ref(*given, cache, cache_from=1, dtype=jnp.float32)
+    for per in (1, 2):
+        run = jax.jit(lambda c, p=per: queries(*given, c, cache_from=1, dtype=jnp.float32, shape=ProjectShape(per=p)))
+        found, written = run(cache)
+        assert_close(found, expected)
+        if kind in ("int8", "fp8"):
+            # A value exactly between two codes may fall to either side.
+            different = np.asarray(written.codes) != np.asarray(after.codes)
+            assert different.mean() < 1e-3
+            assert_close(written.scales, after.scales)
+        else:
+            assert_close(written.codes, after.codes, 1e-2 if kind == "bfloat16" else 2e-6)
+
+
+def test_rows_beyond_the_cache_are_dropped():
+    rng = np.random.default_rng(0)
+    att, slots = sizes(), 32
+    cache = cache_of(rng, att, "float32", 1, slots)
+    both = squares(rng, 1, 6)
+    latents = (type(both)(both.parts, 0, 2), type(both)(both.parts, 2, 4))
+    _, written = queries(
+        att, normal(rng, 1, 224), latents, ONE, jnp.full(1, slots, jnp.int32), normal(rng, 2, 1, 16),
+        tiles(rng, (2, 192, 64), "int8"), tiles(rng, (2, 3, 128, 32), "int8", factors=1), cache, dtype=jnp.float32,
+    )  # fmt: skip
+    np.testing.assert_array_equal(written.codes, cache.codes)
+
+
+def test_real_widths():
+    """Twenty heads of 192 + 64 over latents of 512, a short context."""
+    rng = np.random.default_rng(0)
+    att = sizes(heads=20, nope=192, rope=64, latent=512, value=256, query_latent=768)
+    cache, query = cache_of(rng, att, "float32", 1, 64), normal(rng, 1, 20, 576)
+    positions = jnp.full(1, 40, jnp.int32)
+    v_b = tiles(rng, (1, 20, 64, 512), "int4", 64)
+    zero = jnp.zeros(1, jnp.int32)
+    parts = attend(att, query, cache, zero, positions, shape=AttendShape(splits=2))
+    narrow = sizes(heads=20, nope=192, rope=64, latent=512, value=64, query_latent=768)
+    expected = values_ref(narrow, attend_ref(att, query, cache, zero, positions), zero, v_b, dtype=jnp.float32)
+    assert_close(values(narrow, parts, zero, v_b, dtype=jnp.float32), expected)
+
+
+@pytest.mark.parametrize("capability", [89, 90, 100, 120])
+@pytest.mark.parametrize("slots", [256, 1024, 32_768, 262_144])
+@pytest.mark.parametrize("batch", [1, 8, 64, 256])
+def test_shares_that_are_chosen_without_a_measurement(capability, slots, batch):
+    shape = attend_shape(20, batch, slots, capability, 142)
+    assert shape.splits & (shape.splits - 1) == 0
+    assert shape.splits == 1 or batch * shape.splits <= 142

@@ -1,0 +1,153 @@
+"""The model by kernels is the model by the reference, in the interpreter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import glm_jax
+from glm_jax.cache import LatentCache
+from glm_jax.config import Config
+from glm_jax.model import GLM
+from glm_jax.ops import fused
+from glm_jax.params import init_params
+from glm_jax.quant import PRESETS, TiledWeight
+from glm_jax.tiling import has_tiles, tiled_tree, untiled_tree
+from tests.kernels.making import assert_close
+
+pytestmark = pytest.mark.kernels
+BATCH, PROMPT = 2, 5
+
+
+def small(**changes):
+    fields = {
+        "vocab_size": 96, "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2, "kv_lora_rank": 64,
+        "qk_nope_head_dim": 48, "qk_rope_head_dim": 16, "v_head_dim": 32, "q_lora_rank": 64, "intermediate_size": 80,
+        "moe_intermediate_size": 48, "n_routed_experts": 5, "num_experts_per_tok": 2, "n_shared_experts": 1,
+        "max_position_embeddings": 64, "num_nextn_predict_layers": 0,
+        "mlp_layer_types": ("dense", "sparse", "sparse"), "eos_token_ids": (3,),
+    }  # fmt: skip
+    return Config.flash().replace(**{**fields, **changes})
+
+
+def step(cfg, params, kernels, cache, tokens, positions):
+    given = tiled_tree(params) if kernels else params
+    return jax.jit(lambda p, t, at, c: GLM(cfg).apply({"params": p}, t, at, c))(given, tokens, positions, cache)
+
+
+def after_prompt(cfg, params, dtype, tokens):
+    cache = LatentCache.create(cfg, BATCH, 32, dtype)
+    positions = jnp.broadcast_to(jnp.arange(PROMPT, dtype=jnp.int32), (BATCH, PROMPT))
+    return GLM(cfg).apply({"params": params}, tokens, positions, cache)[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_shared_experts": 0, "norm_topk_prob": False},
+        {"mlp_layer_types": ("dense", "dense", "dense"), "rope_interleave": False},
+        {"mlp_layer_types": ("sparse", "dense", "sparse")},
+    ],
+    ids=["usual", "no shared expert", "all dense", "experts first"],
+)
+def test_one_step(changes):
+    cfg = small(**changes)
+    params = init_params(cfg, 0, "float32")
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, cfg.vocab_size, (BATCH, PROMPT)), jnp.int32)
+    cache = after_prompt(cfg, params, "float32", tokens)
+    assert fused.obstacle(cfg, tiled_tree(params)) is None
+    positions = jnp.asarray([[PROMPT], [2]], jnp.int32)  # rows of different lengths
+    expected, after = step(cfg, params, False, cache, tokens[:, :1], positions)
+    found, written = step(cfg, params, True, cache, tokens[:, :1], positions)
+    assert_close(found, expected, 5e-6)
+    assert_close(written.data, after.data, 5e-6)
+
+
+def test_several_tokens_of_a_row():
+    """As speculation and short chunks have them."""
+    cfg = small()
+    params = init_params(cfg, 1, "float32")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (BATCH, PROMPT)), jnp.int32)
+    cache = after_prompt(cfg, params, "float32", tokens)
+    positions = jnp.broadcast_to(PROMPT + jnp.arange(3, dtype=jnp.int32), (BATCH, 3))
+    expected, after = step(cfg, params, False, cache, tokens[:, :3], positions)
+    found, written = step(cfg, params, True, cache, tokens[:, :3], positions)
+    assert_close(found, expected, 5e-6)
+    assert_close(written.data, after.data, 5e-6)
+
+
+@pytest.fixture(scope="module")
+def miniature():
+    return glm_jax.LLM.load("tiny", dtype="float32", kernels="reference")
+
+
+@pytest.mark.parametrize(
+    ("quantize", "cache"),
+    [
+        ("int4", "float32"),
+        ("int4-small", "int8"),
+        pytest.param("int8", "fp8", marks=pytest.mark.soak),
+        pytest.param(None, "bfloat16", marks=pytest.mark.soak),
+    ],
+)
+def test_the_miniature(miniature, quantize, cache):
+    """Presets and caches; teacher-forced divergence of the next token, and the very same next token."""
+    options = {"dtype": "float32", "quantize": quantize, "cache_dtype": cache}
+    plain = glm_jax.LLM.load("tiny", **options, kernels="reference")
+    kernels = glm_jax.LLM.load("tiny", **options, kernels="triton")
+    assert has_tiles(kernels.params)
+    assert not has_tiles(plain.params)
+    cfg, text = plain.config, "def fib(n):\n    if n < 2:\n        return n"
+    ids = jnp.asarray([miniature.tokenizer.encode(text)], jnp.int32)
+    start = LatentCache.create(cfg, 1, 64, cache, reads_as="float32")
+    seen = ids.shape[1] - 1
+    positions = jnp.arange(seen, dtype=jnp.int32)[None]
+    _, start = GLM(cfg).apply({"params": plain.params}, ids[:, :seen], positions, start)
+    place = jnp.full((1, 1), seen, jnp.int32)
+    logits = [
+        jax.jit(GLM(cfg).apply)({"params": llm.params}, ids[:, seen:], place, start)[0][0, 0]
+        for llm in (plain, kernels)
+    ]
+    first, second = (jax.nn.log_softmax(x) for x in logits)
+    # A rounding of the cache may fall to either side; that costs less than the rounding itself.
+    assert float(jnp.sum(jnp.exp(first) * (first - second))) < 1e-5
+    assert int(jnp.argmax(first)) == int(jnp.argmax(second))
+
+
+def test_generate(miniature):
+    """The whole way: prefill, the loop, the sampler."""
+    kernels = glm_jax.LLM.load("tiny", dtype="float32", kernels="triton")
+    options = {"max_tokens": 2, "temperature": 0}
+    prompt = miniature.tokenizer.encode("def fib(n):\n    if n <")[:9]  # longer than what the kernels take at once
+    assert kernels.generate(prompt, **options).token_ids == miniature.generate(prompt, **options).token_ids
+
+
+def test_parameters_come_out_of_their_tiles(tmp_path):
+    cfg = small()
+    params = init_params(cfg, 0, "float32")
+    there = tiled_tree(params)
+    assert isinstance(there["runs"]["1"]["moe"]["gate"], TiledWeight)
+    back = untiled_tree(there)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True))
+
+
+def test_a_model_in_tiles_is_saved_as_any_other(tmp_path):
+    for kernels in ("triton", "reference"):
+        glm_jax.LLM.load("tiny", quantize="int4", kernels=kernels).save(tmp_path / kernels)
+    manifests = [(tmp_path / name / "manifest.json").read_text() for name in ("triton", "reference")]
+    assert manifests[0] == manifests[1]
+    assert PRESETS["int4"]
+
+
+def test_what_kernels_cannot_run_goes_by_the_reference():
+    cfg = small(qk_nope_head_dim=40)  # heads of 56
+    params = tiled_tree(init_params(cfg, 0, "float32"))
+    assert "multiples of 64" in fused.obstacle(cfg, params)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    cache = LatentCache.create(cfg, 1, 16, "float32")
+    found = GLM(cfg).apply({"params": params}, tokens, tokens, cache)[0]
+    expected = GLM(cfg).apply({"params": untiled_tree(params)}, tokens, tokens, cache)[0]
+    assert_close(found, expected, 5e-6)

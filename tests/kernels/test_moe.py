@@ -1,0 +1,102 @@
+"""Experts by pairs of token and expert."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.moe import Routed, down, gate_up
+from pallas_kernels.moe.reference import choose_ref, down_ref, gate_up_ref
+from pallas_kernels.moe.shapes import PairShape
+from tests.kernels.making import assert_close, normal, squares, tiles
+
+pytestmark = pytest.mark.kernels
+ONE = jnp.ones(1, jnp.int32)
+GROUPS = {"int4": 32, "uint4": 32}
+
+
+class Case:
+    """Weights of two layers, and activations."""
+
+    def __init__(self, seed, rows, *, width=64, shared=96, hidden=128, kind="int4", other="int8", routed=None):
+        rng = np.random.default_rng(seed)
+        self.routed = routed or Routed(experts=6, chosen=3, normalised=True, factor=1.8)
+        experts = self.routed.experts
+        group, other_group = GROUPS.get(kind, 0), GROUPS.get(other, 0)
+        self.gate, self.up = (tiles(rng, (2, experts, width, hidden), kind, group) for _ in range(2))
+        self.down = tiles(rng, (2, experts, hidden, width), kind, group)
+        self.shared = self.shared_down = None
+        if shared:
+            self.shared = tuple(tiles(rng, (2, shared, hidden), other, other_group) for _ in range(2))
+            self.shared_down = tiles(rng, (2, hidden, shared), other, other_group)
+        self.x, self.squares = normal(rng, rows, hidden), squares(rng, rows, 5)
+        self.squares = type(self.squares)(self.squares.parts, 0, self.squares.parts.shape[1])
+        self.logits, self.bias = normal(rng, rows, experts), 0.1 * normal(rng, 2, experts)
+        self.residual, self.norms = normal(rng, rows, hidden), normal(rng, 4, hidden)
+
+    def check(self, shape=PairShape()):
+        given = (self.routed, self.x, self.squares, ONE, self.logits, self.bias, self.gate, self.up, self.shared)
+        expected = gate_up_ref(*given, eps=1e-5)
+        assert_close(jax.jit(lambda x: gate_up(given[0], x, *given[2:], eps=1e-5, shape=shape))(self.x), expected)
+        given = (ONE, self.logits, self.bias, self.down, self.shared_down, self.residual, self.norms)
+        made = down_ref(self.routed, expected, *given, next_from=2)
+        run = jax.jit(lambda h, c: down(self.routed, h, *given, c, next_from=2, shape=shape))
+        found, counters = run(expected, jnp.zeros(64, jnp.int32))
+        assert not np.any(counters)
+        assert_close(found.out, made.out)
+        assert_close(found.scaled, made.scaled)
+        assert_close(jnp.sum(found.squares.parts, axis=1), made.squares.parts[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"), [("int4", "int8"), ("int8", "int4"), ("uint4", "fp8"), ("float32", "float32")]
+)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_storages_of_experts_and_shared_expert(rows, kind, other):
+    Case(rows, rows, kind=kind, other=other).check()
+
+
+@pytest.mark.parametrize("rows", [8, 17])
+def test_more_tokens(rows):
+    Case(rows, rows, kind="int8", width=32, shared=32).check(PairShape(block_n=64))
+
+
+def test_no_shared_expert():
+    Case(0, 2, shared=0, kind="int8").check()
+
+
+def test_widths_that_fill_no_block():
+    Case(0, 2, width=48, shared=80, hidden=96, kind="int8").check()
+
+
+def test_one_expert_takes_every_token():
+    case = Case(0, 4, kind="int8", routed=Routed(experts=5, chosen=1, normalised=False, factor=1.0))
+    case.logits = jnp.zeros((4, 5)).at[:, 2].set(9.0)
+    assert set(np.asarray(choose_ref(case.routed, case.logits, case.bias[1])[0]).ravel()) == {2}
+    case.check()
+
+
+def test_equal_scores_go_to_the_first_expert():
+    case = Case(0, 2, kind="float32", other="float32")
+    case.logits, case.bias = jnp.zeros((2, 6)), jnp.zeros((2, 6))
+    assert np.asarray(choose_ref(case.routed, case.logits, case.bias[1])[0]).tolist() == [[0, 1, 2]] * 2
+    case.check()
+
+
+def test_a_feed_forward_without_experts():
+    none = Routed(experts=1, chosen=0, normalised=False, factor=1.0)
+    case = Case(0, 3, kind="int8")
+    given = (none, case.x, case.squares, ONE, case.logits, case.bias, *case.shared, case.shared)
+    found = gate_up(*given, eps=1e-5)
+    wide = case.x * jax.lax.rsqrt(jnp.sum(case.squares.parts, axis=1, keepdims=True) / 128 + 1e-5)
+    from pallas_kernels.tiles import from_tiles
+
+    gate, up = (wide @ from_tiles(jax.tree.map(lambda x: x[1], w)).T for w in case.shared)
+    assert_close(found, (jax.nn.silu(gate) * up).reshape(-1), 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_real_router(rows):
+    """64 experts, four of them, from real widths cut to one block of outputs."""
+    routed = Routed(experts=64, chosen=4, normalised=True, factor=1.8)
+    Case(rows, rows, width=32, shared=32, hidden=64, kind="int8", routed=routed).check()
