@@ -18,7 +18,11 @@ help:  ## show this list
 venv: .venv/.stamp  ## make .venv with everything but torch
 
 .venv/.stamp: pyproject.toml constraints.txt
-	@.ci/make-venv .venv 3.11 $(PIN) -e ".[test,train,dev,aot]"
+	@.ci/make-venv .venv 3.11 $(PIN) -e ".[test,train,dev,triton]"
+	@# Beside the other packages, and not among them: JAX would load the plugin, and complain about the missing GPU.
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+	  $(VENV)/python -m pip install --quiet --disable-pip-version-check $(PIN) --no-deps --upgrade --target .venv/aot \
+	    jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm; fi
 	@touch $@
 
 .venv-parity/.stamp: pyproject.toml constraints.txt

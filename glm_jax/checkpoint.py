@@ -30,7 +30,7 @@ from glm_jax.params import Tree, init_params, leaves
 from glm_jax.quant import Bfloat16Bits, QuantizedTensor, QuantRules
 from glm_jax.sharding import Rules
 from glm_jax.storage import abstract_params
-from glm_jax.tiling import tiled, tiled_tree
+from glm_jax.tiling import tiled
 
 __all__ = [
     "Form",
@@ -139,7 +139,7 @@ def load_params(
     """
     if isinstance(source, SyntheticSource):
         made = init_params(cfg, source.seed, dtype, rules, mesh)
-        return tiled_tree(made) if tiles else made
+        return _tiled_in_place(made) if tiles else made
     abstract = dict(leaves(abstract_params(cfg, dtype, rules, mesh, storage_of(source, cfg))))
     wanted = [leaf for members in source.layout().values() for leaf in members if leaf.target in abstract]
     total = sum(source.nbytes(leaf) for leaf in wanted)
@@ -147,6 +147,14 @@ def load_params(
         finish = tiled if tiles else lambda _, weight: weight
         filled = _fill(source, wanted, abstract, Checker(source) if check else None, advance, finish)
     return _tree({path: filled[path] for path in abstract})
+
+
+def _tiled_in_place(params: Tree, path: tuple[str, ...] = ()) -> Tree:
+    """Lays parameters out one after the other: a second copy of all need not fit."""
+    for name in params:
+        inner = params[name]
+        params[name] = _tiled_in_place(inner, (*path, name)) if isinstance(inner, dict) else tiled((*path, name), inner)
+    return params
 
 
 def _fill(

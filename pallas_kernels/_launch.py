@@ -25,6 +25,7 @@ import numpy as np
 
 from pallas_kernels import _device
 
+LEAST_CAPABILITY = 80
 PTX_CALL = "__gpu$xla.gpu.ptx"
 _TYPES = {
     "float32": "fp32",
@@ -67,8 +68,11 @@ def has_triton() -> bool:
 
 
 def available() -> bool:
-    """Whether a program traced now can contain kernels."""
-    return has_triton() and (interpreted() or _device.target() is not None)
+    """Whether a program traced now can contain kernels: they need tensor cores that take bfloat16."""
+    if not has_triton():
+        return False
+    target = None if interpreted() else _device.target()
+    return interpreted() or (target is not None and target.capability >= LEAST_CAPABILITY)
 
 
 def launch(

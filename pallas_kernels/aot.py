@@ -122,8 +122,14 @@ def card(name: str) -> Card:
 
 def missing() -> str | None:
     """What must be installed before anything can be compiled; None if it is there."""
-    absent = [name for name in ("triton", _PLUGIN) if not _is_there(name)]
+    beside = _beside().joinpath(*_PLUGIN.split(".")).is_dir()
+    absent = [name for name in ("triton", _PLUGIN) if not _is_there(name) and not (name == _PLUGIN and beside)]
     return f"compiling for a GPU needs {' and '.join(absent)}: install glm-jax[aot]" if absent else None
+
+
+def _beside() -> Path:
+    """Where ``make venv`` puts the plugin: beside the packages, since JAX loads it wherever it finds it."""
+    return Path(sys.prefix) / "aot"
 
 
 def _is_there(name: str) -> bool:
@@ -251,10 +257,11 @@ def in_child(function: str, argument: Mapping[str, Any], timeout: float = 900) -
     """
     if problem := missing():
         raise AotError(problem)
+    paths = [str(_beside()), os.environ.get("PYTHONPATH")]
     done = subprocess.run(
         [sys.executable, "-m", __name__, function],
         input=json.dumps(argument),
-        env={**os.environ, **_SETTINGS},
+        env={**os.environ, **_SETTINGS, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -107,6 +107,12 @@ def _fits(spec: QuantSpec, shape: tuple[int, ...], turned: bool) -> bool:
 
 @functools.partial(jax.jit, static_argnames="turned")
 def _tile(weight: Any, turned: bool) -> TiledWeight:
+    """A stack is laid out layer by layer: on the way each code takes up to four bytes."""
+    one = functools.partial(_tile_one, turned=turned)
+    return jax.lax.map(one, weight) if len(weight.shape) > 2 else one(weight)
+
+
+def _tile_one(weight: Any, turned: bool) -> TiledWeight:
     if not isinstance(weight, QuantizedTensor):
         kind: Any = jnp.dtype(weight.dtype).name
         bits = weight.bits if isinstance(weight, Bfloat16Bits) else jax.lax.bitcast_convert_type(weight, _BITS[kind])

@@ -26,7 +26,7 @@ def test_a_code_lies_where_the_docstring_says(kind):
         assert code == codes[WIDTH * t + column, c * size + ROWS * i + r]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     kind=st.sampled_from([kind for kind in BITS if BITS[kind] < 16]),
     stack=st.sampled_from([(), (2,), (2, 3)]),
