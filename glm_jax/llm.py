@@ -25,6 +25,7 @@ from glm_jax.decoding import Runner, plain_cache_dtype
 from glm_jax.errors import GlmError, PromptError, SamplingError, ShardingError
 from glm_jax.memory import Setup, in_gb, plan_on
 from glm_jax.model import GLM
+from glm_jax.ops.fused import obstacle
 from glm_jax.prompts import Prompt
 from glm_jax.quant import QuantRules
 from glm_jax.requests import Requests
@@ -32,6 +33,7 @@ from glm_jax.rows import Row
 from glm_jax.sampling import SamplingParams
 from glm_jax.sharding import Rules, make_mesh, preset
 from glm_jax.text import render_chat
+from glm_jax.tiling import untiled_tree
 
 _MAX_ROWS = 64
 _KERNELS = ("triton", "reference")
@@ -113,7 +115,7 @@ class LLM:
             latent_eps: epsilon of the norms inside the attention: 1e-6 as in transformers unless given; serving engines
                 have 1e-5.
             kernels: "triton" (hand-written kernels, for one GPU) or "reference" (plain JAX, which XLA compiles for any
-                device, and which can be differentiated); the former unless given, where there is a GPU and Triton.
+                device, and which can be differentiated); the former unless given, in bfloat16 on a GPU with Triton.
             seed: makes the seeds drawn for requests without one repeatable.
             check: also look for NaN and infinite weights, and verify hashes.
             progress: show a progress bar on stderr; by default for weights over 1 GB.
@@ -130,7 +132,7 @@ class LLM:
         asked = _context_limit(weights.cfg, max_model_len)
         companions = Companions.read(weights.cfg, weights.info.folder)  # cheap, and may be what is missing
         rules, devices = _layout(mesh, sharding)
-        tiles = _tiles(kernels, devices)
+        tiles = _tiles(kernels, devices, dtype)
         weights = checkpoint.quantised(weights, quantize, dtype, rules, devices)
         cache_dtype = cache_dtype or plain_cache_dtype(devices, dtype)
         planned = plan_on(
@@ -148,6 +150,11 @@ class LLM:
         cfg, params, info = checkpoint.load(
             weights, dtype=dtype, rules=rules, mesh=devices, tiles=tiles, check=check, progress=show
         )
+        if tiles and (problem := obstacle(cfg, params)):
+            if kernels is not None:
+                raise GlmError(f"the kernels cannot run this model: {problem}; use kernels='reference'")
+            print(f"note: this model runs without hand-written kernels: {problem}", file=sys.stderr)
+            params = untiled_tree(params)
         return cls(
             cfg if latent_eps is None else cfg.replace(latent_eps=latent_eps),
             params,
@@ -350,10 +357,11 @@ class LLM:
                 pass
 
 
-def _tiles(kernels: str | None, mesh: Mesh | None) -> bool:
+def _tiles(kernels: str | None, mesh: Mesh | None, dtype: str) -> bool:
     """Whether to lay weights out for kernels."""
     if kernels is None:
-        return mesh is None and pallas_kernels.available() and not pallas_kernels.interpreted()
+        on_gpu = pallas_kernels.available() and not pallas_kernels.interpreted()
+        return on_gpu and mesh is None and dtype == "bfloat16"
     if kernels not in _KERNELS:
         raise GlmError(f"kernels must be {' or '.join(map(repr, _KERNELS))}, not {kernels!r}")
     if kernels == "triton" and mesh is not None:

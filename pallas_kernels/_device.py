@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator
 
 import jax
@@ -58,5 +59,7 @@ def _present() -> Target | None:
     if jax.default_backend() not in ("gpu", "cuda"):
         return None
     device = jax.devices()[0]
-    major, _, minor = str(device.compute_capability).partition(".")
-    return Target(device.device_kind, 10 * int(major) + int(minor), int(device.core_count))
+    version = re.fullmatch(r"(\d+)\.(\d)", str(device.compute_capability))
+    if version is None:  # a GPU that is not NVIDIA's
+        return None
+    return Target(device.device_kind, int(version[1] + version[2]), int(device.core_count))

@@ -104,6 +104,16 @@ class Tiles:
         return sum(x.nbytes for x in (self.words, self.scales, self.offsets, self.factors) if x is not None)
 
 
+def same_layout(a: Tiles, b: Tiles) -> bool:
+    """Whether a kernel that was made for one matrix can read the other."""
+
+    def facts(tiles: Tiles) -> tuple[Any, ...]:
+        parts = (tiles.words, tiles.scales, tiles.offsets)
+        return tiles.kind, tiles.group, *(None if x is None else (x.shape, x.dtype) for x in parts)
+
+    return facts(a) == facts(b)
+
+
 def fits(group: int) -> bool:
     """Whether groups of this many inputs can be read in tiles: they must hold whole runs of 16 inputs."""
     return group % ROWS == 0

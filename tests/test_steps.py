@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from glm_jax.cache import LatentCache
 from glm_jax.model import GLM
 from glm_jax.sampling import SamplerState, SamplingParams
-from glm_jax.steps import NO_TOKEN, begin, bucket, chunk_logits, decode_steps, mtp_chunk, prefill_chunk
+from glm_jax.steps import (
+    NO_TOKEN,
+    _compiled_decode,
+    begin,
+    bucket,
+    chunk_logits,
+    decode_steps,
+    mtp_chunk,
+    prefill_chunk,
+)
 from tests.model.small import VARIANTS
 from tests.runner import close
 
@@ -223,12 +232,12 @@ def test_a_stop_token_ends_its_row_and_is_written():
 
 def test_a_limit_is_data_and_never_passes_the_buffer():
     state, _ = started()
-    before = decode_steps._cache_size()
+    before = _compiled_decode(False)._cache_size()
     for limit in (0, 1, 3, STEPS, 10**6):
         state, more = steps(state, limit)
         counts = (np.asarray(more.tokens) != NO_TOKEN).sum(axis=1).tolist()
         assert counts == [min(limit, STEPS)] * 3 + [0]
-    assert decode_steps._cache_size() <= before + 1
+    assert _compiled_decode(False)._cache_size() <= before + 1
 
 
 def test_without_logprobs_there_are_none():

@@ -33,8 +33,9 @@ from glm_jax.ops.rope import rope_table
 from glm_jax.params import leaves
 from glm_jax.quant import TiledWeight
 from glm_jax.tiling import lies_in_tiles
-from pallas_kernels import available, mla_decode, moe
+from pallas_kernels import available, interpreted, mla_decode, moe
 from pallas_kernels.quant_matmul import Squares, linear
+from pallas_kernels.tiles import same_layout
 
 # More tokens are for the reference, in which products of many rows and sorted experts win.
 MOST_TOKENS, MOST_PER_ROW = 64, 8
@@ -78,7 +79,22 @@ def obstacle(cfg: Config, body: dict[str, Any]) -> str | None:
         for path, leaf in leaves(body["runs"])
         if not isinstance(leaf, TiledWeight) and lies_in_tiles(("runs", *path))
     ]
-    return f"{plain[0]} is not in tiles" if plain else None
+    if plain:
+        return f"the storage of {plain[0]} has no layout in tiles"
+    if not interpreted() and body["embed"].dtype != jnp.bfloat16:
+        return f"they compute in bfloat16, not in {jnp.dtype(body['embed'].dtype).name}"
+    return next((problem for run in body["runs"].values() if (problem := _differences(run))), None)
+
+
+def _differences(run: dict[str, Any]) -> str | None:
+    """Weights that one kernel reads together but that are stored in different ways."""
+    attn, feed = run["attn"], run.get("moe") or run["mlp"]
+    if attn["q_a"].tiles.kind != attn["kv_a"].tiles.kind:
+        return "q_a and kv_a are stored in different ways"
+    for one, other in (("gate", "up"), ("shared_gate", "shared_up")):
+        if one in feed and not same_layout(feed[one].tiles, feed[other].tiles):
+            return f"{one} and {other} are stored in different ways"
+    return None
 
 
 def hidden(

@@ -190,8 +190,9 @@ def attend(
     tokens = m // batch
     rows = tokens * att.heads
     target = _device.target()
-    capability, count = (target.capability, target.multiprocessors) if target else (90, 128)
-    shape = shape or attend_shape(rows, batch, slots, capability, count)
+    memory, count = (target.shared_memory, target.multiprocessors) if target else (101_376, 128)
+    width, itemsize = query.shape[-1], cache.codes.dtype.itemsize
+    shape = shape or attend_shape(rows, batch, slots, width, itemsize, memory, count)
     from pallas_kernels.mla_decode.triton import attend_kernel
 
     number = jax.ShapeDtypeStruct((batch, shape.splits, rows), jnp.float32)

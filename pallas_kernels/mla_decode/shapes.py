@@ -26,23 +26,31 @@ class AttendShape:
     num_stages: int = 2
 
 
-def attend_shape(queries: int, batch: int, slots: int, capability: int, multiprocessors: int) -> AttendShape:
+def attend_shape(
+    queries: int, batch: int, slots: int, width: int, itemsize: int, shared_memory: int, multiprocessors: int
+) -> AttendShape:
     """Shares of at least two blocks of rows, and no more programs than fill the card once.
 
     Args:
         queries: per row of the batch, tokens times heads.
         batch: rows.
         slots: capacity of the cache.
-        capability: of the card, 89 for 8.9.
+        width: values of a cached row.
+        itemsize: bytes of one of them.
+        shared_memory: bytes of it that a program may have.
         multiprocessors: of the card.
     """
     block_q = 16 if queries <= 16 else 32
-    block_s = 16 if capability < 90 else 32
+    queries_bytes = block_q * width * 2 + 4096
+    # Two blocks of rows in flight while a third is computed with, if there is room for them.
+    for block_s, num_stages in ((32, 3), (16, 3), (16, 2)):
+        if queries_bytes + num_stages * block_s * width * max(itemsize, 2) <= shared_memory:
+            break
     programs = batch * -(-queries // block_q)
     splits = 1
     while splits < LARGEST_SPLITS and 2 * splits * programs <= multiprocessors and slots // (2 * splits) >= 2 * block_s:
         splits *= 2
-    return AttendShape(block_q=block_q, block_s=block_s, splits=splits)
+    return AttendShape(block_q=block_q, block_s=block_s, splits=splits, num_stages=num_stages)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +71,8 @@ class ProjectShape:
 
 
 def project_shape(tokens: int, latent_tiles: int) -> ProjectShape:
-    """Four programs for each head while there is one block of tokens, else one."""
-    per = max(1, latent_tiles // 4) if tokens <= 16 else latent_tiles
+    """Four programs for each head, with many small chunks in flight: there are few programs, each with a long way."""
+    per = max(1, latent_tiles // 4)
     while latent_tiles % per:
         per -= 1
-    return ProjectShape(per=per)
+    return ProjectShape(block_m=16 if tokens <= 16 else 32, per=per, num_stages=6)

@@ -25,25 +25,31 @@ def rounded(x):
 
 
 @triton.jit
+def size(x):
+    """Magnitudes; infinite for a NaN, which a GPU's maximum would pass over."""
+    return tl.where(x != x, float("inf"), tl.abs(x))
+
+
+@triton.jit
 def scale_of(top, LARGEST: tl.constexpr):
-    """Scale of values up to ``top``; see ``glm_jax.cache``."""
-    scale = top / LARGEST
-    # Not "scale >=": a NaN must stay one.
+    """Scale of values up to ``top``; see ``glm_jax.cache``. An infinite one makes NaN of all its values."""
+    scale = tl.div_rn(top, tl.full(top.shape, LARGEST, tl.float32))
     return tl.where(scale < 1.1754943508222875e-38, 0.0, scale)
 
 
 @triton.jit
 def coded(x, scale, LARGEST: tl.constexpr, FP8: tl.constexpr):
     """8-bit codes of rows ``[BM, n]`` with scales ``[BM]``."""
-    units = x / tl.where(scale == 0.0, 1.0, scale)[:, None]
+    units = tl.div_rn(x, tl.where(scale == 0.0, 1.0, scale)[:, None] + tl.zeros_like(x))
+    units = tl.where(units == units, units, 0.0)
     units = tl.minimum(tl.maximum(units, -LARGEST), LARGEST)
     if FP8:
         # float8 e4m3 by hand, the same on every card: three bits of mantissa, ties to even; units of 2^-9 below 2^-6.
-        size = tl.abs(units)
-        bits = size.to(tl.uint32, bitcast=True)
+        small = tl.abs(units)
+        bits = small.to(tl.uint32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
-        code = tl.where(size < 0.015625, rounded(size * 512.0).to(tl.uint32), normal)
-        codes = (tl.where(size != size, 0x7F, code) | ((units < 0.0).to(tl.uint32) << 7)).to(tl.uint8)
+        code = tl.where(small < 0.015625, rounded(small * 512.0).to(tl.uint32), normal)
+        codes = (code | ((units < 0.0).to(tl.uint32) << 7)).to(tl.uint8)
     else:
         codes = rounded(units).to(tl.int8)
     return codes
@@ -74,8 +80,8 @@ def write_rows(
     out = cache + row[:, None] * (R + P)
     if CACHE == "int8" or CACHE == "fp8":
         largest: tl.constexpr = 127.0 if CACHE == "int8" else 448.0
-        scale = scale_of(tl.max(tl.abs(latent), axis=1), largest)
-        key_scale = scale_of(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1), largest)
+        scale = scale_of(tl.max(size(latent), axis=1), largest)
+        key_scale = scale_of(tl.max(tl.maximum(size(first), size(second)), axis=1), largest)
         latent = coded(latent, scale, largest, CACHE == "fp8")
         first = coded(first, key_scale, largest, CACHE == "fp8")
         second = coded(second, key_scale, largest, CACHE == "fp8")

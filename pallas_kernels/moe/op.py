@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._launch import Shape, launch
+from pallas_kernels._launch import LaunchError, Shape, launch
 from pallas_kernels.moe.shapes import PairShape
 from pallas_kernels.quant_matmul.op import Made, Squares, compute_dtype, constants, operands
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.tiles import Tiles, same_layout
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +69,9 @@ def gate_up(
     Returns:
         ``[M * X * F + M * F']``: rows of the pairs, then of the shared expert.
     """
+    for one, two in ((gate, up), shared or (gate, up)):
+        if not same_layout(one, two):
+            raise LaunchError("gate and up must be stored in the same way")
     m, width = x.shape[0], gate.shape[-2]
     other = shared or (gate, up)
     shared_width = shared[0].shape[-2] if shared else 0

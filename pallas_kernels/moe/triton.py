@@ -26,7 +26,8 @@ def chosen(
     weight = tl.full((), 0.0, tl.float32)
     total = tl.full((), 0.0, tl.float32)
     for i in tl.static_range(X):
-        best = tl.argmax(choice, axis=0).to(tl.int32)
+        # Among NaN a number beyond the last expert may win.
+        best = tl.minimum(tl.argmax(choice, axis=0).to(tl.int32), E - 1)
         value = tl.sum(tl.where(e == best, score, 0.0), axis=0)
         total += value
         number = tl.where(slot == i, best, number)

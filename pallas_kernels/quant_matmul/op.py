@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _device
-from pallas_kernels._launch import Shape, interpreted, launch
+from pallas_kernels._launch import LaunchError, Shape, interpreted, launch
 from pallas_kernels.quant_matmul.shapes import LinearShape, linear_shape
 from pallas_kernels.tiles import ROWS, Tiles, chunk
 
@@ -90,6 +90,8 @@ def linear(
     Returns:
         The result, and the counters, zero again.
     """
+    if other is not None and (other.kind, other.inputs) != (weight.kind, weight.inputs):
+        raise LaunchError("two matrices side by side must have codes of one kind, and the same inputs")
     (m, stride), first = x.shape, weight.outputs
     outputs = first + (other.outputs if other else 0)
     target = _device.target()
@@ -117,7 +119,7 @@ def linear(
             jax.ShapeDtypeStruct((shape.splits, m, outputs), jnp.float32) if shape.splits > 1 else one,
             jax.ShapeDtypeStruct(counters.shape, jnp.int32),
         ],
-        grid=(blocks, shape.splits, math.ceil(m / shape.block_m)),
+        grid=(math.ceil(m / shape.block_m), shape.splits, blocks),
         shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
         aliases={11: 4},
         M=m,

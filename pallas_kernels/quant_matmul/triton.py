@@ -20,13 +20,14 @@ def linear_kernel(
     FIRST: tl.constexpr, PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, EPS: tl.constexpr, RESIDUAL: tl.constexpr,
     NEXT: tl.constexpr, NEXT_FROM: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """``out = factor(x) * (x @ w[layer].T) + residual``; programs (block of outputs, share of inputs, block of rows).
+    """``out = factor(x) * (x @ w[layer].T) + residual``; programs (block of rows, share of inputs, block of outputs).
 
     From output OTHER on the matrix is the other one, of the same kind. The program that finishes a block of outputs
     last adds the shares, always in the same order. ``place`` has the index of the matrix in its stack; NEXT_FROM more
     is that of ``next_norm`` in its own.
     """
-    pn, split, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # Blocks of rows are neighbours, so that they find each other's weights in the cache.
+    pm, split, pn = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = pm * BM + tl.arange(0, BM)
     here = rows < M
     layer = tl.load(place).to(tl.int64)
@@ -53,7 +54,7 @@ def linear_kernel(
     if SPLITS > 1:
         tl.store(partial + split * M * N + at, acc, mask=inside)
         tl.debug_barrier()
-        counter = counters + pm * tl.num_programs(0) + pn
+        counter = counters + pm * tl.num_programs(2) + pn
         last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
         if last:
             tl.store(counter, 0)
@@ -70,4 +71,4 @@ def linear_kernel(
             weight = tl.load(next_norm + (layer + NEXT_FROM) * N + n, mask=n < N, other=0.0)
             tl.store(scaled + at, (acc * weight.to(tl.float32)[None, :]).to(scaled.dtype.element_ty), mask=inside)
         kept = tl.where(inside, acc, 0.0)
-        tl.store(out_squares + rows * tl.num_programs(0) + pn, tl.sum(kept * kept, axis=1), mask=here)
+        tl.store(out_squares + rows * tl.num_programs(2) + pn, tl.sum(kept * kept, axis=1), mask=here)

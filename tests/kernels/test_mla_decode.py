@@ -112,6 +112,25 @@ def test_rows_beyond_the_cache_are_dropped():
     np.testing.assert_array_equal(written.codes, cache.codes)
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_row_that_is_not_finite_reads_as_nan(kind):
+    """Damage is found, and not rounded away."""
+    rng = np.random.default_rng(0)
+    att = sizes()
+    cache = cache_of(rng, att, kind, 1, 32)
+    both = squares(rng, 1, 6)
+    latents = (type(both)(both.parts, 0, 2), type(both)(both.parts, 2, 4))
+    a = normal(rng, 1, 224).at[0, 64 + 5].set(jnp.nan).at[0, 64 + 128 + 3].set(jnp.inf)
+    _, written = queries(
+        att, a, latents, ONE, jnp.zeros(1, jnp.int32), normal(rng, 2, 1, 16), tiles(rng, (2, 192, 64), "int8"),
+        tiles(rng, (2, 3, 128, 32), "int8", factors=1), cache, dtype=jnp.float32,
+    )  # fmt: skip
+    codes = np.asarray(written.codes[1, 0, 0].astype(jnp.float32))
+    assert not np.isfinite(np.asarray(written.scales[1, 0, 0])).any()
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(codes[:128] * np.asarray(written.scales[1, 0, 0, 0])).all()
+
+
 def test_real_widths():
     """Twenty heads of 192 + 64 over latents of 512, a short context."""
     rng = np.random.default_rng(0)
@@ -126,10 +145,11 @@ def test_real_widths():
     assert_close(values(narrow, parts, zero, v_b, dtype=jnp.float32), expected)
 
 
-@pytest.mark.parametrize("capability", [89, 90, 100, 120])
+@pytest.mark.parametrize("memory", [101_376, 232_448])
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
 @pytest.mark.parametrize("slots", [256, 1024, 32_768, 262_144])
 @pytest.mark.parametrize("batch", [1, 8, 64, 256])
-def test_shares_that_are_chosen_without_a_measurement(capability, slots, batch):
-    shape = attend_shape(20, batch, slots, capability, 142)
+def test_shares_that_are_chosen_without_a_measurement(memory, itemsize, slots, batch):
+    shape = attend_shape(20, batch, slots, 576, itemsize, memory, 142)
     assert shape.splits & (shape.splits - 1) == 0
     assert shape.splits == 1 or batch * shape.splits <= 142
