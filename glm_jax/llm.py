@@ -150,14 +150,9 @@ class LLM:
         cfg, params, info = checkpoint.load(
             weights, dtype=dtype, rules=rules, mesh=devices, tiles=tiles, check=check, progress=show
         )
-        if tiles and (problem := obstacle(cfg, params)):
-            if kernels is not None:
-                raise GlmError(f"the kernels cannot run this model: {problem}; use kernels='reference'")
-            print(f"note: this model runs without hand-written kernels: {problem}", file=sys.stderr)
-            params = untiled_tree(params)
         return cls(
             cfg if latent_eps is None else cfg.replace(latent_eps=latent_eps),
-            params,
+            _runnable(cfg, params, kernels) if tiles else params,
             companions,
             info=info,
             rules=rules,
@@ -355,6 +350,17 @@ class LLM:
         for batch in prompts.batches(rows, _MAX_ROWS, runner.fits):
             for _ in runner.run(batch, self.timing):
                 pass
+
+
+def _runnable(cfg: Config, params: steps.Params, kernels: str | None) -> steps.Params:
+    """The parameters out of their tiles again, where the kernels cannot run the model after all."""
+    problem = obstacle(cfg, params)
+    if problem is None:
+        return params
+    if kernels is not None:
+        raise GlmError(f"the kernels cannot run this model: {problem}; use kernels='reference'")
+    print(f"note: this model runs without hand-written kernels: {problem}", file=sys.stderr)
+    return untiled_tree(params)
 
 
 def _tiles(kernels: str | None, mesh: Mesh | None, dtype: str) -> bool:

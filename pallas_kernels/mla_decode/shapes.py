@@ -43,8 +43,11 @@ def attend_shape(
     block_q = 16 if queries <= 16 else 32
     queries_bytes = block_q * width * 2 + 4096
     # Two blocks of rows in flight while a third is computed with, if there is room for them.
-    for block_s, num_stages in ((32, 3), (16, 3), (16, 2)):
-        if queries_bytes + num_stages * block_s * width * max(itemsize, 2) <= shared_memory:
+    # Rows of 8 bits go through registers on their way, which are full with blocks of 32.
+    block_s, num_stages = 16, 2
+    for rows, stages in ((32, 3), (16, 3)) if itemsize > 1 else ():
+        if queries_bytes + stages * rows * width * itemsize <= shared_memory:
+            block_s, num_stages = rows, stages
             break
     programs = batch * -(-queries // block_q)
     splits = 1

@@ -95,4 +95,6 @@ def test_kernels_of_a_step(architecture, preset, batch, cache):
         assert kernel.shared_memory <= limit
         assert facts.registers * 32 * kernel.num_warps <= 65536
         assert facts.count("HMMA") + facts.count("HGMMA") + facts.count("UTC.*MMA"), f"{name} has no tensor instruction"
-        assert facts.count(r"LDGSTS\S*\.128"), f"{name} copies nothing 16 bytes at a time"
+        # Rows of 8 bits are widened on their way to shared memory, and so are loaded, not copied.
+        loads = r"LDG\S*\.128" if name == "attend_kernel" and cache in ("int8", "fp8") else r"LDGSTS\S*\.128"
+        assert facts.count(loads), f"{name} copies nothing 16 bytes at a time"
