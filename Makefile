@@ -50,7 +50,8 @@ test-newest: .venv/.stamp  ## a smoke run on the newest JAX, when a Python >= 3.
 	@.ci/smoke-newest
 
 soak: .venv/.stamp  ## the long tests, with new random examples each time
-	@$(VENV)/python -m pytest -m soak --hypothesis-profile=soak $(ARGS)
+	@TRITON_INTERPRET=1 $(VENV)/python -m pytest -m "soak and kernels" --hypothesis-profile=soak $(ARGS)
+	@$(VENV)/python -m pytest -m "soak and not kernels" --hypothesis-profile=soak $(ARGS)
 	@$(VENV)/python -m pytest -n $(WORKERS) --hypothesis-profile=soak $(ARGS)
 
 lint: .venv/.stamp  ## ruff and pyright

@@ -14,16 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-_TYPES = {
-    "float32": "fp32",
-    "float16": "fp16",
-    "bfloat16": "bf16",
-    "int64": "i64",
-    "int32": "i32",
-    "uint32": "u32",
-    "int8": "i8",
-    "uint8": "u8",
-}
+from pallas_kernels._launch import TYPES
 
 
 class _Storage:
@@ -46,7 +37,7 @@ class Tensor:
     """A contiguous NumPy array with the methods of a torch tensor that the interpreter uses."""
 
     def __init__(self, array: np.ndarray) -> None:
-        self.array, self.dtype = array, _TYPES[array.dtype.name]
+        self.array, self.dtype = array, TYPES[array.dtype.name]
 
     def data_ptr(self) -> int:
         return self.array.ctypes.data
@@ -58,7 +49,7 @@ class Tensor:
         return Tensor.__new__(Tensor)
 
     def set_(self, storage: _Storage, *_: Any) -> None:
-        self.array, self.dtype = storage.array, _TYPES[storage.array.dtype.name]
+        self.array, self.dtype = storage.array, TYPES[storage.array.dtype.name]
 
     def storage_offset(self) -> int:
         return 0

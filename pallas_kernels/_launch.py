@@ -27,7 +27,7 @@ from pallas_kernels import _device
 
 LEAST_CAPABILITY = 80
 PTX_CALL = "__gpu$xla.gpu.ptx"
-_TYPES = {
+TYPES = {  # as Triton names them
     "float32": "fp32",
     "float16": "fp16",
     "bfloat16": "bf16",
@@ -109,7 +109,7 @@ def launch(
     target = _device.target()
     if target is None:
         raise LaunchError("kernels are compiled for a GPU, and JAX's default device is none")
-    types = [_TYPES[np.dtype(x.dtype).name] for x in (*inputs, *outputs)]
+    types = [TYPES[np.dtype(x.dtype).name] for x in (*inputs, *outputs)]
     compiled = compile_kernel(kernel, tuple(types), tuple(constants.items()), target.capability, shape)
     if compiled.shared_memory > target.shared_memory:
         raise LaunchError(

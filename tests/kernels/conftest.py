@@ -1,13 +1,11 @@
 """Kernels run in Triton's interpreter, which has to be chosen before Triton is imported: ``make test-kernels``."""
 
-import os
-
 import pytest
 
+from pallas_kernels import interpreted
 
-def pytest_collection_modifyitems(items):
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return
-    for item in items:
-        if item.get_closest_marker("kernels"):
-            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1: run make test-kernels"))
+
+@pytest.fixture(autouse=True)
+def _in_the_interpreter(request):
+    if request.node.get_closest_marker("kernels") and not interpreted():
+        pytest.fail("kernels need TRITON_INTERPRET=1 here: run make test-kernels")

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.quant_matmul import Squares
-from pallas_kernels.tiles import BITS, Tiles, make_tiles
+from pallas_kernels.tiles import BITS, make_tiles
 
 # In the interpreter kernels compute in float32, only in another order than the reference.
 CLOSE = 2e-6
@@ -53,7 +53,3 @@ def assert_close(found, expected, tolerance=CLOSE):
     assert np.isfinite(found).all()
     error = np.max(np.abs(found - expected), initial=0) / max(np.max(np.abs(expected), initial=0), 1e-30)
     assert error <= tolerance, f"off by {error:.1e} of the largest value"
-
-
-def is_tiles(x):
-    return isinstance(x, Tiles)
