@@ -14,7 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_kernels._launch import TYPES
+TYPES = {  # as Triton names them
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "int64": "i64",
+    "int32": "i32",
+    "uint32": "u32",
+    "int8": "i8",
+    "uint8": "u8",
+}
 
 
 class _Storage:

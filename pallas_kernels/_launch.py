@@ -24,19 +24,10 @@ import jax
 import numpy as np
 
 from pallas_kernels import _device
+from pallas_kernels._interpreter import TYPES, interpret
 
 LEAST_CAPABILITY = 80
 PTX_CALL = "__gpu$xla.gpu.ptx"
-TYPES = {  # as Triton names them
-    "float32": "fp32",
-    "float16": "fp16",
-    "bfloat16": "bf16",
-    "int64": "i64",
-    "int32": "i32",
-    "uint32": "u32",
-    "int8": "i8",
-    "uint8": "u8",
-}
 
 
 class LaunchError(Exception):
@@ -102,8 +93,6 @@ def launch(
     if not has_triton():
         raise LaunchError("kernels need the package triton: install glm-jax[cuda]")
     if interpreted():
-        from pallas_kernels._interpreter import interpret
-
         run = functools.partial(interpret, kernel, tuple(outputs), grid, constants, dict(aliases or {}))
         return list(_not_differentiable(run)(*inputs))
     target = _device.target()
