@@ -42,14 +42,25 @@ def decode(argument: Mapping[str, Any]) -> dict[str, Any]:
     batch, slots = bucket(argument["batch"]), min(bucket(argument["context"], 256), cfg.max_position_embeddings)
     state = _placed(_state(cfg, batch, slots, argument["cache_dtype"], argument.get("sampling", {})), place)
     with compiling_for(card.target):
-        program = jax.jit(decode_program, static_argnames=("model", "steps"), donate_argnames="state")
-        limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=place)
-        traced = program.trace(GLM(cfg), params, state, limit, steps=_STEPS)
-        report = aot.compile_traced(traced, GPU_OPTIONS)
+        found = loop(cfg, params, state, place)
+    return {**found, "gpu": card.name, "fits": found["argument_bytes"] + found["temp_bytes"] <= card.memory}
+
+
+def loop(cfg: Config, params: Tree, state: DecodeState, place: SingleDeviceSharding) -> dict[str, Any]:
+    """What XLA makes of the generation loop: launches, graphs, memory. Nothing runs.
+
+    Args:
+        cfg: the model.
+        params: arrays, or their shapes with ``place`` as sharding.
+        state: likewise.
+        place: the device.
+    """
+    program = jax.jit(decode_program, static_argnames=("model", "steps"), donate_argnames="state")
+    limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=place)
+    report = aot.compile_traced(program.trace(GLM(cfg), params, state, limit, steps=_STEPS), GPU_OPTIONS)
     launches = report.launches()
     names = Counter(launch.name or launch.kind for launch in launches)
     return {
-        "gpu": card.name,
         "launches_per_token": len(launches),
         "kernels": dict(names.most_common()),
         "copies_per_token": sum(launch.kind == "kCopy" for launch in launches),
@@ -60,7 +71,6 @@ def decode(argument: Mapping[str, Any]) -> dict[str, Any]:
         "alias_bytes": report.alias_bytes,
         "cache_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache)),
         "temp_bytes": report.temp_bytes,
-        "fits": report.argument_bytes + report.temp_bytes <= card.memory,
     }
 
 

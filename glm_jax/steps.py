@@ -17,6 +17,7 @@ import numpy as np
 from glm_jax.cache import LatentCache
 from glm_jax.model import GLM
 from glm_jax.sampling import SampleResult, SamplerState, is_stop, sample, update
+from pallas_kernels import GRAPH_OPTIONS as GPU_OPTIONS
 
 Params = dict[str, Any]
 NO_TOKEN = -1
@@ -201,14 +202,6 @@ def decode_steps(
         steps: width of the output buffer.
     """
     return _compiled_decode(jax.default_backend() == "gpu")(model, params, state, limit, steps=steps)
-
-
-# The whole loop as one CUDA graph, its condition evaluated on the device: the host starts it and hears of it when it is
-# done. Without WHILE in the list the host would be asked after every token whether to go on.
-GPU_OPTIONS = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
-    "xla_gpu_graph_min_graph_size": 1,
-}
 
 
 @functools.cache

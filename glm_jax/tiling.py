@@ -11,7 +11,7 @@ from glm_jax.quant import TiledWeight, tile, untile
 # Matrices that kernels multiply with. The embedding is looked up in; the prediction layer runs without kernels.
 MATRICES = frozenset("q_a q_b kv_a k_b v_b o gate up down shared_gate shared_up shared_down router".split())
 # Attention multiplies queries with the transposed matrices.
-_TURNED = frozenset(["k_b"])
+TURNED = frozenset(["k_b"])
 
 
 def lies_in_tiles(path: Path) -> bool:
@@ -21,7 +21,7 @@ def lies_in_tiles(path: Path) -> bool:
 
 def tiled(path: Path, weight: Any) -> Any:
     """A parameter as kernels read it; as it is where they do not, or cannot."""
-    made = tile(weight, turned=path[-1] in _TURNED) if lies_in_tiles(path) else None
+    made = tile(weight, turned=path[-1] in TURNED) if lies_in_tiles(path) else None
     return weight if made is None else made
 
 
