@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tuned
 from pallas_kernels._launch import LaunchError, Shape, launch
 from pallas_kernels.moe.shapes import PairShape
 from pallas_kernels.quant_matmul.op import Made, Squares, compute_dtype, constants, operands
@@ -49,7 +50,7 @@ def gate_up(
     shared: tuple[Tiles, Tiles] | None,
     *,
     eps: float,
-    shape: PairShape = PairShape(),
+    shape: PairShape | None = None,
 ) -> jax.Array:
     """The products ``silu(gate(norm(x))) * up(norm(x))`` of the chosen experts and the shared one.
 
@@ -64,7 +65,7 @@ def gate_up(
         up: see ``gate``.
         shared: gate and up of the shared expert, ``[L, F, D]``, or None.
         eps: of the norm.
-        shape: block sizes.
+        shape: block sizes; chosen for the card unless given.
 
     Returns:
         ``[M * X * F + M * F']``: rows of the pairs, then of the shared expert.
@@ -73,6 +74,7 @@ def gate_up(
         if not same_layout(one, two):
             raise LaunchError("gate and up must be stored in the same way")
     m, width = x.shape[0], gate.shape[-2]
+    shape = shape or tuned.best(problem("gate_up", routed, m, gate, shared[0] if shared else None))
     other = shared or (gate, up)
     shared_width = shared[0].shape[-2] if shared else 0
     from pallas_kernels.moe.triton import gate_up_kernel
@@ -122,7 +124,7 @@ def down(
     counters: jax.Array,
     *,
     next_from: int = 0,
-    shape: PairShape = PairShape(),
+    shape: PairShape | None = None,
 ) -> tuple[Made, jax.Array]:
     """Adds the weighted outputs of the chosen experts, and of the shared one, to the residual stream.
 
@@ -138,13 +140,14 @@ def down(
         next_norm: ``[norms, D]``, weights of the norm that reads the result.
         counters: int32 zeros, one for each block of outputs or more.
         next_from: what to add to ``place`` for the index of the norm.
-        shape: block sizes.
+        shape: block sizes; chosen for the card unless given.
 
     Returns:
         The residual stream in float32, times the next norm's weight in the dtype of h, and its squares; the counters,
         zero again.
     """
     m, outputs = residual.shape
+    shape = shape or tuned.best(problem("down", routed, m, weight, shared))
     blocks, other = math.ceil(outputs / shape.block_n), shared or weight
     from pallas_kernels.moe.triton import down_kernel
 
@@ -176,6 +179,26 @@ def down(
         DT=compute_dtype(h.dtype),
     )
     return Made(out, scaled, Squares(parts, 0, blocks)), counters
+
+
+def problem(op: str, routed: Routed, rows: int, weight: Tiles, shared: Tiles | None) -> tuned.Problem[PairShape]:
+    """What block sizes of :func:`gate_up` and :func:`down` depend on.
+
+    Args:
+        op: which of the two.
+        routed: how experts are chosen.
+        rows: tokens.
+        weight: of the experts: gate, or down.
+        shared: of the shared expert.
+    """
+    other = "" if shared is None else f" shared {_sizes(shared)}"
+    key = f"{tuned.rows_key(rows)} {_sizes(weight)} e{routed.experts} x{routed.chosen}{other}"
+    axes = {"block_n": (32, 64), "num_warps": (1, 2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
+    return tuned.Problem(op, key, PairShape(), axes if rows <= 16 else {**axes, "block_m": (16, 32)})
+
+
+def _sizes(weight: Tiles) -> str:
+    return f"n{weight.outputs} k{weight.inputs} {weight.kind} g{weight.group}"
 
 
 def _blocks(rows: int, shared: Any, shape: PairShape) -> int:
