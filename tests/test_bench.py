@@ -207,6 +207,15 @@ def test_a_case_that_fails_leaves_the_others(monkeypatch, error, word):
     assert results[1][word] == str(error).splitlines()[0]
 
 
+def test_tokens_are_compared_where_the_weights_are_the_same():
+    compared = {"same_tokens": {"unquantised": 0.1, "reference": 1.0}}
+    asked = Decode(model="tiny")
+    assert run._alike(asked, dict(compared)) == compared
+    asked = Decode(model="synthetic:flash")
+    assert run._alike(asked, {"same_tokens": dict(compared["same_tokens"])})["same_tokens"] == {"reference": 1.0}
+    assert run._alike(asked, {}) == {}
+
+
 def test_a_failure_is_the_exit_code(monkeypatch, capsys):
     monkeypatch.setattr(run, "_cases", lambda *_: iter([{"batch": 1, "context": 8, "failed": "no reason"}]))
     assert main(["decode", "--context", "8"]) == 1

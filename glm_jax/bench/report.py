@@ -80,7 +80,8 @@ def _row(report: Report, result: Report, width: int) -> list[str]:
         cells += [_spread(ours["tokens_per_s_of_all_rows"], 1)]
     for peer in report["peers"]:
         cells += [_spread(result[peer][time], 3), f"**{_spread(result['ratio'][peer], 2)}**"]
-        cells += [f"{result['same_tokens'][peer]:.0%}"]
+        same = result["same_tokens"].get(peer)
+        cells += ["" if same is None else f"{same:.0%}"]
     return [*cells, f"{ours['compile_s']:.1f}"]
 
 

@@ -26,7 +26,7 @@ else:
     SWEEPS = [
         Sweep(rows=(1,), contexts=(1000, 8192)),
         Sweep(rows=(17,), kinds=("int4",), contexts=(1000,), caches=("int8",)),
-        Sweep(rows=(64,), kinds=("int8",), contexts=(1000,), caches=("bfloat16",)),
+        Sweep(rows=(33,), kinds=("int8",), contexts=(1000,), caches=("bfloat16",)),
     ]
 
 

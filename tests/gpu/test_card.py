@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
 
-from glm_jax import aot
 from glm_jax.bench.ours import Ours
 from pallas_kernels import _routes, noise
 from pallas_kernels._launch import recording
@@ -74,8 +72,7 @@ def three_layers():
 
 def test_the_whole_loop_is_one_graph_of_eight_kernels_for_a_layer(three_layers):
     ours = three_layers
-    state, place = ours.filled(1, 1024, 16), SingleDeviceSharding(jax.devices()[0])
-    made = aot.loop(ours.cfg, ours.params, state, place)
+    made = ours.launches(ours.filled(1, 1024, 16))
     kernels, experts = made["kernels"], ours.cfg.num_hidden_layers - 1
     assert kernels["queries_kernel"] == kernels["attend_kernel"] == kernels["values_kernel"] == experts + 1
     assert kernels["gate_up_kernel"] == experts + 1
@@ -93,6 +90,6 @@ def test_the_loop_takes_the_cache_over(three_layers):
     state = ours.filled(1, 1024, 16)
     address = state.cache.data.unsafe_buffer_pointer()
     _, first = ours.decode(state, 16)
-    assert ours.cache_of(state).data.unsafe_buffer_pointer() == address
+    assert state.cache.data.unsafe_buffer_pointer() == address
     _, second = ours.decode(state, 16)
     np.testing.assert_array_equal(first, second)
