@@ -1,4 +1,4 @@
-"""The forward pass of few tokens in few kernels: eight for a layer of experts.
+"""The forward pass of few tokens in few kernels: eight for a layer of experts, nine for more than eight tokens.
 
 The reference computes one operation after the other; here kernels begin and end where the data must cross the card, and
 everything between is part of one of them:
@@ -39,6 +39,8 @@ from pallas_kernels.tiles import same_layout
 
 # More tokens are for the reference, in which products of many rows and sorted experts win.
 MOST_TOKENS, MOST_PER_ROW = 64, 8
+# Of more tokens several are likely to share an expert: one more kernel, so that it is read once.
+_MOST_UNSORTED = 8
 _COUNTERS = 16_384
 _BLOCK = 64
 
@@ -203,13 +205,15 @@ def _sparse(shared, run, w, place, mid, counters):  # noqa: ANN001, ANN202
     )
     both = (w["shared_gate"].tiles, w["shared_up"].tiles) if cfg.n_shared_experts else None
     bias = w["router_bias"]
-    h = moe.gate_up(
+    many = logits.out.shape[0] > _MOST_UNSORTED
+    plan = moe.sort_pairs(routed, place, logits.out, bias) if many else None
+    h, plan = moe.gate_up(
         routed, mid.scaled, mid.squares, place, logits.out, bias, w["gate"].tiles, w["up"].tiles, both,
-        eps=cfg.rms_norm_eps,
+        eps=cfg.rms_norm_eps, plan=plan,
     )  # fmt: skip
     shared_down = w["shared_down"].tiles if cfg.n_shared_experts else None
     return moe.down(
-        routed, h, place, logits.out, bias, w["down"].tiles, shared_down, mid.out, shared.norms, counters,
+        routed, h, plan, place, w["down"].tiles, shared_down, mid.out, shared.norms, counters,
         next_from=run.start + 1,
     )  # fmt: skip
 
@@ -217,7 +221,7 @@ def _sparse(shared, run, w, place, mid, counters):  # noqa: ANN001, ANN202
 def _dense(shared, run, w, place, mid, counters):  # noqa: ANN001, ANN202
     none = moe.Routed(experts=1, chosen=0, normalised=False, factor=1.0)
     both = (w["gate"].tiles, w["up"].tiles)
-    h = moe.gate_up(none, mid.scaled, mid.squares, place, mid.out, mid.out, *both, both, eps=shared.cfg.rms_norm_eps)
+    h, _ = moe.gate_up(none, mid.scaled, mid.squares, place, mid.out, mid.out, *both, both, eps=shared.cfg.rms_norm_eps)
     h = h.reshape(mid.scaled.shape[0], -1)
     return linear(
         h, w["down"].tiles, place, counters, residual=mid.out, next_norm=shared.norms, next_from=run.start + 1,

@@ -68,6 +68,32 @@ class Cache:
         return _STORED.get(self.codes.dtype.name, "plain")
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["sums", "tops", "totals", "positions"],
+    meta_fields=["slots", "block"],
+)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parts:
+    """What shares of the cached rows amount to. A row of the batch has as many as its length asks for.
+
+    Attributes:
+        sums: float32 ``[B, shares, T * N, R]``, of latents by their weights.
+        tops: float32 ``[B, shares, T * N]``, the largest scores.
+        totals: float32 ``[B, shares, T * N]``, sums of exponentials.
+        positions: int32 ``[B * T]``, of the tokens.
+        slots: capacity of the cache.
+        block: rows that a share is a multiple of.
+    """
+
+    sums: jax.Array
+    tops: jax.Array
+    totals: jax.Array
+    positions: jax.Array
+    slots: int
+    block: int
+
+
 def queries(
     att: Attention,
     a: jax.Array,
@@ -170,7 +196,7 @@ def attend(
     *,
     cache_from: int = 0,
     shape: AttendShape | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Parts:
     """Attention over the cached rows up to each token's own, in shares.
 
     Args:
@@ -183,8 +209,7 @@ def attend(
         shape: block sizes; chosen for the card unless given.
 
     Returns:
-        For :func:`values`: sums of latents float32 ``[B, shares, T * N, R]``, largest scores and sums of exponentials
-        float32 ``[B, shares, T * N]``.
+        What :func:`values` puts together.
     """
     m, (_, batch, slots, _) = query.shape[0], cache.codes.shape
     tokens = m // batch
@@ -216,12 +241,12 @@ def attend(
         CACHE_FROM=cache_from,
         DT=compute_dtype(query.dtype),
     )
-    return parts, tops, totals
+    return Parts(parts, tops, totals, positions, slots, shape.block_s)
 
 
 def values(
     att: Attention,
-    parts: tuple[jax.Array, jax.Array, jax.Array],
+    parts: Parts,
     place: jax.Array,
     v_b: Tiles,
     *,
@@ -238,7 +263,7 @@ def values(
         dtype: of the result.
         shape: block sizes; chosen unless given.
     """
-    batch, splits, rows, latent = parts[0].shape
+    batch, splits, rows, latent = parts.sums.shape
     tokens = rows // att.heads
     m = batch * tokens
     shape = shape or ProjectShape()
@@ -246,7 +271,7 @@ def values(
 
     out, _ = launch(
         values_kernel,
-        [*parts, place, *operands(v_b)],
+        [parts.sums, parts.tops, parts.totals, place, parts.positions, *operands(v_b)],
         [
             jax.ShapeDtypeStruct((m, att.heads * att.value), dtype),
             jax.ShapeDtypeStruct((att.heads * v_b.tiles, m, latent), dtype),
@@ -258,7 +283,9 @@ def values(
         HEADS=att.heads,
         R=latent,
         V=att.value,
+        SLOTS=parts.slots,
         SPLITS=splits,
+        BLOCK=parts.block,
         BM=shape.block_m,
         BS=min(16, splits),
         DT=compute_dtype(dtype),

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mla_decode.op import Attention, Cache
+from pallas_kernels.mla_decode.op import Attention, Cache, Parts
 from pallas_kernels.quant_matmul.op import Squares
 from pallas_kernels.quant_matmul.reference import factor_ref
 from pallas_kernels.tiles import Tiles, from_tiles
@@ -48,7 +48,7 @@ def queries_ref(
 
 def attend_ref(
     att: Attention, query: jax.Array, cache: Cache, place: jax.Array, positions: jax.Array, *, cache_from: int = 0
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Parts:
     """See :func:`pallas_kernels.mla_decode.attend`; one share."""
     rows, batch = _read(att, cache, place[0] + cache_from), cache.codes.shape[1]
     wide = query.astype(jnp.float32).reshape(batch, -1, att.heads, query.shape[-1])
@@ -60,19 +60,29 @@ def attend_ref(
     weights = jnp.exp(scores - top[..., None])
     parts = jnp.einsum("btns,bsr->btnr", weights, rows[..., : att.latent], precision=_EXACT)
     flat = (batch, 1, -1)
-    return parts.reshape(*flat, att.latent), top.reshape(flat), jnp.sum(weights, axis=-1).reshape(flat)
+    sums, totals = parts.reshape(*flat, att.latent), jnp.sum(weights, axis=-1).reshape(flat)
+    return Parts(sums, top.reshape(flat), totals, positions, rows.shape[1], 1)
 
 
-def values_ref(
-    att: Attention, parts: tuple[jax.Array, jax.Array, jax.Array], place: jax.Array, v_b: Tiles, *, dtype: Any
-) -> jax.Array:
+def values_ref(att: Attention, parts: Parts, place: jax.Array, v_b: Tiles, *, dtype: Any) -> jax.Array:
     """See :func:`pallas_kernels.mla_decode.values`."""
-    sums, tops, totals = parts
+    there = _there(parts)[..., None]
+    tops, totals = jnp.where(there, parts.tops, -jnp.inf), jnp.where(there, parts.totals, 0.0)
     weights = jnp.exp(tops - jnp.max(tops, axis=1, keepdims=True))
-    latents = jnp.sum(sums * weights[..., None], axis=1) / jnp.sum(totals * weights, axis=1)[..., None]
+    sums = jnp.where(there[..., None], parts.sums, 0.0) * weights[..., None]
+    latents = jnp.sum(sums, axis=1) / jnp.sum(totals * weights, axis=1)[..., None]
     latents = latents.reshape(-1, att.heads, att.latent)
     out = jnp.einsum("mnr,nvr->mnv", latents, from_tiles(_at(v_b, place[0])), precision=_EXACT)
     return out.reshape(out.shape[0], -1).astype(dtype)
+
+
+def _there(parts: Parts) -> jax.Array:
+    """Which shares have rows at all, bool ``[B, shares]``."""
+    batch, splits = parts.tops.shape[:2]
+    length = jnp.minimum(jnp.max(parts.positions.reshape(batch, -1), axis=1) + 1, parts.slots)
+    blocks = (length + splits * parts.block - 1) // (splits * parts.block)
+    share = blocks * parts.block
+    return jnp.arange(splits, dtype=jnp.int32)[None] * share[:, None] < length[:, None]
 
 
 def _at(weight: Tiles, layer: jax.Array) -> Tiles:

@@ -174,6 +174,17 @@ def read(codes, CACHE: tl.constexpr, DT: tl.constexpr):
 
 
 @triton.jit
+def shares(
+    positions, batch, T: tl.constexpr, SLOTS: tl.constexpr, SPLITS: tl.constexpr, BS: tl.constexpr
+):  # fmt: skip
+    """How many cached rows the tokens of a row of the batch see, and how many of them are one share."""
+    t = tl.arange(0, triton.next_power_of_2(T))
+    newest = tl.max(tl.load(positions + batch * T + t, mask=t < T, other=0), axis=0)
+    length = tl.minimum(newest + 1, SLOTS)
+    return length, tl.cdiv(tl.cdiv(length, SPLITS), BS) * BS
+
+
+@triton.jit
 def attend_kernel(
     queries, cache, cache_scales, place, positions, parts, tops, totals,
     T: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr,
@@ -183,16 +194,29 @@ def attend_kernel(
     """Attention of all heads over a share of the cached rows; programs (share, block of queries, row of the batch).
 
     Rows are read once for scores and values. Each share leaves its largest score, the sum of exponentials and the
-    unnormalised sum of latents behind.
+    unnormalised sum of latents behind; a share without rows leaves nothing.
     """
     split, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length, share = shares(positions, batch, T, SLOTS, SPLITS, BS)
+    start, stop = split * share, tl.minimum(split * share + share, length)
+    if start < stop:
+        attend_share(
+            queries, cache, cache_scales, place, positions, parts, tops, totals, split, block, batch, start, stop, T,
+            HEADS, R, P, BATCH, SLOTS, SPLITS, BQ, BS, SCALE, CACHE, CACHE_FROM, DT,
+        )  # fmt: skip
+
+
+@triton.jit
+def attend_share(
+    queries, cache, cache_scales, place, positions, parts, tops, totals, split, block, batch, start, stop,
+    T: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr,
+    SPLITS: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr, SCALE: tl.constexpr, CACHE: tl.constexpr,
+    CACHE_FROM: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """One program of :func:`attend_kernel`, over the cached rows from start to stop."""
     q = block * BQ + tl.arange(0, BQ)
     here = q < T * HEADS
     position = tl.load(positions + batch * T + q // HEADS, mask=here, other=-1)
-    length = tl.max(position, axis=0) + 1
-    length = tl.minimum(length, SLOTS)
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BS) * BS
-    start, stop = split * share, tl.minimum(split * share + share, length)
     r, p, s = tl.arange(0, R), tl.arange(0, P), tl.arange(0, BS)
     mine = queries + (batch * T * HEADS + q[:, None]).to(tl.int64) * (R + P)
     latents = tl.load(mine + r[None, :], mask=here[:, None], other=0.0).to(DT)
@@ -233,11 +257,11 @@ def attend_kernel(
 
 @triton.jit
 def values_kernel(
-    parts, tops, totals, place, words, scales, offsets, out, scratch,
-    M: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr,
-    GROUP: tl.constexpr, SUB: tl.constexpr, PER_WORD: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr,
-    OFFSET: tl.constexpr, DT: tl.constexpr,
+    parts, tops, totals, place, positions, words, scales, offsets, out, scratch,
+    M: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, V: tl.constexpr, SLOTS: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr,
+    CHUNKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr, PER_WORD: tl.constexpr,
+    KIND: tl.constexpr, SCALED: tl.constexpr, OFFSET: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """The shares of the attention put together and projected to values; programs (head, tile of values, rows)."""
     head, column, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -247,14 +271,16 @@ def values_kernel(
     own = scratch + (head * tl.num_programs(1) + column).to(tl.int64) * M * R
     for m in range(pm * BM, tl.minimum(pm * BM + BM, M)):
         first = head.to(tl.int64) + (m // T) * SPLITS * T * HEADS + (m % T) * HEADS
+        length, share = shares(positions, m // T, T, SLOTS, SPLITS, BLOCK)
+        count = tl.cdiv(length, share)
         top = tl.full((), -1e30, tl.float32)
-        for at in tl.static_range(0, SPLITS, BS):
-            inside = at + s < SPLITS
+        for at in range(0, count, BS):
+            inside = at + s < count
             top = tl.maximum(top, tl.max(tl.load(tops + first + (at + s) * T * HEADS, mask=inside, other=-1e30)))
         total = tl.zeros((), tl.float32)
         latent = tl.zeros((R,), tl.float32)
-        for at in range(0, SPLITS, BS):
-            inside = at + s < SPLITS
+        for at in range(0, count, BS):
+            inside = at + s < count
             where = first + (at + s) * T * HEADS
             weight = tl.exp(tl.load(tops + where, mask=inside, other=-1e30) - top)
             total += tl.sum(weight * tl.load(totals + where, mask=inside, other=0.0))

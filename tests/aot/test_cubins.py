@@ -86,7 +86,7 @@ def test_kernels_of_a_step(architecture, preset, batch, cache):
         "values_kernel",
         "gate_up_kernel",
         "down_kernel",
-    }
+    } | ({"plan_kernel"} if batch > 8 else set())
     limit = cards()[BY_ARCHITECTURE[architecture]].shared_memory_per_block
     for (name, _), kernel in found.items():
         facts = Facts.of(kernel.cubin)
@@ -94,6 +94,8 @@ def test_kernels_of_a_step(architecture, preset, batch, cache):
         assert facts.count(r"(LDL|STL)\b") == 0, name
         assert kernel.shared_memory <= limit
         assert facts.registers * 32 * kernel.num_warps <= 65536
+        if name == "plan_kernel":  # sorts; it multiplies nothing
+            continue
         assert facts.count("HMMA") + facts.count("HGMMA") + facts.count("UTC.*MMA"), f"{name} has no tensor instruction"
         # Rows of 8 bits are widened on their way to shared memory, and so are loaded, not copied.
         loads = r"LDG\S*\.128" if name == "attend_kernel" and cache in ("int8", "fp8") else r"LDGSTS\S*\.128"

@@ -13,6 +13,7 @@ from glm_jax.ops import fused
 from glm_jax.params import init_params
 from glm_jax.quant import TiledWeight
 from glm_jax.tiling import has_tiles, tiled_tree, untiled_tree
+from pallas_kernels import _launch
 from tests.kernels.making import assert_close
 
 pytestmark = pytest.mark.kernels
@@ -150,3 +151,24 @@ def test_what_kernels_cannot_run_goes_by_the_reference():
     found = GLM(cfg).apply({"params": params}, tokens, tokens, cache)[0]
     expected = GLM(cfg).apply({"params": untiled_tree(params)}, tokens, tokens, cache)[0]
     assert_close(found, expected, 5e-6)
+
+
+def test_a_prompt(monkeypatch):
+    """More tokens than the kernels of a decode step take: products of many rows, and experts in blocks."""
+    cfg = small()
+    params = init_params(cfg, 2, "float32")
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, cfg.vocab_size, (2, 37)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(37, dtype=jnp.int32), tokens.shape)
+    cache = LatentCache.create(cfg, 2, 40, "float32")
+    expected, after = step(cfg, params, False, cache, tokens, positions)
+    names, interpret = set(), _launch.interpret
+
+    def noted(kernel, *rest):
+        names.add(kernel.fn.__name__)
+        return interpret(kernel, *rest)
+
+    monkeypatch.setattr(_launch, "interpret", noted)
+    found, written = step(cfg, params, True, cache, tokens, positions)
+    assert names == {"gated_kernel", "matmul_kernel"}
+    assert_close(found, expected, 5e-6)
+    assert_close(written.data, after.data, 5e-6)
