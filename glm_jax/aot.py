@@ -19,7 +19,7 @@ from glm_jax.model import GLM
 from glm_jax.params import Tree
 from glm_jax.quant import Bfloat16Bits, QuantizedTensor, QuantRules
 from glm_jax.sampling import SamplerState, SamplingParams
-from glm_jax.steps import GPU_OPTIONS, DecodeState, bucket, decode_program
+from glm_jax.steps import GPU_OPTIONS, DecodeState, bucket, decode_program, prefill_chunk
 from glm_jax.storage import Storage, abstract_params, plan_storage
 from glm_jax.tiling import tiled_tree
 from pallas_kernels import aot, compiling_for
@@ -59,6 +59,36 @@ def decode(argument: Mapping[str, Any]) -> dict[str, Any]:
         "argument_bytes": report.argument_bytes,
         "alias_bytes": report.alias_bytes,
         "cache_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache)),
+        "temp_bytes": report.temp_bytes,
+        "fits": report.argument_bytes + report.temp_bytes <= card.memory,
+    }
+
+
+def prefill(argument: Mapping[str, Any]) -> dict[str, Any]:
+    """One chunk of a prompt for one card.
+
+    Args:
+        argument: as for :func:`decode`, without ``sampling``, and with ``chunk``, the tokens of it.
+    """
+    cfg = Config(**{key: _frozen(value) for key, value in argument["config"].items()})
+    card = aot.card(argument["gpu"])
+    place = SingleDeviceSharding(aot.devices(card)[0])
+    params = _placed(_params(cfg, argument.get("quantize"), argument.get("storage")), place)
+    batch, slots = bucket(argument["batch"]), min(bucket(argument["context"], 256), cfg.max_position_embeddings)
+    cache = jax.eval_shape(lambda: LatentCache.create(cfg, batch, slots, argument["cache_dtype"]))
+    tokens = jax.ShapeDtypeStruct((batch, argument["chunk"]), jnp.int32)
+    logits = jax.ShapeDtypeStruct((batch, cfg.vocab_size), jnp.float32)
+    start, lengths = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    given = _placed((cache, logits, tokens, start, lengths), place)
+    with compiling_for(card.target):
+        report = aot.compile_traced(prefill_chunk.trace(GLM(cfg), params, *given))
+    names = Counter(thunk.name or thunk.kind for thunk in report.thunks)
+    return {
+        "gpu": card.name,
+        "kernels": dict(names.most_common()),
+        "argument_bytes": report.argument_bytes,
+        "alias_bytes": report.alias_bytes,
+        "cache_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)),
         "temp_bytes": report.temp_bytes,
         "fits": report.argument_bytes + report.temp_bytes <= card.memory,
     }

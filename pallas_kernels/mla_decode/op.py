@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _device
-from pallas_kernels._launch import Shape, launch
+from pallas_kernels._launch import LaunchError, Shape, launch
 from pallas_kernels.mla_decode.shapes import AttendShape, ProjectShape, attend_shape, project_shape
 from pallas_kernels.quant_matmul.op import Squares, compute_dtype, constants, operands
 from pallas_kernels.tiles import Tiles
@@ -49,18 +49,38 @@ class Attention:
         return (self.nope + self.rope) ** -0.5
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales", "pages"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cache:
-    """Rows ``[latent | rope key]`` of all layers.
+    """Rows ``[latent | rope key]`` of all layers, for each row of the batch in one piece or in pages.
 
     Attributes:
-        codes: ``[L, B, S, R + P]``, bfloat16 or float32 values, int8 codes, or uint8 with the bits of float8 e4m3.
-        scales: float32 ``[L, B, S, 2]`` of 8-bit codes, else None.
+        codes: ``[L, B, S, R + P]``, bfloat16 or float32 values, int8 codes, or uint8 with the bits of float8 e4m3. In
+            pages ``[L, pages, slots of a page, R + P]``.
+        scales: float32, like the codes but for the last axis of 2, of 8-bit codes, else None.
+        pages: int32 ``[B, pages of a row]``, where slot ``s`` lies in page ``pages[b, s // slots of a page]``; or None.
     """
 
     codes: jax.Array
     scales: jax.Array | None = None
+    pages: jax.Array | None = None
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return self.codes.shape[1] if self.pages is None else self.pages.shape[0]
+
+    @property
+    def slots(self) -> int:
+        """Tokens that a row of the batch has room for."""
+        return self.codes.shape[2] * (1 if self.pages is None else self.pages.shape[1])
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """As the kernels take them."""
+        _, pages, page, _ = self.codes.shape
+        paged = {"PAGE": 0, "POOL": 0} if self.pages is None else {"PAGE": page, "POOL": pages * page}
+        return {"BATCH": self.batch, "SLOTS": self.slots, "CACHE": self.kind, **paged}
 
     @property
     def kind(self) -> str:
@@ -129,7 +149,7 @@ def queries(
     Returns:
         Queries ``[M, N, R + P]``, their rope part rotated; the cache.
     """
-    m, (_, batch, slots, width) = a.shape[0], cache.codes.shape
+    m, width = a.shape[0], cache.codes.shape[-1]
     shape = shape or project_shape(m, k_b.tiles)
     programs = att.heads * (k_b.tiles // shape.per)
     head = att.nope + att.rope
@@ -144,6 +164,7 @@ def queries(
             place,
             positions,
             table,
+            positions if cache.pages is None else cache.pages,
             *operands(q_b),
             k_b.words,
             a if k_b.factors is None else k_b.factors,
@@ -158,16 +179,15 @@ def queries(
         ],
         grid=(programs + 1, math.ceil(m / shape.block_m)),
         shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
-        aliases={10: 2} | ({} if cache.scales is None else {11: 3}),
+        aliases={11: 2} | ({} if cache.scales is None else {12: 3}),
         M=m,
-        T=m // batch,
+        T=m // cache.batch,
         HEADS=att.heads,
         NOPE=att.nope,
         P=att.rope,
         RQ=att.query_latent,
         R=att.latent,
-        BATCH=batch,
-        SLOTS=slots,
+        **cache.constants,
         LATENT_TILES=k_b.tiles,
         PER=shape.per,
         BM=shape.block_m,
@@ -177,14 +197,13 @@ def queries(
         K_FIRST=k_squares.first,
         K_PARTS=k_squares.count,
         INTERLEAVE=att.interleave,
-        CACHE=cache.kind,
         CACHE_FROM=cache_from,
         DT=compute_dtype(dtype),
         **_named(q_b, "Q_", without=("K",)),
         **{f"K_{name}": constants(k_b)[name] for name in ("CHUNKS", "PER_WORD", "KIND")},
         K_INPUT_TILES=0 if k_b.factors is None else k_b.factors.shape[-2],
     )
-    return made, Cache(codes, None if cache.scales is None else scales)
+    return made, Cache(codes, None if cache.scales is None else scales, cache.pages)
 
 
 def attend(
@@ -210,20 +229,32 @@ def attend(
 
     Returns:
         What :func:`values` puts together.
+
+    Raises:
+        LaunchError: if pages do not hold whole blocks of rows.
     """
-    m, (_, batch, slots, _) = query.shape[0], cache.codes.shape
+    m, batch, slots = query.shape[0], cache.batch, cache.slots
     tokens = m // batch
     rows = tokens * att.heads
     target = _device.target()
     memory, count = (target.shared_memory, target.multiprocessors) if target else (101_376, 128)
     width, itemsize = query.shape[-1], cache.codes.dtype.itemsize
     shape = shape or attend_shape(rows, batch, slots, width, itemsize, memory, count)
+    if cache.pages is not None and cache.codes.shape[2] % shape.block_s:
+        raise LaunchError(f"pages of {cache.codes.shape[2]} slots cannot be read {shape.block_s} at a time")
     from pallas_kernels.mla_decode.triton import attend_kernel
 
     number = jax.ShapeDtypeStruct((batch, shape.splits, rows), jnp.float32)
     parts, tops, totals = launch(
         attend_kernel,
-        [query, cache.codes, place if cache.scales is None else cache.scales, place, positions],
+        [
+            query,
+            cache.codes,
+            place if cache.scales is None else cache.scales,
+            place if cache.pages is None else cache.pages,
+            place,
+            positions,
+        ],
         [jax.ShapeDtypeStruct((*number.shape, att.latent), jnp.float32), number, number],
         grid=(shape.splits, math.ceil(rows / shape.block_q), batch),
         shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
@@ -231,13 +262,11 @@ def attend(
         HEADS=att.heads,
         R=att.latent,
         P=att.rope,
-        BATCH=batch,
-        SLOTS=slots,
+        **cache.constants,
         SPLITS=shape.splits,
         BQ=shape.block_q,
         BS=shape.block_s,
         SCALE=att.scale,
-        CACHE=cache.kind,
         CACHE_FROM=cache_from,
         DT=compute_dtype(query.dtype),
     )
