@@ -31,6 +31,7 @@ from glm_jax.ops.norm import rms_norm
 from glm_jax.params import ParamSpec, leaves, map_specs, param_specs
 from glm_jax.sharding import Rules
 from glm_jax.storage import leaf_specs
+from glm_jax.tiling import has_tiles, local_part, local_tree
 
 
 class GLM(nn.Module):
@@ -168,7 +169,7 @@ class GLM(nn.Module):
 
     def _head(self, hidden: jax.Array, weight: Any) -> jax.Array:
         def local(weight: Any, hidden: jax.Array) -> jax.Array:
-            return linear(hidden, weight, dtype=jnp.dtype(jnp.float32))
+            return linear(hidden, local_part(weight), dtype=jnp.dtype(jnp.float32))
 
         rules = self.rules
         if not rules.mesh_axes:
@@ -178,6 +179,7 @@ class GLM(nn.Module):
             local,
             in_specs=(leaf_specs(weight, param_specs(self.cfg)["embed"], rules), rules.spec("batch", None, None)),
             out_specs=rules.spec("batch", None, "vocab"),
+            check_vma=not has_tiles(weight),
         )(weight, hidden)
         return jax.reshard(logits, rules.spec("batch", None, None))
 
@@ -196,8 +198,9 @@ class _Local:
         self, w: dict[str, Any], inputs: tuple[jax.Array, ...], cache: Any
     ) -> tuple[tuple[jax.Array, dict[str, Any]], Any]:
         tokens, positions = inputs
+        w = local_tree(w)
         if cache is not None and self._by_kernels(w, tokens):
-            h, cache = fused.hidden(self.cfg, w, tokens, positions, cache)
+            h, cache = fused.hidden(self.cfg, w, tokens, positions, cache, self.rules)
             return (h, {}), cache
         ctx = Context(self.cfg, self.rules, positions, self.form, Taps(frozenset(self.trace), self.edit))
         first = self.rules.index("vocab") * w["embed"].shape[0]
@@ -208,10 +211,10 @@ class _Local:
         return (h, ctx.taps.recorded), cache
 
     def _by_kernels(self, w: dict[str, Any], tokens: jax.Array) -> bool:
-        """Whether the fused kernels do this call; they have one form, no named activations, and one device."""
-        plain = not (self.rules.mesh_axes or self.trace or self.edit) and self.form == "auto"
+        """Whether the fused kernels do this call; they have one form, and no named activations."""
+        plain = not (self.trace or self.edit) and self.form == "auto"
         few = tokens.size <= fused.MOST_TOKENS and tokens.shape[1] <= fused.MOST_PER_ROW
-        return plain and few and fused.obstacle(self.cfg, w) is None
+        return plain and few and fused.obstacle(self.cfg, w, self.rules) is None
 
     def draft(self, w: tuple[dict[str, Any], Any], inputs: tuple[jax.Array, ...], cache: Any) -> tuple[jax.Array, Any]:
         hidden, next_tokens, positions = inputs
@@ -225,7 +228,13 @@ class _Local:
         _require_mesh(self.rules)
         rows = self.rules.spec("batch")
         cache_axes = self.rules.spec(*CACHE_AXES) if with_cache else None
-        return jax.shard_map(function, in_specs=(weight_axes, rows, cache_axes), out_specs=(rows, cache_axes))
+        # What a kernel makes of a device's part of the weights counts as different on every device, the cache too.
+        return jax.shard_map(
+            function,
+            in_specs=(weight_axes, rows, cache_axes),
+            out_specs=(rows, cache_axes),
+            check_vma=not has_tiles(weight_axes),
+        )
 
 
 def activation_names(cfg: Config) -> tuple[str, ...]:

@@ -200,24 +200,31 @@ def decode_steps(
         limit: int32, steps to run now; data, so that streaming and bulk share one compilation.
         steps: width of the output buffer.
     """
-    return _compiled_decode(jax.default_backend() == "gpu")(model, params, state, limit, steps=steps)
+    on_gpu, several = jax.default_backend() == "gpu", bool(model.rules.mesh_axes)
+    return _compiled_decode(gpu_options(several=several) if on_gpu else ())(model, params, state, limit, steps=steps)
 
 
-# The whole loop as one CUDA graph, its condition evaluated on the device: the host starts it and hears of it when it is
-# done. Without WHILE in the list the host would be asked after every token whether to go on.
-GPU_OPTIONS = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
-    "xla_gpu_graph_min_graph_size": 1,
-}
+_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
+
+
+def gpu_options(*, several: bool = False) -> tuple[tuple[str, Any], ...]:
+    """What XLA is to do about CUDA graphs.
+
+    On one GPU the whole loop is one graph, its condition evaluated on the device: the host starts it and hears of it
+    when it is done. On several each token is a graph with the sums over devices in it, and the host goes round: what
+    the library of these sums captures is not known to be allowed in the body of a loop.
+    """
+    kinds = f"{_GRAPHS},COLLECTIVES" if several else f"{_GRAPHS},CONDITIONAL,WHILE"
+    return ("xla_gpu_enable_command_buffer", kinds), ("xla_gpu_graph_min_graph_size", 1)
 
 
 @functools.cache
-def _compiled_decode(on_gpu: bool) -> Any:
+def _compiled_decode(options: tuple[tuple[str, Any], ...]) -> Any:
     return jax.jit(
         decode_program,
         static_argnames=("model", "steps"),
         donate_argnames="state",
-        compiler_options=GPU_OPTIONS if on_gpu else None,
+        compiler_options=dict(options) or None,
     )
 
 

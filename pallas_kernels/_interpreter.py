@@ -7,6 +7,7 @@ float32 here. ``TRITON_INTERPRET=1`` must be in the environment before triton is
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,9 @@ TYPES = {  # as Triton names them
     "int8": "i8",
     "uint8": "u8",
 }
+
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class _Storage:
@@ -99,7 +103,8 @@ def _run(
     made = [_undefined(output) for output in outputs]
     for source, destination in aliases.items():
         made[destination] = arrays[source]
-    with warnings.catch_warnings():
+    # The interpreter's state is the process's own, and devices of a CPU are threads of it.
+    with _ONE_AT_A_TIME, warnings.catch_warnings():
         # Triton's own: it takes the number out of an array of one element in a way that NumPy will not always allow,
         # and computes what a mask then drops.
         warnings.simplefilter("ignore", DeprecationWarning)

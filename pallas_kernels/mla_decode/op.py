@@ -150,7 +150,8 @@ def queries(
         Queries ``[M, N, R + P]``, their rope part rotated; the cache.
     """
     m, width = a.shape[0], cache.codes.shape[-1]
-    shape = shape or project_shape(m, k_b.tiles)
+    target = _device.target()
+    shape = shape or project_shape(m, k_b.tiles, att.heads, target.multiprocessors if target else 128)
     programs = att.heads * (k_b.tiles // shape.per)
     head = att.nope + att.rope
     q_squares, k_squares = squares

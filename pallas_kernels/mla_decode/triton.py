@@ -70,7 +70,8 @@ def row_of(
 def write_rows(
     a, squares, positions, cos, sin, pages, cache, cache_scales, queries, layer, rows, here, T: tl.constexpr,
     P: tl.constexpr, RQ: tl.constexpr, R: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr,
-    POOL: tl.constexpr, EPS: tl.constexpr, ALL_PARTS: tl.constexpr, K_FIRST: tl.constexpr, K_PARTS: tl.constexpr, INTERLEAVE: tl.constexpr,
+    POOL: tl.constexpr, EPS: tl.constexpr, ALL_PARTS: tl.constexpr, K_FIRST: tl.constexpr, K_PARTS: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
     CACHE: tl.constexpr,
 ):  # fmt: skip
     """Writes the normed latents and rotated rope keys of new tokens into a layer of the cache."""
@@ -110,7 +111,8 @@ def queries_kernel(
     cache_in, cache_scales_in, queries, scratch, cache, cache_scales,
     M: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, NOPE: tl.constexpr, P: tl.constexpr, RQ: tl.constexpr,
     R: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr, POOL: tl.constexpr,
-    LATENT_TILES: tl.constexpr, PER: tl.constexpr, BM: tl.constexpr, EPS: tl.constexpr, ALL_PARTS: tl.constexpr, Q_PARTS: tl.constexpr, K_FIRST: tl.constexpr,
+    LATENT_TILES: tl.constexpr, PER: tl.constexpr, BM: tl.constexpr, EPS: tl.constexpr, ALL_PARTS: tl.constexpr,
+    Q_PARTS: tl.constexpr, K_FIRST: tl.constexpr,
     K_PARTS: tl.constexpr, INTERLEAVE: tl.constexpr, CACHE: tl.constexpr, CACHE_FROM: tl.constexpr,
     DT: tl.constexpr, Q_TILES: tl.constexpr, Q_CHUNKS: tl.constexpr, Q_GROUPS: tl.constexpr,
     Q_GROUP: tl.constexpr, Q_SUB: tl.constexpr, Q_PER_WORD: tl.constexpr, Q_KIND: tl.constexpr,
@@ -199,7 +201,8 @@ def shares(
 def attend_kernel(
     queries, cache, cache_scales, pages, place, positions, parts, tops, totals,
     T: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr,
-    PAGE: tl.constexpr, POOL: tl.constexpr, SPLITS: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr, SCALE: tl.constexpr, CACHE: tl.constexpr,
+    PAGE: tl.constexpr, POOL: tl.constexpr, SPLITS: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr,
+    SCALE: tl.constexpr, CACHE: tl.constexpr,
     CACHE_FROM: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """Attention of all heads over a share of the cached rows; programs (share, block of queries, row of the batch).
@@ -212,7 +215,8 @@ def attend_kernel(
     start, stop = split * share, tl.minimum(split * share + share, length)
     if start < stop:
         attend_share(
-            queries, cache, cache_scales, pages, place, positions, parts, tops, totals, split, block, batch, start, stop,
+            queries, cache, cache_scales, pages, place, positions, parts, tops, totals, split, block, batch, start,
+            stop,
             T, HEADS, R, P, BATCH, SLOTS, PAGE, POOL, SPLITS, BQ, BS, SCALE, CACHE, CACHE_FROM, DT,
         )  # fmt: skip
 
@@ -221,7 +225,8 @@ def attend_kernel(
 def attend_share(
     queries, cache, cache_scales, pages, place, positions, parts, tops, totals, split, block, batch, start, stop,
     T: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr,
-    PAGE: tl.constexpr, POOL: tl.constexpr, SPLITS: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr, SCALE: tl.constexpr, CACHE: tl.constexpr,
+    PAGE: tl.constexpr, POOL: tl.constexpr, SPLITS: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr,
+    SCALE: tl.constexpr, CACHE: tl.constexpr,
     CACHE_FROM: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """One program of :func:`attend_kernel`, over the cached rows from start to stop."""

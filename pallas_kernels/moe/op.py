@@ -182,8 +182,8 @@ def down(
     place: jax.Array,
     weight: Tiles,
     shared: Tiles | None,
-    residual: jax.Array,
-    next_norm: jax.Array,
+    residual: jax.Array | None,
+    next_norm: jax.Array | None,
     counters: jax.Array,
     *,
     next_from: int = 0,
@@ -198,8 +198,8 @@ def down(
         place: int32 ``[1]``, index of the layer.
         weight: ``[L, E, D, F]``.
         shared: ``[L, D, F']`` of the shared expert, or None.
-        residual: float32 ``[M, D]``.
-        next_norm: ``[norms, D]``, weights of the norm that reads the result.
+        residual: float32 ``[M, D]``; None where the sum over devices is still to come.
+        next_norm: ``[norms, D]``, weights of the norm that reads the result; None likewise.
         counters: int32 zeros, one for each block of outputs or more.
         next_from: what to add to ``place`` for the index of the norm.
         shape: block sizes.
@@ -208,7 +208,8 @@ def down(
         The residual stream in float32, times the next norm's weight in the dtype of h, and its squares; the counters,
         zero again.
     """
-    m, outputs = residual.shape
+    outputs = weight.outputs
+    m = h.size // (routed.chosen * weight.inputs + (shared.inputs if shared else 0))
     _check_height(plan, shape)
     count = m * routed.chosen if plan.pairs is None else plan.owners.shape[0]
     table = _table(plan, place)
@@ -227,13 +228,13 @@ def down(
             place,
             *operands(weight),
             *operands(other),
-            residual,
-            next_norm,
+            h if residual is None else residual,
+            h if next_norm is None else next_norm,
             counters,
         ],
         [
             jax.ShapeDtypeStruct((m, outputs), jnp.float32),
-            jax.ShapeDtypeStruct((m, outputs), h.dtype),
+            jax.ShapeDtypeStruct((1, 1) if next_norm is None else (m, outputs), h.dtype),
             jax.ShapeDtypeStruct((m, blocks), jnp.float32),
             jax.ShapeDtypeStruct((routed.chosen + 1, m, outputs), jnp.float32),
             jax.ShapeDtypeStruct(counters.shape, jnp.int32),
@@ -253,10 +254,12 @@ def down(
         **own,
         SF=shared_width,
         **_shared(other),
+        RESIDUAL=residual is not None,
+        NEXT=next_norm is not None,
         NEXT_FROM=next_from,
         DT=compute_dtype(h.dtype),
     )
-    return Made(out, scaled, Squares(parts, 0, blocks)), counters
+    return Made(out, out if next_norm is None else scaled, Squares(parts, 0, blocks)), counters
 
 
 def _table(plan: Plan, nothing: jax.Array) -> list[jax.Array]:

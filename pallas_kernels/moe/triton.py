@@ -161,7 +161,7 @@ def down_kernel(
     KIND: tl.constexpr, SCALED: tl.constexpr, OFFSET: tl.constexpr, SF: tl.constexpr, S_TILES: tl.constexpr,
     S_CHUNKS: tl.constexpr, S_GROUPS: tl.constexpr, S_GROUP: tl.constexpr, S_SUB: tl.constexpr,
     S_PER_WORD: tl.constexpr, S_KIND: tl.constexpr, S_SCALED: tl.constexpr, S_OFFSET: tl.constexpr,
-    NEXT_FROM: tl.constexpr, DT: tl.constexpr,
+    RESIDUAL: tl.constexpr, NEXT: tl.constexpr, NEXT_FROM: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """``residual + sum of weight * down(h)``; programs (block of outputs, of pairs or of rows of the shared expert).
 
@@ -196,15 +196,18 @@ def down_kernel(
     tl.debug_barrier()
     if tl.atomic_add(counters + pn, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
         tl.store(counters + pn, 0)
-        weight = tl.load(next_norm + (layer + NEXT_FROM) * N + n, mask=n < N, other=0.0).to(tl.float32)
         for block in range(tl.cdiv(M, BM)):
             rows = block * BM + r
             inside = (rows < M)[:, None] & (n < N)[None, :]
             at = rows[:, None] * N + n[None, :]
-            value = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+            value = zero
+            if RESIDUAL:
+                value = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
             for slot in tl.static_range(X + (1 if SF else 0)):
                 value += tl.load(partial + slot * M * N + at, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(out + at, value, mask=inside)
-            tl.store(scaled + at, (value * weight[None, :]).to(scaled.dtype.element_ty), mask=inside)
+            if NEXT:
+                weight = tl.load(next_norm + (layer + NEXT_FROM) * N + n, mask=n < N, other=0.0).to(tl.float32)
+                tl.store(scaled + at, (value * weight[None, :]).to(scaled.dtype.element_ty), mask=inside)
             kept = tl.where(inside, value, 0.0)
             tl.store(out_squares + rows * tl.num_programs(0) + pn, tl.sum(kept * kept, axis=1), mask=rows < M)

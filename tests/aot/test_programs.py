@@ -1,6 +1,7 @@
 """The real model's generation loop, compiled for cards that are not here: launches, graphs, memory."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 
@@ -45,6 +46,30 @@ def test_the_generation_loop(gpu, quantize, batch, context, cache):
     assert made["alias_bytes"] >= made["cache_bytes"]
     assert made["temp_bytes"] < 64e6
     assert made["fits"]
+
+
+def test_the_generation_loop_on_four_cards():
+    """Heads, widths and vocabulary split: two sums over devices a layer, and what adds each to the residual stream."""
+    argument = {
+        "gpu": "b200",
+        "config": dataclasses.asdict(FLASH),
+        "quantize": "int4",
+        "batch": 1,
+        "context": 8192,
+        "cache_dtype": "bfloat16",
+        "devices": 4,
+    }
+    made = aot.in_child("glm_jax.aot:decode", argument)
+    layers = FLASH.num_hidden_layers
+    # And one of the embedding; the logits are gathered.
+    assert Counter(made["collectives"]) == {"kAllReduce": 2 * layers + 1, "kAllGather": 1}
+    assert made["kernels"]["gate_up_kernel"] == made["kernels"]["attend_kernel"] == layers
+    assert made["launches_per_token"] <= 12 * layers + 40
+    assert made["graph_pieces"] <= 2  # the token's, and what is set up before the loop
+    assert made["launches_outside_graphs"] <= 1  # whether to go on, to the host
+    assert made["alias_bytes"] >= made["cache_bytes"]
+    assert made["temp_bytes"] < 64e6
+    assert made["argument_bytes"] < 17.5e9 / 3  # of 17 GB a quarter, the embedding and what is not split
 
 
 def test_a_card_that_nobody_described():

@@ -4,15 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 import glm_jax
 from glm_jax.cache import LatentCache
 from glm_jax.config import Config
 from glm_jax.model import GLM
 from glm_jax.ops import fused
-from glm_jax.params import init_params
+from glm_jax.params import init_params, leaves, map_specs, param_specs
 from glm_jax.quant import TiledWeight
-from glm_jax.tiling import has_tiles, tiled_tree, untiled_tree
+from glm_jax.sharding import Rules, make_mesh, preset
+from glm_jax.tiling import Placement, has_tiles, tiled_tree, untiled_tree
 from pallas_kernels import _launch
 from tests.kernels.making import assert_close
 
@@ -172,3 +174,55 @@ def test_a_prompt(monkeypatch):
     assert names == {"gated_kernel", "matmul_kernel"}
     assert_close(found, expected, 5e-6)
     assert_close(written.data, after.data, 5e-6)
+
+
+SPLIT = {
+    "moe_intermediate_size": 128, "intermediate_size": 128, "vocab_size": 128, "num_attention_heads": 4,
+    "qk_nope_head_dim": 48, "v_head_dim": 16,
+}  # fmt: skip
+
+
+def on_two_devices(cfg, params):
+    """The same parameters, each device with its part of them in tiles."""
+    rules, mesh = preset("latency"), make_mesh(2)
+    held = dict(leaves(params))
+    placed = map_specs(
+        lambda path, param: jax.device_put(held[path], NamedSharding(mesh, rules.spec(*param.axes))), param_specs(cfg)
+    )
+    return rules, mesh, tiled_tree(placed, Placement(cfg, rules, mesh)), placed
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_two_devices(tokens):
+    """Heads, widths and vocabulary split: a step by the fused kernels, and a prompt."""
+    cfg = small(**SPLIT)
+    params = init_params(cfg, 0, "float32")
+    rules, mesh, there, _ = on_two_devices(cfg, params)
+    numbers = np.random.default_rng(0).integers(0, cfg.vocab_size, (BATCH, max(tokens, PROMPT)))
+    ids = jnp.asarray(numbers, jnp.int32)
+    cache = LatentCache.create(cfg, BATCH, 64, "float32")
+    positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (BATCH, tokens))
+    expected, after = step(cfg, params, False, cache, ids[:, :tokens], positions)
+    with jax.set_mesh(mesh):
+        call = jax.jit(lambda p, t, at, c: GLM(cfg, rules).apply({"params": p}, t, at, c))
+        over = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, jax.P())), (ids, positions, cache))
+        found, written = call(there, over[0][:, :tokens], over[1], over[2])
+        body = {name: there[name] for name in ("embed", "runs", "norm")}
+        assert fused.obstacle(cfg, body, rules) is None
+    assert_close(found, expected, 5e-6)
+    assert_close(written.data, after.data, 5e-6)
+
+
+def test_parts_come_out_of_their_tiles():
+    cfg = small(**SPLIT)
+    rules, mesh, there, placed = on_two_devices(cfg, init_params(cfg, 0, "float32"))
+    back = untiled_tree(there, Placement(cfg, rules, mesh))
+    for (path, one), (_, other) in zip(leaves(back), leaves(placed), strict=True):
+        assert one.sharding.is_equivalent_to(other.sharding, one.ndim), path
+        assert np.array_equal(one, other), path
+
+
+def test_experts_on_devices_of_their_own_are_for_the_reference():
+    cfg = small()
+    problem = fused.obstacle(cfg, tiled_tree(init_params(cfg, 0, "float32")), Rules(experts="model"))
+    assert problem == "they run on devices that split heads, widths and vocabulary, not experts"
