@@ -64,7 +64,7 @@ def test_the_generation_loop_on_four_cards():
     # And one of the embedding; the logits are gathered.
     assert Counter(made["collectives"]) == {"kAllReduce": 2 * layers + 1, "kAllGather": 1}
     assert made["kernels"]["gate_up_kernel"] == made["kernels"]["attend_kernel"] == layers
-    assert made["launches_per_token"] <= 12 * layers + 40
+    assert made["launches_per_token"] <= 12 * layers + 60
     assert made["graph_pieces"] <= 2  # the token's, and what is set up before the loop
     assert made["launches_outside_graphs"] <= 1  # whether to go on, to the host
     assert made["alias_bytes"] >= made["cache_bytes"]
