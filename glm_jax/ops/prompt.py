@@ -1,0 +1,92 @@
+"""Attention of prompts by a kernel, in the expanded form (see :mod:`glm_jax.ops.mla`).
+
+Keys and values of the heads are computed from the cached latents for one stretch of the context at a time, and what the
+kernel gives for the stretches is put together in float32. So the memory it takes depends on the stretch alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from glm_jax.cache import Rows
+from glm_jax.config import Config
+from pallas_kernels.mla_prefill import flash, merge
+
+# Slots that are expanded at a time: of one row of the batch at most, and of all rows together.
+STRETCH, OF_ALL_ROWS = 4096, 16_384
+_LEAST = 256
+
+
+def attend(
+    cfg: Config,
+    query: jax.Array,
+    rows: Rows,
+    positions: jax.Array,
+    k_b: jax.Array,
+    v_b: jax.Array,
+    *,
+    stretch: int | None = None,
+) -> jax.Array:
+    """Causal attention of many new tokens over cached rows; :func:`glm_jax.ops.mla.attend` for a GPU.
+
+    Args:
+        cfg: the model.
+        query: ``[B, T, N, Hn + P]``, the rope part behind the other, and rotated.
+        rows: of ``S`` slots as they are stored; slot ``s`` holds the token at position ``s``.
+        positions: int32 ``[B, T]``; a query sees slots up to its own position. Slots above all of them cost nothing.
+        k_b: ``[N, Hn, R]``.
+        v_b: ``[N, Hv, R]``.
+        stretch: slots that are expanded at a time; chosen unless given.
+
+    Returns:
+        ``[B, T, N, Hv]`` in the dtype of the query.
+    """
+    slots = rows.slots
+    stretch = min(slots, stretch or max(_LEAST, min(STRETCH, OF_ALL_ROWS // query.shape[0])))
+    run = functools.partial(_over_stretch, cfg, query, rows, positions, k_b, v_b)
+    if stretch == slots:
+        return run(jnp.int32(0), slots, query.dtype)[0]
+    # What does not fill a stretch comes first, so that all others have one size and nothing need be padded.
+    first, last = slots % stretch or stretch, jnp.max(positions)
+
+    def more(state: Any) -> jax.Array:
+        start, _ = state
+        return (start < slots) & (start <= last)
+
+    def further(state: Any) -> Any:
+        start, before = state
+        return start + stretch, merge(before, run(start, stretch, jnp.float32))
+
+    begun = run(jnp.int32(0), first, jnp.float32)
+    _, (out, _) = jax.lax.while_loop(more, further, (jnp.int32(first), begun))
+    return out.astype(query.dtype)
+
+
+def _over_stretch(
+    cfg: Config,
+    query: jax.Array,
+    rows: Rows,
+    positions: jax.Array,
+    k_b: jax.Array,
+    v_b: jax.Array,
+    start: jax.Array,
+    length: int,
+    dtype: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over ``length`` slots from ``start`` on, and the logarithms of its sums."""
+    values = rows.part(start, length).values(cfg.kv_lora_rank, query.dtype).astype(query.dtype)
+    latent, rope = jnp.split(values, [cfg.kv_lora_rank], axis=-1)
+    keys, expanded = _per_head(latent, k_b), _per_head(latent, v_b)
+    return flash(query, keys, rope, expanded, positions, start[None], scale=cfg.qk_head_dim**-0.5, dtype=dtype)
+
+
+def _per_head(latent: jax.Array, matrix: jax.Array) -> jax.Array:
+    """``[B, S, N, H]`` in the dtype of the latents ``[B, S, R]``, summed in float32."""
+    # Without it a GPU would round float32 operands to TF32.
+    precision = jax.lax.Precision.HIGHEST if latent.dtype == jnp.float32 else None
+    matrix = matrix.astype(latent.dtype)
+    return jnp.einsum("bsr,nhr->bsnh", latent, matrix, precision=precision, preferred_element_type=latent.dtype)
