@@ -20,11 +20,13 @@ import jax.numpy as jnp
 
 from glm_jax.cache import Rows
 from glm_jax.config import Config
+from glm_jax.ops import prompt
 from glm_jax.ops.linear import Index, einsum, heads_linear, linear, pick
 from glm_jax.ops.norm import rms_norm
 from glm_jax.ops.rope import apply_rope, rope_table
-from glm_jax.quant import Weight
+from glm_jax.quant import TiledWeight, Weight
 from glm_jax.sharding import vary_like
+from pallas_kernels import available
 
 Form = Literal["auto", "absorbed", "expanded"]
 Weights = dict[str, Weight]
@@ -90,6 +92,8 @@ def attend(
     read = functools.partial(Rows.values, latent=cfg.kv_lora_rank, dtype=q.nope.dtype)
     if form == "expanded":
         k_b, v_b = pick(w["k_b"], layer), pick(w["v_b"], layer)
+        if isinstance(w["k_b"], TiledWeight) and available():
+            return prompt.attend(cfg, _joined(q.nope, q.rope), rows, positions, k_b, v_b)
         return _softmax_over_blocks(
             lambda block: _expand(cfg, q, read(block), k_b, v_b), rows, positions, scale, q.nope, cfg.v_head_dim
         ).astype(q.nope.dtype)

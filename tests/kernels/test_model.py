@@ -156,7 +156,7 @@ def test_what_kernels_cannot_run_goes_by_the_reference():
 
 
 def test_a_prompt(monkeypatch):
-    """More tokens than the kernels of a decode step take: products of many rows, and experts in blocks."""
+    """More tokens than the kernels of a decode step take: products of many rows, attention, and experts in blocks."""
     cfg = small()
     params = init_params(cfg, 2, "float32")
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, cfg.vocab_size, (2, 37)), jnp.int32)
@@ -171,7 +171,7 @@ def test_a_prompt(monkeypatch):
 
     monkeypatch.setattr(_launch, "interpret", noted)
     found, written = step(cfg, params, True, cache, tokens, positions)
-    assert names == {"gated_kernel", "matmul_kernel"}
+    assert names == {"gated_kernel", "matmul_kernel", "flash_kernel"}
     assert_close(found, expected, 5e-6)
     assert_close(written.data, after.data, 5e-6)
 
