@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from glm_jax.cache import Rows
+from glm_jax.cache import LatentCache, Rows
 from glm_jax.config import Config
+from glm_jax.ops.linear import Index
 from pallas_kernels.mla_prefill import flash, merge
 
 # Slots that are expanded at a time: of one row of the batch at most, and of all rows together.
@@ -24,20 +25,24 @@ _LEAST = 256
 def attend(
     cfg: Config,
     query: jax.Array,
-    rows: Rows,
+    cache: LatentCache,
+    layer: Index,
     positions: jax.Array,
     k_b: jax.Array,
     v_b: jax.Array,
     *,
     stretch: int | None = None,
 ) -> jax.Array:
-    """Causal attention of many new tokens over cached rows; :func:`glm_jax.ops.mla.attend` for a GPU.
+    """Causal attention of many new tokens over a layer of the cache; :func:`glm_jax.ops.mla.attend` for a GPU.
 
     Args:
         cfg: the model.
         query: ``[B, T, N, Hn + P]``, the rope part behind the other, and rotated.
-        rows: of ``S`` slots as they are stored; slot ``s`` holds the token at position ``s``.
-        positions: int32 ``[B, T]``; a query sees slots up to its own position. Slots above all of them cost nothing.
+        cache: of all layers, with the new tokens in it. Of a layer that was taken out before, the loop over stretches
+            would need a copy.
+        layer: index in the cache.
+        positions: int32 ``[B, T]``; a query sees slots up to its own position. Stretches above all of them are not
+            read, except for the first.
         k_b: ``[N, Hn, R]``.
         v_b: ``[N, Hv, R]``.
         stretch: slots that are expanded at a time; chosen unless given.
@@ -45,9 +50,10 @@ def attend(
     Returns:
         ``[B, T, N, Hv]`` in the dtype of the query.
     """
-    slots = rows.slots
+    slots = cache.capacity
     stretch = min(slots, stretch or max(_LEAST, min(STRETCH, OF_ALL_ROWS // query.shape[0])))
-    run = functools.partial(_over_stretch, cfg, query, rows, positions, k_b, v_b)
+    matrices = (k_b.astype(query.dtype), v_b.astype(query.dtype))
+    run = functools.partial(_over_stretch, cfg, query, cache, layer, positions, matrices)
     if stretch == slots:
         return run(jnp.int32(0), slots, query.dtype)[0]
     # What does not fill a stretch comes first, so that all others have one size and nothing need be padded.
@@ -69,18 +75,25 @@ def attend(
 def _over_stretch(
     cfg: Config,
     query: jax.Array,
-    rows: Rows,
+    cache: LatentCache,
+    layer: Index,
     positions: jax.Array,
-    k_b: jax.Array,
-    v_b: jax.Array,
+    matrices: tuple[jax.Array, jax.Array],
     start: jax.Array,
     length: int,
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over ``length`` slots from ``start`` on, and the logarithms of its sums."""
-    values = rows.part(start, length).values(cfg.kv_lora_rank, query.dtype).astype(query.dtype)
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(x, (layer, 0, start, 0), (1, x.shape[1], length, x.shape[3]))[0]
+
+    rows = Rows(cut(cache.data), None if cache.scales is None else cut(cache.scales), cache.reads_as)
+    values = rows.values(cfg.kv_lora_rank, query.dtype).astype(query.dtype)
     latent, rope = jnp.split(values, [cfg.kv_lora_rank], axis=-1)
-    keys, expanded = _per_head(latent, k_b), _per_head(latent, v_b)
+    # XLA makes one product of two that share an operand, and then copies its halves out of it.
+    again = jax.lax.optimization_barrier(latent)
+    keys, expanded = _per_head(latent, matrices[0]), _per_head(again, matrices[1])
     return flash(query, keys, rope, expanded, positions, start[None], scale=cfg.qk_head_dim**-0.5, dtype=dtype)
 
 
@@ -88,5 +101,4 @@ def _per_head(latent: jax.Array, matrix: jax.Array) -> jax.Array:
     """``[B, S, N, H]`` in the dtype of the latents ``[B, S, R]``, summed in float32."""
     # Without it a GPU would round float32 operands to TF32.
     precision = jax.lax.Precision.HIGHEST if latent.dtype == jnp.float32 else None
-    matrix = matrix.astype(latent.dtype)
     return jnp.einsum("bsr,nhr->bsnh", latent, matrix, precision=precision, preferred_element_type=latent.dtype)

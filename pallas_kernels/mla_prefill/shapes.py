@@ -1,26 +1,29 @@
 """Block sizes of the attention of prompts.
 
-Of what the assembler makes of the loop over keys that needs no mask, at widths of 256 and 256 in bfloat16 with 8 warps
-(static counts per warp; nothing has been timed):
+What the assembler of Triton 3.6 makes of the loop over keys that needs no mask, at widths of 256 and 256, bfloat16
+throughout, with 8 warps. Counts are static and per warp; nothing has been timed.
 
-=========== ======= ======= ====== ============= ========= ============ ========
-card        queries keys    stages shared memory registers instructions products
-=========== ======= ======= ====== ============= ========= ============ ========
-sm_89       128     16      3      98,304 bytes  202       361          64
-sm_120      128     16      3      98,304 bytes  206       364          64
-sm_90       128     64      2      196,608 bytes 237       479          24
-sm_100      128     64      2      197,168 bytes 210       536          24
-=========== ======= ======= ====== ============= ========= ============ ========
+====== ======= ==== ====== ============= ========= ============ ======== ======================
+card   queries keys stages shared memory registers instructions products which are
+====== ======= ==== ====== ============= ========= ============ ======== ======================
+sm_89  128     16   3      98,304 bytes  201       359          64       HMMA 16 by 8
+sm_120 128     16   3      98,304 bytes  198       366          64       HMMA 16 by 8
+sm_90  128     64   2      196,608 bytes 240       486          24       HGMMA 64 by 64, 128
+sm_100 128     64   2      197,168 bytes 210       547          24       UTCHMMA 128 by 64, 128
+====== ======= ==== ====== ============= ========= ============ ======== ======================
 
+* Of the float instructions (166, 166, 238, 213), 128 rescale the sums of values, which is why many keys at a time are
+  better than few: on sm_90, 32 keys take 373 instructions.
 * Where warps feed the tensor cores from registers (sm_89, sm_120), a warp must have 16 queries of its own. With 64
-  queries the compiler lays the warps along the keys: each needs 96 products and 554 instructions for 32 keys, a half
-  more than the work there is, and crosses shared memory to find the largest score. With 32 keys at a time registers
-  spill. Keys are then copied in two buffers, which are three stages.
-* Where tensor cores read shared memory (sm_90, sm_100), two stages are two buffers. On sm_90, 32 keys in three stages
-  take 371 instructions for half the keys: the sums are rescaled twice as often. Copies of the next keys begin behind
-  the second product, and are waited for before the first one of the next keys; with three stages, a turn later.
-* The sums of values are two halves. As one, they spill on sm_90 and sm_100 or leave no register, and on sm_89 bring
-  about the layout above.
+  queries and 32 keys, which is as much work, the compiler lays the warps along the keys: 96 products each, 543
+  instructions and 9 barriers instead of 2, because some products are computed twice and the largest score of a query is
+  then found across warps. With 128 queries and 32 keys, registers spill (84 bytes), and only one buffer has room. Three
+  stages are two buffers here: while one block of keys is computed with, the next one is on its way.
+* Where they read shared memory (sm_90, sm_100), two stages are two buffers. On sm_90 copies of the next keys begin
+  behind the second product, and are waited for before the next first one; with three stages, for which there is room
+  only at 32 keys, one turn later.
+* The sums of values are two halves. In one piece they take all 255 registers on sm_90 and sm_100, and on sm_89 they
+  bring about the layout along the keys: 160 products, 990 instructions, and spills.
 """
 
 from __future__ import annotations

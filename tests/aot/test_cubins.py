@@ -1,4 +1,4 @@
-"""Every kernel of a decode step at the real model's shapes, compiled for every architecture that is promised."""
+"""Every kernel of a step and of a prompt, at the real model's shapes, compiled for every architecture we promise."""
 
 import dataclasses
 import functools
@@ -21,6 +21,7 @@ from glm_jax.tiling import tiled_tree
 from pallas_kernels import compiling_for
 from pallas_kernels._launch import recording
 from pallas_kernels.aot import cards
+from tests.aot import prompt
 
 pytestmark = pytest.mark.aot
 BY_ARCHITECTURE = {89: "rtx6000-ada", 90: "h200", 100: "b200", 120: "rtxpro6000"}
@@ -100,3 +101,35 @@ def test_kernels_of_a_step(architecture, preset, batch, cache):
         # Rows of 8 bits are widened on their way to shared memory, and so are loaded, not copied.
         loads = r"LDG\S*\.128" if name == "attend_kernel" and cache in ("int8", "fp8") else r"LDGSTS\S*\.128"
         assert facts.count(loads), f"{name} copies nothing 16 bytes at a time"
+
+
+# Instructions of the tensor cores, and how many of them two loops need, one without a mask and one with it: each of
+# eight warps, for 128 queries by 16 keys; each of two groups of warps, for 128 by 64. On sm_100 more come before them.
+PRODUCTS = {89: ("HMMA", 2 * 64), 90: ("HGMMA", 2 * 24), 100: ("UTC.*MMA", None), 120: ("HMMA", 2 * 64)}
+
+
+@functools.cache
+def kernels_of_a_prompt(card):
+    with compiling_for(cards()[card].target), recording() as made:
+        for slots in (4096, 202_752):
+            prompt.traced(1, 512, slots, "bfloat16")
+    return made
+
+
+@pytest.mark.parametrize("architecture", BY_ARCHITECTURE)
+def test_kernels_of_a_prompt(architecture):
+    """Of a context that is one stretch, and of the longest: of its first stretch, and of the others."""
+    made = kernels_of_a_prompt(BY_ARCHITECTURE[architecture])
+    assert [kernel.name for kernel in made] == 3 * ["flash_kernel"]
+    pattern, count = PRODUCTS[architecture]
+    for kernel in made:
+        facts = Facts.of(kernel.cubin)
+        assert (facts.stack, facts.count(r"(LDL|STL)\b")) == (0, 0)
+        assert kernel.shared_memory <= cards()[BY_ARCHITECTURE[architecture]].shared_memory_per_block
+        assert facts.registers * 32 * kernel.num_warps <= 65536
+        # Exactly as many as the work needs: no warp computes what another one does.
+        found = facts.count(pattern)
+        assert found >= 2 * 24 if count is None else found == count
+        assert facts.count(r"LDGSTS\S*\.128"), "copies nothing 16 bytes at a time"
+        # Products of one tile follow each other, and are not waited for one by one.
+        assert facts.count(r"WARPGROUP\.DEPBAR") < facts.count("HGMMA") / 2 or architecture != 90

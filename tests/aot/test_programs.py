@@ -72,6 +72,20 @@ def test_the_generation_loop_on_four_cards():
     assert made["argument_bytes"] < 17.5e9 / 3  # of 17 GB a quarter, the embedding and what is not split
 
 
+@pytest.mark.parametrize(("slots", "cache"), [(4096, "bfloat16"), (202_752, "bfloat16"), (202_752, "fp8")])
+def test_the_attention_of_a_prompt(slots, cache):
+    """A chunk of 512 tokens: what it needs does not grow with the context, and nothing is copied to be read."""
+    argument = {"gpu": "h200", "batch": 1, "tokens": 512, "slots": slots, "cache_dtype": cache}
+    made = aot.in_child("tests.aot.prompt:program", argument)
+    launches = made["inside"] or made["outside"]
+    assert launches.count("flash_kernel") == 1
+    assert len(launches) <= 8
+    assert "kCopy" not in launches
+    assert bool(made["inside"]) == (slots > 4096)
+    # Keys and values of 4,096 slots are 73 MB; then come results in float32, 10 MB each.
+    assert made["temp_bytes"] < 110e6
+
+
 def test_a_card_that_nobody_described():
     with pytest.raises(aot.AotError, match="no description of a GPU called 'tpu'; there are rtx6000-ada"):
         aot.card("tpu")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm_jax.cache import CACHE_DTYPES, Rows, encode
+from glm_jax.cache import CACHE_DTYPES, LatentCache, encode
 from glm_jax.config import Config
 from glm_jax.ops import mla, prompt
 from pallas_kernels.aot import cards
@@ -20,6 +20,7 @@ from pallas_kernels.mla_prefill.shapes import FlashShape, flash_shape, neighbour
 from tests.kernels.making import assert_close, normal
 
 pytestmark = pytest.mark.kernels
+LAYERS, LAYER = 3, 1
 SMALL = FlashShape(block_m=16, block_n=16, together=3)
 # Head width of its own, shared, of values: full tiles; tiles with room; one half of values; the real ones.
 WIDTHS = [(48, 16, 32), (40, 8, 20), (16, 16, 16), (192, 64, 256)]
@@ -231,9 +232,10 @@ def small():
     return Config.flash(layers=2).replace(**changes, v_head_dim=20)
 
 
-def rows_of(rng, cfg, kind, batch, slots):
-    values = normal(rng, batch, slots, cfg.cache_width, dtype=kind if kind.startswith(("b", "fl")) else jnp.float32)
-    return Rows(*encode(values, cfg.kv_lora_rank, kind))
+def cache_of(rng, cfg, kind, batch, slots):
+    values = normal(rng, LAYERS, batch, slots, cfg.cache_width)
+    codes, scales = encode(values if kind in ("int8", "fp8") else values.astype(kind), cfg.kv_lora_rank, kind)
+    return LatentCache(codes, scales)
 
 
 def weights_of(rng, cfg):
@@ -241,65 +243,65 @@ def weights_of(rng, cfg):
     return [normal(rng, cfg.num_attention_heads, n, cfg.kv_lora_rank) * cfg.kv_lora_rank**-0.5 for n in sizes]
 
 
-def by_reference(cfg, query, rows, positions, weights):
+def by_reference(cfg, query, cache, positions, weights):
     q = mla.Queries(*jnp.split(query, [cfg.qk_nope_head_dim], axis=-1))
     stacked = {name: matrix[None] for name, matrix in zip(("k_b", "v_b"), weights, strict=True)}
-    return jax.jit(lambda *a: mla.attend(cfg, *a, 0, "expanded"))(q, rows, positions, stacked)
+    return jax.jit(lambda *a: mla.attend(cfg, *a, 0, "expanded"))(q, cache.layer(LAYER), positions, stacked)
 
 
-def by_kernel(cfg, query, rows, positions, weights, stretch=None):
-    run = jax.jit(lambda q, r, at, k_b, v_b: prompt.attend(cfg, q, r, at, k_b, v_b, stretch=stretch))
-    return run(query, rows, positions, *weights)
+def by_kernel(cfg, query, cache, positions, weights, stretch=None):
+    run = jax.jit(lambda *arrays: prompt.attend(cfg, *arrays, stretch=stretch))
+    return run(query, cache, jnp.int32(LAYER), positions, *weights)
 
 
 @pytest.mark.parametrize("kind", CACHE_DTYPES)
 @pytest.mark.parametrize("stretch", [None, 33])
 def test_attention_from_the_latents(kind, stretch):
     cfg, rng = small(), np.random.default_rng(0)
-    rows, weights = rows_of(rng, cfg, kind, 2, 100), weights_of(rng, cfg)
+    cache, weights = cache_of(rng, cfg, kind, 2, 100), weights_of(rng, cfg)
     query = normal(rng, 2, 20, 2, cfg.qk_head_dim)
     positions = positions_of(range(20), range(80, 100))
-    expected = by_reference(cfg, query, rows, positions, weights)
-    assert_close(by_kernel(cfg, query, rows, positions, weights, stretch), expected)
+    expected = by_reference(cfg, query, cache, positions, weights)
+    assert_close(by_kernel(cfg, query, cache, positions, weights, stretch), expected)
 
 
 @pytest.mark.parametrize("stretch", [1, 5, 6, 11, 12, 13])
 def test_stretches_of_any_size(stretch):
     cfg, rng = small(), np.random.default_rng(0)
-    rows, weights = rows_of(rng, cfg, "float32", 1, 12), weights_of(rng, cfg)
+    cache, weights = cache_of(rng, cfg, "float32", 1, 12), weights_of(rng, cfg)
     query, positions = normal(rng, 1, 3, 2, cfg.qk_head_dim), positions_of([3, 6, 11])
-    expected = by_reference(cfg, query, rows, positions, weights)
-    assert_close(by_kernel(cfg, query, rows, positions, weights, stretch), expected)
+    expected = by_reference(cfg, query, cache, positions, weights)
+    assert_close(by_kernel(cfg, query, cache, positions, weights, stretch), expected)
 
 
 def test_a_chunk_after_a_prefix_is_the_end_of_the_whole_prompt():
     cfg, rng = small(), np.random.default_rng(1)
-    rows, weights = rows_of(rng, cfg, "float32", 1, 64), weights_of(rng, cfg)
+    cache, weights = cache_of(rng, cfg, "float32", 1, 64), weights_of(rng, cfg)
     query, positions = normal(rng, 1, 50, 2, cfg.qk_head_dim), positions_of(range(50))
-    whole = by_kernel(cfg, query, rows, positions, weights)
+    whole = by_kernel(cfg, query, cache, positions, weights)
     for start, stop in ((0, 17), (17, 33), (33, 50)):
-        chunk = by_kernel(cfg, query[:, start:stop], rows, positions[:, start:stop], weights, 20)
+        chunk = by_kernel(cfg, query[:, start:stop], cache, positions[:, start:stop], weights, 20)
         assert_close(chunk, whole[:, start:stop])
 
 
 def test_stretches_above_every_position_are_not_read():
     cfg, rng = small(), np.random.default_rng(2)
-    rows, weights = rows_of(rng, cfg, "float32", 2, 90), weights_of(rng, cfg)
+    cache, weights = cache_of(rng, cfg, "float32", 2, 90), weights_of(rng, cfg)
     query, positions = normal(rng, 2, 10, 2, cfg.qk_head_dim), positions_of(range(10), range(30, 40))
-    expected = by_reference(cfg, query, rows, positions, weights)
-    spoilt = Rows(rows.codes.at[:, 40:].set(jnp.nan))
+    expected = by_reference(cfg, query, cache, positions, weights)
+    spoilt = LatentCache(cache.data.at[LAYER, :, 40:].set(jnp.nan))
     assert_close(by_kernel(cfg, query, spoilt, positions, weights, 20), expected)
 
 
 def test_one_stretch_is_one_launch():
     """Nothing is put together where there is nothing to put together."""
     cfg, rng = small(), np.random.default_rng(0)
-    rows, weights = rows_of(rng, cfg, "float32", 1, 64), weights_of(rng, cfg)
+    cache, weights = cache_of(rng, cfg, "float32", 1, 64), weights_of(rng, cfg)
     query, positions = normal(rng, 1, 20, 2, cfg.qk_head_dim), positions_of(range(20))
 
     def primitives(stretch):
-        traced = jax.make_jaxpr(lambda *a: prompt.attend(cfg, *a, stretch=stretch))(query, rows, positions, *weights)
-        return str(traced)
+        given = (query, cache, jnp.int32(LAYER), positions, *weights)
+        return str(jax.make_jaxpr(lambda *a: prompt.attend(cfg, *a, stretch=stretch))(*given))
 
     assert "while" not in primitives(None)
     assert primitives(None).count("pure_callback[") == 1
