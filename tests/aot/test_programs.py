@@ -86,6 +86,28 @@ def test_the_attention_of_a_prompt(slots, cache):
     assert made["temp_bytes"] < 110e6
 
 
+@pytest.mark.parametrize("gpu", ["rtx6000-ada", "h200"])
+def test_a_chunk_of_a_prompt(gpu):
+    """No scores of all keys (5 GB of these), no expert that computes tokens of others, no matrix out of its tiles."""
+    argument = {
+        "gpu": gpu,
+        "config": dataclasses.asdict(FLASH),
+        "quantize": "int4",
+        "batch": 1,
+        "context": 32_768,
+        "chunk": 2048,
+        "cache_dtype": "bfloat16",
+    }
+    made = aot.in_child("glm_jax.aot:prefill", argument)
+    # The dense layer's, and those of the loop over the others; attention over a first stretch and over more.
+    assert made["kernels"]["gated_kernel"] == 1 + 2
+    assert made["kernels"]["matmul_kernel"] == (4 + 1) + (4 + 2)
+    assert made["kernels"]["flash_kernel"] >= 2 * 2
+    assert made["alias_bytes"] >= made["cache_bytes"]
+    assert made["temp_bytes"] < 500e6
+    assert made["fits"]
+
+
 def test_a_card_that_nobody_described():
     with pytest.raises(aot.AotError, match="no description of a GPU called 'tpu'; there are rtx6000-ada"):
         aot.card("tpu")
