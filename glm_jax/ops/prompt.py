@@ -7,6 +7,7 @@ kernel gives for the stretches is put together in float32. So the memory it take
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from pallas_kernels.mla_prefill import flash, merge
 
 # Slots that are expanded at a time: of one row of the batch at most, and of all rows together.
 STRETCH, OF_ALL_ROWS = 4096, 16_384
+# Slots of a context that is short, however large the cache.
+SHORT = 1024
 _LEAST = 256
 
 
@@ -32,6 +35,7 @@ def attend(
     v_b: jax.Array,
     *,
     stretch: int | None = None,
+    short: int = SHORT,
 ) -> jax.Array:
     """Causal attention of many new tokens over a layer of the cache; :func:`glm_jax.ops.mla.attend` for a GPU.
 
@@ -42,22 +46,37 @@ def attend(
             would need a copy.
         layer: index in the cache.
         positions: int32 ``[B, T]``; a query sees slots up to its own position. Stretches above all of them are not
-            read, except for the first.
+            read.
         k_b: ``[N, Hn, R]``.
         v_b: ``[N, Hv, R]``.
         stretch: slots that are expanded at a time; chosen unless given.
+        short: slots that are expanded if all positions are below.
 
     Returns:
         ``[B, T, N, Hv]`` in the dtype of the query.
     """
-    slots = cache.capacity
-    stretch = min(slots, stretch or max(_LEAST, min(STRETCH, OF_ALL_ROWS // query.shape[0])))
     matrices = (k_b.astype(query.dtype), v_b.astype(query.dtype))
     run = functools.partial(_over_stretch, cfg, query, cache, layer, positions, matrices)
-    if stretch == slots:
-        return run(jnp.int32(0), slots, query.dtype)[0]
+    stretch = stretch or max(_LEAST, min(STRETCH, OF_ALL_ROWS // query.shape[0]))
+    last = jnp.max(positions)
+
+    def alone(length: int) -> jax.Array:
+        return run(jnp.int32(0), length, query.dtype)[0]
+
+    def whole() -> jax.Array:
+        if cache.capacity <= stretch:
+            return alone(cache.capacity)
+        return _put_together(run, cache.capacity, stretch, last).astype(query.dtype)
+
+    if cache.capacity <= short:
+        return whole()
+    return jax.lax.cond(last < short, lambda: alone(short), whole)
+
+
+def _put_together(run: Callable[..., Any], slots: int, stretch: int, last: jax.Array) -> jax.Array:
+    """The results over all stretches up to a position as one, float32."""
     # What does not fill a stretch comes first, so that all others have one size and nothing need be padded.
-    first, last = slots % stretch or stretch, jnp.max(positions)
+    first = slots % stretch or stretch
 
     def more(state: Any) -> jax.Array:
         start, _ = state
@@ -67,9 +86,8 @@ def attend(
         start, before = state
         return start + stretch, merge(before, run(start, stretch, jnp.float32))
 
-    begun = run(jnp.int32(0), first, jnp.float32)
-    _, (out, _) = jax.lax.while_loop(more, further, (jnp.int32(first), begun))
-    return out.astype(query.dtype)
+    _, (out, _) = jax.lax.while_loop(more, further, (jnp.int32(first), run(jnp.int32(0), first, jnp.float32)))
+    return out
 
 
 def _over_stretch(

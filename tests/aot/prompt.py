@@ -1,7 +1,5 @@
 """The attention of a prompt, of the real model's sizes, for a card that is not here."""
 
-from collections import Counter
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
@@ -9,6 +7,7 @@ from jax.sharding import SingleDeviceSharding
 from glm_jax.cache import LatentCache
 from glm_jax.config import Config
 from glm_jax.ops import prompt
+from glm_jax.steps import GPU_OPTIONS
 from pallas_kernels import aot, compiling_for
 
 FLASH = Config.flash()
@@ -40,10 +39,11 @@ def program(argument):
     card = aot.card(argument.pop("gpu"))
     place = SingleDeviceSharding(aot.devices(card)[0])
     with compiling_for(card.target):
-        report = aot.compile_traced(traced(**argument, place=place))
+        report = aot.compile_traced(traced(**argument, place=place), GPU_OPTIONS)
     return {
         "temp_bytes": report.temp_bytes,
-        "outside": [thunk.name or thunk.kind for thunk in report.launches(0)],
-        "inside": [thunk.name or thunk.kind for thunk in report.launches(1)],
-        "kinds": Counter(thunk.kind for thunk in report.thunks),
+        "before": [thunk.name or thunk.kind for thunk in report.launches(0)],
+        "of_a_stretch": [thunk.name or thunk.kind for thunk in report.launches(1)],
+        "launches_outside_graphs": report.outside,
+        "graph_pieces": report.graphs,
     }

@@ -77,11 +77,12 @@ def test_the_attention_of_a_prompt(slots, cache):
     """A chunk of 512 tokens: what it needs does not grow with the context, and nothing is copied to be read."""
     argument = {"gpu": "h200", "batch": 1, "tokens": 512, "slots": slots, "cache_dtype": cache}
     made = aot.in_child("tests.aot.prompt:program", argument)
-    launches = made["inside"] or made["outside"]
-    assert launches.count("flash_kernel") == 1
-    assert len(launches) <= 8
-    assert "kCopy" not in launches
-    assert bool(made["inside"]) == (slots > 4096)
+    # A short context, and a whole one or its first stretch.
+    assert made["before"].count("flash_kernel") == 2
+    assert made["of_a_stretch"].count("flash_kernel") == (slots > 4096)
+    assert len(made["of_a_stretch"]) <= 8
+    assert "kCopy" not in made["of_a_stretch"]
+    assert (made["graph_pieces"], made["launches_outside_graphs"]) == (1, 0)
     # Keys and values of 4,096 slots are 73 MB; then come results in float32, 10 MB each.
     assert made["temp_bytes"] < 110e6
 

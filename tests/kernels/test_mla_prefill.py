@@ -249,8 +249,8 @@ def by_reference(cfg, query, cache, positions, weights):
     return jax.jit(lambda *a: mla.attend(cfg, *a, 0, "expanded"))(q, cache.layer(LAYER), positions, stacked)
 
 
-def by_kernel(cfg, query, cache, positions, weights, stretch=None):
-    run = jax.jit(lambda *arrays: prompt.attend(cfg, *arrays, stretch=stretch))
+def by_kernel(cfg, query, cache, positions, weights, stretch=None, short=prompt.SHORT):
+    run = jax.jit(lambda *arrays: prompt.attend(cfg, *arrays, stretch=stretch, short=short))
     return run(query, cache, jnp.int32(LAYER), positions, *weights)
 
 
@@ -291,6 +291,18 @@ def test_stretches_above_every_position_are_not_read():
     expected = by_reference(cfg, query, cache, positions, weights)
     spoilt = LatentCache(cache.data.at[LAYER, :, 40:].set(jnp.nan))
     assert_close(by_kernel(cfg, query, spoilt, positions, weights, 20), expected)
+
+
+@pytest.mark.parametrize("last", [15, 16])
+@pytest.mark.parametrize("stretch", [None, 12])
+def test_a_short_context_in_a_large_cache(last, stretch):
+    """All positions below, and one at the limit."""
+    cfg, rng = small(), np.random.default_rng(3)
+    cache, weights = cache_of(rng, cfg, "float32", 2, 48), weights_of(rng, cfg)
+    query, positions = normal(rng, 2, 5, 2, cfg.qk_head_dim), positions_of(range(5), range(last - 4, last + 1))
+    expected = by_reference(cfg, query, cache, positions, weights)
+    spoilt = LatentCache(cache.data.at[LAYER, :, 17:].set(jnp.nan))
+    assert_close(by_kernel(cfg, query, spoilt, positions, weights, stretch, 16), expected)
 
 
 def test_one_stretch_is_one_launch():
