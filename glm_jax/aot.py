@@ -22,7 +22,7 @@ from glm_jax.params import Tree, leaves, map_specs, param_specs
 from glm_jax.quant import Bfloat16Bits, QuantizedTensor, QuantRules
 from glm_jax.sampling import SamplerState, SamplingParams
 from glm_jax.sharding import MESH_AXES, Rules, preset
-from glm_jax.steps import DecodeState, bucket, decode_program, gpu_options, prefill_chunk
+from glm_jax.steps import DecodeState, bucket, decode_program, gpu_options, prefill_program
 from glm_jax.storage import Storage, abstract_params, leaf_specs, plan_storage
 from glm_jax.tiling import tiled_tree
 from pallas_kernels import aot, compiling_for
@@ -111,11 +111,13 @@ def prefill(argument: Mapping[str, Any]) -> dict[str, Any]:
     start, lengths = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
     given = _placed((cache, logits, tokens, start, lengths), place)
     with compiling_for(card.target):
-        report = aot.compile_traced(prefill_chunk.trace(GLM(cfg), params, *given))
+        program = jax.jit(prefill_program, static_argnames="model", donate_argnames=("cache", "logits"))
+        report = aot.compile_traced(program.trace(GLM(cfg), params, *given), dict(gpu_options()))
     names = Counter(thunk.name or thunk.kind for thunk in report.thunks)
     return {
         "gpu": card.name,
         "kernels": dict(names.most_common()),
+        "graph_pieces": report.graphs,
         "argument_bytes": report.argument_bytes,
         "alias_bytes": report.alias_bytes,
         "cache_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)),

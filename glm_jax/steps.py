@@ -73,15 +73,14 @@ def _apply(model: GLM, params: Params, *inputs: Any, **options: Any) -> Any:
     return model.apply({"params": params}, *inputs, **options)
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "logits"))
 def prefill_chunk(
     model: GLM,
     params: Params,
     cache: LatentCache,
     logits: jax.Array,
     tokens: jax.Array,
-    start: jax.Array,
-    lengths: jax.Array,
+    start: jax.Array | np.int32,
+    lengths: jax.Array | np.ndarray,
 ) -> tuple[LatentCache, jax.Array]:
     """Runs one chunk of every row's prompt.
 
@@ -95,6 +94,29 @@ def prefill_chunk(
     Returns:
         The cache, and the logits with the rows that end in this chunk filled in.
     """
+    return _compiled_prefill(_options(model))(model, params, cache, logits, tokens, start, lengths)
+
+
+@functools.cache
+def _compiled_prefill(options: tuple[tuple[str, Any], ...]) -> Any:
+    return jax.jit(
+        prefill_program,
+        static_argnames="model",
+        donate_argnames=("cache", "logits"),
+        compiler_options=dict(options) or None,
+    )
+
+
+def prefill_program(
+    model: GLM,
+    params: Params,
+    cache: LatentCache,
+    logits: jax.Array,
+    tokens: jax.Array,
+    start: jax.Array,
+    lengths: jax.Array,
+) -> tuple[LatentCache, jax.Array]:
+    """What :func:`prefill_chunk` compiles."""
     chunk = tokens.shape[1]
     positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32)[None], tokens.shape)
     last = lengths - 1 - start
@@ -200,8 +222,7 @@ def decode_steps(
         limit: int32, steps to run now; data, so that streaming and bulk share one compilation.
         steps: width of the output buffer.
     """
-    on_gpu, several = jax.default_backend() == "gpu", bool(model.rules.mesh_axes)
-    return _compiled_decode(gpu_options(several=several) if on_gpu else ())(model, params, state, limit, steps=steps)
+    return _compiled_decode(_options(model))(model, params, state, limit, steps=steps)
 
 
 _GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
@@ -216,6 +237,10 @@ def gpu_options(*, several: bool = False) -> tuple[tuple[str, Any], ...]:
     """
     kinds = f"{_GRAPHS},COLLECTIVES" if several else f"{_GRAPHS},CONDITIONAL,WHILE"
     return ("xla_gpu_enable_command_buffer", kinds), ("xla_gpu_graph_min_graph_size", 1)
+
+
+def _options(model: GLM) -> tuple[tuple[str, Any], ...]:
+    return gpu_options(several=bool(model.rules.mesh_axes)) if jax.default_backend() == "gpu" else ()
 
 
 @functools.cache

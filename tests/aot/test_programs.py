@@ -101,6 +101,7 @@ def test_a_chunk_of_a_prompt(gpu):
     }
     made = aot.in_child("glm_jax.aot:prefill", argument)
     # The dense layer's, and those of the loop over the others; attention over a first stretch and over more.
+    assert made["graph_pieces"] == 1
     assert made["kernels"]["gated_kernel"] == 1 + 2
     assert made["kernels"]["matmul_kernel"] == (4 + 1) + (4 + 2)
     assert made["kernels"]["flash_kernel"] >= 2 * 2
