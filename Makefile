@@ -9,7 +9,7 @@ VENV := .venv/bin
 WORKERS ?= 2
 PIN := -c constraints.txt
 
-.PHONY: help venv generate test test-parity test-kernels test-aot test-newest soak lint wheel clean
+.PHONY: help venv generate test test-parity test-kernels test-aot test-newest gpu soak lint wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -41,7 +41,7 @@ test-parity: .venv-parity/.stamp  ## the same numbers as transformers, in an env
 	@.venv-parity/bin/python -m pytest -m parity $(ARGS)
 
 test-kernels: .venv/.stamp  ## the GPU kernels in Triton's interpreter, without a GPU
-	@TRITON_INTERPRET=1 $(VENV)/python -m pytest -n $(WORKERS) --dist worksteal -m "kernels and not soak" $(ARGS)
+	@TRITON_INTERPRET=1 $(VENV)/python -m pytest -n $(WORKERS) --dist worksteal -m "(kernels or gpu) and not soak" $(ARGS)
 
 test-aot: .venv/.stamp  ## the GPU programs compiled for cards that are not here: launches, memory, spills
 	@$(VENV)/python -m pytest -n $(WORKERS) -m "aot and not soak" $(ARGS)
@@ -49,9 +49,12 @@ test-aot: .venv/.stamp  ## the GPU programs compiled for cards that are not here
 test-newest: .venv/.stamp  ## a smoke run on the newest JAX, when a Python >= 3.12 is on the machine
 	@.ci/smoke-newest
 
+gpu:  ## on a machine with an NVIDIA GPU: its tests and short benchmarks, 8 minutes: make gpu [PYTHON=python3]
+	@.ci/gpu
+
 soak: .venv/.stamp  ## the long tests, with new random examples each time
-	@TRITON_INTERPRET=1 $(VENV)/python -m pytest -m "soak and kernels" --hypothesis-profile=soak $(ARGS)
-	@$(VENV)/python -m pytest -m "soak and not kernels" --hypothesis-profile=soak $(ARGS)
+	@TRITON_INTERPRET=1 $(VENV)/python -m pytest -m "soak and (kernels or gpu)" --hypothesis-profile=soak $(ARGS)
+	@$(VENV)/python -m pytest -m "soak and not kernels and not gpu" --hypothesis-profile=soak $(ARGS)
 	@$(VENV)/python -m pytest -n $(WORKERS) --hypothesis-profile=soak $(ARGS)
 
 lint: .venv/.stamp  ## ruff and pyright
@@ -63,4 +66,4 @@ wheel: .venv/.stamp  ## build dist/*.whl, and check that it installs, imports an
 	@.ci/wheel
 
 clean:  ## remove what make made, environments included
-	rm -rf .venv .venv-parity .venv-newest .cache .hypothesis .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-parity .venv-newest .venv-gpu .cache .hypothesis .pytest_cache .ruff_cache build dist

@@ -22,10 +22,10 @@ from glm_jax.params import Tree, leaves, map_specs, param_specs
 from glm_jax.quant import Bfloat16Bits, QuantizedTensor, QuantRules
 from glm_jax.sampling import SamplerState, SamplingParams
 from glm_jax.sharding import MESH_AXES, Rules, preset
-from glm_jax.steps import DecodeState, bucket, decode_program, gpu_options, prefill_program
+from glm_jax.steps import DecodeState, bucket, decode_program, prefill_program
 from glm_jax.storage import Storage, abstract_params, leaf_specs, plan_storage
 from glm_jax.tiling import tiled_tree
-from pallas_kernels import aot, compiling_for
+from pallas_kernels import GRAPH_OPTIONS, GRAPH_OPTIONS_OF_SEVERAL, aot, compiling_for
 
 _STEPS = 64
 
@@ -47,14 +47,26 @@ def decode(argument: Mapping[str, Any]) -> dict[str, Any]:
     batch, slots = bucket(argument["batch"]), min(bucket(argument["context"], 256), cfg.max_position_embeddings)
     state = _placed(_state(cfg, batch, slots, argument["cache_dtype"], argument.get("sampling", {})), place)
     with compiling_for(card.target), contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        program = jax.jit(decode_program, static_argnames=("model", "steps"), donate_argnames="state")
-        limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=place)
-        traced = program.trace(GLM(cfg, rules), params, state, limit, steps=_STEPS)
-        report = aot.compile_traced(traced, dict(gpu_options(several=mesh is not None)))
+        found = loop(GLM(cfg, rules), params, state, place)
+    return {**found, "gpu": card.name, "fits": found["argument_bytes"] + found["temp_bytes"] <= card.memory}
+
+
+def loop(model: GLM, params: Tree, state: DecodeState, place: Any) -> dict[str, Any]:
+    """What XLA makes of the generation loop: launches, graphs, memory. Nothing runs.
+
+    Args:
+        model: the module.
+        params: arrays, or their shapes with shardings.
+        state: likewise.
+        place: of what is not split.
+    """
+    program = jax.jit(decode_program, static_argnames=("model", "steps"), donate_argnames="state")
+    limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=place)
+    options = GRAPH_OPTIONS_OF_SEVERAL if model.rules.mesh_axes else GRAPH_OPTIONS
+    report = aot.compile_traced(program.trace(model, params, state, limit, steps=_STEPS), options)
     launches = report.launches()
     names = Counter(launch.name or launch.kind for launch in launches)
     return {
-        "gpu": card.name,
         "launches_per_token": len(launches),
         "kernels": dict(names.most_common()),
         "copies_per_token": sum(launch.kind == "kCopy" for launch in launches),
@@ -65,7 +77,6 @@ def decode(argument: Mapping[str, Any]) -> dict[str, Any]:
         "alias_bytes": report.alias_bytes,
         "cache_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache)),
         "temp_bytes": report.temp_bytes,
-        "fits": report.argument_bytes + report.temp_bytes <= card.memory,
     }
 
 
@@ -112,7 +123,7 @@ def prefill(argument: Mapping[str, Any]) -> dict[str, Any]:
     given = _placed((cache, logits, tokens, start, lengths), place)
     with compiling_for(card.target):
         program = jax.jit(prefill_program, static_argnames="model", donate_argnames=("cache", "logits"))
-        report = aot.compile_traced(program.trace(GLM(cfg), params, *given), dict(gpu_options()))
+        report = aot.compile_traced(program.trace(GLM(cfg), params, *given), GRAPH_OPTIONS)
     names = Counter(thunk.name or thunk.kind for thunk in report.thunks)
     return {
         "gpu": card.name,

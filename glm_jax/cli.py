@@ -7,11 +7,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
-
-from tyro.constructors import PrimitiveConstructorSpec
+from typing import TYPE_CHECKING, NoReturn
 
 from glm_jax.errors import GlmError, PromptError
+
+if TYPE_CHECKING:
+    from tyro.constructors import PrimitiveConstructorSpec
 
 OK, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -57,6 +58,8 @@ def _without_a_gpu() -> None:
 
 def text_option(metavar: str) -> PrimitiveConstructorSpec[str | None]:
     """How an optional text is read from the command line: as it is, where tyro would take "None" for no text."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,

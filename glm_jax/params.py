@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from glm_jax.config import Config
 from glm_jax.quant import Bfloat16Bits
 from glm_jax.sharding import LogicalAxis, Rules
+from pallas_kernels.noise import mix
 
 _DRAW_BLOCK = 1 << 16
 Tree = dict[str, Any]
@@ -181,22 +182,31 @@ def init_params(
     Each matrix depends on (seed, path, layer, expert) alone, so a model of fewer layers holds the first layers of a
     deeper one, and :func:`draw` gives any single matrix with the same bits on any machine.
     """
+    return map_specs(lambda path, spec: init_leaf(cfg, path, spec, seed, dtype, rules, mesh), param_specs(cfg))
 
-    def build(path: Path, spec: ParamSpec) -> jax.Array | Bfloat16Bits:
-        sharding = None if mesh is None else NamedSharding(mesh, rules.spec(*spec.axes))
-        kind = jnp.dtype(spec.dtype or dtype)
-        if spec.init != "normal":
-            return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, kind, device=sharding)
-        first = cfg.runs[int(path[1])].start if path[0] == "runs" else 0
-        numbers = np.ndindex(spec.shape[: spec.stacked])
-        keys = [_key(path, seed, (n[0] + first, *n[1:]) if n else ()) for n in numbers]
-        as_bits = held_as_bits(spec, dtype, mesh)
-        values = _random_stack(sharding)(
-            np.asarray(keys, np.uint32), spec.shape, spec.stacked, spec.scale, kind.name, as_bits
-        )
-        return Bfloat16Bits(values) if as_bits else values
 
-    return map_specs(build, param_specs(cfg))
+def init_leaf(
+    cfg: Config,
+    path: Path,
+    spec: ParamSpec,
+    seed: int = 0,
+    dtype: Any = jnp.bfloat16,
+    rules: Rules = Rules(),
+    mesh: Mesh | None = None,
+) -> jax.Array | Bfloat16Bits:
+    """One parameter of :func:`init_params`."""
+    sharding = None if mesh is None else NamedSharding(mesh, rules.spec(*spec.axes))
+    kind = jnp.dtype(spec.dtype or dtype)
+    if spec.init != "normal":
+        return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, kind, device=sharding)
+    first = cfg.runs[int(path[1])].start if path[0] == "runs" else 0
+    numbers = np.ndindex(spec.shape[: spec.stacked])
+    keys = [_key(path, seed, (n[0] + first, *n[1:]) if n else ()) for n in numbers]
+    as_bits = held_as_bits(spec, dtype, mesh)
+    values = _random_stack(sharding)(
+        np.asarray(keys, np.uint32), spec.shape, spec.stacked, spec.scale, kind.name, as_bits
+    )
+    return Bfloat16Bits(values) if as_bits else values
 
 
 def draw(path: Path, spec: ParamSpec, seed: int, dtype: Any, layer: int, index: tuple[int, ...] = ()) -> np.ndarray:
@@ -217,7 +227,7 @@ def draw(path: Path, spec: ParamSpec, seed: int, dtype: Any, layer: int, index: 
     # In blocks that stay in the cache: the temporaries of a whole embedding would take eight times its memory.
     for start in range(0, values.size, _DRAW_BLOCK):
         counters = np.arange(start, min(start + _DRAW_BLOCK, values.size), dtype=np.uint32)
-        values[start : start + _DRAW_BLOCK] = _to_normal(_hash(counters ^ key), spec.scale)
+        values[start : start + _DRAW_BLOCK] = _to_normal(mix(counters ^ key), spec.scale)
     return values.reshape(shape)
 
 
@@ -236,7 +246,7 @@ def _key(path: Path, seed: int, numbers: tuple[int, ...]) -> int:
     # A run's place is an accident of the layers around it; its layers are numbered in the model.
     names = path[2:] if path[0] == "runs" else path
     key = zlib.crc32(repr((seed, names, numbers)).encode())
-    return int(_hash(np.asarray([key], np.uint32))[0])
+    return int(mix(np.asarray([key], np.uint32))[0])
 
 
 @functools.cache
@@ -248,19 +258,11 @@ def _random_stack(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
         flat = (keys.shape[0], math.prod(inner))
         # Elementwise from a counter: nothing is held but the result.
         counters = jax.lax.broadcasted_iota(jnp.uint32, flat, 1)
-        bits = _hash(counters ^ jax.lax.broadcast_in_dim(keys, flat, (0,)))
+        bits = mix(counters ^ jax.lax.broadcast_in_dim(keys, flat, (0,)))
         values = _to_normal(bits, scale).astype(dtype).reshape(shape)
         return jax.lax.bitcast_convert_type(values, jnp.uint16) if as_bits else values
 
     return jax.jit(build, static_argnums=(1, 2, 3, 4, 5), out_shardings=sharding)
-
-
-def _hash(x: Any) -> Any:
-    """A bijective 32-bit mix (the "lowbias32" constants of https://github.com/skeeto/hash-prospector)."""
-    kind = np.uint32
-    x = (x ^ (x >> kind(16))) * kind(0x7FEB352D)
-    x = (x ^ (x >> kind(15))) * kind(0x846CA68B)
-    return x ^ (x >> kind(16))
 
 
 def _to_normal(bits: Any, scale: float) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 from glm_jax.cache import LatentCache
 from glm_jax.model import GLM
 from glm_jax.sampling import SampleResult, SamplerState, is_stop, sample, update
+from pallas_kernels import GRAPH_OPTIONS, GRAPH_OPTIONS_OF_SEVERAL
 
 Params = dict[str, Any]
 NO_TOKEN = -1
@@ -94,16 +95,16 @@ def prefill_chunk(
     Returns:
         The cache, and the logits with the rows that end in this chunk filled in.
     """
-    return _compiled_prefill(_options(model))(model, params, cache, logits, tokens, start, lengths)
+    return _compiled_prefill(_graphs(model))(model, params, cache, logits, tokens, start, lengths)
 
 
 @functools.cache
-def _compiled_prefill(options: tuple[tuple[str, Any], ...]) -> Any:
+def _compiled_prefill(graphs: str | None) -> Any:
     return jax.jit(
         prefill_program,
         static_argnames="model",
         donate_argnames=("cache", "logits"),
-        compiler_options=dict(options) or None,
+        compiler_options=_OPTIONS[graphs],
     )
 
 
@@ -222,34 +223,26 @@ def decode_steps(
         limit: int32, steps to run now; data, so that streaming and bulk share one compilation.
         steps: width of the output buffer.
     """
-    return _compiled_decode(_options(model))(model, params, state, limit, steps=steps)
+    return _compiled_decode(_graphs(model))(model, params, state, limit, steps=steps)
 
 
-_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
+def _graphs(model: GLM) -> str | None:
+    """Which options the programs of a model are compiled with."""
+    if jax.default_backend() != "gpu":
+        return None
+    return "several" if model.rules.mesh_axes else "one"
 
 
-def gpu_options(*, several: bool = False) -> tuple[tuple[str, Any], ...]:
-    """What XLA is to do about CUDA graphs.
-
-    On one GPU the whole loop is one graph, its condition evaluated on the device: the host starts it and hears of it
-    when it is done. On several each token is a graph with the sums over devices in it, and the host goes round: what
-    the library of these sums captures is not known to be allowed in the body of a loop.
-    """
-    kinds = f"{_GRAPHS},COLLECTIVES" if several else f"{_GRAPHS},CONDITIONAL,WHILE"
-    return ("xla_gpu_enable_command_buffer", kinds), ("xla_gpu_graph_min_graph_size", 1)
-
-
-def _options(model: GLM) -> tuple[tuple[str, Any], ...]:
-    return gpu_options(several=bool(model.rules.mesh_axes)) if jax.default_backend() == "gpu" else ()
+_OPTIONS = {None: None, "one": GRAPH_OPTIONS, "several": GRAPH_OPTIONS_OF_SEVERAL}
 
 
 @functools.cache
-def _compiled_decode(options: tuple[tuple[str, Any], ...]) -> Any:
+def _compiled_decode(graphs: str | None) -> Any:
     return jax.jit(
         decode_program,
         static_argnames=("model", "steps"),
         donate_argnames="state",
-        compiler_options=dict(options) or None,
+        compiler_options=_OPTIONS[graphs],
     )
 
 

@@ -20,7 +20,7 @@ from pallas_kernels.tiles import WIDTH, chunk
 # Matrices that kernels multiply with. The embedding is looked up in; the prediction layer runs without kernels.
 MATRICES = frozenset("q_a q_b kv_a k_b v_b o gate up down shared_gate shared_up shared_down router".split())
 # Attention multiplies queries with the transposed matrices.
-_TURNED = frozenset(["k_b"])
+TURNED = frozenset(["k_b"])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def tiled(path: Path, weight: Any, placement: Placement | None = None) -> Any:
     """
     if not lies_in_tiles(path):
         return weight
-    lay_out = functools.partial(tile, turned=path[-1] in _TURNED)
+    lay_out = functools.partial(tile, turned=path[-1] in TURNED)
     if placement is None:
         made = lay_out(weight)
         return weight if made is None else made

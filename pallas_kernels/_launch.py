@@ -29,6 +29,19 @@ from pallas_kernels._interpreter import TYPES, interpret
 LEAST_CAPABILITY = 80
 PTX_CALL = "__gpu$xla.gpu.ptx"
 
+# A loop as one CUDA graph, its condition evaluated on the device: the host starts it and hears of it when it is done.
+# Without WHILE in the list the host would be asked after every round whether to go on.
+GRAPH_OPTIONS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    "xla_gpu_graph_min_graph_size": 1,
+}
+# On several GPUs a round is a graph with the sums over devices in it, and the host goes round: what the library of
+# these sums captures is not known to be allowed in the body of a loop.
+GRAPH_OPTIONS_OF_SEVERAL = {
+    **GRAPH_OPTIONS,
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,COLLECTIVES",
+}
+
 
 class LaunchError(Exception):
     """A kernel cannot be compiled or launched here."""

@@ -13,6 +13,7 @@ which calls ``decode(argument)`` of ``glm_jax.aot`` there and gives back what it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -26,6 +27,9 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from pallas_kernels._device import Target
 
@@ -205,8 +209,8 @@ class Report:
 
 
 def compile_traced(traced: Any, options: Mapping[str, Any] | None = None) -> Report:
-    """Compiles what ``jax.jit(f).trace(...)`` gave, its arguments lying on :func:`devices`."""
-    with tempfile.TemporaryDirectory() as folder:
+    """Compiles what ``jax.jit(f).trace(...)`` gave, its arguments lying on :func:`devices` or on a device at hand."""
+    with tempfile.TemporaryDirectory() as folder, _compiled_anew():
         lowered = traced.lower(lowering_platforms=("cuda",))
         compiled = lowered.compile(compiler_options={**(options or {}), "xla_dump_to": folder})
         sizes = compiled.memory_analysis()
@@ -217,6 +221,20 @@ def compile_traced(traced: Any, options: Mapping[str, Any] | None = None) -> Rep
             alias_bytes=sizes.alias_size_in_bytes,
             temp_bytes=sizes.temp_size_in_bytes,
         )
+
+
+@contextlib.contextmanager
+def _compiled_anew() -> Iterator[None]:
+    """Without JAX's persistent cache: a program that is found there is not compiled, and leaves no list of launches."""
+    config: Any = jax.config  # its options are made at run time
+    before = config.jax_enable_compilation_cache
+    config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it is asked once whether it is in use
+    try:
+        yield
+    finally:
+        config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _thunk_file(folder: Path) -> str:

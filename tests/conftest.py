@@ -54,14 +54,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.parity)
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") is None or jax.default_backend() == "gpu":
-        return
-    if GPU_REQUESTED:
-        pytest.fail("GLM_JAX_TEST_GPU=1 asks for a GPU and JAX finds none: install the `cuda` extra", pytrace=False)
-    pytest.skip("needs a GPU (GLM_JAX_TEST_GPU=1 asks for one)")
-
-
 @pytest.fixture
 def debug_nans():
     """Fails the test at the operation that makes a NaN. Opt-in: JAX turns buffer donation off while it checks."""

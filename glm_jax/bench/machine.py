@@ -1,11 +1,7 @@
-"""What a figure was measured on: processor, versions, commit, memory bandwidth, memory in use."""
+"""What a figure was measured on, and what this process takes of it."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,29 +10,19 @@ from typing import Any, Self
 
 import numpy as np
 
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
+from pallas_kernels import timing
+from pallas_kernels.machine import cores
+
 _READ_BYTES, _READ_WIDTH = 1 << 30, 4096
 
 
-def describe() -> dict[str, Any]:
-    """Device, processor, cores, how busy they are, versions and commit, as they go into a report."""
+def bandwidth() -> dict[str, Any]:
+    """Bytes per second that the memory of JAX's default device gives, and how that was found."""
     import jax
 
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind if device.platform != "cpu" else "cpu",
-        "cpu": _cpu_name(),
-        "cores": cores(),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
-        "python": platform.python_version(),
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
-        "commit": _commit(),
-    }
-
-
-def cores() -> int:
-    """Cores this process may use; both sides get as many threads."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if jax.default_backend() == "cpu":
+        return {"bytes_per_s": read_bandwidth(), "of": "reads by all cores"}
+    return {"bytes_per_s": timing.copy_bandwidth(), "of": "copies, read and written"}
 
 
 def read_bandwidth(repeats: int = 5) -> float:
@@ -91,30 +77,3 @@ def resident() -> int | None:
     except OSError:
         return None
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem")))
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """Commit of the checkout this package runs from, marked when files differ from it; ``None`` outside of one."""
-    here = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return found.stdout.strip() or None

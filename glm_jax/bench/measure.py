@@ -1,4 +1,4 @@
-"""Timing two sides in turn."""
+"""Timing sides in turn."""
 
 from __future__ import annotations
 
@@ -14,53 +14,68 @@ from glm_jax.bench.side import Side
 # Threads of the side that ran last may still be spinning.
 _PAUSE_SECONDS = 0.3
 
+Call = Callable[[], tuple[float, Any]]
+
 
 def prompts(batch: int, length: int, vocab: int) -> np.ndarray:
     """The same random prompts for every side, int32 ``[batch, length]``."""
     return np.random.default_rng(batch * 1_000_003 + length).integers(0, vocab, (batch, length), np.int32)
 
 
-def decode_case(
-    sides: Sequence[Side], batch: int, context: int, tokens: int, vocab: int, repeats: int
-) -> dict[str, Any]:
-    """Greedy decoding of ``tokens`` tokens after ``context`` tokens, in each of ``batch`` rows."""
-    given = prompts(batch, context, vocab)
-    states = [side.start(given, tokens) for side in sides]
-    calls = [lambda s=side, state=state: s.decode(state, tokens) for side, state in zip(sides, states, strict=True)]
-    return {"batch": batch, **_compare(sides, calls, batch * tokens, repeats)}
+def compare(sides: Sequence[Side], calls: Sequence[Call], repeats: int) -> tuple[list[list[float]], dict[str, Any]]:
+    """Runs every side once to warm up, and then in turn.
 
+    Args:
+        sides: the first is this program, the others its peers.
+        calls: one for each: seconds taken, and tokens.
+        repeats: turns.
 
-def prefill_case(sides: Sequence[Side], batch: int, length: int, vocab: int, repeats: int) -> dict[str, Any]:
-    """Prompts of ``length`` tokens, in each of ``batch`` rows, into a new cache."""
-    given = prompts(batch, length, vocab)
-    calls = [lambda s=side: s.prefill(given) for side in sides]
-    return {"batch": batch, "length": length, **_compare(sides, calls, given.size, repeats)}
-
-
-def _compare(
-    sides: Sequence[Side], calls: Sequence[Callable[[], tuple[float, Any]]], tokens: int, repeats: int
-) -> dict[str, Any]:
+    Returns:
+        The seconds of each side, and what is compared: for every peer how many times as long it took as the first side
+        (``ratio``), and the share of tokens that agree (``same_tokens``).
+    """
     for side in sides:
         side.compile_seconds = 0.0
-    outputs = [np.asarray(call()[1]) for call in calls]  # warm-up
-    seconds = [_in_turn(calls) for _ in range(repeats)]
-    rates = [[tokens / s for s in column] for column in zip(*seconds, strict=True)]
-    result: dict[str, Any] = {
-        side.name: {"tokens_per_s": spread(rate), "compile_s": round(side.compile_seconds, 3)}
-        for side, rate in zip(sides, rates, strict=True)
-    }
-    if len(sides) == 2:
-        result["ratio"] = spread([a / b for a, b in zip(*rates, strict=True)])
-        result["same_tokens"] = float(np.mean(outputs[0][: len(outputs[1])] == outputs[1]))
-    return result
+    outputs = [np.asarray(call()[1]) for call in calls]
+    turns = [_in_turn(calls) for _ in range(repeats)]
+    seconds = [list(column) for column in zip(*turns, strict=True)]
+    result: dict[str, Any] = {}
+    if len(sides) > 1:
+        names = [side.name for side in sides[1:]]
+        result["ratio"] = {
+            name: spread([theirs / mine for mine, theirs in zip(seconds[0], other, strict=True)])
+            for name, other in zip(names, seconds[1:], strict=True)
+        }
+        result["same_tokens"] = {
+            name: float(np.mean(outputs[0][: len(other)] == other))
+            for name, other in zip(names, outputs[1:], strict=True)
+        }
+    return seconds, result
 
 
-def _in_turn(calls: Sequence[Callable[[], tuple[float, Any]]]) -> list[float]:
+def _in_turn(calls: Sequence[Call]) -> list[float]:
     seconds = []
     for call in calls:
         time.sleep(_PAUSE_SECONDS)
         seconds.append(call()[0])
     return seconds
+
+
+def of_decoding(seconds: Sequence[float], batch: int, tokens: int) -> dict[str, Any]:
+    """Seconds for ``tokens`` steps as times and speeds, of one row and of all."""
+    return {
+        "ms_per_token_of_one_row": spread([1e3 * s / tokens for s in seconds]),
+        "tokens_per_s_of_one_row": spread([tokens / s for s in seconds]),
+        "tokens_per_s_of_all_rows": spread([batch * tokens / s for s in seconds]),
+    }
+
+
+def of_prompts(seconds: Sequence[float], batch: int, length: int) -> dict[str, Any]:
+    """Seconds for prompts of ``length`` tokens, all together, as times and speeds."""
+    return {
+        "ms_for_all_prompts": spread([1e3 * s for s in seconds]),
+        "tokens_per_s_of_all_rows": spread([batch * length / s for s in seconds]),
+    }
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

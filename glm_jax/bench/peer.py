@@ -7,15 +7,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from glm_jax.bench.machine import PeakMemory, cores
+from glm_jax.bench.machine import PeakMemory
 from glm_jax.bench.side import Loaded
 from glm_jax.errors import GlmError
+from pallas_kernels.machine import cores
 
 
 class Transformers:
-    """``AutoModelForCausalLM`` with its key-value cache, sdpa attention and its default experts."""
+    """``AutoModelForCausalLM`` with its key-value cache, sdpa attention and its default experts.
+
+    On the GPU where JAX is on one.
+    """
 
     name = "transformers"
 
@@ -28,11 +33,14 @@ class Transformers:
         transformers.logging.disable_progress_bar()
         torch.set_num_threads(cores())
         self._torch, self._transformers = torch, transformers
+        self._device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+        if self._device == "cuda" and not torch.cuda.is_available():
+            raise GlmError("JAX runs on a GPU, and torch has none: install torch for CUDA, or run without its peer")
         started = time.perf_counter()
         with PeakMemory() as memory:
             load = transformers.AutoModelForCausalLM.from_pretrained
             model = load(_folder(source), dtype=getattr(torch, dtype), attn_implementation="sdpa")
-            self._model: Any = model.eval()
+            self._model: Any = model.to(self._device).eval()
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         self.loaded = Loaded(seconds=time.perf_counter() - started, weight_bytes=size, peak_bytes=memory.peak)
         self.compile_seconds = 0.0
@@ -54,8 +62,8 @@ class Transformers:
             self._warm.add(prompts.shape)
         ids, cache = self._ids(prompts), self._cache()
         started = time.perf_counter()
-        following = self._forward(ids, cache)
-        return time.perf_counter() - started, following[:, 0].numpy()
+        following = self._forward(ids, cache)[:, 0].cpu()  # waits for the device
+        return time.perf_counter() - started, following.numpy()
 
     def start(self, prompts: np.ndarray, tokens: int) -> tuple[Any, Any, int]:
         """As :meth:`glm_jax.bench.side.Side.start`."""
@@ -73,8 +81,8 @@ class Transformers:
         for _ in range(tokens):
             following = self._forward(following, cache)
             written.append(following)
-        seconds = time.perf_counter() - started
-        return seconds, self._torch.cat(written, dim=1).numpy()
+        tokens_of_all = self._torch.cat(written, dim=1).cpu()  # waits for the device
+        return time.perf_counter() - started, tokens_of_all.numpy()
 
     def _forward(self, ids: Any, cache: Any) -> Any:
         """The most likely next token of each row, ``[B, 1]``; only the last position's logits are computed."""
@@ -86,7 +94,7 @@ class Transformers:
         return self._transformers.DynamicCache(config=self._model.config)
 
     def _ids(self, prompts: np.ndarray) -> Any:
-        return self._torch.from_numpy(prompts.astype(np.int64))
+        return self._torch.from_numpy(prompts.astype(np.int64)).to(self._device)
 
 
 def _folder(source: str) -> str:

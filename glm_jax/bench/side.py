@@ -1,4 +1,4 @@
-"""What the two sides of a comparison have in common."""
+"""What the sides of a comparison have in common."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Loaded:
     Attributes:
         seconds: taken.
         weight_bytes: of the parameters.
-        peak_bytes: the most memory in use meanwhile, above that at the start; ``None`` where it is not known.
+        peak_bytes: the most host memory in use meanwhile, above that at the start; ``None`` where it is not known.
     """
 
     seconds: float

@@ -66,14 +66,18 @@ def attend_ref(
 
 def values_ref(att: Attention, parts: Parts, place: jax.Array, v_b: Tiles, *, dtype: Any) -> jax.Array:
     """See :func:`pallas_kernels.mla_decode.values`."""
+    latents = latents_ref(parts).reshape(-1, att.heads, att.latent)
+    out = jnp.einsum("mnr,nvr->mnv", latents, from_tiles(_at(v_b, place[0])), precision=_EXACT)
+    return out.reshape(out.shape[0], -1).astype(dtype)
+
+
+def latents_ref(parts: Parts) -> jax.Array:
+    """The shares of the attention put together, float32 ``[B, T * N, R]``."""
     there = _there(parts)[..., None]
     tops, totals = jnp.where(there, parts.tops, -jnp.inf), jnp.where(there, parts.totals, 0.0)
     weights = jnp.exp(tops - jnp.max(tops, axis=1, keepdims=True))
     sums = jnp.where(there[..., None], parts.sums, 0.0) * weights[..., None]
-    latents = jnp.sum(sums, axis=1) / jnp.sum(totals * weights, axis=1)[..., None]
-    latents = latents.reshape(-1, att.heads, att.latent)
-    out = jnp.einsum("mnr,nvr->mnv", latents, from_tiles(_at(v_b, place[0])), precision=_EXACT)
-    return out.reshape(out.shape[0], -1).astype(dtype)
+    return jnp.sum(sums, axis=1) / jnp.sum(totals * weights, axis=1)[..., None]
 
 
 def _in_one_piece(rows: jax.Array, pages: jax.Array | None) -> jax.Array:

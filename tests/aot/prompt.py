@@ -7,8 +7,7 @@ from jax.sharding import SingleDeviceSharding
 from glm_jax.cache import LatentCache
 from glm_jax.config import Config
 from glm_jax.ops import prompt
-from glm_jax.steps import GPU_OPTIONS
-from pallas_kernels import aot, compiling_for
+from pallas_kernels import GRAPH_OPTIONS, aot, compiling_for
 
 FLASH = Config.flash()
 
@@ -39,7 +38,7 @@ def program(argument):
     card = aot.card(argument.pop("gpu"))
     place = SingleDeviceSharding(aot.devices(card)[0])
     with compiling_for(card.target):
-        report = aot.compile_traced(traced(**argument, place=place), GPU_OPTIONS)
+        report = aot.compile_traced(traced(**argument, place=place), GRAPH_OPTIONS)
     return {
         "temp_bytes": report.temp_bytes,
         "before": [thunk.name or thunk.kind for thunk in report.launches(0)],

@@ -1,0 +1,108 @@
+"""What the commands are asked to measure."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Literal
+
+from glm_jax.errors import GlmError
+
+Peer = Literal["transformers", "reference", "unquantised"]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Common:
+    """Options of both kinds."""
+
+    model: str = "tiny"
+    """Folder (Hugging Face or converted), hub id, "tiny", or "synthetic:flash?layers=2&seed=0"."""
+    batch: str = "1"
+    """Rows, one case each: "1,8"."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of weights and activations, on all sides; bfloat16 on a GPU and float32 on a CPU unless given."""
+    quantize: str | None = None
+    """int4, int4-small, int4-experts or int8: this program's weights, quantised while loading (random codes where the
+    model is synthetic)."""
+    cache_dtype: Literal["bfloat16", "float32", "int8", "fp8"] | None = None
+    """Of this program's latent cache; that of the activations unless given."""
+    peer: tuple[Peer, ...] = ()
+    """Also time these, in turn: transformers on the same weights; "reference" is this program without hand-written
+    kernels, "unquantised" without --quantize."""
+    repeats: int = 5
+    """Times each side runs."""
+    details: bool = True
+    """On a GPU also count launches, and let JAX's profiler time each operation once."""
+    memory_fraction: float = 0.95
+    """Part of a GPU's memory that JAX may take."""
+    json: Path | None = None
+    """Write the report to this file, after every case anew."""
+    markdown: Path | None = None
+    """Write the tables to this file, likewise."""
+    out: Path | None = None
+    """Write both into this folder, named after device, kind, model and storage."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Decode(Common):
+    """Greedy tokens after a context."""
+
+    context: str = "128"
+    """Tokens in the cache, one case each: "1k,8k,32k" (k is 1,024). The cache is filled with random rows, unless a peer
+    has to read a prompt."""
+    tokens: int = 32
+    """Tokens to write."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Prefill(Common):
+    """Prompts into a new cache."""
+
+    lengths: str = "128,512"
+    """Prompt lengths, one case each: "1k,8k"."""
+
+
+def numbers(text: str, name: str) -> list[int]:
+    """Reads ``1,8k``: positive numbers with commas, k for 1,024 of them.
+
+    Raises:
+        GlmError: naming the option.
+    """
+    parts = [part.strip().lower() for part in text.split(",")]
+    if not all(re.fullmatch(r"[1-9]\d{0,8}k?", part) for part in parts):
+        raise GlmError(f"{name} must be positive numbers with commas, as in 1,8 or 1k,32k, not {text!r}")
+    return [int(part.removesuffix("k")) * (1024 if part.endswith("k") else 1) for part in parts]
+
+
+def short(number: int) -> str:
+    """A length as people write it: 8,192 as ``8k``."""
+    return f"{number // 1024}k" if number >= 1024 and number % 1024 == 0 else f"{number:,}"
+
+
+def check(options: Decode | Prefill) -> None:
+    """Refuses what is impossible before anything is loaded.
+
+    Raises:
+        GlmError: saying what.
+    """
+    counts = {"--repeats": options.repeats}
+    numbers(options.batch, "--batch")
+    if isinstance(options, Decode):
+        numbers(options.context, "--context")
+        counts["--tokens"] = options.tokens
+    else:
+        numbers(options.lengths, "--lengths")
+    for name, count in counts.items():
+        if count < 1:
+            raise GlmError(f"{name} must be at least 1, not {count}")
+    from glm_jax.quant import QuantRules
+
+    QuantRules.named(options.quantize)
+    if "unquantised" in options.peer and options.quantize is None:
+        raise GlmError("--peer unquantised compares with --quantize, which is not given")
+    for path in (options.json, options.markdown):
+        if path is not None and not path.parent.is_dir():
+            raise GlmError(f"cannot write {path}: {path.parent} is not a folder")
+    if options.out is not None and not options.out.is_dir():
+        raise GlmError(f"cannot write into {options.out}, which is not a folder")

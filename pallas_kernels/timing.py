@@ -1,0 +1,137 @@
+"""How long work on a device takes: the bandwidth of its memory, and operations in a loop that never leaves it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels._launch import GRAPH_OPTIONS
+from pallas_kernels.cases.base import Case
+
+_COPY_BYTES, _COPIES = 1 << 30, 10
+# What is read between two uses of the same weights, so that none is found in a cache: twice the largest known.
+_CACHES_BYTES = 2 * (128 << 20)
+_FEWEST_CALLS, _MOST_CALLS = 32, 128
+
+
+def copy_bandwidth(repeats: int = 5) -> float:
+    """Bytes per second, read and written, of copies of a GiB on the default device: the best of ``repeats``.
+
+    It is what kernels are compared with: how fast this memory is on this day, and not by a data sheet.
+    """
+    data = jax.block_until_ready(jnp.zeros(_COPY_BYTES // 4, jnp.uint32))
+    copy = jax.jit(jnp.copy)  # the result is another array, so there is something to copy
+    made = jax.block_until_ready(copy(data))
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        for _ in range(_COPIES):
+            made = copy(data)  # the one before is freed: there are never more than two
+        jax.block_until_ready(made)
+        best = min(best, (time.perf_counter() - started) / _COPIES)
+    return 2 * data.nbytes / best
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loop:
+    """An operation many times over, with other weights each time.
+
+    Attributes:
+        rounds: ``rounds(n)`` runs n rounds, and waits for them.
+        calls: of the operation in a round.
+        nbytes: that one call must read and write.
+    """
+
+    rounds: Callable[[int], None]
+    calls: int
+    nbytes: int
+
+
+def layers_of(case: Case) -> int:
+    """Layers to make of a case, so that the card's caches do not hold what is read again."""
+
+    def held(layers: int) -> int:
+        made = jax.eval_shape(functools.partial(case.make, layers))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made))
+
+    return int(np.clip(-(-_CACHES_BYTES // (held(2) - held(1))), 2, _MOST_CALLS))
+
+
+def loop(case: Case, given: Any, state: Any, shape: Any = None, *, layers: int) -> Loop:
+    """A case as a loop on the device.
+
+    Args:
+        case: the operation.
+        given: its arrays, of so many layers.
+        state: what it takes over; a copy is used.
+        shape: block sizes; chosen unless given.
+        layers: number of them.
+    """
+    calls = layers * -(-_FEWEST_CALLS // layers)
+    program = jax.jit(
+        rounds_program(case, shape),
+        donate_argnums=1,
+        compiler_options=GRAPH_OPTIONS if jax.default_backend() == "gpu" else None,
+    )
+    places = [jnp.full(1, call % layers, jnp.int32) for call in range(calls)]
+    held, zero = [jax.tree.map(jnp.copy, state)], jnp.zeros((), jnp.int32)
+
+    def rounds(count: int) -> None:
+        held[0], outs = program(given, held[0], places, zero, np.int32(count))
+        jax.block_until_ready(outs)
+
+    return Loop(rounds, calls, case.nbytes(given, state))
+
+
+def rounds_program(case: Case, shape: Any) -> Callable[..., Any]:
+    """``(given, state, places, zero, count)`` to the state and the last results: rounds of a call for each place.
+
+    Nothing may keep XLA from making every call, and nothing else may cost time: the activations are added ``zero`` to,
+    once a round, or calls without a state would be moved out of the loop; places are data, or equal ones would be
+    made once; and all results are kept.
+    """
+
+    def call(given: Any, moved: Any, state: Any, place: jax.Array) -> tuple[list[jax.Array], Any]:
+        out, state = case.run({**given, case.moves: moved}, state, place, shape)
+        return list({id(x): x for x in jax.tree.leaves(out)}.values()), state
+
+    def run(given: Any, state: Any, places: list[jax.Array], zero: jax.Array, count: jax.Array) -> Any:
+        made = jax.eval_shape(lambda place: call(given, given[case.moves], state, place)[0], places[0])
+        nothing = [[jnp.zeros(x.shape, x.dtype) for x in made] for _ in places]
+
+        def one(_: jax.Array, carry: Any) -> Any:
+            moved, state, outs = carry
+            outs = []
+            for place in places:
+                out, state = call(given, moved, state, place)
+                outs.append(out)
+            moved = jax.tree.map(lambda x: x + zero.astype(x.dtype), moved)
+            return moved, state, outs
+
+        _, state, outs = jax.lax.fori_loop(0, count, one, (given[case.moves], state, nothing))
+        return state, outs
+
+    return run
+
+
+def seconds_per_call(work: Loop, *, repeats: int = 7, least: float = 0.02) -> float:
+    """Median of some runs, each of at least so many seconds."""
+    work.rounds(1)
+    started = time.perf_counter()
+    work.rounds(1)
+    once = max(time.perf_counter() - started, 1e-6)
+    count = int(np.clip(least / once, 1, 100_000))
+    taken = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work.rounds(count)
+        taken.append((time.perf_counter() - started) / count)
+    return statistics.median(taken) / work.calls

@@ -1,0 +1,20 @@
+"""The loop that operations are timed in: nothing runs between its calls, and none of them is left out."""
+
+import pytest
+
+from pallas_kernels import aot
+from tests.aot.loops import CALLS
+
+pytestmark = pytest.mark.aot
+
+
+def test_a_round_is_its_calls_and_little_else():
+    made = aot.in_child("tests.aot.loops:launches", {"gpu": "h200"})
+    assert {name.split("/")[0] for name in made} >= {"linear", "queries", "attend", "values", "gate_up", "down"}
+    for name, found in made.items():
+        kernels = dict(found["kernels"])
+        (mine,) = [kernel for kernel in kernels if kernel.endswith("_kernel")]
+        assert kernels.pop(mine) == CALLS, name
+        assert sum(kernels.values()) <= 4, (name, kernels)  # the counter, and activations that move
+        assert not [kernel for kernel in kernels if "opy" in kernel], (name, kernels)
+        assert (found["graphs"], found["outside"]) == (1, 0), name

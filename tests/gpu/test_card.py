@@ -1,0 +1,93 @@
+"""What only a card can show: outputs in the place of inputs, large shared memory, launches of the whole loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from glm_jax import aot
+from glm_jax.bench.ours import Ours
+from glm_jax.model import GLM
+from pallas_kernels import noise
+from pallas_kernels._launch import recording
+from pallas_kernels.cases import Sweep, cases, difference
+from pallas_kernels.mla_decode import Cache
+
+pytestmark = pytest.mark.gpu
+ONE = jnp.ones(1, jnp.int32)
+ROWS, LAYERS = 8, 3
+
+
+def only(op, **sweep):
+    (case,) = cases(Sweep(rows=(ROWS,), **sweep), [op])
+    return case, *jax.jit(case.make, static_argnums=0)(LAYERS)
+
+
+def test_the_cache_is_written_in_place_and_nowhere_else():
+    case, given, state = only("queries", kinds=("int4",))
+    shape = state["cache"].codes.shape
+    before = jax.jit(lambda: noise.cached_rows(shape, "bfloat16", 9)[0])()
+    copy, address = np.asarray(before), before.unsafe_buffer_pointer()
+    run = jax.jit(lambda g, s, p: case.run(g, s, p, None), donate_argnums=1)
+    _, after = run(given, {"cache": Cache(before)}, ONE)
+    assert before.is_deleted()
+    assert after["cache"].codes.unsafe_buffer_pointer() == address
+    changed = np.any(np.asarray(after["cache"].codes) != copy, axis=-1)
+    expected = np.zeros_like(changed)
+    expected[1, np.arange(ROWS), np.asarray(given["positions"])] = True
+    np.testing.assert_array_equal(changed, expected)
+
+
+@pytest.mark.parametrize("op", ["linear", "down"])
+def test_counters_are_left_at_zero_in_their_place(op):
+    match = {"linear": "/o/", "down": ""}[op]
+    (case,) = cases(Sweep(rows=(1,), kinds=("int4",)), [op], match)
+    given, state = jax.jit(case.make, static_argnums=0)(LAYERS)
+    address = state["counters"].unsafe_buffer_pointer()
+    run = jax.jit(lambda g, s, p: case.run(g, s, p, None)[1], donate_argnums=1)
+    for _ in range(3):
+        state = run(given, state, ONE)
+        assert state["counters"].unsafe_buffer_pointer() == address
+        assert not np.any(state["counters"])
+
+
+def test_a_kernel_with_more_shared_memory_than_a_program_has_without_asking():
+    case, given, state = only("attend", contexts=(1000,), caches=("bfloat16",))
+    with recording() as kernels:
+        found = jax.jit(lambda g, s, p: case.view(g, *case.run(g, s, p, None), p))(given, state, ONE)
+    assert max(kernel.shared_memory for kernel in kernels) > 48 * 1024
+    expected = case.view(given, *case.reference(given, state, ONE), ONE)
+    assert max(difference(found, expected)) <= case.tolerance(jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def three_layers():
+    """A dense layer and two of experts have every kernel; full width, by kernels."""
+    return Ours("synthetic:flash?layers=3&seed=0", "bfloat16", "int4", kernels="triton")
+
+
+def test_the_whole_loop_is_one_graph_of_eight_kernels_for_a_layer(three_layers):
+    ours = three_layers
+    state, place = ours.filled(1, 1024, 16), SingleDeviceSharding(jax.devices()[0])
+    made = aot.loop(GLM(ours.cfg), ours.params, state, place)
+    kernels, experts = made["kernels"], ours.cfg.num_hidden_layers - 1
+    assert kernels["queries_kernel"] == kernels["attend_kernel"] == kernels["values_kernel"] == experts + 1
+    assert kernels["gate_up_kernel"] == experts + 1
+    assert kernels["down_kernel"] == experts
+    assert kernels["linear_kernel"] <= 3 * experts + 3 + 1  # and the dense layer's three, and the head
+    assert made["launches_per_token"] <= 8 * (experts + 1) + 32  # embedding, final norm, head, sampling
+    assert (made["graph_pieces"], made["launches_outside_graphs"]) == (1, 0)
+    assert (made["copies_per_token"], made["collectives"]) == (0, [])
+    assert made["alias_bytes"] >= made["cache_bytes"]
+    assert made["temp_bytes"] < 64e6
+
+
+def test_the_loop_takes_the_cache_over(three_layers):
+    ours = three_layers
+    state = ours.filled(1, 1024, 16)
+    address = state.cache.data.unsafe_buffer_pointer()
+    _, first = ours.decode(state, 16)
+    assert ours.cache_of(state).data.unsafe_buffer_pointer() == address
+    _, second = ours.decode(state, 16)
+    np.testing.assert_array_equal(first, second)
