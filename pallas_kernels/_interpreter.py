@@ -135,8 +135,9 @@ def only(programs: Programs) -> Iterator[None]:
 @contextlib.contextmanager
 def _cut(grid: tuple[int, ...], programs: Programs) -> Iterator[tuple[int, ...]]:
     """A grid of so many programs, each of which takes itself for one of the whole grid."""
-    from triton.runtime.interpreter import interpreter_builder as builder
+    from triton.runtime.interpreter import interpreter_builder
 
+    builder: Any = interpreter_builder
     set_idx, set_dim = builder.set_grid_idx, builder.set_grid_dim
     whole = (*grid, 1, 1)[:3]
     builder.set_grid_idx = lambda x, *_: set_idx(*(*programs[x], 0, 0)[:3])

@@ -122,12 +122,12 @@ def _down(sweep: Sweep, kind: Kind, rows: int) -> Case:
     names = ("weight", "shared", "residual", "next_norm")
 
     def run(given: Arrays, state: Arrays, place: jax.Array, shape: Any) -> tuple[Made, Arrays]:
-        rest, options = map(given.get, names), {"shape": shape} if shape else {}
-        made, counters = down(routed, given["h"], given["plan"], place, *rest, state["counters"], **options)
+        rest, options = [*(given[name] for name in names), state["counters"]], {"shape": shape} if shape else {}
+        made, counters = down(routed, given["h"], given["plan"], place, *rest, **options)
         return made, {"counters": counters}
 
     def reference(given: Arrays, state: Arrays, place: jax.Array) -> tuple[Made, Arrays]:
-        rest = map(given.get, ("logits", "bias", *names))
+        rest = [given[name] for name in ("logits", "bias", *names)]
         return down_ref(routed, given["h"], place, *rest), state
 
     def nbytes(given: Arrays, state: Arrays) -> int:
