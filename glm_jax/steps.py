@@ -79,7 +79,7 @@ def prefill_chunk(
     params: Params,
     cache: LatentCache,
     logits: jax.Array,
-    tokens: jax.Array,
+    tokens: jax.Array | np.ndarray,
     start: jax.Array | np.int32,
     lengths: jax.Array | np.ndarray,
 ) -> tuple[LatentCache, jax.Array]:
