@@ -100,7 +100,17 @@ def _differences(run: dict[str, Any]) -> str | None:
 def hidden(
     cfg: Config, body: dict[str, Any], tokens: jax.Array, positions: jax.Array, cache: LatentCache
 ) -> tuple[jax.Array, LatentCache]:
-    """States after the final norm, and the cache with the new tokens in it.
+    """States after the final norm ``[B, T, D]`` in the dtype of the embedding, and the cache; see :func:`states`."""
+    made, cache = states(cfg, body, tokens, positions, cache)
+    factor = jax.lax.rsqrt(jnp.sum(made.squares, axis=-1, keepdims=True) / made.h.shape[-1] + cfg.rms_norm_eps)
+    normed = (made.scaled.astype(jnp.float32) * factor).astype(made.scaled.dtype)
+    return normed.reshape(*tokens.shape, -1), cache
+
+
+def states(
+    cfg: Config, body: dict[str, Any], tokens: jax.Array, positions: jax.Array, cache: LatentCache
+) -> tuple[Stream, LatentCache]:
+    """What the layers leave, and the cache with the new tokens in it.
 
     Args:
         cfg: the model.
@@ -110,7 +120,7 @@ def hidden(
         cache: of all layers.
 
     Returns:
-        ``[B, T, D]`` in the dtype of the embedding, and the cache.
+        The stream, of B times T tokens, with the final norm as the one that comes next; and the cache.
     """
     embedded = embed(body["embed"], tokens.reshape(-1))
     dtype, h = embedded.dtype, embedded.astype(jnp.float32)
@@ -127,10 +137,7 @@ def hidden(
     shared = _Shared(cfg, flat, table, norms)
     for run, weights in zip(cfg.runs, _runs(cfg, body), strict=True):
         stream = _run(shared, run, weights, stream)
-    factor = jax.lax.rsqrt(jnp.sum(stream.squares, axis=-1, keepdims=True) / h.shape[-1] + cfg.rms_norm_eps)
-    states = (stream.scaled.astype(jnp.float32) * factor).astype(dtype)
-    kept = dataclasses.replace(cache, data=stream.cache.codes, scales=stream.cache.scales)
-    return states.reshape(*tokens.shape, -1), kept
+    return stream, dataclasses.replace(cache, data=stream.cache.codes, scales=stream.cache.scales)
 
 
 class _Shared(NamedTuple):
