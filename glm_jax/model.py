@@ -29,6 +29,9 @@ from glm_jax.ops.linear import embed, linear
 from glm_jax.ops.mla import Form
 from glm_jax.ops.norm import rms_norm
 from glm_jax.params import ParamSpec, leaves, map_specs, param_specs
+from glm_jax.quant import TiledWeight
+from glm_jax.sampling import SampleResult, SamplerState, sample
+from glm_jax.sampling.kernels import sample_states
 from glm_jax.sharding import Rules
 from glm_jax.storage import leaf_specs
 from glm_jax.tiling import has_tiles, local_part, local_tree
@@ -112,6 +115,30 @@ class GLM(nn.Module):
         """Logits float32 ``[B, T, V]`` of final-norm states ``[B, T, D]``."""
         weights = self.weights.get("head", self.weights["embed"])
         return self._head(hidden, weights)
+
+    def draw(
+        self, tokens: jax.Array, positions: jax.Array, cache: LatentCache, sampler: SamplerState
+    ) -> tuple[SampleResult, LatentCache]:
+        """The tokens after these, as a decode step draws them; by kernels, where those run the model and its head.
+
+        Args:
+            tokens: int32 ``[B, 1]``, the newest of each row.
+            positions: int32 ``[B, 1]``, theirs; the drawn tokens will have the next ones.
+            cache: latents of earlier tokens.
+            sampler: options and history of the rows.
+
+        Returns:
+            What was drawn, and the cache with ``tokens`` in it.
+        """
+        body = {name: self.weights[name] for name in ("embed", "runs", "norm")}
+        head = self.weights.get("head")
+        one = isinstance(head, TiledWeight) and not self.rules.mesh_axes
+        if not one or not _Local(self.cfg, self.rules, "auto").by_kernels(body, tokens):
+            logits, after = self(tokens, positions, cache)
+            return sample(logits[:, 0], sampler, positions[:, 0] + 1), after
+        _check_cache(self.cfg, cache, tokens.shape[0], layers=self.cfg.num_hidden_layers)
+        made, cache = fused.states(self.cfg, body, tokens, positions, cache)
+        return sample_states(made, head, sampler, positions[:, 0], eps=self.cfg.rms_norm_eps), cache
 
     def draft(
         self,
@@ -199,7 +226,7 @@ class _Local:
     ) -> tuple[tuple[jax.Array, dict[str, Any]], Any]:
         tokens, positions = inputs
         w = local_tree(w)
-        if cache is not None and self._by_kernels(w, tokens):
+        if cache is not None and self.by_kernels(w, tokens):
             h, cache = fused.hidden(self.cfg, w, tokens, positions, cache, self.rules)
             return (h, {}), cache
         ctx = Context(self.cfg, self.rules, positions, self.form, Taps(frozenset(self.trace), self.edit))
@@ -210,7 +237,7 @@ class _Local:
         h = ctx.taps("norm", rms_norm(h, w["norm"], self.cfg.rms_norm_eps))
         return (h, ctx.taps.recorded), cache
 
-    def _by_kernels(self, w: dict[str, Any], tokens: jax.Array) -> bool:
+    def by_kernels(self, w: dict[str, Any], tokens: jax.Array) -> bool:
         """Whether the fused kernels do this call; they have one form, and no named activations."""
         plain = not (self.trace or self.edit) and self.form == "auto"
         few = tokens.size <= fused.MOST_TOKENS and tokens.shape[1] <= fused.MOST_PER_ROW

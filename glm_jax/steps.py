@@ -258,9 +258,9 @@ def decode_program(
 
     def one(carry: tuple[jax.Array, DecodeState, Written]) -> tuple[jax.Array, DecodeState, Written]:
         step, state, buffer = carry
-        logits, cache = _apply(model, params, state.tokens[:, None], state.positions[:, None], state.cache)
+        newest = (state.tokens[:, None], state.positions[:, None])
+        result, cache = _apply(model, params, *newest, state.cache, state.sampler, method="draw")
         positions = jnp.where(state.done, state.positions, state.positions + 1)
-        result = sample(logits[:, 0], state.sampler, positions)
         state = dataclasses.replace(state, cache=cache, positions=positions)
         state, written = _record(state, result)
         return step + 1, state, jax.tree.map(lambda all_, new: all_.at[:, step].set(new), buffer, written)

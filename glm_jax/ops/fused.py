@@ -110,7 +110,22 @@ def hidden(
     cache: LatentCache,
     rules: Rules = Rules(),
 ) -> tuple[jax.Array, LatentCache]:
-    """States after the final norm, and the cache with the new tokens in it.
+    """States after the final norm ``[B, T, D]`` in the dtype of the embedding, and the cache; see :func:`states`."""
+    made, cache = states(cfg, body, tokens, positions, cache, rules)
+    factor = jax.lax.rsqrt(jnp.sum(made.squares, axis=-1, keepdims=True) / made.h.shape[-1] + cfg.rms_norm_eps)
+    normed = (made.scaled.astype(jnp.float32) * factor).astype(made.scaled.dtype)
+    return normed.reshape(*tokens.shape, -1), cache
+
+
+def states(
+    cfg: Config,
+    body: dict[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: LatentCache,
+    rules: Rules = Rules(),
+) -> tuple[Stream, LatentCache]:
+    """What the layers leave, and the cache with the new tokens in it.
 
     Args:
         cfg: the model.
@@ -121,7 +136,7 @@ def hidden(
         rules: mesh axis of each logical axis: heads, widths and vocabulary may be split.
 
     Returns:
-        ``[B, T, D]`` in the dtype of the embedding, and the cache.
+        The stream, of B times T tokens, with the final norm as the one that comes next; and the cache.
     """
     first = rules.index("vocab") * body["embed"].shape[0]
     embedded = rules.psum(embed(body["embed"], tokens.reshape(-1), first), "vocab")
@@ -139,10 +154,7 @@ def hidden(
     shared = _Shared(cfg, rules, flat, table, norms)
     for run, weights in zip(cfg.runs, _runs(cfg, body), strict=True):
         stream = _run(shared, run, weights, stream)
-    factor = jax.lax.rsqrt(jnp.sum(stream.squares, axis=-1, keepdims=True) / h.shape[-1] + cfg.rms_norm_eps)
-    states = (stream.scaled.astype(jnp.float32) * factor).astype(dtype)
-    kept = dataclasses.replace(cache, data=stream.cache.codes, scales=stream.cache.scales)
-    return states.reshape(*tokens.shape, -1), kept
+    return stream, dataclasses.replace(cache, data=stream.cache.codes, scales=stream.cache.scales)
 
 
 class _Shared(NamedTuple):

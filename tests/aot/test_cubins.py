@@ -16,6 +16,7 @@ from glm_jax.cache import LatentCache
 from glm_jax.config import Config
 from glm_jax.model import GLM
 from glm_jax.quant import PRESETS
+from glm_jax.sampling import SamplerState, SamplingParams
 from glm_jax.storage import abstract_params, plan_storage
 from glm_jax.tiling import tiled_tree
 from pallas_kernels import compiling_for
@@ -24,6 +25,7 @@ from pallas_kernels.aot import cards
 from tests.aot import prompt
 
 pytestmark = pytest.mark.aot
+SAMPLER = {"survey_kernel", "narrow_kernel", "draw_kernel"}  # what looks at logits multiplies no matrices
 BY_ARCHITECTURE = {89: "rtx6000-ada", 90: "h200", 100: "b200", 120: "rtxpro6000"}
 
 
@@ -68,7 +70,16 @@ def kernels(card, preset, batch, cache_dtype):
     cache = jax.eval_shape(lambda: LatentCache.create(cfg, batch, 8192, cache_dtype))
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
     with compiling_for(cards()[card].target), recording() as made:
-        jax.eval_shape(lambda p, t, at, c: GLM(cfg).apply({"params": p}, t, at, c), tiled, tokens, tokens, cache)
+        for options in ({"temperature": 0}, {"top_p": 1}, {"top_p": 0.9, "logprobs": 0}):
+            rows = SamplerState.create(
+                [SamplingParams(**options)] * batch,
+                [0] * batch,
+                [()] * batch,
+                vocab_size=cfg.vocab_size,
+                valid_vocab=154_856,
+            )
+            step = functools.partial(GLM(cfg).apply, method="draw")
+            jax.eval_shape(lambda p, *given, step=step: step({"params": p}, *given), tiled, tokens, tokens, cache, rows)
     return {(kernel.name, kernel.ptx): kernel for kernel in made}
 
 
@@ -87,7 +98,8 @@ def test_kernels_of_a_step(architecture, preset, batch, cache):
         "values_kernel",
         "gate_up_kernel",
         "down_kernel",
-    } | ({"plan_kernel"} if batch > 8 else set())
+        "head_kernel",
+    } | SAMPLER | ({"plan_kernel"} if batch > 8 else set())
     limit = cards()[BY_ARCHITECTURE[architecture]].shared_memory_per_block
     for (name, _), kernel in found.items():
         facts = Facts.of(kernel.cubin)
@@ -95,6 +107,10 @@ def test_kernels_of_a_step(architecture, preset, batch, cache):
         assert facts.count(r"(LDL|STL)\b") == 0, name
         assert kernel.shared_memory <= limit
         assert facts.registers * 32 * kernel.num_warps <= 65536
+        if name in SAMPLER:
+            assert facts.count(r"LDG\S*\.128"), f"{name} loads nothing 16 bytes at a time"
+            assert name != "narrow_kernel" or facts.count("RED"), "sums that nobody waits for"
+            continue
         if name == "plan_kernel":  # sorts; it multiplies nothing
             continue
         assert facts.count("HMMA") + facts.count("HGMMA") + facts.count("UTC.*MMA"), f"{name} has no tensor instruction"

@@ -13,6 +13,7 @@ from glm_jax.model import GLM
 from glm_jax.ops import fused
 from glm_jax.params import init_params, leaves, map_specs, param_specs
 from glm_jax.quant import TiledWeight
+from glm_jax.sampling import SamplerState, SamplingParams, sample
 from glm_jax.sharding import Rules, make_mesh, preset
 from glm_jax.tiling import Placement, has_tiles, tiled_tree, untiled_tree
 from pallas_kernels import _launch
@@ -119,12 +120,48 @@ def test_the_miniature(miniature, quantize, cache):
     assert int(jnp.argmax(first)) == int(jnp.argmax(second))
 
 
-def test_generate(miniature):
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0},
+        pytest.param({"temperature": 0.9, "top_p": 1, "seed": 3}, marks=pytest.mark.soak),
+        pytest.param({"temperature": 1.2, "top_p": 0.9, "seed": 4}, marks=pytest.mark.soak),
+    ],
+    ids=str,
+)
+def test_generate(miniature, sampling):
     """The whole way: prefill, the loop, the sampler."""
     kernels = glm_jax.LLM.load("tiny", dtype="float32", kernels="triton")
-    options = {"max_tokens": 2, "temperature": 0}
+    options = {"max_tokens": 2, **sampling}
     prompt = miniature.tokenizer.encode("def fib(n):\n    if n <")[:9]  # longer than what the kernels take at once
     assert kernels.generate(prompt, **options).token_ids == miniature.generate(prompt, **options).token_ids
+
+
+@pytest.mark.parametrize(
+    ("sampling", "changes"),
+    [
+        ({"temperature": 0}, {}),
+        ({"temperature": 0.9, "top_p": 1}, {}),
+        ({"temperature": 1.2, "top_p": 0.9}, {}),
+        ({"temperature": 0.9, "top_p": 1}, {"qk_nope_head_dim": 40}),  # the layers go by the reference, and so the draw
+    ],
+    ids=str,
+)
+def test_a_step_draws_what_the_sampler_draws_from_its_logits(sampling, changes):
+    cfg = small(num_hidden_layers=1, mlp_layer_types=("dense",), **changes)
+    params = init_params(cfg, 0, "float32")
+    tiled = tiled_tree(params)
+    assert (fused.obstacle(cfg, tiled) is None) == (not changes)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (BATCH, 1)), jnp.int32)
+    positions, cache = jnp.asarray([[0], [3]], jnp.int32), LatentCache.create(cfg, BATCH, 32, "float32")
+    options = SamplingParams(**sampling)
+    rows = SamplerState.create([options] * BATCH, [5, 6], [(0,)] * BATCH, vocab_size=96, valid_vocab=90)
+    logits, expected = GLM(cfg).apply({"params": params}, tokens, positions, cache)
+    run = jax.jit(lambda *given: GLM(cfg).apply({"params": tiled}, *given, rows, method="draw"))
+    found, after = run(tokens, positions, cache)
+    assert found.tokens.tolist() == sample(logits[:, 0], rows, positions[:, 0] + 1).tokens.tolist()
+    assert found.ok.all()
+    assert_close(after.data, expected.data, 5e-6)
 
 
 def test_parameters_come_out_of_their_tiles():
