@@ -44,6 +44,11 @@ def target() -> Target | None:
     return _CHOSEN.get() or _present()
 
 
+def chosen() -> bool:
+    """Whether the target was chosen by :func:`compiling_for`, and need not be here."""
+    return _CHOSEN.get() is not None
+
+
 @contextlib.contextmanager
 def compiling_for(chosen: Target) -> Iterator[None]:
     """Traces for a GPU that need not be here. Functions that were traced before keep the kernels of their time."""

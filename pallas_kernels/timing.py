@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from pallas_kernels.cases.base import Case
 _COPY_BYTES, _COPIES = 1 << 30, 10
 # What is read between two uses of the same weights, so that none is found in a cache: twice the largest known.
 _CACHES_BYTES = 2 * (128 << 20)
-_FEWEST_CALLS, _MOST_CALLS = 32, 128
+_FEWEST_CALLS, _MOST_CALLS, _MOST_BYTES = 32, 128, 6 << 30
 
 
 def copy_bandwidth(repeats: int = 5) -> float:
@@ -29,13 +29,13 @@ def copy_bandwidth(repeats: int = 5) -> float:
     """
     data = jax.block_until_ready(jnp.zeros(_COPY_BYTES // 4, jnp.uint32))
     copy = jax.jit(jnp.copy)  # the result is another array, so there is something to copy
-    made = jax.block_until_ready(copy(data))
+    latest = jax.block_until_ready(copy(data))
     best = float("inf")
     for _ in range(repeats):
         started = time.perf_counter()
         for _ in range(_COPIES):
-            made = copy(data)  # the one before is freed: there are never more than two
-        jax.block_until_ready(made)
+            latest = copy(data)  # the one before is freed: there are never more than two
+        jax.block_until_ready(latest)
         best = min(best, (time.perf_counter() - started) / _COPIES)
     return 2 * data.nbytes / best
 
@@ -47,48 +47,63 @@ class Loop:
     Attributes:
         rounds: ``rounds(n)`` runs n rounds, and waits for them.
         calls: of the operation in a round.
-        nbytes: that one call must read and write.
     """
 
     rounds: Callable[[int], None]
     calls: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Made:
+    """The arrays of a case, in enough layers that the card's caches do not hold what is read again.
+
+    Attributes:
+        case: the operation.
+        given: what it reads.
+        state: what it takes over.
+        layers: their number.
+        nbytes: that one call must read and write.
+    """
+
+    case: Case
+    given: Any
+    state: Any
+    layers: int
     nbytes: int
 
 
-def layers_of(case: Case) -> int:
-    """Layers to make of a case, so that the card's caches do not hold what is read again."""
+def made(case: Case) -> Made:
+    """Makes the arrays of a case on the default device."""
+    make = jax.jit(case.make, static_argnums=0)
+    given, state = make(1)
+    nbytes, held = case.nbytes(given, state), sum(x.nbytes for x in jax.tree.leaves((given, state)))
+    most = max(2, min(_MOST_CALLS, _MOST_BYTES // held))
+    layers = int(np.clip(-(-_CACHES_BYTES // nbytes), 2, most))
+    given, state = make(layers)
+    return Made(case, given, state, layers, nbytes)
 
-    def held(layers: int) -> int:
-        made = jax.eval_shape(functools.partial(case.make, layers))
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made))
 
-    return int(np.clip(-(-_CACHES_BYTES // (held(2) - held(1))), 2, _MOST_CALLS))
-
-
-def loop(case: Case, given: Any, state: Any, shape: Any = None, *, layers: int) -> Loop:
-    """A case as a loop on the device.
+def loop(arrays: Made, shape: Any = None) -> Loop:
+    """A case as a loop on the device; its state is copied.
 
     Args:
-        case: the operation.
-        given: its arrays, of so many layers.
-        state: what it takes over; a copy is used.
+        arrays: of the case.
         shape: block sizes; chosen unless given.
-        layers: number of them.
     """
-    calls = layers * -(-_FEWEST_CALLS // layers)
+    calls = arrays.layers * -(-_FEWEST_CALLS // arrays.layers)
     program = jax.jit(
-        rounds_program(case, shape),
+        rounds_program(arrays.case, shape),
         donate_argnums=1,
         compiler_options=GRAPH_OPTIONS if jax.default_backend() == "gpu" else None,
     )
-    places = [jnp.full(1, call % layers, jnp.int32) for call in range(calls)]
-    held, zero = [jax.tree.map(jnp.copy, state)], jnp.zeros((), jnp.int32)
+    places = [jnp.full(1, call % arrays.layers, jnp.int32) for call in range(calls)]
+    held, zero = [jax.tree.map(jnp.copy, arrays.state)], jnp.zeros((), jnp.int32)
 
     def rounds(count: int) -> None:
-        held[0], outs = program(given, held[0], places, zero, np.int32(count))
+        held[0], outs = program(arrays.given, held[0], places, zero, np.int32(count))
         jax.block_until_ready(outs)
 
-    return Loop(rounds, calls, case.nbytes(given, state))
+    return Loop(rounds, calls)
 
 
 def rounds_program(case: Case, shape: Any) -> Callable[..., Any]:
@@ -128,7 +143,7 @@ def seconds_per_call(work: Loop, *, repeats: int = 7, least: float = 0.02) -> fl
     started = time.perf_counter()
     work.rounds(1)
     once = max(time.perf_counter() - started, 1e-6)
-    count = int(np.clip(least / once, 1, 100_000))
+    count = min(max(1, math.ceil(least / once)), 100_000)
     taken = []
     for _ in range(repeats):
         started = time.perf_counter()

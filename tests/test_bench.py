@@ -14,7 +14,7 @@ from glm_jax.bench.__main__ import main
 from glm_jax.bench.machine import PeakMemory, resident
 from glm_jax.bench.measure import compare, of_decoding, spread
 from glm_jax.bench.operations import operations
-from glm_jax.bench.options import Decode, check, numbers, short
+from glm_jax.bench.options import Decode, check, numbers
 from glm_jax.bench.ours import Ours, active_bytes
 from glm_jax.bench.report import markdown
 from glm_jax.bench.short import sets
@@ -27,6 +27,7 @@ from glm_jax.params import leaves
 from glm_jax.quant import PRESETS, QuantizedTensor, TiledWeight
 from glm_jax.storage import quantised_bytes
 from pallas_kernels import LaunchError
+from pallas_kernels.report import short
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERTS = [("moe", name) for name in ("gate", "up", "down")]
@@ -121,7 +122,7 @@ def test_several_peers_are_asked_for_one_by_one(monkeypatch):
     monkeypatch.setattr("glm_jax.bench.run.measure", lambda options: asked.append(options) or 0)
     assert main(["decode", "--peer", "reference", "--peer", "transformers", "--context", "1k,128k"]) == 0
     assert asked[0].peer == ("reference", "transformers")
-    assert numbers(asked[0].context, "--context") == [1024, 131_072]
+    assert numbers(asked[0].context, "--context") == (1024, 131_072)
 
 
 @pytest.mark.parametrize("command", [["--help"], ["decode", "--help"], ["prefill", "--help"]])
@@ -133,7 +134,7 @@ def test_help(command, capsys):
 
 
 def test_lengths_are_read_and_written_as_people_do():
-    assert numbers(" 1,8K , 200k", "--x") == [1, 8192, 204_800]
+    assert numbers(" 1,8K , 200k", "--x") == (1, 8192, 204_800)
     assert [short(n) for n in (1, 1000, 1024, 8192, 131_072)] == ["1", "1,000", "1k", "8k", "128k"]
     for wrong in ("", "0", "-1", "1.5k", "k", "1,,2", "1kk"):
         with pytest.raises(GlmError, match="--x must be positive numbers"):

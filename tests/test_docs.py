@@ -96,7 +96,9 @@ def parse(module: str, arguments: list[str]) -> None:
     """As the command does: by its class of options, or one for each of its own commands."""
     package = importlib.import_module(module)
     home = importlib.import_module(f"{module}.__main__") if hasattr(package, "__path__") else package
-    if hasattr(home, "COMMANDS"):
+    if hasattr(home, "parser"):
+        home.parser().parse_args(arguments)
+    elif hasattr(home, "COMMANDS"):
         tyro.extras.subcommand_cli_from_dict(home.COMMANDS, args=arguments)
     else:
         tyro.cli(home.Options, args=arguments)
@@ -108,7 +110,7 @@ def test_commands_parse(line):
     parse(module, arguments)
 
 
-@pytest.mark.parametrize("command", [["glm_jax.generate"], ["glm_jax.bench", "decode"]])
+@pytest.mark.parametrize("command", [["glm_jax.generate"], ["glm_jax.bench", "decode"], ["pallas_kernels.bench"]])
 def test_the_command_test_refuses_what_is_not_there(command):
     with pytest.raises(SystemExit):
         parse(command[0], [*command[1:], "--no-such-flag"])

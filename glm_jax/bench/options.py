@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Literal
 
 from glm_jax.errors import GlmError
+from pallas_kernels.report import sizes
 
 Peer = Literal["transformers", "reference", "unquantised"]
 
@@ -63,21 +63,16 @@ class Prefill(Common):
     """Prompt lengths, one case each: "1k,8k"."""
 
 
-def numbers(text: str, name: str) -> list[int]:
+def numbers(text: str, name: str) -> tuple[int, ...]:
     """Reads ``1,8k``: positive numbers with commas, k for 1,024 of them.
 
     Raises:
         GlmError: naming the option.
     """
-    parts = [part.strip().lower() for part in text.split(",")]
-    if not all(re.fullmatch(r"[1-9]\d{0,8}k?", part) for part in parts):
-        raise GlmError(f"{name} must be positive numbers with commas, as in 1,8 or 1k,32k, not {text!r}")
-    return [int(part.removesuffix("k")) * (1024 if part.endswith("k") else 1) for part in parts]
-
-
-def short(number: int) -> str:
-    """A length as people write it: 8,192 as ``8k``."""
-    return f"{number // 1024}k" if number >= 1024 and number % 1024 == 0 else f"{number:,}"
+    try:
+        return sizes(text)
+    except ValueError as error:
+        raise GlmError(f"{name} must be {error}") from None
 
 
 def check(options: Decode | Prefill) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from glm_jax.bench.options import short
+from pallas_kernels import report as reports
+from pallas_kernels.report import short
 
 Report = dict[str, Any]
 _MOST_OPERATIONS = 12
@@ -61,9 +62,7 @@ def table(report: Report) -> str:
     for peer in peers:
         columns += [f"{peer}: {'ms per token' if decoding else 'ms'}", "times as long", "same tokens"]
     columns += ["compile s"]
-    rows = [_row(report, result, len(columns)) for result in report["results"]]
-    lines = [columns, ["---:"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return reports.table(columns, [_row(report, result, len(columns)) for result in report["results"]])
 
 
 def _row(report: Report, result: Report, width: int) -> list[str]:
@@ -123,9 +122,8 @@ def _operations(report: Report) -> list[str]:
             [row["name"], f"{row['count']:,.1f}", f"{row['us']:,.1f}", f"{row['us'] / ran['us']:.0%}"]
             for row in ran["operations"][:_MOST_OPERATIONS]
         ]
-        lines = [["operation", "times", "µs", "share"], ["---", "---:", "---:", "---:"], *rows]
         of = "a step" if report["kind"] == "decode" else "all prompts"
         where = f"Batch {result['batch']:,}, {short(length)} tokens"
         title = f"{where}: {ran['us']:,.0f} µs of the device for {of}, by JAX's profiler"
-        found.append(title + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        found.append(f"{title}\n\n{reports.table(['operation', 'times', 'µs', 'share'], rows, words=1)}")
     return found

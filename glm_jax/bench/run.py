@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ import jax
 from glm_jax.bench import machine
 from glm_jax.bench.measure import compare, of_decoding, of_prompts, prompts
 from glm_jax.bench.operations import profiled
-from glm_jax.bench.options import Decode, Prefill, check, numbers, short
+from glm_jax.bench.options import Decode, Prefill, check, numbers
 from glm_jax.bench.ours import Ours, has_kernels, slots
 from glm_jax.bench.peer import Transformers
 from glm_jax.bench.report import markdown
@@ -28,6 +27,8 @@ from glm_jax.memory.sizes import workspace
 from glm_jax.steps import bucket
 from pallas_kernels import LaunchError
 from pallas_kernels.machine import describe, slug
+from pallas_kernels.report import short
+from pallas_kernels.report import write as write_file
 
 Report = dict[str, Any]
 
@@ -84,17 +85,14 @@ def run(options: Decode | Prefill) -> Report:
 
 def write(report: Report, options: Decode | Prefill) -> None:
     """Writes the report where the options say."""
-    text, tables = json.dumps(report, indent=1) + "\n", markdown(report)
-    targets = {options.json: text, options.markdown: tables}
+    tables = markdown(report)
+    targets = {options.json: report, options.markdown: tables}
     if options.out is not None:
         name = file_name(report)
-        targets |= {options.out / f"{name}.json": text, options.out / f"{name}.md": tables}
+        targets |= {options.out / f"{name}.json": report, options.out / f"{name}.md": tables}
     for path, content in targets.items():
         if path is not None:
-            # Never half a file, whenever the run is stopped.
-            made = path.with_name(f".{path.name}.new")
-            made.write_text(content, encoding="utf-8")
-            os.replace(made, path)
+            write_file(path, content)
 
 
 def file_name(report: Report) -> str:

@@ -1,0 +1,1 @@
+"""The smallest kernel, which is launched to see whether kernels can be."""

@@ -1,0 +1,13 @@
+"""A kernel that adds one."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_one_kernel(x, out, N: tl.constexpr):
+    """``out = x + 1``; one program."""
+    n = tl.arange(0, N)
+    tl.store(out + n, tl.load(x + n) + 1.0)
