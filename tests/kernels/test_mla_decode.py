@@ -45,7 +45,10 @@ def positions_of(rng, batch, tokens, slots):
 
 
 @pytest.mark.parametrize("kind", CODES)
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 1), (2, 3), (17, 1)])
+@pytest.mark.parametrize(
+    ("batch", "tokens"),
+    [(1, 1), pytest.param(3, 1, marks=pytest.mark.soak), (2, 3), pytest.param(17, 1, marks=pytest.mark.soak)],
+)
 def test_attention_and_values(kind, batch, tokens):
     rng = np.random.default_rng([batch, tokens])
     att, slots = sizes(), 96
@@ -180,7 +183,16 @@ def in_one_piece(cache):
 
 
 @pytest.mark.parametrize("kind", CODES)
-@pytest.mark.parametrize("newest", [31, 32, 63, 64, 95])
+@pytest.mark.parametrize(
+    "newest",
+    [
+        31,
+        32,
+        pytest.param(63, marks=pytest.mark.soak),
+        pytest.param(64, marks=pytest.mark.soak),
+        pytest.param(95, marks=pytest.mark.soak),
+    ],
+)
 def test_a_cache_in_pages(kind, newest):
     """At and around the edges of pages: what is read, and where the new rows of several tokens go."""
     rng = np.random.default_rng(newest)

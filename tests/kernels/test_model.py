@@ -49,9 +49,9 @@ def after_prompt(cfg, params, dtype, tokens):
     "changes",
     [
         {},
-        {"n_shared_experts": 0, "norm_topk_prob": False},
+        pytest.param({"n_shared_experts": 0, "norm_topk_prob": False}, marks=pytest.mark.soak),
         {"mlp_layer_types": ("dense", "dense", "dense"), "rope_interleave": False},
-        {"mlp_layer_types": ("sparse", "dense", "sparse")},
+        pytest.param({"mlp_layer_types": ("sparse", "dense", "sparse")}, marks=pytest.mark.soak),
     ],
     ids=["usual", "no shared expert", "all dense", "experts first"],
 )

@@ -53,7 +53,7 @@ PROJECTIONS = [
 
 
 @pytest.mark.parametrize(("name", "outputs", "inputs", "kind", "group"), PROJECTIONS)
-@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("rows", [1, pytest.param(64, marks=pytest.mark.soak)])
 def test_projections(name, outputs, inputs, kind, group, rows):
     rng = np.random.default_rng([outputs, rows])
     weight, x = random_tiles(rng, (1,), outputs, inputs, kind, group), normal(rng, rows, inputs)
@@ -111,7 +111,7 @@ def test_experts_down():
         assert_close(np.asarray(made.out)[0, here], expected)
 
 
-@pytest.mark.parametrize("length", [2048, 4096, 4097])
+@pytest.mark.parametrize("length", [pytest.param(2048, marks=pytest.mark.soak), 4097])
 def test_attention(length):
     rng = np.random.default_rng(length)
     att = Attention(heads=20, nope=192, rope=64, latent=512, value=256, query_latent=768, interleave=True, eps=1e-6)

@@ -70,7 +70,7 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("width", [301, 5])
+@pytest.mark.parametrize("width", [pytest.param(301, marks=pytest.mark.soak), 5])
 def test_tokens_of_logits(width):
     """Ties (rounded logits), ids that do not exist, rows of every kind side by side."""
     rng = np.random.default_rng(width)
@@ -246,7 +246,10 @@ def from_the_head(x, weight, state, positions, **options):
 PLAIN = [SamplingParams(temperature=t, top_p=1) for t in (0, 1, 0.4, 30)]
 
 
-@pytest.mark.parametrize(("rows", "ids", "block_n"), [(1, 97, 32), (3, 130, 64), (18, 70, 32), (4, 3, 64)])
+@pytest.mark.parametrize(
+    ("rows", "ids", "block_n"),
+    [(1, 97, 32), (3, 130, 64), pytest.param(18, 70, 32, marks=pytest.mark.soak), (4, 3, 64)],
+)
 def test_tokens_from_the_head(rows, ids, block_n):
     rng = np.random.default_rng(rows)
     x, weight = head_case(rng, rows, ids)
