@@ -62,7 +62,7 @@ def sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--match", default="", help="only cases whose names contain this, such as o/int4/m1")
     parser.add_argument("--batch", type=numbers, default=plain.rows, help="rows, one case each: 1,8,32,64")
     parser.add_argument("--kinds", type=names(tuple(BITS)), default=plain.kinds, help="storages of weights: int4,int8")
-    parser.add_argument("--context", type=numbers, default=plain.contexts, help="cached rows: 1k,8k,32k")
+    parser.add_argument("--context", type=numbers, default=plain.contexts, help="cached rows, such as 1k,8k,32k")
     parser.add_argument("--caches", type=names(caches), default=plain.caches, help="storages of the cache: int8,fp8")
 
 

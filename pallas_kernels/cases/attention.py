@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import noise
 from pallas_kernels.cases.base import EPS, Arrays, Case, Sweep, one_layer, size_of
 from pallas_kernels.mla_decode import Attention, Cache, Parts, attend, queries, values
+from pallas_kernels.mla_decode.op import attend_problem, queries_problem, values_problem
 from pallas_kernels.mla_decode.reference import attend_ref, latents_ref, queries_ref, values_ref
 from pallas_kernels.quant_matmul import Squares
 from pallas_kernels.tiles import Kind
@@ -79,6 +80,7 @@ def _attend(sweep: Sweep, kind: str, context: int, rows: int) -> Case:
         view=view,
         moves="query",
         nbytes=nbytes,
+        problem=lambda given: attend_problem(w.heads, given["cache"]),
         rounds=True,
     )
 
@@ -124,6 +126,7 @@ def _queries(sweep: Sweep, kind: Kind, rows: int) -> Case:
         view=view,
         moves="a",
         nbytes=nbytes,
+        problem=lambda given: queries_problem(sizes, rows, given["q_b"], given["k_b"]),
         rounds=True,
     )
 
@@ -158,5 +161,6 @@ def _values(sweep: Sweep, kind: Kind, rows: int, shares: int) -> Case:
         view=lambda given, out, state, place: (out,),
         moves="parts",
         nbytes=nbytes,
+        problem=lambda given: values_problem(sizes, rows, shares, given["v_b"]),
         rounds=True,
     )

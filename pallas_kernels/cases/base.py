@@ -13,6 +13,7 @@ import numpy as np
 from pallas_kernels import noise
 from pallas_kernels.quant_matmul import Made, Squares
 from pallas_kernels.tiles import BITS, WIDTH, Kind, Tiles
+from pallas_kernels.tuned import Problem
 
 EPS = 1e-5
 COUNTERS = 16_384
@@ -88,6 +89,7 @@ class Case:
         view: ``view(given, result, state, place)``: arrays that must agree whatever the block sizes.
         moves: name of the activations among what is given.
         nbytes: ``nbytes(given, state)``: that one run must read and write.
+        problem: ``problem(given)``: what its block sizes depend on; shapes are enough.
         rounds: whether something between is rounded to the dtype of the activations.
     """
 
@@ -99,6 +101,7 @@ class Case:
     view: Callable[[Arrays, Any, Arrays, jax.Array], tuple[jax.Array, ...]]
     moves: str
     nbytes: Callable[[Arrays, Arrays], int]
+    problem: Callable[[Arrays], Problem[Any]]
     rounds: bool = False
 
     @property
@@ -120,7 +123,7 @@ class Case:
         return 2.0**-10 if jnp.dtype(dtype) == jnp.float32 else 2.0**-7
 
 
-def difference(found: Sequence[jax.Array], expected: Sequence[jax.Array]) -> list[float]:
+def difference(found: Sequence[Any], expected: Sequence[Any]) -> list[float]:
     """For each array the largest difference relative to the largest value; infinite where one is not finite."""
     return [
         _difference(np.asarray(a, np.float32), np.asarray(b, np.float32)) for a, b in zip(found, expected, strict=True)

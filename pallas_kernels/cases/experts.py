@@ -12,6 +12,7 @@ import numpy as np
 from pallas_kernels import noise
 from pallas_kernels.cases.base import COUNTERS, EPS, Arrays, Case, Sweep, one_layer, size_of, squares_of, view_made
 from pallas_kernels.moe import Plan, Routed, down, gate_up, sort_pairs
+from pallas_kernels.moe.op import problem
 from pallas_kernels.moe.reference import choose_ref, down_ref, gate_up_ref
 from pallas_kernels.quant_matmul import Made
 from pallas_kernels.tiles import Kind
@@ -101,6 +102,7 @@ def _gate_up(sweep: Sweep, kind: Kind, rows: int) -> Case:
         view=lambda given, out, state, place: (out,),
         moves="x",
         nbytes=nbytes,
+        problem=lambda given: problem("gate_up", routed, rows, given["gate"], given["shared"][0]),
     )
 
 
@@ -144,4 +146,5 @@ def _down(sweep: Sweep, kind: Kind, rows: int) -> Case:
         view=view_made,
         moves="h",
         nbytes=nbytes,
+        problem=lambda given: problem("down", routed, rows, given["weight"], given["shared"]),
     )

@@ -23,6 +23,7 @@ from pallas_kernels.cases.base import (
     view_made,
 )
 from pallas_kernels.quant_matmul import Made, Squares, linear
+from pallas_kernels.quant_matmul.op import problem
 from pallas_kernels.quant_matmul.reference import linear_ref
 from pallas_kernels.tiles import Kind
 
@@ -107,7 +108,15 @@ def _case(sweep: Sweep, name: str, product: _Product, kind: Kind, rows: int) -> 
 
     full = f"{name}/{kind}/m{rows}"
     return Case(
-        op="linear", name=full, make=make, run=run, reference=reference, view=view_made, moves="x", nbytes=nbytes
+        op="linear",
+        name=full,
+        make=make,
+        run=run,
+        reference=reference,
+        view=view_made,
+        moves="x",
+        nbytes=nbytes,
+        problem=lambda given: problem(rows, product.width, given["weight"]),
     )
 
 

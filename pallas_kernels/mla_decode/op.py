@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _device
+from pallas_kernels import _device, tuned
 from pallas_kernels._launch import LaunchError, Shape, launch
 from pallas_kernels.mla_decode.shapes import AttendShape, ProjectShape, attend_shape, project_shape
 from pallas_kernels.quant_matmul.op import Squares, compute_dtype, constants, operands
@@ -150,8 +150,7 @@ def queries(
         Queries ``[M, N, R + P]``, their rope part rotated; the cache.
     """
     m, width = a.shape[0], cache.codes.shape[-1]
-    target = _device.target()
-    shape = shape or project_shape(m, k_b.tiles, att.heads, target.multiprocessors if target else 128)
+    shape = shape or tuned.best(queries_problem(att, m, q_b, k_b))
     programs = att.heads * (k_b.tiles // shape.per)
     head = att.nope + att.rope
     q_squares, k_squares = squares
@@ -237,10 +236,7 @@ def attend(
     m, batch, slots = query.shape[0], cache.batch, cache.slots
     tokens = m // batch
     rows = tokens * att.heads
-    target = _device.target()
-    memory, count = (target.shared_memory, target.multiprocessors) if target else (101_376, 128)
-    width, itemsize = query.shape[-1], cache.codes.dtype.itemsize
-    shape = shape or attend_shape(rows, batch, slots, width, itemsize, memory, count)
+    shape = shape or tuned.best(attend_problem(rows, cache))
     if cache.pages is not None and cache.codes.shape[2] % shape.block_s:
         raise LaunchError(f"pages of {cache.codes.shape[2]} slots cannot be read {shape.block_s} at a time")
     from pallas_kernels.mla_decode.triton import attend_kernel
@@ -296,7 +292,7 @@ def values(
     batch, splits, rows, latent = parts.sums.shape
     tokens = rows // att.heads
     m = batch * tokens
-    shape = shape or ProjectShape()
+    shape = shape or tuned.best(values_problem(att, m, splits, v_b))
     from pallas_kernels.mla_decode.triton import values_kernel
 
     out, _ = launch(
@@ -322,6 +318,46 @@ def values(
         **_named(v_b, "", without=("K",)),
     )
     return out
+
+
+def queries_problem(att: Attention, rows: int, q_b: Tiles, k_b: Tiles) -> tuned.Problem[ProjectShape]:
+    """What block sizes of :func:`queries` depend on."""
+    key = f"{tuned.rows_key(rows)} h{att.heads} n{att.nope} p{att.rope} q{att.query_latent} r{att.latent}"
+    per = tuple(n for n in (1, 2, 4, 8) if k_b.tiles % n == 0)
+    axes = {"per": per, "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
+    kinds = f"{q_b.kind} g{q_b.group} {k_b.kind}"
+    target = _device.target()
+    rule = project_shape(rows, k_b.tiles, att.heads, target.multiprocessors if target else 128)
+    return tuned.Problem("queries", f"{key} {kinds}", rule, _with_rows(rows, axes))
+
+
+def attend_problem(queries: int, cache: Cache) -> tuned.Problem[AttendShape]:
+    """What block sizes of :func:`attend` depend on; ``queries`` are those of one row of the batch."""
+    batch, slots, page, width = cache.batch, cache.slots, cache.codes.shape[2], cache.codes.shape[-1]
+    target = _device.target()
+    memory, count = (target.shared_memory, target.multiprocessors) if target else (101_376, 128)
+    rule = attend_shape(queries, batch, slots, width, cache.codes.dtype.itemsize, memory, count)
+    key = f"q{queries} b{batch} s{1 << (slots - 1).bit_length()} w{width} {cache.codes.dtype.name}"
+    key += "" if cache.pages is None else f" pages{page}"
+    axes = {
+        "splits": tuple(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n * 16 <= slots),
+        "block_s": tuple(n for n in (16, 32, 64) if cache.pages is None or page % n == 0),
+        "num_stages": (1, 2, 3, 4),
+        "num_warps": (4, 8),
+        "block_q": (16, 32),
+    }
+    return tuned.Problem("attend", key, rule, axes)
+
+
+def values_problem(att: Attention, rows: int, shares: int, v_b: Tiles) -> tuned.Problem[ProjectShape]:
+    """What block sizes of :func:`values` depend on."""
+    key = f"{tuned.rows_key(rows)} h{att.heads} r{att.latent} v{att.value} shares{shares} {v_b.kind} g{v_b.group}"
+    axes = {"num_warps": (1, 2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
+    return tuned.Problem("values", key, ProjectShape(), _with_rows(rows, axes))
+
+
+def _with_rows(rows: int, axes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return axes if rows <= 16 else {**axes, "block_m": (16, 32)}
 
 
 def _named(weight: Tiles, prefix: str, without: Any = ()) -> dict[str, Any]:

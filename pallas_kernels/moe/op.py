@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tuned
 from pallas_kernels._launch import LaunchError, Shape, launch
 from pallas_kernels.moe.shapes import PairShape
 from pallas_kernels.quant_matmul.op import Made, Squares, compute_dtype, constants, operands
@@ -104,7 +105,7 @@ def gate_up(
     *,
     eps: float,
     plan: Plan | None = None,
-    shape: PairShape = PairShape(),
+    shape: PairShape | None = None,
 ) -> tuple[jax.Array, Plan]:
     """The products ``silu(gate(norm(x))) * up(norm(x))`` of the chosen experts and the shared one.
 
@@ -120,7 +121,7 @@ def gate_up(
         shared: gate and up of the shared expert, ``[L, F, D]``, or None.
         eps: of the norm.
         plan: from :func:`sort_pairs`; without it each pair is a block of its own.
-        shape: block sizes.
+        shape: block sizes; chosen for the card unless given.
 
     Returns:
         ``[M * X * F + M * F']``: rows of the pairs, then of the shared expert; and the plan that was followed.
@@ -129,6 +130,7 @@ def gate_up(
         if not same_layout(one, two):
             raise LaunchError("gate and up must be stored in the same way")
     m, width = x.shape[0], gate.shape[-2]
+    shape = shape or tuned.best(problem("gate_up", routed, m, gate, shared[0] if shared else None))
     other = shared or (gate, up)
     shared_width = shared[0].shape[-2] if shared else 0
     from pallas_kernels.moe.triton import gate_up_kernel
@@ -187,7 +189,7 @@ def down(
     counters: jax.Array,
     *,
     next_from: int = 0,
-    shape: PairShape = PairShape(),
+    shape: PairShape | None = None,
 ) -> tuple[Made, jax.Array]:
     """Adds the weighted outputs of the chosen experts, and of the shared one, to the residual stream.
 
@@ -202,7 +204,7 @@ def down(
         next_norm: ``[norms, D]``, weights of the norm that reads the result; None likewise.
         counters: int32 zeros, one for each block of outputs or more.
         next_from: what to add to ``place`` for the index of the norm.
-        shape: block sizes.
+        shape: block sizes; chosen for the card unless given.
 
     Returns:
         The residual stream in float32, times the next norm's weight in the dtype of h, and its squares; the counters,
@@ -210,6 +212,7 @@ def down(
     """
     outputs = weight.outputs
     m = h.size // (routed.chosen * weight.inputs + (shared.inputs if shared else 0))
+    shape = shape or tuned.best(problem("down", routed, m, weight, shared))
     _check_height(plan, shape)
     count = m * routed.chosen if plan.pairs is None else plan.owners.shape[0]
     table = _table(plan, place)
@@ -270,6 +273,26 @@ def _table(plan: Plan, nothing: jax.Array) -> list[jax.Array]:
 def _check_height(plan: Plan | None, shape: PairShape) -> None:
     if plan is not None and plan.pairs is not None and plan.pairs.shape[1] != shape.block_m:
         raise LaunchError(f"blocks of {plan.pairs.shape[1]} pairs, and programs of {shape.block_m} rows")
+
+
+def problem(op: str, routed: Routed, rows: int, weight: Tiles, shared: Tiles | None) -> tuned.Problem[PairShape]:
+    """What block sizes of :func:`gate_up` and :func:`down` depend on.
+
+    Args:
+        op: which of the two.
+        routed: how experts are chosen.
+        rows: tokens.
+        weight: of the experts: gate, or down.
+        shared: of the shared expert.
+    """
+    other = "" if shared is None else f" shared {_sizes(shared)}"
+    key = f"{tuned.rows_key(rows)} {_sizes(weight)} e{routed.experts} x{routed.chosen}{other}"
+    axes = {"block_n": (32, 64), "num_warps": (1, 2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
+    return tuned.Problem(op, key, PairShape(), axes)  # pairs are sorted into blocks of the one height
+
+
+def _sizes(weight: Tiles) -> str:
+    return f"n{weight.outputs} k{weight.inputs} {weight.kind} g{weight.group}"
 
 
 def _blocks(rows: int, shared: Any, shape: PairShape) -> int:

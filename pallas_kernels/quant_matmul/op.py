@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _device
+from pallas_kernels import _device, tuned
 from pallas_kernels._launch import LaunchError, Shape, interpreted, launch
 from pallas_kernels.quant_matmul.shapes import LinearShape, linear_shape
 from pallas_kernels.tiles import ROWS, Tiles, chunk
@@ -94,8 +94,7 @@ def linear(
         raise LaunchError("two matrices side by side must have codes of one kind, and the same inputs")
     (m, stride), first = x.shape, weight.outputs
     outputs = first + (other.outputs if other else 0)
-    target = _device.target()
-    shape = shape or linear_shape(m, outputs, weight.chunks, target.multiprocessors if target else 128)
+    shape = shape or tuned.best(problem(m, outputs, weight))
     blocks = math.ceil(outputs / shape.block_n)
     from pallas_kernels.quant_matmul.triton import linear_kernel
 
@@ -142,6 +141,22 @@ def linear(
         DT=compute_dtype(x.dtype),
     )
     return Made(out, out if next_norm is None else scaled, Squares(parts, 0, blocks)), counters
+
+
+def problem(rows: int, outputs: int, weight: Tiles) -> tuned.Problem[LinearShape]:
+    """What block sizes of :func:`linear` depend on.
+
+    Args:
+        rows: of the activations.
+        outputs: of the matrix, or of both.
+        weight: the first.
+    """
+    target = _device.target()
+    rule = linear_shape(rows, outputs, weight.chunks, target.multiprocessors if target else 128)
+    key = f"{tuned.rows_key(rows)} n{outputs} k{weight.inputs} {weight.kind} g{weight.group}"
+    splits = tuple(n for n in (1, 2, 4, 8, 16) if n <= weight.chunks)
+    axes = {"block_n": (32, 64), "splits": splits, "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
+    return tuned.Problem("linear", key, rule, axes if rows <= 16 else {"block_m": (16, 32, 64), **axes})
 
 
 _OWN = ("TILES", "GROUPS", "GROUP", "SUB", "SCALED", "OFFSET")

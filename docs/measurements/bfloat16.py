@@ -1,0 +1,43 @@
+"""What computing in bfloat16 costs the built-in miniature: ``python docs/measurements/bfloat16.py``.
+
+Teacher-forced over a text: the Kullback-Leibler divergence of the next token's distribution, with everything in
+bfloat16, from that with the same weights (rounded to bfloat16) and everything else in float32, in nats. What kernels
+may differ by from the reference on a card (``tests/gpu/test_model.py``) is set against it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_jax.llm import LLM
+from glm_jax.model import GLM
+
+CODE = """def fib(n):
+    if n < 2:
+        return n
+    return fib(n - 1) + fib(n - 2)
+
+for i in range(10):
+    print(i, fib(i))
+"""
+
+
+def main() -> None:
+    """Measures and prints."""
+    llm = LLM.load("tiny", dtype="float32")
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), llm.params)
+    ids = jnp.asarray([llm.tokenizer.encode(CODE)], jnp.int32)
+
+    def logprobs(dtype: jnp.dtype) -> np.ndarray:
+        params = jax.tree.map(lambda x: x.astype(dtype), rounded)
+        logits = jax.jit(lambda p, t: GLM(llm.config).apply({"params": p}, t)[0])(params, ids)
+        return np.asarray(jax.nn.log_softmax(logits[0].astype(jnp.float32)))
+
+    exact, found = (logprobs(jnp.dtype(dtype)) for dtype in (jnp.float32, jnp.bfloat16))
+    kl = (np.exp(exact) * (exact - found)).sum(axis=-1)
+    same = (exact.argmax(-1) == found.argmax(-1)).mean()
+    print(f"{len(kl)} tokens: mean KL {kl.mean():.1e}, largest {kl.max():.1e}, same first token {same:.0%}")
+
+
+if __name__ == "__main__":
+    main()
