@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from pallas_kernels import noise
 from pallas_kernels.cases.base import Arrays, Case, Sweep, one_layer, size_of
 from pallas_kernels.grouped_matmul import Blocks, gated, height, matmul
+from pallas_kernels.grouped_matmul.op import problem
 from pallas_kernels.grouped_matmul.reference import gated_ref, matmul_ref
 from pallas_kernels.mla_prefill import flash
+from pallas_kernels.mla_prefill.op import problem as flash_problem
 from pallas_kernels.mla_prefill.reference import flash_ref
 from pallas_kernels.tiles import Kind
 
@@ -58,6 +60,7 @@ def _matmul(sweep: Sweep, kind: Kind, tokens: int) -> Case:
         view=lambda given, out, state, place: (out,),
         moves="x",
         nbytes=nbytes,
+        problem=lambda given: problem("matmul", height(tokens, 1), given["weight"]),
         rounds=True,
     )
 
@@ -91,6 +94,7 @@ def _gated(sweep: Sweep, kind: Kind, tokens: int) -> Case:
         view=lambda given, out, state, place: (out,),
         moves="x",
         nbytes=nbytes,
+        problem=lambda given: problem("gated", height(pairs, w.experts), given["gate"]),
         rounds=True,
     )
 
@@ -139,5 +143,8 @@ def _flash(sweep: Sweep, tokens: int) -> Case:
         view=lambda given, out, state, place: out,
         moves="q",
         nbytes=nbytes,
+        problem=lambda given: flash_problem(
+            tokens, w.heads, (w.nope + w.rope, w.value), jnp.dtype(sweep.dtype).itemsize
+        ),
         rounds=True,
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _device
+from pallas_kernels import _device, tuned
 from pallas_kernels._launch import LaunchError, Shape, launch
 from pallas_kernels.grouped_matmul.shapes import RowsShape, block_height, gated_shape, matmul_shape
 from pallas_kernels.quant_matmul.op import compute_dtype, constants, operands
@@ -66,8 +65,7 @@ def matmul(
     m = x.shape[0]
     from pallas_kernels.grouped_matmul.triton import matmul_kernel
 
-    choose = functools.partial(matmul_shape, tiles=weight.tiles)
-    shape, arrays, count = _laid_out(m, blocks, shape, choose, place)
+    shape, arrays, count = _laid_out("matmul", m, weight, blocks, shape, place)
     (out,) = launch(
         matmul_kernel,
         [x, *arrays, place if factors is None else factors, place, *operands(weight)],
@@ -114,7 +112,7 @@ def gated(
     m = x.shape[0] * chosen
     from pallas_kernels.grouped_matmul.triton import gated_kernel
 
-    shape, arrays, count = _laid_out(m, blocks, shape, gated_shape, place)
+    shape, arrays, count = _laid_out("gated", m, gate, blocks, shape, place)
     (out,) = launch(
         gated_kernel,
         [x, *arrays, place, *operands(gate), *operands(up)],
@@ -135,14 +133,29 @@ def _check(x: jax.Array, weight: Tiles, blocks: Blocks | None) -> None:
         raise LaunchError(f"a stack {list(weight.stack)} of matrices; [layers] are needed, [layers, experts] in blocks")
 
 
-def _laid_out(
-    rows: int, blocks: Blocks | None, shape: RowsShape | None, choose: Any, place: jax.Array
-) -> tuple[RowsShape, list[jax.Array], int]:
-    """Block sizes, the arrays of the blocks, and how many there are."""
+def problem(op: str, block_m: int, weight: Tiles) -> tuned.Problem[RowsShape]:
+    """What block sizes of :func:`matmul` and :func:`gated` depend on.
+
+    Args:
+        op: which of the two.
+        block_m: rows of a block.
+        weight: the matrix, or one of both.
+    """
     target = _device.target()
     memory = target.shared_memory if target else _LEAST_SHARED_MEMORY
+    rule = gated_shape(block_m, memory) if op == "gated" else matmul_shape(block_m, weight.tiles, memory)
+    wide = (32, 64) if weight.tiles % 2 else (32, 64, 128)
+    axes = {"block_n": wide, "num_warps": (4, 8), "num_stages": (2, 3, 4)}
+    key = f"m{block_m} n{weight.outputs} k{weight.inputs} {weight.kind} g{weight.group}"
+    return tuned.Problem(op, key, rule, axes)
+
+
+def _laid_out(
+    op: str, rows: int, weight: Tiles, blocks: Blocks | None, shape: RowsShape | None, place: jax.Array
+) -> tuple[RowsShape, list[jax.Array], int]:
+    """Block sizes, the arrays of the blocks, and how many there are."""
     block_m = blocks.rows.shape[1] if blocks else block_height(rows, 1)
-    cut: RowsShape = shape or choose(block_m, shared_memory=memory)
+    cut = shape or tuned.best(problem(op, block_m, weight))
     if blocks is None:
         return cut, [place, place], math.ceil(rows / cut.block_m)
     if cut.block_m != block_m:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _device
+from pallas_kernels import _device, tuned
 from pallas_kernels._launch import Shape, launch
 from pallas_kernels.mla_prefill.shapes import FlashShape, flash_shape
 from pallas_kernels.quant_matmul.op import compute_dtype
@@ -66,11 +66,7 @@ def flash(
         raise ValueError(f"{tokens} queries and {keys} keys of {heads} heads are too many for one launch")
     compute = compute_dtype(q.dtype)
     h, w = padded(width), padded(-(-value // 2))
-    if shape is None:
-        itemsize = compute.primitive_bitwidth // 8
-        target = _device.target()
-        card = (target.capability, target.shared_memory, target.multiprocessors) if target else (89, 101_376, 128)
-        shape = flash_shape(tokens, batch * heads, (h, 2 * w), itemsize, *card)
+    shape = shape or tuned.best(problem(tokens, batch * heads, (width, value), compute.primitive_bitwidth // 8))
     from pallas_kernels.mla_prefill.triton import flash_kernel
 
     out, lse = launch(
@@ -99,6 +95,24 @@ def flash(
         DT=compute,
     )
     return out, lse
+
+
+def problem(queries: int, heads: int, widths: tuple[int, int], itemsize: int) -> tuned.Problem[FlashShape]:
+    """What block sizes of :func:`flash` depend on.
+
+    Args:
+        queries: per row of the batch.
+        heads: of all rows of the batch.
+        widths: of keys and of values.
+        itemsize: bytes of what the products take.
+    """
+    target = _device.target()
+    card = (target.capability, target.shared_memory, target.multiprocessors) if target else (89, 101_376, 128)
+    tiles = padded(widths[0]), 2 * padded(-(-widths[1] // 2))
+    rule = flash_shape(queries, heads, tiles, itemsize, *card)
+    axes = {"block_n": (16, 32, 64), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
+    key = f"{tuned.rows_key(queries)} h{heads} k{widths[0]} v{widths[1]} b{8 * itemsize}"
+    return tuned.Problem("flash", key, rule, axes)
 
 
 def padded(width: int) -> int:
