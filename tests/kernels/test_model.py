@@ -91,7 +91,7 @@ def miniature():
     ("quantize", "cache"),
     [
         ("int4", "float32"),
-        ("int4-small", "int8"),
+        pytest.param("int4-small", "int8", marks=pytest.mark.soak),
         pytest.param("int8", "fp8", marks=pytest.mark.soak),
         pytest.param(None, "bfloat16", marks=pytest.mark.soak),
     ],
@@ -229,7 +229,7 @@ def on_two_devices(cfg, params):
     return rules, mesh, tiled_tree(placed, Placement(cfg, rules, mesh)), placed
 
 
-@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.soak), 40])
 def test_two_devices(tokens):
     """Heads, widths and vocabulary split: a step by the fused kernels, and a prompt."""
     cfg = small(**SPLIT)
