@@ -132,8 +132,8 @@ class GLM(nn.Module):
         """
         body = {name: self.weights[name] for name in ("embed", "runs", "norm")}
         head = self.weights.get("head")
-        one = isinstance(head, TiledWeight) and not self.rules.mesh_axes
-        if not one or not _Local(self.cfg, self.rules, "auto").by_kernels(body, tokens):
+        kernels = not self.rules.mesh_axes and _Local(self.cfg, self.rules, "auto").by_kernels(body, tokens)
+        if not isinstance(head, TiledWeight) or not kernels:
             logits, after = self(tokens, positions, cache)
             return sample(logits[:, 0], sampler, positions[:, 0] + 1), after
         _check_cache(self.cfg, cache, tokens.shape[0], layers=self.cfg.num_hidden_layers)
