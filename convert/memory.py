@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convert.assemble import alone
@@ -71,13 +73,21 @@ class MemorySource(WeightSource):
         """The rows of one layer, gathered from the devices that hold them; quantised weights in one piece."""
         array, slot = self._arrays[leaf.target], leaf.slot
         if isinstance(array, TiledWeight):  # one layer at a time: a second copy of all need not fit
-            array, slot = untile(array if slot is None else array[slot]), None
+            array, slot = untile(_gathered(array, slot)), None
         if isinstance(array, QuantizedTensor):
             whole = array.map(lambda _, part: _on_host(part, slot))
             stacked = len(leaf.shape) > 2
             yield (start, whole[start:stop]) if stacked else (0, whole)
         else:
             yield start, _on_host(array, slot)[start:stop]
+
+
+def _gathered(weight: TiledWeight, slot: int | None) -> TiledWeight:
+    """One layer on one device."""
+    if len(weight.sharding.device_set) == 1:
+        return weight if slot is None else weight[slot]
+    tiles = jax.tree.map(lambda array: jnp.asarray(_on_host(array, slot)), weight.tiles)
+    return dataclasses.replace(weight, tiles=tiles)
 
 
 def _on_host(array: jax.Array | Bfloat16Bits | Array, slot: int | None) -> Array:

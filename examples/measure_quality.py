@@ -99,31 +99,44 @@ def _model(name: str, source: WeightSource, companions: Companions, folder: Path
 def _on_text(
     exact: Side, models: Sequence[Model], companions: Companions, args: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, Positions]]:
-    """Divergences with a float32 cache, and for some models with every other cache."""
+    """Divergences with a float32 cache, and on a part of the text with every cache."""
     _, files = corpus.split(corpus.library_files())
     ids = [companions.tokenizer.encode(file.text) for file in files]
     wanted: dict[str, tuple[Side, dict[str, Any], str]] = {}
     wanted |= {model.name: (model.side, model.figures, "float32") for model in models[1:]}
+    cached: dict[str, tuple[Side, dict[str, Any], str]] = {}
     for model in (model for model in models if model.name in args.cached):
-        for kind in args.caches:
+        for kind in ("float32", *args.caches):
             side = dataclasses.replace(model.side, cache_dtype=kind)
-            wanted[f"{model.name} {kind}"] = (side, {"name": model.name, "size": model.figures["size"]}, kind)
+            figures = {"name": model.name, "cache_bytes_per_token": bytes_per_token(exact.cfg, kind)}
+            cached[f"{model.name} {kind}"] = (side, figures, kind)
     started = time.perf_counter()
-    found = divergence.measure(exact, [side for side, _, _ in wanted.values()], ids, tokens=args.tokens, progress=True)
+    rows, positions = _measured(exact, wanted, ids, args.tokens)
+    cache_rows, _ = _measured(exact, cached, ids, args.cached_tokens)
     seconds = time.perf_counter() - started
-    rows = []
-    for (_, figures, kind), positions in zip(wanted.values(), found, strict=True):
-        row = {**figures, "cache": kind, "cache_bytes_per_token": bytes_per_token(exact.cfg, kind)}
-        rows.append({**row, "text": positions.summary()})
     results = {
         "model": "tiny",
         "files": len(files),
         "tokens_in_files": sum(map(len, ids)),
         "source": sizes(open_source("tiny")),
         "rows": rows,
+        "cached": cache_rows,
         "seconds_on_text": round(seconds, 1),
     }
-    return results, dict(zip(wanted, found, strict=True))
+    return results, positions
+
+
+def _measured(
+    exact: Side, wanted: dict[str, tuple[Side, dict[str, Any], str]], ids: list[list[int]], tokens: int
+) -> tuple[list[dict[str, Any]], dict[str, Positions]]:
+    if not wanted:
+        return [], {}
+    found = divergence.measure(exact, [side for side, _, _ in wanted.values()], ids, tokens=tokens, progress=True)
+    rows = [
+        {**figures, "cache": kind, "text": positions.summary()}
+        for (_, figures, kind), positions in zip(wanted.values(), found, strict=True)
+    ]
+    return rows, dict(zip(wanted, found, strict=True))
 
 
 def _on_chat(exact: Side, models: Sequence[Model], companions: Companions, results: dict[str, Any]) -> None:
@@ -174,14 +187,20 @@ def _weights_table(results: dict[str, Any]) -> str:
 
 
 def _cache_table(results: dict[str, Any]) -> str:
-    head = ["weights", "cache", "bytes per token", "mean KL (95 %)", "99 % of KL", "perplexity", "same token"]
-    rows = [[*head, "where the lead > 0.5"]]
-    cached = {row["name"] for row in results["rows"] if row["cache"] != "float32"}
-    for row in results["rows"]:
-        if row["name"] in cached:
-            name = "bfloat16" if row["name"] == NONE else row["name"]
-            rows.append([name, row["cache"], f"{row['cache_bytes_per_token']:,}", *_figures(row["text"])])
-    return table(rows)
+    """A row for each model that was measured with several caches, a column for each cache."""
+    found = {(row["name"], row["cache"]): row for row in results["cached"]}
+    caches = [*dict.fromkeys(cache for _, cache in found)]
+    widths = {row["cache"]: f"{row['cache_bytes_per_token']:,} bytes" for row in results["cached"]}
+    rows = [["weights", *caches], ["of a token", *(widths[cache] for cache in caches)]]
+    for name in dict.fromkeys(name for name, _ in found):
+        cells = [_short(found[name, cache]["text"]) for cache in caches]
+        rows.append(["bfloat16" if name == NONE else name, *cells])
+    tokens = results["cached"][0]["text"]["tokens"] if rows[2:] else 0
+    return f"{table(rows)}\n\n{tokens:,} tokens, in windows spread evenly over the same text."
+
+
+def _short(text: dict[str, Any]) -> str:
+    return f"{nats(text['kl']['mean'])} / {text['top1']['agreement']:.2%}"
 
 
 def _figures(text: dict[str, Any]) -> list[str]:
@@ -259,10 +278,11 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--models", nargs="+", choices=every, default=every, metavar="PRESET/METHOD", help="all of them unless given")
-    add("--cached", nargs="*", choices=[NONE, *every], default=[NONE, "int4/mse"], help="measured with --caches too")
+    add("--cached", nargs="*", choices=[NONE, *every], default=[NONE, *every], help="measured with --caches too")
     add("--caches", nargs="*", choices=CACHES, default=CACHES, help="dtypes of the latent cache")
     add("--chat", nargs="*", choices=[NONE, *every], default=CHAT, help="which also answer the chat tasks")
     add("--tokens", type=int, default=TOKENS, help="held-out tokens to look at, about")
+    add("--cached-tokens", type=int, default=TOKENS // 5, help="the same for other caches")
     add("--out", type=Path, default=ROOT / "docs" / "quantisation", help="folder of results.json and quality.png")
     add("--page", type=Path, help="page whose tables are filled in, docs/quantisation.md for the one of the repository")
     return parser.parse_args()

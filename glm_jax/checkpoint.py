@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ from glm_jax.params import Tree, init_params, leaves
 from glm_jax.quant import Bfloat16Bits, QuantizedTensor, QuantRules
 from glm_jax.sharding import Rules
 from glm_jax.storage import abstract_params
-from glm_jax.tiling import tiled
+from glm_jax.tiling import Placement, tiled
 
 __all__ = [
     "Form",
@@ -68,7 +69,7 @@ def load(
         rules: mesh axis of each logical axis.
         mesh: devices to lay the parameters out on; ``None`` for JAX's default device.
         mtp: load the prediction layer, if there is one.
-        tiles: lay the matrices out as kernels read them (:class:`~glm_jax.quant.TiledWeight`); for one device.
+        tiles: lay the matrices out as kernels read them (:class:`~glm_jax.quant.TiledWeight`), where they can be.
         check: read every byte a second look: hashes of a converted folder, and values that are NaN or infinite.
         progress: show it on stderr.
 
@@ -137,23 +138,26 @@ def load_params(
         CheckpointError: if bytes are missing or damaged.
         ShardingError: if the mesh would cut through a block that shares a scale.
     """
+    placement = None if mesh is None else Placement(cfg, rules, mesh)
     if isinstance(source, SyntheticSource):
         made = init_params(cfg, source.seed, dtype, rules, mesh)
-        return _tiled_in_place(made) if tiles else made
+        return _tiled_in_place(made, placement) if tiles else made
     abstract = dict(leaves(abstract_params(cfg, dtype, rules, mesh, storage_of(source, cfg))))
     wanted = [leaf for members in source.layout().values() for leaf in members if leaf.target in abstract]
     total = sum(source.nbytes(leaf) for leaf in wanted)
     with progress_bar("loading", total, show=progress) as advance:
-        finish = tiled if tiles else lambda _, weight: weight
+        finish = functools.partial(tiled, placement=placement) if tiles else lambda _, weight: weight
         filled = _fill(source, wanted, abstract, Checker(source) if check else None, advance, finish)
     return _tree({path: filled[path] for path in abstract})
 
 
-def _tiled_in_place(params: Tree, path: tuple[str, ...] = ()) -> Tree:
+def _tiled_in_place(params: Tree, placement: Placement | None, path: tuple[str, ...] = ()) -> Tree:
     """Lays parameters out one after the other: a second copy of all need not fit."""
     for name in params:
-        inner = params[name]
-        params[name] = _tiled_in_place(inner, (*path, name)) if isinstance(inner, dict) else tiled((*path, name), inner)
+        inner, here = params[name], (*path, name)
+        params[name] = (
+            _tiled_in_place(inner, placement, here) if isinstance(inner, dict) else tiled(here, inner, placement)
+        )
     return params
 
 

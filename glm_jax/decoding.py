@@ -21,7 +21,7 @@ from glm_jax.cache import LatentCache
 from glm_jax.compile_cache import compile_notice
 from glm_jax.completion import Piece, Timing, TokenLogprob
 from glm_jax.errors import GlmError
-from glm_jax.memory import PREFILL_CHUNK, Setup
+from glm_jax.memory import PREFILL_CHUNK, Setup, chunk_length
 from glm_jax.model import GLM
 from glm_jax.rows import Row
 from glm_jax.sampling import SamplerState
@@ -199,7 +199,8 @@ class Runner:
         lengths = np.asarray([len(p) for p in prompts] + [1] * (count - len(prompts)), np.int32)
         cache = self.cache(count, slots)
         logits = jnp.zeros((count, self.model.cfg.vocab_size), jnp.float32)
-        for start, tokens in chunks(prompts, count, PREFILL_TOKENS // count):
+        widest = chunk_length(count, on_cpu=_on_cpu(self.mesh))
+        for start, tokens in chunks(prompts, count, min(widest, PREFILL_TOKENS // count)):
             with self._notice(f"prefill of {count} x {tokens.shape[1]} tokens", timing, cache.capacity):
                 cache, logits = prefill_chunk(self.model, self.params, cache, logits, tokens, np.int32(start), lengths)
         return cache, logits, lengths
@@ -220,8 +221,8 @@ class Runner:
         last, parts = np.int32(len(prompt) - 1), []
         with self.placed():
             cache, drafts = self.cache(1, len(prompt)), self.cache(1, len(prompt), layers=1)
-            following = [tokens for _, tokens in chunks([[*prompt[1:], 0]], 1)]
-            for (start, tokens), after in zip(chunks([prompt], 1), following, strict=True):
+            following = [tokens for _, tokens in chunks([[*prompt[1:], 0]], 1, PREFILL_CHUNK)]
+            for (start, tokens), after in zip(chunks([prompt], 1, PREFILL_CHUNK), following, strict=True):
                 with self._notice(f"prediction layer of {tokens.shape[1]} tokens", None, cache.capacity):
                     cache, drafts, logits = mtp_chunk(
                         self.model, self.params, cache, drafts, tokens, after, np.int32(start), last
@@ -232,7 +233,7 @@ class Runner:
     def _group_logits(self, prompts: Prompts, count: int, first: int) -> list[np.ndarray]:
         out: list[list[np.ndarray]] = [[] for _ in prompts]
         cache = self.cache(count, max(map(len, prompts)))
-        for start, tokens in chunks(prompts, count):
+        for start, tokens in chunks(prompts, count, PREFILL_CHUNK):
             with self._notice(f"logits of {count} x {tokens.shape[1]} tokens", None, cache.capacity):
                 cache, logits = chunk_logits(self.model, self.params, cache, tokens, np.int32(start))
             if start + tokens.shape[1] <= first:
@@ -246,18 +247,22 @@ class Runner:
 
 def plain_cache_dtype(mesh: Mesh | None, dtype: Any) -> str:
     """The weights', but on a CPU float32, which holds the same values: XLA:CPU would widen the cache at every layer."""
+    return "float32" if _on_cpu(mesh) else jnp.dtype(dtype).name
+
+
+def _on_cpu(mesh: Mesh | None) -> bool:
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    return "float32" if device.platform == "cpu" else jnp.dtype(dtype).name
+    return device.platform == "cpu"
 
 
 def _slots(rows: Sequence[Row]) -> int:
     return max(len(row.prompt_ids) + row.budget for row in rows)
 
 
-def chunks(prompts: Prompts, count: int, widest: int = PREFILL_CHUNK) -> Iterator[tuple[int, np.ndarray]]:
+def chunks(prompts: Prompts, count: int, widest: int) -> Iterator[tuple[int, np.ndarray]]:
     """Columns of the right-padded prompts, as (first position, int32 ``[count, C]``) with few different ``C``."""
     start, longest = 0, max(map(len, prompts))
-    widest = min(max(widest, _SMALLEST_CHUNK), PREFILL_CHUNK)
+    widest = max(widest, _SMALLEST_CHUNK)
     while start < longest:
         width = min(widest, bucket(longest - start, _SMALLEST_CHUNK))
         block = np.zeros((count, width), np.int32)

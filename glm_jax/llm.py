@@ -33,7 +33,7 @@ from glm_jax.rows import Row
 from glm_jax.sampling import SamplingParams
 from glm_jax.sharding import Rules, make_mesh, preset
 from glm_jax.text import render_chat
-from glm_jax.tiling import untiled_tree
+from glm_jax.tiling import Placement, untiled_tree
 
 _MAX_ROWS = 64
 _KERNELS = ("triton", "reference")
@@ -114,8 +114,8 @@ class LLM:
             max_model_len: longest prompt and completion together; "auto" is what the model and the memory allow.
             latent_eps: epsilon of the norms inside the attention: 1e-6 as in transformers unless given; serving engines
                 have 1e-5.
-            kernels: "triton" (hand-written kernels, for one GPU) or "reference" (plain JAX, which XLA compiles for any
-                device, and which can be differentiated); the former unless given, in bfloat16 on a GPU with Triton.
+            kernels: "triton" (hand-written kernels, for NVIDIA GPUs) or "reference" (plain JAX, which XLA compiles for
+                any device, and which can be differentiated); the former unless given, in bfloat16 on a GPU with Triton.
             seed: makes the seeds drawn for requests without one repeatable.
             check: also look for NaN and infinite weights, and verify hashes.
             progress: show a progress bar on stderr; by default for weights over 1 GB.
@@ -132,7 +132,7 @@ class LLM:
         asked = _context_limit(weights.cfg, max_model_len)
         companions = Companions.read(weights.cfg, weights.info.folder)  # cheap, and may be what is missing
         rules, devices = _layout(mesh, sharding)
-        tiles = _tiles(kernels, devices, dtype)
+        tiles = _tiles(kernels, dtype)
         weights = checkpoint.quantised(weights, quantize, dtype, rules, devices)
         cache_dtype = cache_dtype or plain_cache_dtype(devices, dtype)
         planned = plan_on(
@@ -152,7 +152,7 @@ class LLM:
         )
         return cls(
             cfg if latent_eps is None else cfg.replace(latent_eps=latent_eps),
-            _runnable(cfg, params, kernels) if tiles else params,
+            _runnable(cfg, params, kernels, rules, devices) if tiles else params,
             companions,
             info=info,
             rules=rules,
@@ -352,26 +352,24 @@ class LLM:
                 pass
 
 
-def _runnable(cfg: Config, params: steps.Params, kernels: str | None) -> steps.Params:
+def _runnable(cfg: Config, params: steps.Params, kernels: str | None, rules: Rules, mesh: Mesh | None) -> steps.Params:
     """The parameters out of their tiles again, where the kernels cannot run the model after all."""
-    problem = obstacle(cfg, params)
+    problem = obstacle(cfg, params, rules)
     if problem is None:
         return params
     if kernels is not None:
         raise GlmError(f"the kernels cannot run this model: {problem}; use kernels='reference'")
     print(f"note: this model runs without hand-written kernels: {problem}", file=sys.stderr)
-    return untiled_tree(params)
+    return untiled_tree(params, None if mesh is None else Placement(cfg, rules, mesh))
 
 
-def _tiles(kernels: str | None, mesh: Mesh | None, dtype: str) -> bool:
+def _tiles(kernels: str | None, dtype: str) -> bool:
     """Whether to lay weights out for kernels."""
     if kernels is None:
         on_gpu = pallas_kernels.available() and not pallas_kernels.interpreted()
-        return on_gpu and mesh is None and dtype == "bfloat16"
+        return on_gpu and dtype == "bfloat16"
     if kernels not in _KERNELS:
         raise GlmError(f"kernels must be {' or '.join(map(repr, _KERNELS))}, not {kernels!r}")
-    if kernels == "triton" and mesh is not None:
-        raise GlmError("kernels run on one device: leave mesh out, or use kernels='reference'")
     if kernels == "triton" and not pallas_kernels.available():
         raise GlmError("kernels='triton' needs an NVIDIA GPU and the package triton (pip install 'glm-jax[cuda]')")
     return kernels == "triton"

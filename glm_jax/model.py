@@ -29,8 +29,12 @@ from glm_jax.ops.linear import embed, linear
 from glm_jax.ops.mla import Form
 from glm_jax.ops.norm import rms_norm
 from glm_jax.params import ParamSpec, leaves, map_specs, param_specs
+from glm_jax.quant import TiledWeight
+from glm_jax.sampling import SampleResult, SamplerState, sample
+from glm_jax.sampling.kernels import sample_states
 from glm_jax.sharding import Rules
 from glm_jax.storage import leaf_specs
+from glm_jax.tiling import has_tiles, local_part, local_tree
 
 
 class GLM(nn.Module):
@@ -112,6 +116,30 @@ class GLM(nn.Module):
         weights = self.weights.get("head", self.weights["embed"])
         return self._head(hidden, weights)
 
+    def draw(
+        self, tokens: jax.Array, positions: jax.Array, cache: LatentCache, sampler: SamplerState
+    ) -> tuple[SampleResult, LatentCache]:
+        """The tokens after these, as a decode step draws them; by kernels, where those run the model and its head.
+
+        Args:
+            tokens: int32 ``[B, 1]``, the newest of each row.
+            positions: int32 ``[B, 1]``, theirs; the drawn tokens will have the next ones.
+            cache: latents of earlier tokens.
+            sampler: options and history of the rows.
+
+        Returns:
+            What was drawn, and the cache with ``tokens`` in it.
+        """
+        body = {name: self.weights[name] for name in ("embed", "runs", "norm")}
+        head = self.weights.get("head")
+        kernels = not self.rules.mesh_axes and _Local(self.cfg, self.rules, "auto").by_kernels(body, tokens)
+        if not isinstance(head, TiledWeight) or not kernels:
+            logits, after = self(tokens, positions, cache)
+            return sample(logits[:, 0], sampler, positions[:, 0] + 1), after
+        _check_cache(self.cfg, cache, tokens.shape[0], layers=self.cfg.num_hidden_layers)
+        made, cache = fused.states(self.cfg, body, tokens, positions, cache)
+        return sample_states(made, head, sampler, positions[:, 0], eps=self.cfg.rms_norm_eps), cache
+
     def draft(
         self,
         hidden: jax.Array,
@@ -168,7 +196,7 @@ class GLM(nn.Module):
 
     def _head(self, hidden: jax.Array, weight: Any) -> jax.Array:
         def local(weight: Any, hidden: jax.Array) -> jax.Array:
-            return linear(hidden, weight, dtype=jnp.dtype(jnp.float32))
+            return linear(hidden, local_part(weight), dtype=jnp.dtype(jnp.float32))
 
         rules = self.rules
         if not rules.mesh_axes:
@@ -178,6 +206,7 @@ class GLM(nn.Module):
             local,
             in_specs=(leaf_specs(weight, param_specs(self.cfg)["embed"], rules), rules.spec("batch", None, None)),
             out_specs=rules.spec("batch", None, "vocab"),
+            check_vma=not has_tiles(weight),
         )(weight, hidden)
         return jax.reshard(logits, rules.spec("batch", None, None))
 
@@ -196,8 +225,9 @@ class _Local:
         self, w: dict[str, Any], inputs: tuple[jax.Array, ...], cache: Any
     ) -> tuple[tuple[jax.Array, dict[str, Any]], Any]:
         tokens, positions = inputs
-        if cache is not None and self._by_kernels(w, tokens):
-            h, cache = fused.hidden(self.cfg, w, tokens, positions, cache)
+        w = local_tree(w)
+        if cache is not None and self.by_kernels(w, tokens):
+            h, cache = fused.hidden(self.cfg, w, tokens, positions, cache, self.rules)
             return (h, {}), cache
         ctx = Context(self.cfg, self.rules, positions, self.form, Taps(frozenset(self.trace), self.edit))
         first = self.rules.index("vocab") * w["embed"].shape[0]
@@ -207,11 +237,11 @@ class _Local:
         h = ctx.taps("norm", rms_norm(h, w["norm"], self.cfg.rms_norm_eps))
         return (h, ctx.taps.recorded), cache
 
-    def _by_kernels(self, w: dict[str, Any], tokens: jax.Array) -> bool:
-        """Whether the fused kernels do this call; they have one form, no named activations, and one device."""
-        plain = not (self.rules.mesh_axes or self.trace or self.edit) and self.form == "auto"
+    def by_kernels(self, w: dict[str, Any], tokens: jax.Array) -> bool:
+        """Whether the fused kernels do this call; they have one form, and no named activations."""
+        plain = not (self.trace or self.edit) and self.form == "auto"
         few = tokens.size <= fused.MOST_TOKENS and tokens.shape[1] <= fused.MOST_PER_ROW
-        return plain and few and fused.obstacle(self.cfg, w) is None
+        return plain and few and fused.obstacle(self.cfg, w, self.rules) is None
 
     def draft(self, w: tuple[dict[str, Any], Any], inputs: tuple[jax.Array, ...], cache: Any) -> tuple[jax.Array, Any]:
         hidden, next_tokens, positions = inputs
@@ -225,7 +255,13 @@ class _Local:
         _require_mesh(self.rules)
         rows = self.rules.spec("batch")
         cache_axes = self.rules.spec(*CACHE_AXES) if with_cache else None
-        return jax.shard_map(function, in_specs=(weight_axes, rows, cache_axes), out_specs=(rows, cache_axes))
+        # What a kernel makes of a device's part of the weights counts as different on every device, the cache too.
+        return jax.shard_map(
+            function,
+            in_specs=(weight_axes, rows, cache_axes),
+            out_specs=(rows, cache_axes),
+            check_vma=not has_tiles(weight_axes),
+        )
 
 
 def activation_names(cfg: Config) -> tuple[str, ...]:

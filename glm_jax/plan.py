@@ -95,8 +95,10 @@ def _compiled(cfg: Config, plan: MemoryPlan, options: Options) -> dict[str, Any]
 
     if options.gpu is None:
         raise MemoryPlanError(f"--compile is for a card by name: add --gpu, one of {', '.join(aot.cards())}")
+    name, count = options.gpu.strip().lower(), plan.setup.devices
     argument = {
-        "gpu": options.gpu,
+        "gpu": name if count == 1 else name.rpartition("x")[0],
+        "devices": count,
         "config": dataclasses.asdict(cfg),
         "storage": plan.setup.placement.storage.to_json(),
         "batch": plan.sequences,
@@ -113,10 +115,12 @@ def _compiled(cfg: Config, plan: MemoryPlan, options: Options) -> dict[str, Any]
 
 
 def _compiled_sentence(compiled: Mapping[str, Any]) -> str:
-    graphs = compiled["graph_pieces"]
+    graphs, sums = compiled["graph_pieces"], len(compiled["collectives"])
     pieces = "one CUDA graph" if graphs == 1 and not compiled["launches_outside_graphs"] else f"{graphs} CUDA graphs"
+    among = f", {sums} of them exchanges between devices," if sums else ""
+    loop = "with the host going round the loop" if sums else "for the whole loop"
     return (
-        f"compiled: {compiled['launches_per_token']} kernels per token in {pieces} for the whole loop, "
+        f"compiled: {compiled['launches_per_token']} kernels per token{among} in {pieces} {loop}, "
         f"{compiled['temp_bytes'] / 1e6:,.1f} MB of temporaries (kernels are compiled, not run or timed)"
     )
 

@@ -17,7 +17,7 @@ import numpy as np
 from glm_jax.cache import LatentCache
 from glm_jax.model import GLM
 from glm_jax.sampling import SampleResult, SamplerState, is_stop, sample, update
-from pallas_kernels import GRAPH_OPTIONS as GPU_OPTIONS
+from pallas_kernels import GRAPH_OPTIONS, GRAPH_OPTIONS_OF_SEVERAL
 
 Params = dict[str, Any]
 NO_TOKEN = -1
@@ -74,15 +74,14 @@ def _apply(model: GLM, params: Params, *inputs: Any, **options: Any) -> Any:
     return model.apply({"params": params}, *inputs, **options)
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "logits"))
 def prefill_chunk(
     model: GLM,
     params: Params,
     cache: LatentCache,
     logits: jax.Array,
-    tokens: jax.Array,
-    start: jax.Array,
-    lengths: jax.Array,
+    tokens: jax.Array | np.ndarray,
+    start: jax.Array | np.int32,
+    lengths: jax.Array | np.ndarray,
 ) -> tuple[LatentCache, jax.Array]:
     """Runs one chunk of every row's prompt.
 
@@ -96,6 +95,29 @@ def prefill_chunk(
     Returns:
         The cache, and the logits with the rows that end in this chunk filled in.
     """
+    return _compiled_prefill(_graphs(model))(model, params, cache, logits, tokens, start, lengths)
+
+
+@functools.cache
+def _compiled_prefill(graphs: str | None) -> Any:
+    return jax.jit(
+        prefill_program,
+        static_argnames="model",
+        donate_argnames=("cache", "logits"),
+        compiler_options=_OPTIONS[graphs],
+    )
+
+
+def prefill_program(
+    model: GLM,
+    params: Params,
+    cache: LatentCache,
+    logits: jax.Array,
+    tokens: jax.Array,
+    start: jax.Array,
+    lengths: jax.Array,
+) -> tuple[LatentCache, jax.Array]:
+    """What :func:`prefill_chunk` compiles."""
     chunk = tokens.shape[1]
     positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32)[None], tokens.shape)
     last = lengths - 1 - start
@@ -201,16 +223,26 @@ def decode_steps(
         limit: int32, steps to run now; data, so that streaming and bulk share one compilation.
         steps: width of the output buffer.
     """
-    return _compiled_decode(jax.default_backend() == "gpu")(model, params, state, limit, steps=steps)
+    return _compiled_decode(_graphs(model))(model, params, state, limit, steps=steps)
+
+
+def _graphs(model: GLM) -> str | None:
+    """Which options the programs of a model are compiled with."""
+    if jax.default_backend() != "gpu":
+        return None
+    return "several" if model.rules.mesh_axes else "one"
+
+
+_OPTIONS = {None: None, "one": GRAPH_OPTIONS, "several": GRAPH_OPTIONS_OF_SEVERAL}
 
 
 @functools.cache
-def _compiled_decode(on_gpu: bool) -> Any:
+def _compiled_decode(graphs: str | None) -> Any:
     return jax.jit(
         decode_program,
         static_argnames=("model", "steps"),
         donate_argnames="state",
-        compiler_options=GPU_OPTIONS if on_gpu else None,
+        compiler_options=_OPTIONS[graphs],
     )
 
 
@@ -226,9 +258,9 @@ def decode_program(
 
     def one(carry: tuple[jax.Array, DecodeState, Written]) -> tuple[jax.Array, DecodeState, Written]:
         step, state, buffer = carry
-        logits, cache = _apply(model, params, state.tokens[:, None], state.positions[:, None], state.cache)
+        newest = (state.tokens[:, None], state.positions[:, None])
+        result, cache = _apply(model, params, *newest, state.cache, state.sampler, method="draw")
         positions = jnp.where(state.done, state.positions, state.positions + 1)
-        result = sample(logits[:, 0], state.sampler, positions)
         state = dataclasses.replace(state, cache=cache, positions=positions)
         state, written = _record(state, result)
         return step + 1, state, jax.tree.map(lambda all_, new: all_.at[:, step].set(new), buffer, written)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from glm_jax.config import Config
 from glm_jax.errors import ShardingError
 from glm_jax.params import ParamSpec, Path, Tree, is_matrix, leaves, map_specs, param_specs, plain_leaf
-from glm_jax.quant import QuantizedTensor, QuantRules, QuantSpec
+from glm_jax.quant import QuantizedTensor, QuantRules, QuantSpec, TiledWeight
 from glm_jax.quant.rules import fit
 from glm_jax.sharding import LogicalAxis, Rules
 
@@ -135,7 +135,25 @@ def leaf_specs(weight: Any, param: ParamSpec, rules: Rules) -> Any:
     """Partition specs of a parameter as it is held, in the shape of its pytree."""
     if isinstance(weight, QuantizedTensor):
         return weight.map(lambda name, array: rules.spec(*component_axes(name, array.shape, param)))
+    if isinstance(weight, TiledWeight):
+        return dataclasses.replace(weight, tiles=_tile_specs(weight, param, rules))
     return rules.spec(*param.axes)
+
+
+def _tile_specs(weight: TiledWeight, param: ParamSpec, rules: Rules) -> Any:
+    """Columns of tiles are split as the outputs are, chunks and groups as the inputs."""
+    *stack, outputs, inputs = param.axes
+    if weight.turned:
+        outputs, inputs = inputs, outputs
+    tiles = weight.tiles
+    of_scales = rules.spec(*stack, outputs, inputs if tiles.group else None, None)
+    return dataclasses.replace(
+        tiles,
+        words=rules.spec(*stack, outputs, inputs, None, None),
+        scales=None if tiles.scales is None else of_scales,
+        offsets=None if tiles.offsets is None else of_scales,
+        factors=None if tiles.factors is None else rules.spec(*stack, None, None),
+    )
 
 
 def check_blocks(cfg: Config, storage: Storage, rules: Rules, axis_sizes: Mapping[str, int]) -> None:

@@ -8,6 +8,7 @@ as part of the program around them; see ``_launch.py``. Importing any of this ne
 from pallas_kernels._device import Target as Target
 from pallas_kernels._device import compiling_for as compiling_for
 from pallas_kernels._launch import GRAPH_OPTIONS as GRAPH_OPTIONS
+from pallas_kernels._launch import GRAPH_OPTIONS_OF_SEVERAL as GRAPH_OPTIONS_OF_SEVERAL
 from pallas_kernels._launch import LaunchError as LaunchError
 from pallas_kernels._launch import available as available
 from pallas_kernels._launch import interpreted as interpreted

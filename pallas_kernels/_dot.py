@@ -7,36 +7,41 @@ import triton.language as tl
 
 
 @triton.jit
-def plane(words, i: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr):
-    """The values of the i-th codes of a block of words, in the dtype that products are computed in.
+def value_of(code, KIND: tl.constexpr, DT: tl.constexpr):
+    """The values of codes, in the dtype that products are computed in.
 
     Integers of 4 bits take the low bits of the bfloat16 128, whose unit they are, and those of 8 bits the low bits of
     the float32 2^23; a subtraction, which is exact, leaves the value. No conversion instruction is needed for 4 bits.
     """
     if KIND == "int4" or KIND == "uint4":
-        code = (words >> (4 * i)) & 15
         zero: tl.constexpr = 8 if KIND == "int4" else 0
         if DT == tl.bfloat16:
             return (code | 0x4300).to(tl.uint16).to(tl.bfloat16, bitcast=True) - (128.0 + zero)
         return ((code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + zero)).to(DT)
     if KIND == "int8" or KIND == "uint8":
         flip: tl.constexpr = 128 if KIND == "int8" else 0
-        code = ((words >> (8 * i)) & 255) ^ flip
-        return ((code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + flip)).to(DT)
+        return (((code ^ flip) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + flip)).to(DT)
     if KIND == "fp8":
         # As float16 the same bits, moved, stand for the value times 2^-8, subnormal numbers included.
-        code = (words >> (8 * i)) & 255
         half = (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
         return (half.to(tl.float32) * 256.0).to(DT)
     if KIND == "fp4":
-        code = (words >> (4 * i)) & 15
         half = (((code & 8) << 12) | ((code & 7) << 9)).to(tl.uint16).to(tl.float16, bitcast=True)
         return (half.to(tl.float32) * 16384.0).to(DT)
     if KIND == "bfloat16":
         if DT == tl.bfloat16:
-            return ((words >> (16 * i)) & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        return (((words >> (16 * i)) & 0xFFFF) << 16).to(tl.float32, bitcast=True).to(DT)
-    return words.to(tl.float32, bitcast=True).to(DT)
+            return code.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return (code << 16).to(tl.float32, bitcast=True).to(DT)
+    return code.to(tl.float32, bitcast=True).to(DT)
+
+
+@triton.jit
+def plane(words, i, KIND: tl.constexpr, PER_WORD: tl.constexpr, DT: tl.constexpr):
+    """The values of the i-th codes of words, of which each holds so many."""
+    if PER_WORD == 1:
+        return value_of(words, KIND, DT)
+    bits: tl.constexpr = 32 // PER_WORD
+    return value_of((words >> (bits * i)) & ((1 << bits) - 1), KIND, DT)
 
 
 @triton.jit
@@ -106,7 +111,7 @@ def dot_tile(
                 xs = tl.load(x + rows[:, None] * STRIDE + k[None, :], mask=inside, other=0.0).to(tl.float32)
                 if NORM:
                     xs = xs * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-                part = product(xs.to(DT), plane(w, run * planes + j, KIND, DT), part, DT)
+                part = product(xs.to(DT), plane(w, run * planes + j, KIND, PER_WORD, DT), part, DT)
                 if OFFSET:
                     total += tl.sum(xs, axis=1)
             if GROUP:
@@ -151,8 +156,8 @@ def dot_pair(
                 k = c * size + (run * planes + j) * 16 + r
                 inside = here[:, None] & (k < K)[None, :] if K % size else here[:, None]
                 xs = tl.load(x + rows[:, None] * STRIDE + k[None, :], mask=inside, other=0.0)
-                a = product(xs.to(DT), plane(v, run * planes + j, KIND, DT), a, DT)
-                b = product(xs.to(DT), plane(w, run * planes + j, KIND, DT), b, DT)
+                a = product(xs.to(DT), plane(v, run * planes + j, KIND, PER_WORD, DT), a, DT)
+                b = product(xs.to(DT), plane(w, run * planes + j, KIND, PER_WORD, DT), b, DT)
                 if OFFSET:
                     total += tl.sum(xs.to(tl.float32), axis=1)
             if GROUP:

@@ -6,9 +6,12 @@ float32 here. ``TRITON_INTERPRET=1`` must be in the environment before triton is
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +27,11 @@ TYPES = {  # as Triton names them
     "int8": "i8",
     "uint8": "u8",
 }
+
+
+_ONE_AT_A_TIME = threading.Lock()
+Programs = Sequence[tuple[int, ...]]
+_CHOSEN: contextvars.ContextVar[Programs | None] = contextvars.ContextVar("glm_jax_programs", default=None)
 
 
 class _Storage:
@@ -83,7 +91,7 @@ def interpret(
     *inputs: jax.Array,
 ) -> list[jax.Array]:
     """Runs a kernel program by program, also where it is part of a compiled function."""
-    run = functools.partial(_run, kernel, tuple(outputs), grid, dict(constants), dict(aliases))
+    run = functools.partial(_run, kernel, tuple(outputs), grid, dict(constants), dict(aliases), _CHOSEN.get())
     return list(jax.pure_callback(run, list(outputs), *inputs, vmap_method="sequential"))
 
 
@@ -93,19 +101,51 @@ def _run(
     grid: tuple[int, ...],
     constants: dict[str, Any],
     aliases: dict[int, int],
+    chosen: Programs | None,
     *inputs: Any,
 ) -> list[np.ndarray]:
     arrays = [np.array(x, order="C") for x in inputs]
     made = [_undefined(output) for output in outputs]
     for source, destination in aliases.items():
         made[destination] = arrays[source]
-    with warnings.catch_warnings():
+    # The interpreter's state is the process's own, and devices of a CPU are threads of it.
+    with _ONE_AT_A_TIME, warnings.catch_warnings():
         # Triton's own: it takes the number out of an array of one element in a way that NumPy will not always allow,
         # and computes what a mask then drops.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", RuntimeWarning)
-        kernel[grid](*map(Tensor, arrays), *map(Tensor, made), **constants)
+        with contextlib.nullcontext(grid) if chosen is None else _cut(grid, chosen) as cut:
+            kernel[cut](*map(Tensor, arrays), *map(Tensor, made), **constants)
     return made
+
+
+@contextlib.contextmanager
+def only(programs: Programs) -> Iterator[None]:
+    """Kernels that are traced meanwhile run these programs alone; what others would have written stays undefined.
+
+    A kernel at its real size takes minutes otherwise.
+    """
+    token = _CHOSEN.set(tuple(programs))
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
+
+
+@contextlib.contextmanager
+def _cut(grid: tuple[int, ...], programs: Programs) -> Iterator[tuple[int, ...]]:
+    """A grid of so many programs, each of which takes itself for one of the whole grid."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    builder: Any = interpreter_builder
+    set_idx, set_dim = builder.set_grid_idx, builder.set_grid_dim
+    whole = (*grid, 1, 1)[:3]
+    builder.set_grid_idx = lambda x, *_: set_idx(*(*programs[x], 0, 0)[:3])
+    builder.set_grid_dim = lambda *_: set_dim(*whole)
+    try:
+        yield (len(programs),)
+    finally:
+        builder.set_grid_idx, builder.set_grid_dim = set_idx, set_dim
 
 
 def _undefined(output: jax.ShapeDtypeStruct) -> np.ndarray:

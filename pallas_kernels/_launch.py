@@ -36,6 +36,12 @@ GRAPH_OPTIONS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
     "xla_gpu_graph_min_graph_size": 1,
 }
+# On several GPUs a round is a graph with the sums over devices in it, and the host goes round: what the library of
+# these sums captures is not known to be allowed in the body of a loop.
+GRAPH_OPTIONS_OF_SEVERAL = {
+    **GRAPH_OPTIONS,
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,COLLECTIVES",
+}
 
 
 def interpreted() -> bool:

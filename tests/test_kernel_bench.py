@@ -18,7 +18,7 @@ SMALL = Sweep(
         hidden=128, heads=2, nope=32, rope=32, value=32, latent=128, query_latent=64, experts=6, chosen=2,
         expert_width=64, dense_width=96, vocab=130,
     ),
-    rows=(2,), kinds=("int4",), contexts=(64,), caches=("int8",),
+    rows=(2,), kinds=("int4",), contexts=(64,), chunks=(16,), caches=("int8",),
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from glm_jax.config import Config
 from glm_jax.errors import MemoryPlanError, ShardingError
 from glm_jax.memory import PREDICTION_LAYER, MemoryPlan, distinct_experts, find_gpus, gpus, plan, plan_on
 from glm_jax.memory import devices as hardware
-from glm_jax.memory.sizes import Placement, cache_bytes, part_of, workspace
+from glm_jax.memory.sizes import Placement, cache_bytes, chunk_length, part_of, workspace
 from glm_jax.params import leaves, param_specs
 from glm_jax.sharding import Rules, make_mesh, preset
 from glm_jax.storage import abstract_params
@@ -220,7 +220,7 @@ def test_the_workspace_covers_what_a_cpu_asks_for(dtype, cache, rows, slots, mib
 
 def test_the_workspace_of_an_8_bit_cache_counts_rows_as_stored_and_as_read():
     """In bfloat16, 16,384 slots: rows as stored, and a block of keys and the chunk, in float32 and rounded."""
-    plain, narrow = (workspace(FLASH, Placement(cache_dtype=kind), 2, 16_384) for kind in ("bfloat16", "int8"))
+    plain, narrow = (workspace(FLASH, Placement(cache_dtype=kind), 2, 16_384, 512) for kind in ("bfloat16", "int8"))
     stored, wide = 16_384 * (576 + 8), (1024 + 512) * 576 * (4 + 2)
     assert plain.activations - narrow.activations == 2 * (16_384 * 576 * 2 - stored - wide)
 
@@ -229,6 +229,15 @@ def test_bfloat16_in_place_of_float32_leaves_an_8_bit_cache_as_it_is():
     made = on(gpu="h100", dtype="float32", cache_dtype="fp8", context=4096)
     assert made.setup.in_dtype("bfloat16").placement.cache_dtype == "fp8"
     assert "cache_dtype" not in made.refusal()
+
+
+@pytest.mark.parametrize(
+    ("rows", "on_cpu", "tokens"), [(1, False, 2048), (8, False, 1024), (64, False, 512), (1, True, 512)]
+)
+def test_few_rows_have_longer_chunks_on_a_gpu(rows, on_cpu, tokens):
+    assert chunk_length(rows, on_cpu=on_cpu) == tokens
+    placement = Placement(on_cpu=on_cpu)
+    assert workspace(FLASH, placement, rows, 8192) == workspace(FLASH, placement, rows, 8192, tokens)
 
 
 def test_splitting_makes_the_workspace_smaller():

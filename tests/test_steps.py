@@ -232,12 +232,12 @@ def test_a_stop_token_ends_its_row_and_is_written():
 
 def test_a_limit_is_data_and_never_passes_the_buffer():
     state, _ = started()
-    before = _compiled_decode(False)._cache_size()
+    before = _compiled_decode(None)._cache_size()
     for limit in (0, 1, 3, STEPS, 10**6):
         state, more = steps(state, limit)
         counts = (np.asarray(more.tokens) != NO_TOKEN).sum(axis=1).tolist()
         assert counts == [min(limit, STEPS)] * 3 + [0]
-    assert _compiled_decode(False)._cache_size() <= before + 1
+    assert _compiled_decode(None)._cache_size() <= before + 1
 
 
 def test_without_logprobs_there_are_none():

@@ -213,7 +213,9 @@ def test_a_file_of_another_card_is_refused(folder):
 
 @pytest.mark.skipif(interpreted(), reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(
-    "case", cases(Sweep(rows=(2,), kinds=("int8",), contexts=(64,), caches=("int8",))), ids=lambda c: c.op
+    "case",
+    cases(Sweep(rows=(2,), kinds=("int8",), contexts=(64,), chunks=(128,), caches=("int8",))),
+    ids=lambda c: c.op,
 )
 def test_every_operation_asks_for_what_was_measured(folder, case):
     """With another number of warps than the rule's, which is seen in what is compiled."""

@@ -1,4 +1,4 @@
-"""What the assembler makes of the decode kernels, without a GPU: ``python docs/measurements/kernel_facts.py``.
+"""What the assembler makes of the kernels of a step, without a GPU: ``python docs/measurements/kernel_facts.py``.
 
 GLM-4.7-Flash's widths in 4 bits (shared experts in 8), one row, a cache of 8,192 slots in bfloat16. Prints a Markdown
 table of registers per thread, bytes of stack (what is spilled), warps, and shared memory, by the assembler that Triton

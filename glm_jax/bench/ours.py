@@ -150,7 +150,7 @@ class Ours:
 
     def launches(self, state: Started) -> dict[str, Any]:
         """What XLA makes of the generation loop on the device at hand (:func:`glm_jax.aot.loop`)."""
-        return aot.loop(self.cfg, self.params, state.state(), SingleDeviceSharding(jax.devices()[0]))
+        return aot.loop(GLM(self.cfg), self.params, state.state(), SingleDeviceSharding(jax.devices()[0]))
 
     def bytes_per_step(self, batch: int, context: int) -> int:
         """Bytes that are read to write one token in each of ``batch`` rows after ``context`` tokens."""

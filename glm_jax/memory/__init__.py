@@ -4,7 +4,7 @@ from glm_jax.memory.devices import Gpu, bandwidth_of, device_limit, find_gpus, g
 from glm_jax.memory.planner import MemoryPlan, plan, plan_on
 from glm_jax.memory.refusal import counted, in_gb
 from glm_jax.memory.setup import Need, Setup
-from glm_jax.memory.sizes import PREDICTION_LAYER, PREFILL_CHUNK, Part, Workspace, distinct_experts
+from glm_jax.memory.sizes import PREDICTION_LAYER, PREFILL_CHUNK, Part, Workspace, chunk_length, distinct_experts
 
 __all__ = [
     "PREDICTION_LAYER",
@@ -16,6 +16,7 @@ __all__ = [
     "Setup",
     "Workspace",
     "bandwidth_of",
+    "chunk_length",
     "counted",
     "device_limit",
     "distinct_experts",

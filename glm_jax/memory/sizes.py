@@ -17,8 +17,10 @@ from glm_jax.params import ParamSpec, Path, leaves, param_specs
 from glm_jax.sharding import LogicalAxis, Rules
 from glm_jax.storage import Storage, component_axes
 
-# Prompts are run in chunks of this many tokens per row.
+# Prompts are run in chunks of this many tokens per row. On a GPU few rows have longer ones: a chunk reads all weights,
+# and with fewer tokens an expert has few rows to use each for.
 PREFILL_CHUNK = 512
+_LONG_CHUNK, _LONG_OF_ALL_ROWS = 2048, 8192
 PREDICTION_LAYER = "prediction layer"
 _WIDEST_BLOCK = 64  # rows of the tallest block of pairs that share an expert
 _SAMPLER_ARRAYS = 8  # float32 arrays [rows, vocab] at once: logits, history, processors, noise
@@ -142,7 +144,12 @@ class Workspace:
         return self.activations + self.layer_weights + self.logits
 
 
-def workspace(cfg: Config, placement: Placement, rows: int, context: int, chunk: int = PREFILL_CHUNK) -> Workspace:
+def chunk_length(rows: int, *, on_cpu: bool) -> int:
+    """Longest chunk of prompts that are run together."""
+    return PREFILL_CHUNK if on_cpu else max(PREFILL_CHUNK, min(_LONG_CHUNK, _LONG_OF_ALL_ROWS // rows))
+
+
+def workspace(cfg: Config, placement: Placement, rows: int, context: int, chunk: int | None = None) -> Workspace:
     """The workspace on one device, for ``rows`` prompts run together in chunks of ``chunk`` tokens.
 
     With ``a`` bytes per activation, ``n = rows * chunk`` new tokens, and ``K`` keys at a time (all up to 2,048 slots,
@@ -159,7 +166,8 @@ def workspace(cfg: Config, placement: Placement, rows: int, context: int, chunk:
 
     and ``4 * a * n * D`` for the residual stream, its norms and sums.
     """
-    rows, chunk = placement.size(rows, "batch"), min(chunk, context)
+    rows = placement.size(rows, "batch")
+    chunk = min(chunk or chunk_length(rows, on_cpu=placement.on_cpu), context)
     item, new = placement.itemsize, rows * chunk
     activations = max(
         _attention(cfg, placement, rows, context, chunk),

@@ -117,7 +117,8 @@ def _attention(
         cache = cache.write(slot, own_slot, new, cfg.kv_lora_rank)
         # The new tokens too are seen as they are stored, so that it does not matter which call wrote a row.
         rows = cache.layer(slot)
-    out = attend(cfg, queries, rows, own_slot, w, layer, ctx.form)
+    stored = None if cache is None else (cache, slot)
+    out = attend(cfg, queries, rows, own_slot, w, layer, ctx.form, stored)
     # Partial sums over the devices' heads are added in float32.
     partial = linear(out.reshape(*out.shape[:2], -1), w["o"], layer, dtype=jnp.dtype(jnp.float32))
     return ctx.rules.psum(partial, "heads").astype(h.dtype), cache

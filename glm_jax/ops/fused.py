@@ -1,4 +1,4 @@
-"""The forward pass of few tokens in few kernels: eight for a layer of experts.
+"""The forward pass of few tokens in few kernels: eight for a layer of experts, nine for more than eight tokens.
 
 The reference computes one operation after the other; here kernels begin and end where the data must cross the card, and
 everything between is part of one of them:
@@ -32,13 +32,16 @@ from glm_jax.ops.linear import embed
 from glm_jax.ops.rope import rope_table
 from glm_jax.params import leaves
 from glm_jax.quant import TiledWeight
+from glm_jax.sharding import Rules
 from glm_jax.tiling import lies_in_tiles
 from pallas_kernels import available, interpreted, mla_decode, moe
-from pallas_kernels.quant_matmul import Squares, linear
+from pallas_kernels.quant_matmul import Made, Squares, linear
 from pallas_kernels.tiles import same_layout
 
 # More tokens are for the reference, in which products of many rows and sorted experts win.
 MOST_TOKENS, MOST_PER_ROW = 64, 8
+# Of more tokens several are likely to share an expert: one more kernel, so that it is read once.
+_MOST_UNSORTED = 8
 _COUNTERS = 16_384
 _BLOCK = 64
 
@@ -61,10 +64,12 @@ class Stream(NamedTuple):
     counters: jax.Array
 
 
-def obstacle(cfg: Config, body: dict[str, Any]) -> str | None:
+def obstacle(cfg: Config, body: dict[str, Any], rules: Rules = Rules()) -> str | None:
     """Why a model cannot be run by these kernels; None if it can."""
     if not available():
         return "there is no GPU, or no Triton"
+    if unsupported := [axis for axis in ("batch", "seq", "embed", "latent", "experts") if getattr(rules, axis)]:
+        return f"they run on devices that split heads, widths and vocabulary, not {unsupported[0]}"
     widths = (cfg.kv_lora_rank, cfg.qk_rope_head_dim)
     if cfg.q_lora_rank is None:
         return "its queries have no latent"
@@ -98,21 +103,43 @@ def _differences(run: dict[str, Any]) -> str | None:
 
 
 def hidden(
-    cfg: Config, body: dict[str, Any], tokens: jax.Array, positions: jax.Array, cache: LatentCache
+    cfg: Config,
+    body: dict[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: LatentCache,
+    rules: Rules = Rules(),
 ) -> tuple[jax.Array, LatentCache]:
-    """States after the final norm, and the cache with the new tokens in it.
+    """States after the final norm ``[B, T, D]`` in the dtype of the embedding, and the cache; see :func:`states`."""
+    made, cache = states(cfg, body, tokens, positions, cache, rules)
+    factor = jax.lax.rsqrt(jnp.sum(made.squares, axis=-1, keepdims=True) / made.h.shape[-1] + cfg.rms_norm_eps)
+    normed = (made.scaled.astype(jnp.float32) * factor).astype(made.scaled.dtype)
+    return normed.reshape(*tokens.shape, -1), cache
+
+
+def states(
+    cfg: Config,
+    body: dict[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: LatentCache,
+    rules: Rules = Rules(),
+) -> tuple[Stream, LatentCache]:
+    """What the layers leave, and the cache with the new tokens in it.
 
     Args:
         cfg: the model.
-        body: ``embed``, ``runs`` and ``norm``; the matrices of the runs in tiles.
+        body: ``embed``, ``runs`` and ``norm``; the matrices of the runs in tiles. Of several devices the local part.
         tokens: int32 ``[B, T]``.
         positions: int32 ``[B, T]``.
-        cache: of all layers.
+        cache: of all layers, on every device.
+        rules: mesh axis of each logical axis: heads, widths and vocabulary may be split.
 
     Returns:
-        ``[B, T, D]`` in the dtype of the embedding, and the cache.
+        The stream, of B times T tokens, with the final norm as the one that comes next; and the cache.
     """
-    embedded = embed(body["embed"], tokens.reshape(-1))
+    first = rules.index("vocab") * body["embed"].shape[0]
+    embedded = rules.psum(embed(body["embed"], tokens.reshape(-1), first), "vocab")
     dtype, h = embedded.dtype, embedded.astype(jnp.float32)
     flat = positions.reshape(-1)
     norms = jnp.concatenate([*(run["attn"]["norm"] for run in _runs(cfg, body)), body["norm"][None]])
@@ -124,19 +151,17 @@ def hidden(
         jnp.zeros(_COUNTERS, jnp.int32),
     )
     table = jnp.stack(rope_table(flat, cfg.qk_rope_head_dim, cfg.rope_theta, dtype))  # together: one kernel
-    shared = _Shared(cfg, flat, table, norms)
+    shared = _Shared(cfg, rules, flat, table, norms)
     for run, weights in zip(cfg.runs, _runs(cfg, body), strict=True):
         stream = _run(shared, run, weights, stream)
-    factor = jax.lax.rsqrt(jnp.sum(stream.squares, axis=-1, keepdims=True) / h.shape[-1] + cfg.rms_norm_eps)
-    states = (stream.scaled.astype(jnp.float32) * factor).astype(dtype)
-    kept = dataclasses.replace(cache, data=stream.cache.codes, scales=stream.cache.scales)
-    return states.reshape(*tokens.shape, -1), kept
+    return stream, dataclasses.replace(cache, data=stream.cache.codes, scales=stream.cache.scales)
 
 
 class _Shared(NamedTuple):
     """What all layers have in common."""
 
     cfg: Config
+    rules: Rules
     positions: jax.Array
     table: jax.Array
     norms: jax.Array
@@ -153,14 +178,14 @@ def _run(shared: _Shared, run: LayerRun, w: dict[str, Any], stream: Stream) -> S
 
     # Spelled out: a loop would add its counter to every layer, and would hold the layers of a token apart.
     for i in range(run.count):
-        stream = _layer(shared, run, w, latent_norms, jnp.full(1, i, jnp.int32), stream)
+        stream = _layer(shared, run, w, latent_norms, i, stream)
     return stream
 
 
 def _layer(
-    shared: _Shared, run: LayerRun, w: dict[str, Any], latent_norms: jax.Array, place: jax.Array, stream: Stream
+    shared: _Shared, run: LayerRun, w: dict[str, Any], latent_norms: jax.Array, layer: int, stream: Stream
 ) -> Stream:
-    cfg, attn = shared.cfg, w["attn"]
+    cfg, attn, place = shared.cfg, w["attn"], jnp.full(1, layer, jnp.int32)
     dtype, squares = stream.scaled.dtype, Squares(stream.squares, 0, stream.squares.shape[1])
     a, counters = linear(
         stream.scaled,
@@ -173,7 +198,7 @@ def _layer(
         next_norm=latent_norms,
     )
     latents = _split_squares(cfg, a.squares)
-    sizes = _attention(cfg)
+    sizes = _attention(cfg, heads=attn["k_b"].shape[1])
     query, cache = mla_decode.queries(
         sizes, a.scaled, latents, place, shared.positions, shared.table, attn["q_b"].tiles, attn["k_b"].tiles,
         stream.cache, cache_from=run.start, dtype=dtype,
@@ -181,16 +206,30 @@ def _layer(
     parts = mla_decode.attend(sizes, query, cache, place, shared.positions, cache_from=run.start)
     attended = mla_decode.values(sizes, parts, place, attn["v_b"].tiles, dtype=dtype)
     feed = w.get("moe") or w["mlp"]
+    split = bool(shared.rules.heads)
     mid, counters = linear(
-        attended, attn["o"].tiles, place, counters, residual=stream.h, next_norm=feed["norm"], dtype=jnp.float32,
-        scaled_dtype=dtype,
+        attended, attn["o"].tiles, place, counters, residual=None if split else stream.h,
+        next_norm=None if split else feed["norm"], dtype=jnp.float32, scaled_dtype=dtype,
     )  # fmt: skip
+    if split:
+        mid = _joined(shared.rules.psum(mid.out, "heads"), stream.h, feed["norm"][layer], dtype)
+    split, next_from = bool(shared.rules.ffn), run.start + 1
+    norms = None if split else shared.norms
     step = _sparse if "moe" in w else _dense
-    made, counters = step(shared, run, feed, place, mid, counters)
+    made, counters = step(shared, feed, place, mid, counters, None if split else mid.out, norms, next_from)
+    if split:
+        made = _joined(shared.rules.psum(made.out, "ffn"), mid.out, shared.norms[next_from + layer], dtype)
     return Stream(made.out, made.scaled, made.squares.parts, cache, counters)
 
 
-def _sparse(shared, run, w, place, mid, counters):  # noqa: ANN001, ANN202
+def _joined(added: jax.Array, h: jax.Array, norm: jax.Array, dtype: Any) -> Made:
+    """What a kernel leaves when it adds to the residual stream itself, of a sum over devices."""
+    out = h + added
+    squares = Squares(jnp.sum(out * out, axis=-1, keepdims=True), 0, 1)
+    return Made(out, (out * norm.astype(jnp.float32)[None]).astype(dtype), squares)
+
+
+def _sparse(shared, w, place, mid, counters, residual, norms, next_from):  # noqa: ANN001, ANN202
     cfg = shared.cfg
     routed = moe.Routed(
         experts=cfg.n_routed_experts,
@@ -203,31 +242,32 @@ def _sparse(shared, run, w, place, mid, counters):  # noqa: ANN001, ANN202
     )
     both = (w["shared_gate"].tiles, w["shared_up"].tiles) if cfg.n_shared_experts else None
     bias = w["router_bias"]
-    h = moe.gate_up(
+    many = logits.out.shape[0] > _MOST_UNSORTED
+    plan = moe.sort_pairs(routed, place, logits.out, bias) if many else None
+    h, plan = moe.gate_up(
         routed, mid.scaled, mid.squares, place, logits.out, bias, w["gate"].tiles, w["up"].tiles, both,
-        eps=cfg.rms_norm_eps,
+        eps=cfg.rms_norm_eps, plan=plan,
     )  # fmt: skip
     shared_down = w["shared_down"].tiles if cfg.n_shared_experts else None
     return moe.down(
-        routed, h, place, logits.out, bias, w["down"].tiles, shared_down, mid.out, shared.norms, counters,
-        next_from=run.start + 1,
+        routed, h, plan, place, w["down"].tiles, shared_down, residual, norms, counters, next_from=next_from
     )  # fmt: skip
 
 
-def _dense(shared, run, w, place, mid, counters):  # noqa: ANN001, ANN202
+def _dense(shared, w, place, mid, counters, residual, norms, next_from):  # noqa: ANN001, ANN202
     none = moe.Routed(experts=1, chosen=0, normalised=False, factor=1.0)
     both = (w["gate"].tiles, w["up"].tiles)
-    h = moe.gate_up(none, mid.scaled, mid.squares, place, mid.out, mid.out, *both, both, eps=shared.cfg.rms_norm_eps)
+    h, _ = moe.gate_up(none, mid.scaled, mid.squares, place, mid.out, mid.out, *both, both, eps=shared.cfg.rms_norm_eps)
     h = h.reshape(mid.scaled.shape[0], -1)
     return linear(
-        h, w["down"].tiles, place, counters, residual=mid.out, next_norm=shared.norms, next_from=run.start + 1,
-        dtype=jnp.float32, scaled_dtype=h.dtype,
+        h, w["down"].tiles, place, counters, residual=residual, next_norm=norms, next_from=next_from, dtype=jnp.float32,
+        scaled_dtype=h.dtype,
     )  # fmt: skip
 
 
-def _attention(cfg: Config) -> mla_decode.Attention:
+def _attention(cfg: Config, heads: int) -> mla_decode.Attention:
     return mla_decode.Attention(
-        heads=cfg.num_attention_heads,
+        heads=heads,
         nope=cfg.qk_nope_head_dim,
         rope=cfg.qk_rope_head_dim,
         latent=cfg.kv_lora_rank,

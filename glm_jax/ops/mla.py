@@ -18,13 +18,15 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from glm_jax.cache import Rows
+from glm_jax.cache import LatentCache, Rows
 from glm_jax.config import Config
+from glm_jax.ops import prompt
 from glm_jax.ops.linear import Index, einsum, heads_linear, linear, pick
 from glm_jax.ops.norm import rms_norm
 from glm_jax.ops.rope import apply_rope, rope_table
-from glm_jax.quant import Weight
+from glm_jax.quant import TiledWeight, Weight
 from glm_jax.sharding import vary_like
+from pallas_kernels import available
 
 Form = Literal["auto", "absorbed", "expanded"]
 Weights = dict[str, Weight]
@@ -69,7 +71,14 @@ def project(
 
 
 def attend(
-    cfg: Config, q: Queries, rows: Rows, positions: jax.Array, w: Weights, layer: Index, form: Form = "auto"
+    cfg: Config,
+    q: Queries,
+    rows: Rows,
+    positions: jax.Array,
+    w: Weights,
+    layer: Index,
+    form: Form = "auto",
+    stored: tuple[LatentCache, Index] | None = None,
 ) -> jax.Array:
     """Causal attention of new tokens over cached rows.
 
@@ -79,6 +88,7 @@ def attend(
         positions: int32 ``[B, T]``; a query sees slots up to its own position.
         w: ``k_b [.., N, Hn, R]`` and ``v_b [.., N, Hv, R]``, stacked by layer.
         form: "auto" takes the cheaper one for these shapes.
+        stored: the cache that the rows are of, and its layer: a kernel reads them there.
 
     Returns:
         ``[B, T, N, Hv]``.
@@ -90,6 +100,8 @@ def attend(
     read = functools.partial(Rows.values, latent=cfg.kv_lora_rank, dtype=q.nope.dtype)
     if form == "expanded":
         k_b, v_b = pick(w["k_b"], layer), pick(w["v_b"], layer)
+        if stored is not None and isinstance(w["k_b"], TiledWeight) and available():
+            return prompt.attend(cfg, _joined(q.nope, q.rope), *stored, positions, k_b, v_b)
         return _softmax_over_blocks(
             lambda block: _expand(cfg, q, read(block), k_b, v_b), rows, positions, scale, q.nope, cfg.v_head_dim
         ).astype(q.nope.dtype)

@@ -1,4 +1,4 @@
-"""Mixture of experts: the router, and four ways to apply the chosen experts with the same result.
+"""Mixture of experts: the router, and five ways to apply the chosen experts with the same result.
 
 Routing is that of DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section 2.1.2): sigmoid scores, a bias that takes part
 in the choice only, the chosen scores normalised to sum to ``routed_scaling_factor``.
@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.config import Config
+from glm_jax.ops import tiled
 from glm_jax.ops.linear import Index, einsum, linear, pick
 from glm_jax.ops.mlp import swiglu
-from glm_jax.quant import Weight
+from glm_jax.quant import TiledWeight, Weight
 from glm_jax.sharding import Rules, vary_like
+from pallas_kernels import grouped_matmul
 
 Weights = dict[str, Weight]
 _FEW_PAIRS = 64
-Method = Literal["auto", "pairs", "blocks", "batched", "dense"]
+Method = Literal["auto", "pairs", "blocks", "batched", "dense", "kernels"]
 
 
 class Routing(NamedTuple):
@@ -78,16 +80,19 @@ def apply_experts(
         w: ``gate, up [.., E, F, D]`` and ``down [.., E, D, F]``, stacked by layer; the local part of them.
         method: "pairs" scans over (token, expert) pairs and reads each pair's expert; "blocks" sorts the pairs and
             reads an expert once per block of rows; "batched" applies all experts at once to an equal number of rows
-            and the rest in blocks; "dense" applies all experts to all tokens. "auto" takes the cheapest.
+            and the rest in blocks; "dense" applies all experts to all tokens; "kernels" sorts the pairs into blocks
+            for kernels, which need all matrices in tiles. "auto" takes the cheapest.
 
     Returns:
         ``[n, D]`` in float32.
     """
     local = w["gate"].shape[1]
     routing = _only_local(routing, rules.index("experts") * local, local)
+    if method == "auto" and tiled.together(w["gate"], w["up"]) and isinstance(w["down"], TiledWeight):
+        method = "kernels"
     if method == "auto":
         method = cheapest(x.shape[0], routing.experts.shape[1], local, in_place=_in_place(w["gate"], layer))
-    methods = {"pairs": _pairs, "blocks": _blocks, "batched": _batched, "dense": _dense}
+    methods = {"pairs": _pairs, "blocks": _blocks, "batched": _batched, "dense": _dense, "kernels": _kernels}
     out = methods[method](x, routing, w, layer)
     return rules.psum(out, "experts", "ffn")
 
@@ -220,6 +225,20 @@ def _blocks(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Arr
     return _combine(by_pair.reshape(tokens, chosen, -1), routing.weights)
 
 
+def _kernels(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    tokens, chosen = routing.experts.shape
+    gate, up, down = (w[name].tiles for name in ("gate", "up", "down"))  # pyright: ignore[reportAttributeAccessIssue]
+    expert_of_pair, experts = routing.experts.reshape(-1), gate.stack[1]
+    plan = plan_blocks(expert_of_pair, experts, grouped_matmul.height(tokens * chosen, experts))
+    place, blocks = jnp.asarray(layer, jnp.int32).reshape(1), grouped_matmul.Blocks(plan.experts, plan.pairs)
+    hidden = grouped_matmul.gated(x, gate, up, place, blocks=blocks, chosen=chosen)
+    weights = routing.weights.reshape(-1)
+    outs = grouped_matmul.matmul(hidden, down, place, blocks=blocks, factors=weights, dtype=jnp.float32)
+    # Pairs of experts that are elsewhere are in no block, and nothing was written for them.
+    outs = jnp.where((expert_of_pair < experts)[:, None], outs, 0.0)
+    return jnp.sum(outs.reshape(tokens, chosen, -1), axis=1)
+
+
 class BlockPlan(NamedTuple):
     """Pairs sorted by expert into blocks of equal height, each of one expert.
 
@@ -232,15 +251,16 @@ class BlockPlan(NamedTuple):
     slot_of_pair: jax.Array
 
 
-def plan_blocks(expert_of_pair: jax.Array, experts: int) -> BlockPlan:
+def plan_blocks(expert_of_pair: jax.Array, experts: int, height: int | None = None) -> BlockPlan:
     """Sorts pairs by expert into blocks.
 
     Args:
         expert_of_pair: int32 ``[n * X]``; pairs of an expert past the end are left out (their slot is 0).
         experts: number of experts.
+        height: of a block; what suits a CPU unless given.
     """
     pairs = expert_of_pair.shape[0]
-    height = min(64, max(8, 1 << (max(pairs // experts, 1) - 1).bit_length()))
+    height = height or min(64, max(8, 1 << (max(pairs // experts, 1) - 1).bit_length()))
     blocks = min(pairs, experts + pairs // height)
     blocks_of = -(-_counts(expert_of_pair, experts) // height)
     first_block = jnp.cumsum(blocks_of) - blocks_of

@@ -1,4 +1,4 @@
-"""Products with weights in tiles: by kernel for few rows, else with the matrix taken out of its tiles."""
+"""Products with weights in tiles: by kernels, or where there are none with the matrix taken out of its tiles."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.ops.slices import Index, take
-from glm_jax.quant import TiledWeight
-from pallas_kernels import available
+from glm_jax.quant import TiledWeight, Weight
+from pallas_kernels import available, grouped_matmul
 from pallas_kernels.quant_matmul import linear
-from pallas_kernels.tiles import WIDTH, Tiles
+from pallas_kernels.tiles import WIDTH, Tiles, same_layout
 
 _FEW_ROWS = 64
 _BLOCK = 32  # outputs of the smallest block that a program works on
@@ -35,7 +35,9 @@ def matmul(rows: jax.Array, weight: TiledWeight, index: tuple[Index, ...]) -> ja
     Returns:
         float32 ``[n, O]``.
     """
-    if available() and rows.shape[0] <= _FEW_ROWS and not weight.turned:
+    if available() and not weight.turned and rows.shape[0] > _FEW_ROWS:
+        return grouped_matmul.matmul(rows, *flattened(weight.tiles, index), dtype=jnp.float32)
+    if available() and not weight.turned:
         counters = jnp.zeros(math.ceil(rows.shape[0] / 16) * (WIDTH // _BLOCK) * weight.tiles.tiles, jnp.int32)
         flat, place = flattened(weight.tiles, index)
         made, _ = linear(rows, flat, place, counters, dtype=jnp.float32)
@@ -46,6 +48,19 @@ def matmul(rows: jax.Array, weight: TiledWeight, index: tuple[Index, ...]) -> ja
     return jax.lax.dot_general(
         rows, matrix, (((1,), (1,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
     )
+
+
+def gated(rows: jax.Array, gate: TiledWeight, up: TiledWeight, index: tuple[Index, ...]) -> jax.Array:
+    """``silu(rows @ gate[index].T) * (rows @ up[index].T)`` by a kernel; see :func:`together`."""
+    flat, place = flattened(gate.tiles, index)
+    return grouped_matmul.gated(rows, flat, flattened(up.tiles, index)[0], place)
+
+
+def together(gate: Weight, up: Weight) -> bool:
+    """Whether a kernel can multiply with both matrices at once."""
+    if not (isinstance(gate, TiledWeight) and isinstance(up, TiledWeight) and available()):
+        return False
+    return not (gate.turned or up.turned) and same_layout(gate.tiles, up.tiles)
 
 
 def flattened(tiles: Tiles, index: tuple[Index, ...]) -> tuple[Tiles, jax.Array]:

@@ -86,9 +86,9 @@ def sample(logits: jax.Array, state: SamplerState, positions: jax.Array) -> Samp
     ok = ~broken & (scores > -jnp.inf).any(-1)
     if state.features.logprobs is None:
         return SampleResult(tokens=tokens, ok=ok, logprob=None, top_ids=None, top_logprobs=None)
-    logprobs = _logprobs(bounded(logits))
+    logprobs = log_probabilities(logits)
     chosen = jnp.where(token_grid(logits) == tokens[:, None], logprobs, -jnp.inf).max(-1)
-    top_ids, top_logprobs = _most_likely(logprobs, exists, state.features.logprobs)
+    top_ids, top_logprobs = most_likely(logprobs, exists, state.features.logprobs)
     return SampleResult(tokens=tokens, ok=ok, logprob=chosen, top_ids=top_ids, top_logprobs=top_logprobs)
 
 
@@ -101,13 +101,15 @@ def _keys(scores: jax.Array, state: SamplerState, positions: jax.Array) -> jax.A
     return jnp.where((state.temperature > 0)[:, None], noisy, scores)
 
 
-def _logprobs(logits: jax.Array) -> jax.Array:
+def log_probabilities(logits: jax.Array) -> jax.Array:
+    """Of the model's own distribution, float32 ``[B, V]`` like the logits; never NaN."""
+    logits = bounded(logits)
     gap = gaps(logits, jnp.ones_like(logits.max(-1)))
     total = jnp.maximum(fixed_sum(jnp.exp(-gap)), 1.0)  # below 1 only when nothing is possible: -inf, not NaN
     return -gap - jnp.log(total)[:, None]
 
 
-def _most_likely(logprobs: jax.Array, exists: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def most_likely(logprobs: jax.Array, exists: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The ``count`` highest among the ids that exist, and those ids, ``[B, count]``: one pass for each.
 
     Each pass takes the next in the order (value down, id up). ``lax.top_k`` would sort the vocabulary on a GPU for more

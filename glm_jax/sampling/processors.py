@@ -18,11 +18,16 @@ def processed(logits: jax.Array, state: SamplerState) -> jax.Array:
 
     The ids are masked last: nothing brings back -inf, so the place makes no difference to them.
     """
+    return jnp.where(existing(state, logits), bounded(adjusted(logits, state)), -jnp.inf)
+
+
+def adjusted(logits: jax.Array, state: SamplerState) -> jax.Array:
+    """Float32 ``[B, V]``, biased and penalised; the logits themselves where no row asks for it."""
     if state.bias_ids is not None and state.bias_values is not None:
         logits = _biased(logits, state.bias_ids, state.bias_values)
     if state.counts is not None and state.in_prompt is not None:
         logits = _penalized(logits, state, state.counts, state.in_prompt)
-    return jnp.where(existing(state, logits), bounded(logits), -jnp.inf)
+    return logits
 
 
 def _biased(logits: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from pallas_kernels.cases.base import Widths as Widths
 from pallas_kernels.cases.base import difference as difference
 from pallas_kernels.cases.experts import down_cases, gate_up_cases
 from pallas_kernels.cases.products import linear_cases
+from pallas_kernels.cases.prompts import flash_cases, gated_cases, matmul_cases
 
 OPS: dict[str, Callable[[Sweep], Iterator[Case]]] = {
     "linear": linear_cases,
@@ -23,6 +24,9 @@ OPS: dict[str, Callable[[Sweep], Iterator[Case]]] = {
     "values": values_cases,
     "gate_up": gate_up_cases,
     "down": down_cases,
+    "matmul": matmul_cases,
+    "gated": gated_cases,
+    "flash": flash_cases,
 }
 
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from pallas_kernels import noise
 from pallas_kernels.cases.base import EPS, Arrays, Case, Sweep, one_layer, size_of
-from pallas_kernels.mla_decode import Attention, Cache, attend, queries, values
+from pallas_kernels.mla_decode import Attention, Cache, Parts, attend, queries, values
 from pallas_kernels.mla_decode.op import attend_problem, queries_problem, values_problem
-from pallas_kernels.mla_decode.reference import attend_ref, queries_ref, values_ref
+from pallas_kernels.mla_decode.reference import attend_ref, latents_ref, queries_ref, values_ref
 from pallas_kernels.quant_matmul import Squares
 from pallas_kernels.tiles import Kind
 
-_QUERY_SLOTS, _SHARES = 256, 64
+_QUERY_SLOTS, _SHARES, _BLOCK = 256, 64, 32
 
 
 def attend_cases(sweep: Sweep) -> Iterator[Case]:
@@ -62,9 +62,7 @@ def _attend(sweep: Sweep, kind: str, context: int, rows: int) -> Case:
         return attend_ref(sizes, given["query"], given["cache"], place, given["positions"]), state
 
     def view(given: Arrays, shares: Any, state: Arrays, place: jax.Array) -> tuple[jax.Array, ...]:
-        parts, tops, totals = shares
-        weights = jnp.exp(tops - jnp.max(tops, axis=1, keepdims=True))
-        return (jnp.sum(parts * weights[..., None], axis=1) / jnp.sum(totals * weights, axis=1)[..., None],)
+        return (latents_ref(shares),)
 
     def nbytes(given: Arrays, state: Arrays) -> int:
         cache = given["cache"]
@@ -138,7 +136,10 @@ def _values(sweep: Sweep, kind: Kind, rows: int, shares: int) -> Case:
 
     def make(layers: int) -> tuple[Arrays, Arrays]:
         number = (rows, shares, w.heads)
-        parts = noise.normal((*number, w.latent), 1), noise.normal(number, 2), 1 + jnp.abs(noise.normal(number, 3))
+        sums, tops = noise.normal((*number, w.latent), 1), noise.normal(number, 2)
+        # Rows that fill all shares, of one block each.
+        positions = jnp.full(rows, shares * _BLOCK - 1, jnp.int32)
+        parts = Parts(sums, tops, 1 + jnp.abs(noise.normal(number, 3)), positions, shares * _BLOCK, _BLOCK)
         return {"parts": parts, "v_b": sweep.weight((layers, w.heads, w.value, w.latent), kind, 4)}, {}
 
     def run(given: Arrays, state: Arrays, place: jax.Array, shape: Any) -> tuple[jax.Array, Arrays]:
@@ -149,7 +150,7 @@ def _values(sweep: Sweep, kind: Kind, rows: int, shares: int) -> Case:
 
     def nbytes(given: Arrays, state: Arrays) -> int:
         made = size_of((rows, w.heads, w.value), sweep.dtype)
-        return one_layer(given["v_b"]) + sum(part.nbytes for part in given["parts"]) + made
+        return one_layer(given["v_b"]) + sum(part.nbytes for part in jax.tree.leaves(given["parts"])) + made
 
     return Case(
         op="values",

@@ -47,6 +47,7 @@ class Sweep:
         rows: tokens at once, one of each row of a batch.
         kinds: storages of the weights.
         contexts: cached rows that attention reads.
+        chunks: tokens of a prompt at once.
         caches: storages of the cache.
         group: inputs that share a scale in 4 bits.
         dtype: of the activations.
@@ -56,6 +57,7 @@ class Sweep:
     rows: tuple[int, ...] = (1, 8, 32, 64)
     kinds: tuple[Kind, ...] = ("int4", "int8", "bfloat16")
     contexts: tuple[int, ...] = (1024, 8192, 32_768)
+    chunks: tuple[int, ...] = (512, 2048)
     caches: tuple[str, ...] = ("bfloat16", "int8", "fp8")
     group: int = 64
     dtype: str = "bfloat16"

@@ -11,11 +11,14 @@ import numpy as np
 
 from pallas_kernels import noise
 from pallas_kernels.cases.base import COUNTERS, EPS, Arrays, Case, Sweep, one_layer, size_of, squares_of, view_made
-from pallas_kernels.moe import Routed, down, gate_up
+from pallas_kernels.moe import Plan, Routed, down, gate_up, sort_pairs
 from pallas_kernels.moe.op import problem
 from pallas_kernels.moe.reference import choose_ref, down_ref, gate_up_ref
 from pallas_kernels.quant_matmul import Made
 from pallas_kernels.tiles import Kind
+
+# As models have it: more tokens are sorted by their experts.
+MOST_UNSORTED = 8
 
 
 def gate_up_cases(sweep: Sweep) -> Iterator[Case]:
@@ -38,6 +41,19 @@ def _choice(sweep: Sweep, layers: int, rows: int) -> Arrays:
     return {"logits": logits, "bias": jnp.zeros((layers, sweep.widths.experts), jnp.float32)}
 
 
+def _plan(routed: Routed, choice: Arrays) -> Plan | None:
+    """The pairs in blocks, where a model would sort them."""
+    if choice["logits"].shape[0] <= MOST_UNSORTED:
+        return None
+    return sort_pairs(routed, jnp.zeros(1, jnp.int32), choice["logits"], choice["bias"])
+
+
+def _every_pair(routed: Routed, choice: Arrays) -> Plan:
+    """The same with each pair for itself."""
+    numbers, weights = choose_ref(routed, choice["logits"], choice["bias"][0])
+    return Plan(numbers.reshape(-1).astype(jnp.int32), weights.reshape(-1))
+
+
 def _distinct(routed: Routed, given: Arrays) -> int:
     """Experts that any token has chosen."""
     return len(np.unique(choose_ref(routed, given["logits"], given["bias"][0])[0]))
@@ -52,6 +68,7 @@ def _gate_up(sweep: Sweep, kind: Kind, rows: int) -> Case:
     w, routed = sweep.widths, _routed(sweep)
 
     def make(layers: int) -> tuple[Arrays, Arrays]:
+        choice = _choice(sweep, layers, rows)
         experts, shared = (layers, w.experts, w.expert_width, w.hidden), (layers, w.expert_width, w.hidden)
         return {
             "x": noise.normal((rows, w.hidden), 1, sweep.dtype),
@@ -59,7 +76,8 @@ def _gate_up(sweep: Sweep, kind: Kind, rows: int) -> Case:
             "gate": sweep.weight(experts, kind, 2),
             "up": sweep.weight(experts, kind, 4),
             "shared": tuple(sweep.weight(shared, _shared_kind(kind), seed) for seed in (6, 8)),
-            **_choice(sweep, layers, rows),
+            "plan": _plan(routed, choice),
+            **choice,
         }, {}
 
     def call(function: Any, given: Arrays, place: jax.Array, **options: Any) -> jax.Array:
@@ -67,7 +85,8 @@ def _gate_up(sweep: Sweep, kind: Kind, rows: int) -> Case:
         return function(routed, given["x"], given["squares"], place, *map(given.get, names), eps=EPS, **options)
 
     def run(given: Arrays, state: Arrays, place: jax.Array, shape: Any) -> tuple[jax.Array, Arrays]:
-        return call(gate_up, given, place, **({"shape": shape} if shape else {})), state
+        made, _ = call(gate_up, given, place, plan=given["plan"], **({"shape": shape} if shape else {}))
+        return made, state
 
     def nbytes(given: Arrays, state: Arrays) -> int:
         read = one_layer(given["gate"], given["up"]) * _distinct(routed, given) // w.experts
@@ -91,22 +110,27 @@ def _down(sweep: Sweep, kind: Kind, rows: int) -> Case:
     w, routed = sweep.widths, _routed(sweep)
 
     def make(layers: int) -> tuple[Arrays, Arrays]:
+        choice = _choice(sweep, layers, rows)
         return {
             "h": noise.normal((rows * (w.chosen + 1) * w.expert_width,), 1, sweep.dtype),
             "weight": sweep.weight((layers, w.experts, w.hidden, w.expert_width), kind, 2),
             "shared": sweep.weight((layers, w.hidden, w.expert_width), _shared_kind(kind), 4),
             "residual": noise.normal((rows, w.hidden), 6),
             "next_norm": noise.normal((layers, w.hidden), 7, sweep.dtype),
-            **_choice(sweep, layers, rows),
+            "plan": _plan(routed, choice) or _every_pair(routed, choice),
+            **choice,
         }, {"counters": jnp.zeros(COUNTERS, jnp.int32)}
 
-    def call(function: Any, given: Arrays, place: jax.Array, *more: Any, **options: Any) -> Any:
-        names = ("logits", "bias", "weight", "shared", "residual", "next_norm")
-        return function(routed, given["h"], place, *map(given.get, names), *more, **options)
+    names = ("weight", "shared", "residual", "next_norm")
 
     def run(given: Arrays, state: Arrays, place: jax.Array, shape: Any) -> tuple[Made, Arrays]:
-        made, counters = call(down, given, place, state["counters"], **({"shape": shape} if shape else {}))
+        rest, options = [*(given[name] for name in names), state["counters"]], {"shape": shape} if shape else {}
+        made, counters = down(routed, given["h"], given["plan"], place, *rest, **options)
         return made, {"counters": counters}
+
+    def reference(given: Arrays, state: Arrays, place: jax.Array) -> tuple[Made, Arrays]:
+        rest = [given[name] for name in ("logits", "bias", *names)]
+        return down_ref(routed, given["h"], place, *rest), state
 
     def nbytes(given: Arrays, state: Arrays) -> int:
         read = one_layer(given["weight"]) * _distinct(routed, given) // w.experts
@@ -118,7 +142,7 @@ def _down(sweep: Sweep, kind: Kind, rows: int) -> Case:
         name=f"{kind}/m{rows}",
         make=make,
         run=run,
-        reference=lambda given, state, place: (call(down_ref, given, place), state),
+        reference=reference,
         view=view_made,
         moves="h",
         nbytes=nbytes,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _device, tuned
-from pallas_kernels._launch import Shape, launch
+from pallas_kernels._launch import LaunchError, Shape, launch
 from pallas_kernels.mla_decode.shapes import AttendShape, ProjectShape, attend_shape, project_shape
 from pallas_kernels.quant_matmul.op import Squares, compute_dtype, constants, operands
 from pallas_kernels.tiles import Tiles
@@ -49,23 +49,69 @@ class Attention:
         return (self.nope + self.rope) ** -0.5
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales", "pages"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cache:
-    """Rows ``[latent | rope key]`` of all layers.
+    """Rows ``[latent | rope key]`` of all layers, for each row of the batch in one piece or in pages.
 
     Attributes:
-        codes: ``[L, B, S, R + P]``, bfloat16 or float32 values, int8 codes, or uint8 with the bits of float8 e4m3.
-        scales: float32 ``[L, B, S, 2]`` of 8-bit codes, else None.
+        codes: ``[L, B, S, R + P]``, bfloat16 or float32 values, int8 codes, or uint8 with the bits of float8 e4m3. In
+            pages ``[L, pages, slots of a page, R + P]``.
+        scales: float32, like the codes but for the last axis of 2, of 8-bit codes, else None.
+        pages: int32 ``[B, pages of a row]``, where slot ``s`` lies in page ``pages[b, s // slots of a page]``; or None.
     """
 
     codes: jax.Array
     scales: jax.Array | None = None
+    pages: jax.Array | None = None
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return self.codes.shape[1] if self.pages is None else self.pages.shape[0]
+
+    @property
+    def slots(self) -> int:
+        """Tokens that a row of the batch has room for."""
+        return self.codes.shape[2] * (1 if self.pages is None else self.pages.shape[1])
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """As the kernels take them."""
+        _, pages, page, _ = self.codes.shape
+        paged = {"PAGE": 0, "POOL": 0} if self.pages is None else {"PAGE": page, "POOL": pages * page}
+        return {"BATCH": self.batch, "SLOTS": self.slots, "CACHE": self.kind, **paged}
 
     @property
     def kind(self) -> str:
         """What a kernel calls it: "int8", "fp8" or "plain"."""
         return _STORED.get(self.codes.dtype.name, "plain")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["sums", "tops", "totals", "positions"],
+    meta_fields=["slots", "block"],
+)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parts:
+    """What shares of the cached rows amount to. A row of the batch has as many as its length asks for.
+
+    Attributes:
+        sums: float32 ``[B, shares, T * N, R]``, of latents by their weights.
+        tops: float32 ``[B, shares, T * N]``, the largest scores.
+        totals: float32 ``[B, shares, T * N]``, sums of exponentials.
+        positions: int32 ``[B * T]``, of the tokens.
+        slots: capacity of the cache.
+        block: rows that a share is a multiple of.
+    """
+
+    sums: jax.Array
+    tops: jax.Array
+    totals: jax.Array
+    positions: jax.Array
+    slots: int
+    block: int
 
 
 def queries(
@@ -103,7 +149,7 @@ def queries(
     Returns:
         Queries ``[M, N, R + P]``, their rope part rotated; the cache.
     """
-    m, (_, batch, slots, width) = a.shape[0], cache.codes.shape
+    m, width = a.shape[0], cache.codes.shape[-1]
     shape = shape or tuned.best(queries_problem(att, m, q_b, k_b))
     programs = att.heads * (k_b.tiles // shape.per)
     head = att.nope + att.rope
@@ -118,6 +164,7 @@ def queries(
             place,
             positions,
             table,
+            positions if cache.pages is None else cache.pages,
             *operands(q_b),
             k_b.words,
             a if k_b.factors is None else k_b.factors,
@@ -132,16 +179,15 @@ def queries(
         ],
         grid=(programs + 1, math.ceil(m / shape.block_m)),
         shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
-        aliases={10: 2} | ({} if cache.scales is None else {11: 3}),
+        aliases={11: 2} | ({} if cache.scales is None else {12: 3}),
         M=m,
-        T=m // batch,
+        T=m // cache.batch,
         HEADS=att.heads,
         NOPE=att.nope,
         P=att.rope,
         RQ=att.query_latent,
         R=att.latent,
-        BATCH=batch,
-        SLOTS=slots,
+        **cache.constants,
         LATENT_TILES=k_b.tiles,
         PER=shape.per,
         BM=shape.block_m,
@@ -151,14 +197,13 @@ def queries(
         K_FIRST=k_squares.first,
         K_PARTS=k_squares.count,
         INTERLEAVE=att.interleave,
-        CACHE=cache.kind,
         CACHE_FROM=cache_from,
         DT=compute_dtype(dtype),
         **_named(q_b, "Q_", without=("K",)),
         **{f"K_{name}": constants(k_b)[name] for name in ("CHUNKS", "PER_WORD", "KIND")},
         K_INPUT_TILES=0 if k_b.factors is None else k_b.factors.shape[-2],
     )
-    return made, Cache(codes, None if cache.scales is None else scales)
+    return made, Cache(codes, None if cache.scales is None else scales, cache.pages)
 
 
 def attend(
@@ -170,7 +215,7 @@ def attend(
     *,
     cache_from: int = 0,
     shape: AttendShape | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Parts:
     """Attention over the cached rows up to each token's own, in shares.
 
     Args:
@@ -183,19 +228,30 @@ def attend(
         shape: block sizes; chosen for the card unless given.
 
     Returns:
-        For :func:`values`: sums of latents float32 ``[B, shares, T * N, R]``, largest scores and sums of exponentials
-        float32 ``[B, shares, T * N]``.
+        What :func:`values` puts together.
+
+    Raises:
+        LaunchError: if pages do not hold whole blocks of rows.
     """
-    m, (_, batch, slots, _) = query.shape[0], cache.codes.shape
+    m, batch, slots = query.shape[0], cache.batch, cache.slots
     tokens = m // batch
     rows = tokens * att.heads
     shape = shape or tuned.best(attend_problem(rows, cache))
+    if cache.pages is not None and cache.codes.shape[2] % shape.block_s:
+        raise LaunchError(f"pages of {cache.codes.shape[2]} slots cannot be read {shape.block_s} at a time")
     from pallas_kernels.mla_decode.triton import attend_kernel
 
     number = jax.ShapeDtypeStruct((batch, shape.splits, rows), jnp.float32)
     parts, tops, totals = launch(
         attend_kernel,
-        [query, cache.codes, place if cache.scales is None else cache.scales, place, positions],
+        [
+            query,
+            cache.codes,
+            place if cache.scales is None else cache.scales,
+            place if cache.pages is None else cache.pages,
+            place,
+            positions,
+        ],
         [jax.ShapeDtypeStruct((*number.shape, att.latent), jnp.float32), number, number],
         grid=(shape.splits, math.ceil(rows / shape.block_q), batch),
         shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
@@ -203,22 +259,20 @@ def attend(
         HEADS=att.heads,
         R=att.latent,
         P=att.rope,
-        BATCH=batch,
-        SLOTS=slots,
+        **cache.constants,
         SPLITS=shape.splits,
         BQ=shape.block_q,
         BS=shape.block_s,
         SCALE=att.scale,
-        CACHE=cache.kind,
         CACHE_FROM=cache_from,
         DT=compute_dtype(query.dtype),
     )
-    return parts, tops, totals
+    return Parts(parts, tops, totals, positions, slots, shape.block_s)
 
 
 def values(
     att: Attention,
-    parts: tuple[jax.Array, jax.Array, jax.Array],
+    parts: Parts,
     place: jax.Array,
     v_b: Tiles,
     *,
@@ -235,7 +289,7 @@ def values(
         dtype: of the result.
         shape: block sizes; chosen unless given.
     """
-    batch, splits, rows, latent = parts[0].shape
+    batch, splits, rows, latent = parts.sums.shape
     tokens = rows // att.heads
     m = batch * tokens
     shape = shape or tuned.best(values_problem(att, m, splits, v_b))
@@ -243,7 +297,7 @@ def values(
 
     out, _ = launch(
         values_kernel,
-        [*parts, place, *operands(v_b)],
+        [parts.sums, parts.tops, parts.totals, place, parts.positions, *operands(v_b)],
         [
             jax.ShapeDtypeStruct((m, att.heads * att.value), dtype),
             jax.ShapeDtypeStruct((att.heads * v_b.tiles, m, latent), dtype),
@@ -255,7 +309,9 @@ def values(
         HEADS=att.heads,
         R=latent,
         V=att.value,
+        SLOTS=parts.slots,
         SPLITS=splits,
+        BLOCK=parts.block,
         BM=shape.block_m,
         BS=min(16, splits),
         DT=compute_dtype(dtype),
@@ -270,19 +326,22 @@ def queries_problem(att: Attention, rows: int, q_b: Tiles, k_b: Tiles) -> tuned.
     per = tuple(n for n in (1, 2, 4, 8) if k_b.tiles % n == 0)
     axes = {"per": per, "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
     kinds = f"{q_b.kind} g{q_b.group} {k_b.kind}"
-    return tuned.Problem("queries", f"{key} {kinds}", project_shape(rows, k_b.tiles), _with_rows(rows, axes))
+    target = _device.target()
+    rule = project_shape(rows, k_b.tiles, att.heads, target.multiprocessors if target else 128)
+    return tuned.Problem("queries", f"{key} {kinds}", rule, _with_rows(rows, axes))
 
 
 def attend_problem(queries: int, cache: Cache) -> tuned.Problem[AttendShape]:
     """What block sizes of :func:`attend` depend on; ``queries`` are those of one row of the batch."""
-    _, batch, slots, width = cache.codes.shape
+    batch, slots, page, width = cache.batch, cache.slots, cache.codes.shape[2], cache.codes.shape[-1]
     target = _device.target()
     memory, count = (target.shared_memory, target.multiprocessors) if target else (101_376, 128)
     rule = attend_shape(queries, batch, slots, width, cache.codes.dtype.itemsize, memory, count)
     key = f"q{queries} b{batch} s{1 << (slots - 1).bit_length()} w{width} {cache.codes.dtype.name}"
+    key += "" if cache.pages is None else f" pages{page}"
     axes = {
         "splits": tuple(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n * 16 <= slots),
-        "block_s": (16, 32, 64),
+        "block_s": tuple(n for n in (16, 32, 64) if cache.pages is None or page % n == 0),
         "num_stages": (1, 2, 3, 4),
         "num_warps": (4, 8),
         "block_q": (16, 32),

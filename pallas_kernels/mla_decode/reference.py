@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mla_decode.op import Attention, Cache
+from pallas_kernels.mla_decode.op import Attention, Cache, Parts
 from pallas_kernels.quant_matmul.op import Squares
 from pallas_kernels.quant_matmul.reference import factor_ref
 from pallas_kernels.tiles import Tiles, from_tiles
@@ -48,9 +48,9 @@ def queries_ref(
 
 def attend_ref(
     att: Attention, query: jax.Array, cache: Cache, place: jax.Array, positions: jax.Array, *, cache_from: int = 0
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Parts:
     """See :func:`pallas_kernels.mla_decode.attend`; one share."""
-    rows, batch = _read(att, cache, place[0] + cache_from), cache.codes.shape[1]
+    rows, batch = _read(att, cache, place[0] + cache_from), cache.batch
     wide = query.astype(jnp.float32).reshape(batch, -1, att.heads, query.shape[-1])
     scores = jnp.einsum("btnw,bsw->btns", wide, rows, precision=_EXACT) * att.scale
     slots = jnp.arange(rows.shape[1], dtype=jnp.int32)
@@ -60,19 +60,38 @@ def attend_ref(
     weights = jnp.exp(scores - top[..., None])
     parts = jnp.einsum("btns,bsr->btnr", weights, rows[..., : att.latent], precision=_EXACT)
     flat = (batch, 1, -1)
-    return parts.reshape(*flat, att.latent), top.reshape(flat), jnp.sum(weights, axis=-1).reshape(flat)
+    sums, totals = parts.reshape(*flat, att.latent), jnp.sum(weights, axis=-1).reshape(flat)
+    return Parts(sums, top.reshape(flat), totals, positions, rows.shape[1], 1)
 
 
-def values_ref(
-    att: Attention, parts: tuple[jax.Array, jax.Array, jax.Array], place: jax.Array, v_b: Tiles, *, dtype: Any
-) -> jax.Array:
+def values_ref(att: Attention, parts: Parts, place: jax.Array, v_b: Tiles, *, dtype: Any) -> jax.Array:
     """See :func:`pallas_kernels.mla_decode.values`."""
-    sums, tops, totals = parts
-    weights = jnp.exp(tops - jnp.max(tops, axis=1, keepdims=True))
-    latents = jnp.sum(sums * weights[..., None], axis=1) / jnp.sum(totals * weights, axis=1)[..., None]
-    latents = latents.reshape(-1, att.heads, att.latent)
+    latents = latents_ref(parts).reshape(-1, att.heads, att.latent)
     out = jnp.einsum("mnr,nvr->mnv", latents, from_tiles(_at(v_b, place[0])), precision=_EXACT)
     return out.reshape(out.shape[0], -1).astype(dtype)
+
+
+def latents_ref(parts: Parts) -> jax.Array:
+    """The shares of the attention put together, float32 ``[B, T * N, R]``."""
+    there = _there(parts)[..., None]
+    tops, totals = jnp.where(there, parts.tops, -jnp.inf), jnp.where(there, parts.totals, 0.0)
+    weights = jnp.exp(tops - jnp.max(tops, axis=1, keepdims=True))
+    sums = jnp.where(there[..., None], parts.sums, 0.0) * weights[..., None]
+    return jnp.sum(sums, axis=1) / jnp.sum(totals * weights, axis=1)[..., None]
+
+
+def _in_one_piece(rows: jax.Array, pages: jax.Array | None) -> jax.Array:
+    """``[B, S, n]`` of a layer's rows."""
+    return rows if pages is None else rows[pages].reshape(pages.shape[0], -1, rows.shape[-1])
+
+
+def _there(parts: Parts) -> jax.Array:
+    """Which shares have rows at all, bool ``[B, shares]``."""
+    batch, splits = parts.tops.shape[:2]
+    length = jnp.minimum(jnp.max(parts.positions.reshape(batch, -1), axis=1) + 1, parts.slots)
+    blocks = (length + splits * parts.block - 1) // (splits * parts.block)
+    share = blocks * parts.block
+    return jnp.arange(splits, dtype=jnp.int32)[None] * share[:, None] < length[:, None]
 
 
 def _at(weight: Tiles, layer: jax.Array) -> Tiles:
@@ -86,11 +105,18 @@ def _turn(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleave: bool) -> 
 
 
 def _written(att: Attention, cache: Cache, rows: jax.Array, layer: jax.Array, positions: jax.Array) -> Cache:
-    batch = cache.codes.shape[1]
+    batch = cache.batch
     shaped = rows.reshape(batch, -1, rows.shape[-1])
-    where = (layer, jnp.arange(batch, dtype=jnp.int32)[:, None], positions.reshape(batch, -1))
+    slots, whose = positions.reshape(batch, -1), jnp.arange(batch, dtype=jnp.int32)[:, None]
+    where = (layer, whose, slots)
+    if cache.pages is not None:
+        page = cache.codes.shape[2]
+        # Beyond the last page: past the end of the pool, where nothing is stored.
+        in_page = jnp.where(slots < cache.slots, cache.pages[whose, slots // page], cache.codes.shape[1])
+        where = (layer, in_page, slots % page)
     if cache.scales is None:
-        return Cache(cache.codes.at[where].set(shaped.astype(cache.codes.dtype), mode="drop"))
+        codes = cache.codes.at[where].set(shaped.astype(cache.codes.dtype), mode="drop")
+        return Cache(codes, None, cache.pages)
     largest, wide = _LARGEST[cache.kind], shaped.astype(jnp.float32)
     parts = jnp.split(wide, [att.latent], axis=-1)
     scales = jnp.stack([jnp.max(jnp.abs(part), axis=-1) for part in parts], axis=-1) / largest
@@ -102,16 +128,17 @@ def _written(att: Attention, cache: Cache, rows: jax.Array, layer: jax.Array, po
         codes = jnp.round(coded).astype(jnp.int8)
     else:
         codes = jax.lax.bitcast_convert_type(coded.astype(jnp.float8_e4m3fn), jnp.uint8)
-    return Cache(cache.codes.at[where].set(codes, mode="drop"), cache.scales.at[where].set(scales, mode="drop"))
+    kept = cache.codes.at[where].set(codes, mode="drop"), cache.scales.at[where].set(scales, mode="drop")
+    return Cache(*kept, cache.pages)
 
 
 def _read(att: Attention, cache: Cache, layer: jax.Array) -> jax.Array:
-    codes = cache.codes[layer]
+    codes = _in_one_piece(cache.codes[layer], cache.pages)
     if cache.scales is None:
         return codes.astype(jnp.float32)
     if cache.kind == "fp8":
         codes = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
-    scales = cache.scales[layer]
+    scales = _in_one_piece(cache.scales[layer], cache.pages)
     widths = (att.latent, att.rope)
     spread = [jnp.broadcast_to(scales[..., i : i + 1], (*scales.shape[:-1], n)) for i, n in enumerate(widths)]
     return codes.astype(jnp.float32) * jnp.concatenate(spread, axis=-1)

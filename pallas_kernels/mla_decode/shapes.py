@@ -73,9 +73,16 @@ class ProjectShape:
     num_stages: int = 3
 
 
-def project_shape(tokens: int, latent_tiles: int) -> ProjectShape:
-    """Four programs for each head, with many small chunks in flight: there are few programs, each with a long way."""
+def project_shape(tokens: int, latent_tiles: int, heads: int, multiprocessors: int) -> ProjectShape:
+    """Four programs for each head, with many small chunks in flight: there are few programs, each with a long way.
+
+    Args:
+        tokens: rows.
+        latent_tiles: tiles of 64 latents.
+        heads: on this device; for few of them more programs each.
+        multiprocessors: of the card.
+    """
     per = max(1, latent_tiles // 4)
-    while latent_tiles % per:
+    while latent_tiles % per or (per > 1 and heads * latent_tiles // per < multiprocessors // 2):
         per -= 1
     return ProjectShape(block_m=16 if tokens <= 16 else 32, per=per, num_stages=6)

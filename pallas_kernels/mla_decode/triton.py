@@ -56,18 +56,31 @@ def coded(x, scale, LARGEST: tl.constexpr, FP8: tl.constexpr):
 
 
 @triton.jit
+def row_of(
+    pages, layer, batch, slot, here, BATCH: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr, POOL: tl.constexpr
+):  # fmt: skip
+    """The row of the cache that holds a slot of a row of the batch; ``layer`` is a 64-bit integer."""
+    if PAGE:
+        page = tl.load(pages + batch * (SLOTS // PAGE) + slot // PAGE, mask=here, other=0)
+        return layer * POOL + page.to(tl.int64) * PAGE + slot % PAGE
+    return (layer * BATCH + batch) * SLOTS + slot
+
+
+@triton.jit
 def write_rows(
-    a, squares, positions, cos, sin, cache, cache_scales, queries, layer, rows, here, T: tl.constexpr,
-    P: tl.constexpr, RQ: tl.constexpr, R: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr, EPS: tl.constexpr,
-    ALL_PARTS: tl.constexpr, K_FIRST: tl.constexpr, K_PARTS: tl.constexpr, INTERLEAVE: tl.constexpr,
+    a, squares, positions, cos, sin, pages, cache, cache_scales, queries, layer, rows, here, T: tl.constexpr,
+    P: tl.constexpr, RQ: tl.constexpr, R: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr,
+    POOL: tl.constexpr, EPS: tl.constexpr, ALL_PARTS: tl.constexpr, K_FIRST: tl.constexpr, K_PARTS: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
     CACHE: tl.constexpr,
 ):  # fmt: skip
     """Writes the normed latents and rotated rope keys of new tokens into a layer of the cache."""
     WIDTH: tl.constexpr = RQ + R + P
     j = tl.arange(0, P // 2)
     position = tl.load(positions + rows, mask=here, other=0)
-    inside = (here & (position < SLOTS))[:, None]
-    row = (layer * BATCH + rows // T) * SLOTS + position
+    stored = here & (position < SLOTS)
+    inside = stored[:, None]
+    row = row_of(pages, layer, rows // T, position, stored, BATCH, SLOTS, PAGE, POOL)
     r = tl.arange(0, R)[None, :]
     latent = tl.load(a + rows[:, None] * WIDTH + RQ + r, mask=here[:, None], other=0.0).to(tl.float32)
     latent = latent * rms_factor(squares, rows, here, EPS, R, K_FIRST, K_PARTS, ALL_PARTS)[:, None]
@@ -85,7 +98,6 @@ def write_rows(
         latent = coded(latent, scale, largest, CACHE == "fp8")
         first = coded(first, key_scale, largest, CACHE == "fp8")
         second = coded(second, key_scale, largest, CACHE == "fp8")
-        stored = here & (position < SLOTS)
         tl.store(cache_scales + row * 2, scale, mask=stored)
         tl.store(cache_scales + row * 2 + 1, key_scale, mask=stored)
     tl.store(out + r, latent.to(cache.dtype.element_ty), mask=inside)
@@ -95,11 +107,12 @@ def write_rows(
 
 @triton.jit
 def queries_kernel(
-    a, squares, place, positions, table, q_words, q_scales, q_offsets, k_words, k_inputs,
+    a, squares, place, positions, table, pages, q_words, q_scales, q_offsets, k_words, k_inputs,
     cache_in, cache_scales_in, queries, scratch, cache, cache_scales,
     M: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, NOPE: tl.constexpr, P: tl.constexpr, RQ: tl.constexpr,
-    R: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr, LATENT_TILES: tl.constexpr, PER: tl.constexpr,
-    BM: tl.constexpr, EPS: tl.constexpr, ALL_PARTS: tl.constexpr, Q_PARTS: tl.constexpr, K_FIRST: tl.constexpr,
+    R: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr, POOL: tl.constexpr,
+    LATENT_TILES: tl.constexpr, PER: tl.constexpr, BM: tl.constexpr, EPS: tl.constexpr, ALL_PARTS: tl.constexpr,
+    Q_PARTS: tl.constexpr, K_FIRST: tl.constexpr,
     K_PARTS: tl.constexpr, INTERLEAVE: tl.constexpr, CACHE: tl.constexpr, CACHE_FROM: tl.constexpr,
     DT: tl.constexpr, Q_TILES: tl.constexpr, Q_CHUNKS: tl.constexpr, Q_GROUPS: tl.constexpr,
     Q_GROUP: tl.constexpr, Q_SUB: tl.constexpr, Q_PER_WORD: tl.constexpr, Q_KIND: tl.constexpr,
@@ -158,8 +171,8 @@ def queries_kernel(
             tl.store(to + column * 64 + n[None, :], absorbed.to(queries.dtype.element_ty), mask=inside)
     else:
         write_rows(
-            a, squares, positions, cos, sin, cache, cache_scales, queries, layer + CACHE_FROM, rows, here, T, P, RQ, R,
-            BATCH, SLOTS, EPS, ALL_PARTS, K_FIRST, K_PARTS, INTERLEAVE, CACHE,
+            a, squares, positions, cos, sin, pages, cache, cache_scales, queries, layer + CACHE_FROM, rows, here, T, P,
+            RQ, R, BATCH, SLOTS, PAGE, POOL, EPS, ALL_PARTS, K_FIRST, K_PARTS, INTERLEAVE, CACHE,
         )  # fmt: skip
 
 
@@ -174,25 +187,52 @@ def read(codes, CACHE: tl.constexpr, DT: tl.constexpr):
 
 
 @triton.jit
+def shares(
+    positions, batch, T: tl.constexpr, SLOTS: tl.constexpr, SPLITS: tl.constexpr, BS: tl.constexpr
+):  # fmt: skip
+    """How many cached rows the tokens of a row of the batch see, and how many of them are one share."""
+    t = tl.arange(0, triton.next_power_of_2(T))
+    newest = tl.max(tl.load(positions + batch * T + t, mask=t < T, other=0), axis=0)
+    length = tl.minimum(newest + 1, SLOTS)
+    return length, tl.cdiv(tl.cdiv(length, SPLITS), BS) * BS
+
+
+@triton.jit
 def attend_kernel(
-    queries, cache, cache_scales, place, positions, parts, tops, totals,
+    queries, cache, cache_scales, pages, place, positions, parts, tops, totals,
     T: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr,
-    SPLITS: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr, SCALE: tl.constexpr, CACHE: tl.constexpr,
+    PAGE: tl.constexpr, POOL: tl.constexpr, SPLITS: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr,
+    SCALE: tl.constexpr, CACHE: tl.constexpr,
     CACHE_FROM: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """Attention of all heads over a share of the cached rows; programs (share, block of queries, row of the batch).
 
     Rows are read once for scores and values. Each share leaves its largest score, the sum of exponentials and the
-    unnormalised sum of latents behind.
+    unnormalised sum of latents behind; a share without rows leaves nothing.
     """
     split, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length, share = shares(positions, batch, T, SLOTS, SPLITS, BS)
+    start, stop = split * share, tl.minimum(split * share + share, length)
+    if start < stop:
+        attend_share(
+            queries, cache, cache_scales, pages, place, positions, parts, tops, totals, split, block, batch, start,
+            stop,
+            T, HEADS, R, P, BATCH, SLOTS, PAGE, POOL, SPLITS, BQ, BS, SCALE, CACHE, CACHE_FROM, DT,
+        )  # fmt: skip
+
+
+@triton.jit
+def attend_share(
+    queries, cache, cache_scales, pages, place, positions, parts, tops, totals, split, block, batch, start, stop,
+    T: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr,
+    PAGE: tl.constexpr, POOL: tl.constexpr, SPLITS: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr,
+    SCALE: tl.constexpr, CACHE: tl.constexpr,
+    CACHE_FROM: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """One program of :func:`attend_kernel`, over the cached rows from start to stop."""
     q = block * BQ + tl.arange(0, BQ)
     here = q < T * HEADS
     position = tl.load(positions + batch * T + q // HEADS, mask=here, other=-1)
-    length = tl.max(position, axis=0) + 1
-    length = tl.minimum(length, SLOTS)
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BS) * BS
-    start, stop = split * share, tl.minimum(split * share + share, length)
     r, p, s = tl.arange(0, R), tl.arange(0, P), tl.arange(0, BS)
     mine = queries + (batch * T * HEADS + q[:, None]).to(tl.int64) * (R + P)
     latents = tl.load(mine + r[None, :], mask=here[:, None], other=0.0).to(DT)
@@ -200,17 +240,19 @@ def attend_kernel(
     top = tl.full((BQ,), -1e30, tl.float32)
     total = tl.zeros((BQ,), tl.float32)
     acc = tl.zeros((BQ, R), tl.float32)
-    base = ((tl.load(place).to(tl.int64) + CACHE_FROM) * BATCH + batch) * SLOTS
+    layer = tl.load(place).to(tl.int64) + CACHE_FROM
     for at in range(start, stop, BS):
         slot = at + s
         seen = slot < stop
-        row = cache + (base + slot[:, None]) * (R + P)
+        # Blocks of rows begin at multiples of their size, which divides that of a page.
+        rows = row_of(pages, layer, batch, at, True, BATCH, SLOTS, PAGE, POOL) + s
+        row = cache + rows[:, None] * (R + P)
         values = read(tl.load(row + r[None, :], mask=seen[:, None], other=0), CACHE, DT)
         keys = read(tl.load(row + R + p[None, :], mask=seen[:, None], other=0), CACHE, DT)
         scores = product(latents, tl.trans(values), tl.zeros((BQ, BS), tl.float32), DT)
         if CACHE == "int8" or CACHE == "fp8":
-            of_latent = tl.load(cache_scales + (base + slot) * 2, mask=seen, other=0.0)
-            of_key = tl.load(cache_scales + (base + slot) * 2 + 1, mask=seen, other=0.0)
+            of_latent = tl.load(cache_scales + rows * 2, mask=seen, other=0.0)
+            of_key = tl.load(cache_scales + rows * 2 + 1, mask=seen, other=0.0)
             turned = product(ropes, tl.trans(keys), tl.zeros((BQ, BS), tl.float32), DT)
             scores = scores * of_latent[None, :] + turned * of_key[None, :]
         else:
@@ -233,11 +275,11 @@ def attend_kernel(
 
 @triton.jit
 def values_kernel(
-    parts, tops, totals, place, words, scales, offsets, out, scratch,
-    M: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
-    BM: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr,
-    GROUP: tl.constexpr, SUB: tl.constexpr, PER_WORD: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr,
-    OFFSET: tl.constexpr, DT: tl.constexpr,
+    parts, tops, totals, place, positions, words, scales, offsets, out, scratch,
+    M: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, V: tl.constexpr, SLOTS: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr,
+    CHUNKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr, PER_WORD: tl.constexpr,
+    KIND: tl.constexpr, SCALED: tl.constexpr, OFFSET: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """The shares of the attention put together and projected to values; programs (head, tile of values, rows)."""
     head, column, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -247,14 +289,16 @@ def values_kernel(
     own = scratch + (head * tl.num_programs(1) + column).to(tl.int64) * M * R
     for m in range(pm * BM, tl.minimum(pm * BM + BM, M)):
         first = head.to(tl.int64) + (m // T) * SPLITS * T * HEADS + (m % T) * HEADS
+        length, share = shares(positions, m // T, T, SLOTS, SPLITS, BLOCK)
+        count = tl.cdiv(length, share)
         top = tl.full((), -1e30, tl.float32)
-        for at in tl.static_range(0, SPLITS, BS):
-            inside = at + s < SPLITS
+        for at in range(0, count, BS):
+            inside = at + s < count
             top = tl.maximum(top, tl.max(tl.load(tops + first + (at + s) * T * HEADS, mask=inside, other=-1e30)))
         total = tl.zeros((), tl.float32)
         latent = tl.zeros((R,), tl.float32)
-        for at in range(0, SPLITS, BS):
-            inside = at + s < SPLITS
+        for at in range(0, count, BS):
+            inside = at + s < count
             where = first + (at + s) * T * HEADS
             weight = tl.exp(tl.load(tops + where, mask=inside, other=-1e30) - top)
             total += tl.sum(weight * tl.load(totals + where, mask=inside, other=0.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -38,6 +39,59 @@ class Routed:
         return {"E": self.experts, "X": self.chosen, "NORMALISED": self.normalised, "FACTOR": self.factor}
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["owners", "weights", "sizes", "pairs"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """The (token, expert) pairs in blocks of one expert each; pair ``m * X + i`` is token m with its i-th expert.
+
+    Attributes:
+        owners: int32 ``[blocks]``, the expert of each block.
+        weights: float32 ``[M * X]``, of the pairs.
+        sizes: int32 ``[blocks]``, how many pairs a block has; None where every pair is a block.
+        pairs: int32 ``[blocks, 16]``, which; None likewise.
+    """
+
+    owners: jax.Array
+    weights: jax.Array
+    sizes: jax.Array | None = None
+    pairs: jax.Array | None = None
+
+
+def sort_pairs(routed: Routed, place: jax.Array, logits: jax.Array, bias: jax.Array) -> Plan:
+    """Chooses experts and sorts the pairs by them, for some tens of tokens.
+
+    Args:
+        routed: how experts are chosen.
+        place: int32 ``[1]``, index of the layer.
+        logits: float32 ``[M, E]``.
+        bias: float32 ``[L, E]``, which takes part in the choice only.
+    """
+    m, height = logits.shape[0], PairShape().block_m
+    pairs = m * routed.chosen
+    blocks = min(pairs, routed.experts + pairs // height)
+    from pallas_kernels.moe.triton import plan_kernel
+
+    number = jax.ShapeDtypeStruct((blocks,), jnp.int32)
+    owners, sizes, table, weights = launch(
+        plan_kernel,
+        [logits, bias, place],
+        [
+            number,
+            number,
+            jax.ShapeDtypeStruct((blocks, height), jnp.int32),
+            jax.ShapeDtypeStruct((pairs,), jnp.float32),
+        ],
+        grid=(1,),
+        M=m,
+        **routed.constants,
+        BLOCKS=blocks,
+        BM=height,
+    )
+    return Plan(owners, weights, sizes, table)
+
+
 def gate_up(
     routed: Routed,
     x: jax.Array,
@@ -50,8 +104,9 @@ def gate_up(
     shared: tuple[Tiles, Tiles] | None,
     *,
     eps: float,
+    plan: Plan | None = None,
     shape: PairShape | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, Plan]:
     """The products ``silu(gate(norm(x))) * up(norm(x))`` of the chosen experts and the shared one.
 
     Args:
@@ -65,10 +120,11 @@ def gate_up(
         up: see ``gate``.
         shared: gate and up of the shared expert, ``[L, F, D]``, or None.
         eps: of the norm.
+        plan: from :func:`sort_pairs`; without it each pair is a block of its own.
         shape: block sizes; chosen for the card unless given.
 
     Returns:
-        ``[M * X * F + M * F']``: rows of the pairs, then of the shared expert.
+        ``[M * X * F + M * F']``: rows of the pairs, then of the shared expert; and the plan that was followed.
     """
     for one, two in ((gate, up), shared or (gate, up)):
         if not same_layout(one, two):
@@ -79,8 +135,11 @@ def gate_up(
     shared_width = shared[0].shape[-2] if shared else 0
     from pallas_kernels.moe.triton import gate_up_kernel
 
-    size = m * routed.chosen * width + m * shared_width
-    (out,) = launch(
+    pairs = m * routed.chosen
+    blocks = pairs if plan is None else plan.owners.shape[0]
+    _check_height(plan, shape)
+    left = 1 if plan else max(pairs, 1)
+    out, owners, weights = launch(
         gate_up_kernel,
         [
             x,
@@ -88,14 +147,21 @@ def gate_up(
             place,
             logits,
             bias,
+            *([place] * 3 if plan is None else [plan.owners, *_table(plan, place)]),
             *operands(gate),
             *operands(up),
             *operands(other[0]),
             *operands(other[1]),
         ],
-        [jax.ShapeDtypeStruct((size,), x.dtype)],
-        grid=(math.ceil(max(width, shared_width) / shape.block_n), m * routed.chosen + _blocks(m, shared, shape)),
+        [
+            jax.ShapeDtypeStruct((pairs * width + m * shared_width,), x.dtype),
+            jax.ShapeDtypeStruct((left,), jnp.int32),
+            jax.ShapeDtypeStruct((left,), jnp.float32),
+        ],
+        grid=(math.ceil(max(width, shared_width) / shape.block_n), blocks + _blocks(m, shared, shape)),
         shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
+        BLOCKS=blocks,
+        SORTED=plan is not None,
         M=m,
         **routed.constants,
         EPS=eps,
@@ -108,19 +174,18 @@ def gate_up(
         **_shared(other[0]),
         DT=compute_dtype(x.dtype),
     )
-    return out
+    return out, plan or Plan(owners, weights)
 
 
 def down(
     routed: Routed,
     h: jax.Array,
+    plan: Plan,
     place: jax.Array,
-    logits: jax.Array,
-    bias: jax.Array,
     weight: Tiles,
     shared: Tiles | None,
-    residual: jax.Array,
-    next_norm: jax.Array,
+    residual: jax.Array | None,
+    next_norm: jax.Array | None,
     counters: jax.Array,
     *,
     next_from: int = 0,
@@ -131,13 +196,12 @@ def down(
     Args:
         routed: how experts are chosen.
         h: from :func:`gate_up`.
+        plan: from there too.
         place: int32 ``[1]``, index of the layer.
-        logits: float32 ``[M, E]``.
-        bias: float32 ``[L, E]``.
         weight: ``[L, E, D, F]``.
         shared: ``[L, D, F']`` of the shared expert, or None.
-        residual: float32 ``[M, D]``.
-        next_norm: ``[norms, D]``, weights of the norm that reads the result.
+        residual: float32 ``[M, D]``; None where the sum over devices is still to come.
+        next_norm: ``[norms, D]``, weights of the norm that reads the result; None likewise.
         counters: int32 zeros, one for each block of outputs or more.
         next_from: what to add to ``place`` for the index of the norm.
         shape: block sizes; chosen for the card unless given.
@@ -146,8 +210,12 @@ def down(
         The residual stream in float32, times the next norm's weight in the dtype of h, and its squares; the counters,
         zero again.
     """
-    m, outputs = residual.shape
+    outputs = weight.outputs
+    m = h.size // (routed.chosen * weight.inputs + (shared.inputs if shared else 0))
     shape = shape or tuned.best(problem("down", routed, m, weight, shared))
+    _check_height(plan, shape)
+    count = m * routed.chosen if plan.pairs is None else plan.owners.shape[0]
+    table = _table(plan, place)
     blocks, other = math.ceil(outputs / shape.block_n), shared or weight
     from pallas_kernels.moe.triton import down_kernel
 
@@ -155,30 +223,56 @@ def down(
     width, shared_width = own.pop("K"), shared.shape[-1] if shared else 0
     out, scaled, parts, _, counters = launch(
         down_kernel,
-        [h, logits, bias, place, *operands(weight), *operands(other), residual, next_norm, counters],
+        [
+            h,
+            plan.owners,
+            *table,
+            plan.weights,
+            place,
+            *operands(weight),
+            *operands(other),
+            h if residual is None else residual,
+            h if next_norm is None else next_norm,
+            counters,
+        ],
         [
             jax.ShapeDtypeStruct((m, outputs), jnp.float32),
-            jax.ShapeDtypeStruct((m, outputs), h.dtype),
+            jax.ShapeDtypeStruct((1, 1) if next_norm is None else (m, outputs), h.dtype),
             jax.ShapeDtypeStruct((m, blocks), jnp.float32),
             jax.ShapeDtypeStruct((routed.chosen + 1, m, outputs), jnp.float32),
             jax.ShapeDtypeStruct(counters.shape, jnp.int32),
         ],
-        grid=(blocks, m * routed.chosen + _blocks(m, shared, shape)),
+        grid=(blocks, count + _blocks(m, shared, shape)),
         shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
-        aliases={12: 4},
+        aliases={14: 4},
+        BLOCKS=count,
+        SORTED=plan.pairs is not None,
         M=m,
         N=outputs,
-        **routed.constants,
+        E=routed.experts,
+        X=routed.chosen,
         BM=shape.block_m,
         BN=shape.block_n,
         F=width,
         **own,
         SF=shared_width,
         **_shared(other),
+        RESIDUAL=residual is not None,
+        NEXT=next_norm is not None,
         NEXT_FROM=next_from,
         DT=compute_dtype(h.dtype),
     )
-    return Made(out, scaled, Squares(parts, 0, blocks)), counters
+    return Made(out, out if next_norm is None else scaled, Squares(parts, 0, blocks)), counters
+
+
+def _table(plan: Plan, nothing: jax.Array) -> list[jax.Array]:
+    """The arrays of pairs in blocks."""
+    return [nothing if x is None else x for x in (plan.sizes, plan.pairs)]
+
+
+def _check_height(plan: Plan | None, shape: PairShape) -> None:
+    if plan is not None and plan.pairs is not None and plan.pairs.shape[1] != shape.block_m:
+        raise LaunchError(f"blocks of {plan.pairs.shape[1]} pairs, and programs of {shape.block_m} rows")
 
 
 def problem(op: str, routed: Routed, rows: int, weight: Tiles, shared: Tiles | None) -> tuned.Problem[PairShape]:
@@ -194,7 +288,7 @@ def problem(op: str, routed: Routed, rows: int, weight: Tiles, shared: Tiles | N
     other = "" if shared is None else f" shared {_sizes(shared)}"
     key = f"{tuned.rows_key(rows)} {_sizes(weight)} e{routed.experts} x{routed.chosen}{other}"
     axes = {"block_n": (32, 64), "num_warps": (1, 2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
-    return tuned.Problem(op, key, PairShape(), axes if rows <= 16 else {**axes, "block_m": (16, 32)})
+    return tuned.Problem(op, key, PairShape(), axes)  # pairs are sorted into blocks of the one height
 
 
 def _sizes(weight: Tiles) -> str:

@@ -1,4 +1,4 @@
-"""Every kernel of a decode step at the real model's shapes, compiled for every architecture that is promised."""
+"""Every kernel of a step and of a prompt, at the real model's shapes, compiled for every architecture we promise."""
 
 import dataclasses
 import functools
@@ -16,13 +16,16 @@ from glm_jax.cache import LatentCache
 from glm_jax.config import Config
 from glm_jax.model import GLM
 from glm_jax.quant import PRESETS
+from glm_jax.sampling import SamplerState, SamplingParams
 from glm_jax.storage import abstract_params, plan_storage
 from glm_jax.tiling import tiled_tree
 from pallas_kernels import compiling_for
 from pallas_kernels._launch import recording
 from pallas_kernels.aot import cards
+from tests.aot import prompt
 
 pytestmark = pytest.mark.aot
+SAMPLER = {"survey_kernel", "narrow_kernel", "draw_kernel"}  # what looks at logits multiplies no matrices
 BY_ARCHITECTURE = {89: "rtx6000-ada", 90: "h200", 100: "b200", 120: "rtxpro6000"}
 
 
@@ -67,7 +70,16 @@ def kernels(card, preset, batch, cache_dtype):
     cache = jax.eval_shape(lambda: LatentCache.create(cfg, batch, 8192, cache_dtype))
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
     with compiling_for(cards()[card].target), recording() as made:
-        jax.eval_shape(lambda p, t, at, c: GLM(cfg).apply({"params": p}, t, at, c), tiled, tokens, tokens, cache)
+        for options in ({"temperature": 0}, {"top_p": 1}, {"top_p": 0.9, "logprobs": 0}):
+            rows = SamplerState.create(
+                [SamplingParams(**options)] * batch,
+                [0] * batch,
+                [()] * batch,
+                vocab_size=cfg.vocab_size,
+                valid_vocab=154_856,
+            )
+            step = functools.partial(GLM(cfg).apply, method="draw")
+            jax.eval_shape(lambda p, *given, step=step: step({"params": p}, *given), tiled, tokens, tokens, cache, rows)
     return {(kernel.name, kernel.ptx): kernel for kernel in made}
 
 
@@ -86,7 +98,8 @@ def test_kernels_of_a_step(architecture, preset, batch, cache):
         "values_kernel",
         "gate_up_kernel",
         "down_kernel",
-    }
+        "head_kernel",
+    } | SAMPLER | ({"plan_kernel"} if batch > 8 else set())
     limit = cards()[BY_ARCHITECTURE[architecture]].shared_memory_per_block
     for (name, _), kernel in found.items():
         facts = Facts.of(kernel.cubin)
@@ -94,7 +107,44 @@ def test_kernels_of_a_step(architecture, preset, batch, cache):
         assert facts.count(r"(LDL|STL)\b") == 0, name
         assert kernel.shared_memory <= limit
         assert facts.registers * 32 * kernel.num_warps <= 65536
+        if name in SAMPLER:
+            assert facts.count(r"LDG\S*\.128"), f"{name} loads nothing 16 bytes at a time"
+            assert name != "narrow_kernel" or facts.count("RED"), "sums that nobody waits for"
+            continue
+        if name == "plan_kernel":  # sorts; it multiplies nothing
+            continue
         assert facts.count("HMMA") + facts.count("HGMMA") + facts.count("UTC.*MMA"), f"{name} has no tensor instruction"
         # Rows of 8 bits are widened on their way to shared memory, and so are loaded, not copied.
         loads = r"LDG\S*\.128" if name == "attend_kernel" and cache in ("int8", "fp8") else r"LDGSTS\S*\.128"
         assert facts.count(loads), f"{name} copies nothing 16 bytes at a time"
+
+
+# Instructions of the tensor cores, and how many of them two loops need, one without a mask and one with it: each of
+# eight warps, for 128 queries by 16 keys; each of two groups of warps, for 128 by 64. On sm_100 more come before them.
+PRODUCTS = {89: ("HMMA", 2 * 64), 90: ("HGMMA", 2 * 24), 100: ("UTC.*MMA", None), 120: ("HMMA", 2 * 64)}
+
+
+@functools.cache
+def kernels_of_a_prompt(card):
+    with compiling_for(cards()[card].target), recording() as made:
+        prompt.traced(1, 512, 202_752, "bfloat16")
+    return made
+
+
+@pytest.mark.parametrize("architecture", BY_ARCHITECTURE)
+def test_kernels_of_a_prompt(architecture):
+    """Over a short context, over the first stretch of a long one and over the others."""
+    made = kernels_of_a_prompt(BY_ARCHITECTURE[architecture])
+    assert [kernel.name for kernel in made] == 3 * ["flash_kernel"]
+    pattern, count = PRODUCTS[architecture]
+    for kernel in made:
+        facts = Facts.of(kernel.cubin)
+        assert (facts.stack, facts.count(r"(LDL|STL)\b")) == (0, 0)
+        assert kernel.shared_memory <= cards()[BY_ARCHITECTURE[architecture]].shared_memory_per_block
+        assert facts.registers * 32 * kernel.num_warps <= 65536
+        # Exactly as many as the work needs: no warp computes what another one does.
+        found = facts.count(pattern)
+        assert found >= 2 * 24 if count is None else found == count
+        assert facts.count(r"LDGSTS\S*\.128"), "copies nothing 16 bytes at a time"
+        # Products of one tile follow each other, and are not waited for one by one.
+        assert facts.count(r"WARPGROUP\.DEPBAR") < facts.count("HGMMA") / 2 or architecture != 90

@@ -1,6 +1,7 @@
 """The real model's generation loop, compiled for cards that are not here: launches, graphs, memory."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 
@@ -18,8 +19,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("gpu", "quantize", "batch", "context", "cache"), CASES)
-def test_the_generation_loop(gpu, quantize, batch, context, cache):
+def compiled(gpu, quantize, batch, context, cache, **sampling):
     argument = {
         "gpu": gpu,
         "config": dataclasses.asdict(FLASH),
@@ -27,16 +27,23 @@ def test_the_generation_loop(gpu, quantize, batch, context, cache):
         "batch": batch,
         "context": context,
         "cache_dtype": cache,
+        "sampling": sampling,
     }
-    made = aot.in_child("glm_jax.aot:decode", argument)
+    return aot.in_child("glm_jax.aot:decode", argument)
+
+
+@pytest.mark.parametrize(("gpu", "quantize", "batch", "context", "cache"), CASES)
+def test_the_generation_loop(gpu, quantize, batch, context, cache):
+    made = compiled(gpu, quantize, batch, context, cache)
     kernels = made["kernels"]
     layers, experts = FLASH.num_hidden_layers, FLASH.num_hidden_layers - 1
     # Eight for a layer of experts: two projections and the router are one kernel.
     assert kernels["queries_kernel"] == kernels["attend_kernel"] == kernels["values_kernel"] == layers
     assert kernels["gate_up_kernel"] == layers
     assert kernels["down_kernel"] == experts
-    assert kernels["linear_kernel"] <= 3 * experts + 3 + 1  # and the dense layer's three, and the head
-    assert made["launches_per_token"] <= 400
+    assert kernels["linear_kernel"] <= 3 * experts + 3  # and the dense layer's three
+    assert kernels["head_kernel"] == 1  # which draws, too
+    assert made["launches_per_token"] <= 391
     assert made["graph_pieces"] == 1
     assert made["launches_outside_graphs"] == 0
     assert made["copies_per_token"] == 0
@@ -45,6 +52,78 @@ def test_the_generation_loop(gpu, quantize, batch, context, cache):
     assert made["alias_bytes"] >= made["cache_bytes"]
     assert made["temp_bytes"] < 64e6
     assert made["fits"]
+
+
+def test_the_generation_loop_on_four_cards():
+    """Heads, widths and vocabulary split: two sums over devices a layer, and what adds each to the residual stream."""
+    argument = {
+        "gpu": "b200",
+        "config": dataclasses.asdict(FLASH),
+        "quantize": "int4",
+        "batch": 1,
+        "context": 8192,
+        "cache_dtype": "bfloat16",
+        "devices": 4,
+    }
+    made = aot.in_child("glm_jax.aot:decode", argument)
+    layers = FLASH.num_hidden_layers
+    # And one of the embedding; the logits are gathered.
+    assert Counter(made["collectives"]) == {"kAllReduce": 2 * layers + 1, "kAllGather": 1}
+    assert made["kernels"]["gate_up_kernel"] == made["kernels"]["attend_kernel"] == layers
+    assert made["launches_per_token"] <= 12 * layers + 60
+    assert made["graph_pieces"] <= 2  # the token's, and what is set up before the loop
+    assert made["launches_outside_graphs"] <= 1  # whether to go on, to the host
+    assert made["alias_bytes"] >= made["cache_bytes"]
+    assert made["temp_bytes"] < 64e6
+    assert made["argument_bytes"] < 17.5e9 / 3  # of 17 GB a quarter, the embedding and what is not split
+
+
+@pytest.mark.parametrize(("slots", "cache"), [(4096, "bfloat16"), (202_752, "bfloat16"), (202_752, "fp8")])
+def test_the_attention_of_a_prompt(slots, cache):
+    """A chunk of 512 tokens: what it needs does not grow with the context, and nothing is copied to be read."""
+    argument = {"gpu": "h200", "batch": 1, "tokens": 512, "slots": slots, "cache_dtype": cache}
+    made = aot.in_child("tests.aot.prompt:program", argument)
+    # A short context, and a whole one or its first stretch.
+    assert made["before"].count("flash_kernel") == 2
+    assert made["of_a_stretch"].count("flash_kernel") == (slots > 4096)
+    assert len(made["of_a_stretch"]) <= 8
+    assert "kCopy" not in made["of_a_stretch"]
+    assert (made["graph_pieces"], made["launches_outside_graphs"]) == (1, 0)
+    # Keys and values of 4,096 slots are 73 MB; then come results in float32, 10 MB each.
+    assert made["temp_bytes"] < 110e6
+
+
+@pytest.mark.parametrize("gpu", ["rtx6000-ada", "h200"])
+def test_a_chunk_of_a_prompt(gpu):
+    """No scores of all keys (5 GB of these), no expert that computes tokens of others, no matrix out of its tiles."""
+    argument = {
+        "gpu": gpu,
+        "config": dataclasses.asdict(FLASH),
+        "quantize": "int4",
+        "batch": 1,
+        "context": 32_768,
+        "chunk": 2048,
+        "cache_dtype": "bfloat16",
+    }
+    made = aot.in_child("glm_jax.aot:prefill", argument)
+    # The dense layer's, and those of the loop over the others; attention over a first stretch and over more.
+    assert made["graph_pieces"] == 1
+    assert made["kernels"]["gated_kernel"] == 1 + 2
+    assert made["kernels"]["matmul_kernel"] == (4 + 1) + (4 + 2)
+    assert made["kernels"]["flash_kernel"] >= 2 * 2
+    assert made["alias_bytes"] >= made["cache_bytes"]
+    assert made["temp_bytes"] < 500e6
+    assert made["fits"]
+
+
+def test_filters_are_few_launches():
+    """Four for each of the two searches, one before and one after them; and the head leaves logits."""
+    made = compiled("rtx6000-ada", "int4", 1, 1024, "bfloat16", temperature=1.0, top_p=0.95)
+    kernels = made["kernels"]
+    assert [kernels[name] for name in ("survey_kernel", "narrow_kernel", "draw_kernel")] == [1, 8, 1]
+    assert made["launches_per_token"] <= 400
+    assert made["copies_per_token"] == 0
+    assert (made["graph_pieces"], made["launches_outside_graphs"]) == (1, 0)
 
 
 def test_a_card_that_nobody_described():

@@ -19,14 +19,15 @@ SMALL = Widths(
 if interpreted():
     SWEEPS = [
         Sweep(
-            widths=SMALL, rows=(3,), kinds=("int4",), contexts=(48,), caches=("fp8",), group=32, dtype="float32"
+            widths=SMALL, rows=(3,), kinds=("int4",), contexts=(48,), chunks=(21,), caches=("fp8",), group=32,
+            dtype="float32",
         )
     ]  # fmt: skip
 else:
     SWEEPS = [
-        Sweep(rows=(1,), contexts=(1000, 8192)),
-        Sweep(rows=(17,), kinds=("int4",), contexts=(1000,), caches=("int8",)),
-        Sweep(rows=(33,), kinds=("int8",), contexts=(1000,), caches=("bfloat16",)),
+        Sweep(rows=(1,), contexts=(1000, 8192), chunks=(70, 1000)),
+        Sweep(rows=(17,), kinds=("int4",), contexts=(1000,), chunks=(), caches=("int8",)),
+        Sweep(rows=(33,), kinds=("int8",), contexts=(1000,), chunks=(), caches=("bfloat16",)),
     ]
 
 

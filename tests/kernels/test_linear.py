@@ -30,8 +30,10 @@ def agree(found, expected):
     assert_close(found.scaled, expected.scaled)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 96, 256), (5, 130, 384), (17, 64, 128)])
+@pytest.mark.parametrize("splits", [pytest.param(1, marks=pytest.mark.soak), 3])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"), [pytest.param(1, 96, 256, marks=pytest.mark.soak), (5, 130, 384), (17, 64, 128)]
+)
 @pytest.mark.parametrize("kind", BITS)
 def test_every_storage(kind, rows, outputs, inputs, splits):
     rng = np.random.default_rng([rows, splits])

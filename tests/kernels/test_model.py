@@ -4,15 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 import glm_jax
 from glm_jax.cache import LatentCache
 from glm_jax.config import Config
 from glm_jax.model import GLM
 from glm_jax.ops import fused
-from glm_jax.params import init_params
+from glm_jax.params import init_params, leaves, map_specs, param_specs
 from glm_jax.quant import TiledWeight
-from glm_jax.tiling import has_tiles, tiled_tree, untiled_tree
+from glm_jax.sampling import SamplerState, SamplingParams, sample
+from glm_jax.sharding import Rules, make_mesh, preset
+from glm_jax.tiling import Placement, has_tiles, tiled_tree, untiled_tree
+from pallas_kernels import _launch
 from tests.kernels.making import assert_close
 
 pytestmark = pytest.mark.kernels
@@ -45,9 +49,9 @@ def after_prompt(cfg, params, dtype, tokens):
     "changes",
     [
         {},
-        {"n_shared_experts": 0, "norm_topk_prob": False},
+        pytest.param({"n_shared_experts": 0, "norm_topk_prob": False}, marks=pytest.mark.soak),
         {"mlp_layer_types": ("dense", "dense", "dense"), "rope_interleave": False},
-        {"mlp_layer_types": ("sparse", "dense", "sparse")},
+        pytest.param({"mlp_layer_types": ("sparse", "dense", "sparse")}, marks=pytest.mark.soak),
     ],
     ids=["usual", "no shared expert", "all dense", "experts first"],
 )
@@ -87,7 +91,7 @@ def miniature():
     ("quantize", "cache"),
     [
         ("int4", "float32"),
-        ("int4-small", "int8"),
+        pytest.param("int4-small", "int8", marks=pytest.mark.soak),
         pytest.param("int8", "fp8", marks=pytest.mark.soak),
         pytest.param(None, "bfloat16", marks=pytest.mark.soak),
     ],
@@ -116,12 +120,48 @@ def test_the_miniature(miniature, quantize, cache):
     assert int(jnp.argmax(first)) == int(jnp.argmax(second))
 
 
-def test_generate(miniature):
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0},
+        pytest.param({"temperature": 0.9, "top_p": 1, "seed": 3}, marks=pytest.mark.soak),
+        pytest.param({"temperature": 1.2, "top_p": 0.9, "seed": 4}, marks=pytest.mark.soak),
+    ],
+    ids=str,
+)
+def test_generate(miniature, sampling):
     """The whole way: prefill, the loop, the sampler."""
     kernels = glm_jax.LLM.load("tiny", dtype="float32", kernels="triton")
-    options = {"max_tokens": 2, "temperature": 0}
+    options = {"max_tokens": 2, **sampling}
     prompt = miniature.tokenizer.encode("def fib(n):\n    if n <")[:9]  # longer than what the kernels take at once
     assert kernels.generate(prompt, **options).token_ids == miniature.generate(prompt, **options).token_ids
+
+
+@pytest.mark.parametrize(
+    ("sampling", "changes"),
+    [
+        ({"temperature": 0}, {}),
+        ({"temperature": 0.9, "top_p": 1}, {}),
+        ({"temperature": 1.2, "top_p": 0.9}, {}),
+        ({"temperature": 0.9, "top_p": 1}, {"qk_nope_head_dim": 40}),  # the layers go by the reference, and so the draw
+    ],
+    ids=str,
+)
+def test_a_step_draws_what_the_sampler_draws_from_its_logits(sampling, changes):
+    cfg = small(num_hidden_layers=1, mlp_layer_types=("dense",), **changes)
+    params = init_params(cfg, 0, "float32")
+    tiled = tiled_tree(params)
+    assert (fused.obstacle(cfg, tiled) is None) == (not changes)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (BATCH, 1)), jnp.int32)
+    positions, cache = jnp.asarray([[0], [3]], jnp.int32), LatentCache.create(cfg, BATCH, 32, "float32")
+    options = SamplingParams(**sampling)
+    rows = SamplerState.create([options] * BATCH, [5, 6], [(0,)] * BATCH, vocab_size=96, valid_vocab=90)
+    logits, expected = GLM(cfg).apply({"params": params}, tokens, positions, cache)
+    run = jax.jit(lambda *given: GLM(cfg).apply({"params": tiled}, *given, rows, method="draw"))
+    found, after = run(tokens, positions, cache)
+    assert found.tokens.tolist() == sample(logits[:, 0], rows, positions[:, 0] + 1).tokens.tolist()
+    assert found.ok.all()
+    assert_close(after.data, expected.data, 5e-6)
 
 
 def test_parameters_come_out_of_their_tiles():
@@ -150,3 +190,76 @@ def test_what_kernels_cannot_run_goes_by_the_reference():
     found = GLM(cfg).apply({"params": params}, tokens, tokens, cache)[0]
     expected = GLM(cfg).apply({"params": untiled_tree(params)}, tokens, tokens, cache)[0]
     assert_close(found, expected, 5e-6)
+
+
+def test_a_prompt(monkeypatch):
+    """More tokens than the kernels of a decode step take: products of many rows, attention, and experts in blocks."""
+    cfg = small()
+    params = init_params(cfg, 2, "float32")
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, cfg.vocab_size, (2, 37)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(37, dtype=jnp.int32), tokens.shape)
+    cache = LatentCache.create(cfg, 2, 40, "float32")
+    expected, after = step(cfg, params, False, cache, tokens, positions)
+    names, interpret = set(), _launch.interpret
+
+    def noted(kernel, *rest):
+        names.add(kernel.fn.__name__)
+        return interpret(kernel, *rest)
+
+    monkeypatch.setattr(_launch, "interpret", noted)
+    found, written = step(cfg, params, True, cache, tokens, positions)
+    assert names == {"gated_kernel", "matmul_kernel", "flash_kernel"}
+    assert_close(found, expected, 5e-6)
+    assert_close(written.data, after.data, 5e-6)
+
+
+SPLIT = {
+    "moe_intermediate_size": 128, "intermediate_size": 128, "vocab_size": 128, "num_attention_heads": 4,
+    "qk_nope_head_dim": 48, "v_head_dim": 16,
+}  # fmt: skip
+
+
+def on_two_devices(cfg, params):
+    """The same parameters, each device with its part of them in tiles."""
+    rules, mesh = preset("latency"), make_mesh(2)
+    held = dict(leaves(params))
+    placed = map_specs(
+        lambda path, param: jax.device_put(held[path], NamedSharding(mesh, rules.spec(*param.axes))), param_specs(cfg)
+    )
+    return rules, mesh, tiled_tree(placed, Placement(cfg, rules, mesh)), placed
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.soak), 40])
+def test_two_devices(tokens):
+    """Heads, widths and vocabulary split: a step by the fused kernels, and a prompt."""
+    cfg = small(**SPLIT)
+    params = init_params(cfg, 0, "float32")
+    rules, mesh, there, _ = on_two_devices(cfg, params)
+    numbers = np.random.default_rng(0).integers(0, cfg.vocab_size, (BATCH, max(tokens, PROMPT)))
+    ids = jnp.asarray(numbers, jnp.int32)
+    cache = LatentCache.create(cfg, BATCH, 64, "float32")
+    positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (BATCH, tokens))
+    expected, after = step(cfg, params, False, cache, ids[:, :tokens], positions)
+    with jax.set_mesh(mesh):
+        call = jax.jit(lambda p, t, at, c: GLM(cfg, rules).apply({"params": p}, t, at, c))
+        over = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, jax.P())), (ids, positions, cache))
+        found, written = call(there, over[0][:, :tokens], over[1], over[2])
+        body = {name: there[name] for name in ("embed", "runs", "norm")}
+        assert fused.obstacle(cfg, body, rules) is None
+    assert_close(found, expected, 5e-6)
+    assert_close(written.data, after.data, 5e-6)
+
+
+def test_parts_come_out_of_their_tiles():
+    cfg = small(**SPLIT)
+    rules, mesh, there, placed = on_two_devices(cfg, init_params(cfg, 0, "float32"))
+    back = untiled_tree(there, Placement(cfg, rules, mesh))
+    for (path, one), (_, other) in zip(leaves(back), leaves(placed), strict=True):
+        assert one.sharding.is_equivalent_to(other.sharding, one.ndim), path
+        assert np.array_equal(one, other), path
+
+
+def test_experts_on_devices_of_their_own_are_for_the_reference():
+    cfg = small()
+    problem = fused.obstacle(cfg, tiled_tree(init_params(cfg, 0, "float32")), Rules(experts="model"))
+    assert problem == "they run on devices that split heads, widths and vocabulary, not experts"

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.moe import Routed, down, gate_up
+from pallas_kernels._launch import LaunchError
+from pallas_kernels.moe import Routed, down, gate_up, sort_pairs
 from pallas_kernels.moe.reference import choose_ref, down_ref, gate_up_ref
 from pallas_kernels.moe.shapes import PairShape
 from tests.kernels.making import assert_close, normal, squares, tiles
@@ -34,14 +35,22 @@ class Case:
         self.logits, self.bias = normal(rng, rows, experts), 0.1 * normal(rng, 2, experts)
         self.residual, self.norms = normal(rng, rows, hidden), normal(rng, 4, hidden)
 
-    def check(self, shape=PairShape()):
+    def check(self, shape=PairShape(), ways=(False, True)):
         given = (self.routed, self.x, self.squares, ONE, self.logits, self.bias, self.gate, self.up, self.shared)
-        expected = gate_up_ref(*given, eps=1e-5)
-        assert_close(jax.jit(lambda x: gate_up(given[0], x, *given[2:], eps=1e-5, shape=shape))(self.x), expected)
-        given = (ONE, self.logits, self.bias, self.down, self.shared_down, self.residual, self.norms)
-        made = down_ref(self.routed, expected, *given, next_from=2)
-        run = jax.jit(lambda h, c: down(self.routed, h, *given, c, next_from=2, shape=shape))
-        found, counters = run(expected, jnp.zeros(64, jnp.int32))
+        h = gate_up_ref(*given, eps=1e-5)
+        rest = (self.down, self.shared_down, self.residual, self.norms)
+        made = down_ref(self.routed, h, ONE, self.logits, self.bias, *rest, next_from=2)
+        for in_order in ways:
+            plan = sort_pairs(self.routed, ONE, self.logits, self.bias) if in_order else None
+            found, plan = jax.jit(lambda x, p: gate_up(given[0], x, *given[2:], eps=1e-5, plan=p, shape=shape))(
+                self.x, plan
+            )
+            assert_close(found, h)
+            run = jax.jit(lambda h, p, c: down(self.routed, h, p, ONE, *rest, c, next_from=2, shape=shape))
+            self.compare(*run(h, plan, jnp.zeros(64, jnp.int32)), made)
+
+    @staticmethod
+    def compare(found, counters, made):
         assert not np.any(counters)
         assert_close(found.out, made.out)
         assert_close(found.scaled, made.scaled)
@@ -59,6 +68,32 @@ def test_storages_of_experts_and_shared_expert(rows, kind, other):
 @pytest.mark.parametrize("rows", [8, 17])
 def test_more_tokens(rows):
     Case(rows, rows, kind="int8", width=32, shared=32).check(PairShape(block_n=64))
+
+
+@pytest.mark.parametrize(("tokens", "experts", "chosen"), [(1, 3, 1), (7, 5, 2), (40, 4, 2), (33, 64, 4), (64, 64, 4)])
+def test_sorting_pairs(tokens, experts, chosen):
+    """Every pair is in a block of its expert, in the order of tokens; blocks of an expert are full but the last."""
+    rng = np.random.default_rng(tokens)
+    routed = Routed(experts=experts, chosen=chosen, normalised=True, factor=1.8)
+    logits, bias = normal(rng, tokens, experts), 0.1 * normal(rng, 2, experts)
+    numbers, weights = choose_ref(routed, logits, bias[1])
+    plan = sort_pairs(routed, ONE, logits, bias)
+    assert_close(plan.weights, weights.reshape(-1))
+    owner_of_pair, seen = np.asarray(numbers).reshape(-1), []
+    owners, sizes, pairs = (np.asarray(x) for x in (plan.owners, plan.sizes, plan.pairs))
+    for owner, size, row in zip(owners, sizes, pairs, strict=True):
+        assert set(owner_of_pair[row[:size]]) <= {owner}
+        seen += row[:size].tolist()
+    assert seen == np.argsort(owner_of_pair, kind="stable").tolist()
+    assert np.count_nonzero(sizes) == sum(-(-n // 16) for n in np.bincount(owner_of_pair))
+
+
+def test_blocks_of_another_height():
+    case = Case(0, 9, kind="int8")
+    plan = sort_pairs(case.routed, ONE, case.logits, case.bias)
+    given = (case.routed, case.x, case.squares, ONE, case.logits, case.bias, case.gate, case.up, case.shared)
+    with pytest.raises(LaunchError, match="blocks of 16 pairs, and programs of 32 rows"):
+        gate_up(*given, eps=1e-5, plan=plan, shape=PairShape(block_m=32))
 
 
 def test_no_shared_expert():
@@ -87,7 +122,7 @@ def test_a_feed_forward_without_experts():
     none = Routed(experts=1, chosen=0, normalised=False, factor=1.0)
     case = Case(0, 3, kind="int8")
     given = (none, case.x, case.squares, ONE, case.logits, case.bias, *case.shared, case.shared)
-    found = gate_up(*given, eps=1e-5)
+    found, _ = gate_up(*given, eps=1e-5)
     wide = case.x * jax.lax.rsqrt(jnp.sum(case.squares.parts, axis=1, keepdims=True) / 128 + 1e-5)
     from pallas_kernels.tiles import from_tiles
 

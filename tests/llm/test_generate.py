@@ -225,7 +225,7 @@ def test_a_prompt_in_chunks_gives_the_same_tokens(llm, monkeypatch):
     texts = [*TEXTS[1:], "def fib(n):\n    return n if n < 2 else fib(n - 1)\n" * 2]
     lengths = [len(llm.tokenizer.encode(text)) for text in texts]
     whole = llm.generate(texts, DRAWN)
-    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(decoding, "chunk_length", lambda rows, on_cpu: 16)
     assert min(lengths) < 16 < 32 < max(lengths), "some rows must end in an earlier chunk than others"
     assert llm.generate(texts, DRAWN) == whole
 

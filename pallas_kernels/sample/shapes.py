@@ -1,0 +1,22 @@
+"""Block sizes of the sampler's kernels: a rule for every card."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SampleShape:
+    """How rows of logits are cut up.
+
+    It decides in which order the probabilities of a row are added, so it may depend on nothing but the row's width.
+
+    Attributes:
+        share: ids of a program, a power of two; 1,024 at most, so that 2^20 for each fits 32 bits.
+        run: shares that are added up together.
+        num_warps: of a program.
+    """
+
+    share: int = 1024
+    run: int = 16
+    num_warps: int = 4

@@ -1,0 +1,48 @@
+"""The attention of a prompt, of the real model's sizes, for a card that is not here."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from glm_jax.cache import LatentCache
+from glm_jax.config import Config
+from glm_jax.ops import prompt
+from pallas_kernels import GRAPH_OPTIONS, aot, compiling_for
+
+FLASH = Config.flash()
+
+
+def traced(batch, tokens, slots, cache_dtype, place=None):
+    """The attention of one layer over a cache of several, as the model calls it."""
+
+    def program(query, cache, layer, positions, k_b, v_b):
+        return prompt.attend(FLASH, query, cache, layer, positions, k_b, v_b)
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    heads, latent = FLASH.num_attention_heads, FLASH.kv_lora_rank
+    cache = jax.eval_shape(lambda: LatentCache.create(FLASH, batch, slots, cache_dtype, layers=2))
+    return jax.jit(program).trace(
+        array(batch, tokens, heads, FLASH.qk_head_dim),
+        jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), cache),
+        array(dtype=jnp.int32),
+        array(batch, tokens, dtype=jnp.int32),
+        array(heads, FLASH.qk_nope_head_dim, latent),
+        array(heads, FLASH.v_head_dim, latent),
+    )
+
+
+def program(argument):
+    """What XLA makes of it, as plain values; in the child of :func:`pallas_kernels.aot.in_child`."""
+    card = aot.card(argument.pop("gpu"))
+    place = SingleDeviceSharding(aot.devices(card)[0])
+    with compiling_for(card.target):
+        report = aot.compile_traced(traced(**argument, place=place), GRAPH_OPTIONS)
+    return {
+        "temp_bytes": report.temp_bytes,
+        "before": [thunk.name or thunk.kind for thunk in report.launches(0)],
+        "of_a_stretch": [thunk.name or thunk.kind for thunk in report.launches(1)],
+        "launches_outside_graphs": report.outside,
+        "graph_pieces": report.graphs,
+    }

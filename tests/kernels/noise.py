@@ -1,0 +1,13 @@
+"""A kernel that writes the sampler's noise; imported by the test that runs it, and not before."""
+
+import triton
+import triton.language as tl
+
+from pallas_kernels.sample.triton import gumbel
+
+
+@triton.jit
+def noise_kernel(seed, position, out, N: tl.constexpr):
+    """Noise of the ids up to N."""
+    ids = tl.arange(0, N)
+    tl.store(out + ids, gumbel(tl.load(seed), tl.load(seed + 1), tl.load(position), ids))

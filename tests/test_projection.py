@@ -1,0 +1,80 @@
+"""What a report lets expect of other cards."""
+
+import json
+
+import pytest
+
+from glm_jax.bench.__main__ import main
+from glm_jax.bench.projection import fit
+from glm_jax.errors import GlmError
+from glm_jax.memory import gpus
+
+H200 = gpus()["h200"]
+
+
+def report(seconds_of, contexts=(1024, 8192, 32_768), device=None, **changes):
+    """A decode report in which a step takes ``seconds_of(bytes)``."""
+    sizes = {context: 2_900_000_000 + 54_144 * context for context in contexts}
+    results = [
+        {
+            "batch": batch,
+            "context": context,
+            "read": {"bytes_per_step": nbytes},
+            "glm_jax": {"ms_per_token_of_one_row": {"median": 1e3 * batch * seconds_of(nbytes)}},
+        }
+        for batch in (1, 8)
+        for context, nbytes in sizes.items()
+    ]
+    skipped = {"batch": 1, "context": 131_072, "skipped": "no room"}
+    made = {"kind": "decode", "model": "synthetic:flash", "quantize": "int4", "dtype": "bfloat16"}
+    machine = {"device": device or H200.device_kind}
+    return {**made, "cache_dtype": "bfloat16", "machine": machine, "results": [*results, skipped], **changes}
+
+
+def test_a_fit_finds_the_speed_of_reading_and_what_a_step_takes_besides():
+    found = fit(report(lambda nbytes: 3e-4 + nbytes / (0.8 * H200.bandwidth)))
+    assert found.of_bandwidth == pytest.approx(0.8)
+    assert found.fixed == pytest.approx(3e-4)
+    assert found.contexts == 3
+
+
+def test_one_context_counts_everything_as_reading():
+    found = fit(report(lambda nbytes: 2 * nbytes / H200.bandwidth, contexts=(8192,)))
+    assert (found.of_bandwidth, found.fixed, found.contexts) == (pytest.approx(0.5), 0.0, 1)
+
+
+def test_the_same_card_is_projected_as_it_was_measured(tmp_path, capsys):
+    """From the plan's own bytes, so that what goes in comes out again."""
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(report(lambda nbytes: nbytes / (0.5 * H200.bandwidth))))
+    assert main(["project", "--report", str(path), "--gpu", "h200,rtx6000-ada,b200x4"]) == 0
+    text = capsys.readouterr().out
+    assert "Not measured." in text
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ") and "card" not in line]
+    cells = [[cell.strip() for cell in row] for row in rows if "---" not in row[0]]
+    assert [row[0] for row in cells] == [name for name in ("h200", "rtx6000-ada", "b200x4") for _ in range(4)]
+    for _, _, bound, projected in cells:
+        assert int(projected.replace(",", "")) == pytest.approx(int(bound.replace(",", "")) / 2, abs=1)
+    four, one = (int(next(row for row in cells if row[0] == name)[2].replace(",", "")) for name in ("b200x4", "h200"))
+    assert four > 3 * one  # a quarter of the split weights each, at more bandwidth
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (report(lambda nbytes: 1e-3, device="Some card"), "'Some card', whose bandwidth is not known"),
+        (report(lambda nbytes: 1e-3, results=[]), "no case of one row"),
+        (report(lambda nbytes: 1 / nbytes), "a longer context takes no longer"),
+    ],
+)
+def test_a_report_that_says_too_little(made, message):
+    with pytest.raises(GlmError, match=message):
+        fit(made)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "cannot read"), ('{"kind": "prefill"}', "no report of")])
+def test_what_is_no_report(tmp_path, text, message):
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(GlmError, match=message):
+        main(["project", "--report", str(path)])
