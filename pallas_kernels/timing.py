@@ -109,14 +109,16 @@ def loop(arrays: Made, shape: Any = None) -> Loop:
 def rounds_program(case: Case, shape: Any) -> Callable[..., Any]:
     """``(given, state, places, zero, count)`` to the state and the last results: rounds of a call for each place.
 
-    Nothing may keep XLA from making every call, and nothing else may cost time: the activations are added ``zero`` to,
-    once a round, or calls without a state would be moved out of the loop; places are data, or equal ones would be
+    Nothing may keep XLA from making every call, and nothing else may cost time: ``zero`` is added to an array
+    of the activations once a round, or calls without a state would be moved out of the loop; places are data, or equal ones would be
     made once; and all results are kept.
     """
 
     def call(given: Any, moved: Any, state: Any, place: jax.Array) -> tuple[list[jax.Array], Any]:
-        out, state = case.run({**given, case.moves: moved}, state, place, shape)
-        return list({id(x): x for x in jax.tree.leaves(out)}.values()), state
+        given = {**given, case.moves: moved}
+        out, state = case.run(given, state, place, shape)
+        read = {id(x) for x in jax.tree.leaves(given)}  # an argument handed on would be copied to be kept
+        return list({id(x): x for x in jax.tree.leaves(out) if id(x) not in read}.values()), state
 
     def run(given: Any, state: Any, places: list[jax.Array], zero: jax.Array, count: jax.Array) -> Any:
         made = jax.eval_shape(lambda place: call(given, given[case.moves], state, place)[0], places[0])
@@ -128,7 +130,8 @@ def rounds_program(case: Case, shape: Any) -> Callable[..., Any]:
             for place in places:
                 out, state = call(given, moved, state, place)
                 outs.append(out)
-            moved = jax.tree.map(lambda x: x + zero.astype(x.dtype), moved)
+            (first, *others), tree = jax.tree.flatten(moved)
+            moved = jax.tree.unflatten(tree, [first + zero.astype(first.dtype), *others])
             return moved, state, outs
 
         _, state, outs = jax.lax.fori_loop(0, count, one, (given[case.moves], state, nothing))
