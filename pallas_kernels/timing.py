@@ -110,8 +110,8 @@ def rounds_program(case: Case, shape: Any) -> Callable[..., Any]:
     """``(given, state, places, zero, count)`` to the state and the last results: rounds of a call for each place.
 
     Nothing may keep XLA from making every call, and nothing else may cost time: ``zero`` is added to an array
-    of the activations once a round, or calls without a state would be moved out of the loop; places are data, or equal ones would be
-    made once; and all results are kept.
+    of the activations once a round, or calls without a state would be moved out of the loop; places are data, or equal
+    ones would be made once; and all results are kept.
     """
 
     def call(given: Any, moved: Any, state: Any, place: jax.Array) -> tuple[list[jax.Array], Any]:

@@ -15,6 +15,6 @@ def test_a_round_is_its_calls_and_little_else():
         kernels = dict(found["kernels"])
         (mine,) = [kernel for kernel in kernels if kernel.endswith("_kernel")]
         assert kernels.pop(mine) == CALLS, name
-        assert sum(kernels.values()) <= 4, (name, kernels)  # the counter, an activation that moves, parts of those that do not
+        assert sum(kernels.values()) <= 4, (name, kernels)  # the counter, activations, parts of them
         assert not [kernel for kernel in kernels if "opy" in kernel], (name, kernels)
         assert (found["graphs"], found["outside"]) == (1, 0), name
