@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Compiled:
     cubin: bytes
 
 
+_SETTINGS = threading.RLock()  # Triton's are the process's
 _RECORD: contextvars.ContextVar[list[Compiled] | None] = contextvars.ContextVar("glm_jax_kernels", default=None)
 
 
@@ -118,6 +120,7 @@ def kept_in_private() -> Iterator[Path | None]:
         yield None
         return
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_SETTINGS)
         try:
             folder = private_folder("triton")
         except OSError:

@@ -5,43 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def value_of(code, KIND: tl.constexpr, DT: tl.constexpr):
-    """The values of codes, in the dtype that products are computed in.
-
-    Integers of 4 bits take the low bits of the bfloat16 128, whose unit they are, and those of 8 bits the low bits of
-    the float32 2^23; a subtraction, which is exact, leaves the value. No conversion instruction is needed for 4 bits.
-    """
-    if KIND == "int4" or KIND == "uint4":
-        zero: tl.constexpr = 8 if KIND == "int4" else 0
-        if DT == tl.bfloat16:
-            return (code | 0x4300).to(tl.uint16).to(tl.bfloat16, bitcast=True) - (128.0 + zero)
-        return ((code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + zero)).to(DT)
-    if KIND == "int8" or KIND == "uint8":
-        flip: tl.constexpr = 128 if KIND == "int8" else 0
-        return (((code ^ flip) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + flip)).to(DT)
-    if KIND == "fp8":
-        # As float16 the same bits, moved, stand for the value times 2^-8, subnormal numbers included.
-        half = (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
-        return (half.to(tl.float32) * 256.0).to(DT)
-    if KIND == "fp4":
-        half = (((code & 8) << 12) | ((code & 7) << 9)).to(tl.uint16).to(tl.float16, bitcast=True)
-        return (half.to(tl.float32) * 16384.0).to(DT)
-    if KIND == "bfloat16":
-        if DT == tl.bfloat16:
-            return code.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        return (code << 16).to(tl.float32, bitcast=True).to(DT)
-    return code.to(tl.float32, bitcast=True).to(DT)
-
-
-@triton.jit
-def plane(words, i, KIND: tl.constexpr, PER_WORD: tl.constexpr, DT: tl.constexpr):
-    """The values of the i-th codes of words, of which each holds so many."""
-    if PER_WORD == 1:
-        return value_of(words, KIND, DT)
-    bits: tl.constexpr = 32 // PER_WORD
-    return value_of((words >> (bits * i)) & ((1 << bits) - 1), KIND, DT)
+from pallas_kernels._unpack import plane
 
 
 @triton.jit
@@ -50,6 +14,58 @@ def product(a, b, acc, DT: tl.constexpr):
     if DT == tl.float32:
         return tl.dot(a, b, acc, input_precision="ieee")
     return tl.dot(a, b, acc)
+
+
+@triton.jit
+def scales_at(pointer, tile, first, GROUPS: tl.constexpr, BN: tl.constexpr):
+    """Places ``[BN]`` of the scales of the first group."""
+    n = first + tl.arange(0, BN)
+    if BN > 64:
+        return pointer + (tile + n // 64) * (GROUPS * 64) + n % 64
+    return pointer + tile * (GROUPS * 64) + n
+
+
+@triton.jit
+def group_of(c, run, GROUP: tl.constexpr, SIZE: tl.constexpr, SUB: tl.constexpr):
+    """Group of a run of a chunk's inputs; so that the compiler sees how groups follow each other."""
+    if SIZE % GROUP == 0:
+        return c * (SIZE // GROUP) + run * SUB // GROUP
+    return (c * SIZE + run * SUB) // GROUP
+
+
+@triton.jit
+def scales_of(at, c, stop, GROUP: tl.constexpr, SIZE: tl.constexpr, SUB: tl.constexpr):
+    """The scales of a chunk, one ``[BN]`` for each run of SUB inputs; of a chunk that is not there, anything."""
+    held = ()
+    for run in tl.static_range(SIZE // SUB):
+        held = held + (tl.load(at + group_of(c, run, GROUP, SIZE, SUB) * 64, mask=c < stop),)
+    return held
+
+
+@triton.jit
+def fetch_scales(
+    pointer, tile, start, GROUPS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """Asks for the scales from some chunk on to be brought near.
+
+    Words and inputs are on their way for several rounds of a loop, since Triton has what a product reads loaded early.
+    Scales are too small for that: they are read one round before their use, which is not enough for memory.
+    """
+    line = tl.minimum(start * SIZE // GROUP + tl.arange(0, triton.next_power_of_2(GROUPS)), GROUPS - 1)
+    for t in tl.static_range((BN + 63) // 64):
+        address = (pointer + (tile + t) * (GROUPS * 64) + line * 64).to(tl.int64, bitcast=True)
+        tl.inline_asm_elementwise(
+            "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def words_at(tile, first, CHUNKS: tl.constexpr, BN: tl.constexpr):
+    """Places ``[16, BN]`` of the first chunk's words; for more than 64 outputs over tiles that follow each other."""
+    r, n = tl.arange(0, 16), tl.arange(0, BN)
+    if BN > 64:
+        return (tile + n // 64)[None, :] * (CHUNKS * 16 * 64) + r[:, None] * 64 + (n % 64)[None, :]
+    return tile * (CHUNKS * 16 * 64) + first + r[:, None] * 64 + n[None, :]
 
 
 @triton.jit
@@ -89,20 +105,25 @@ def dot_tile(
         rows: int ``[BM]``; only those ``here`` are read, the others are zero.
         norm: factors of the inputs ``[K]``, if NORM.
         words, scales, offsets: of the whole stack.
-        tile: number of the tile in it, as a 64-bit integer.
-        first: first output in the tile.
+        tile: number of the tile in it, as a 64-bit integer; of the first, for more than 64 outputs.
+        first: first output in the tile; 0 for 64 outputs or more.
         start, stop: chunks.
         SUB: inputs read between two scales, where there are groups.
     """
     r = tl.arange(0, 16)
-    n = tl.arange(0, BN)
     size: tl.constexpr = PER_WORD * 16
     runs: tl.constexpr = size // SUB
     planes: tl.constexpr = SUB // 16
     total = tl.zeros((BM,), tl.float32)
-    block = words + tile * (CHUNKS * 16 * 64) + first + r[:, None] * 64 + n[None, :]
+    at = words + words_at(tile, first, CHUNKS, BN)
+    if GROUP:
+        if DT == tl.bfloat16:
+            fetch_scales(scales, tile, start, GROUPS, GROUP, size, BN)
+        held_at = scales_at(scales, tile, first, GROUPS, BN)
+        held = scales_of(held_at, start, stop, GROUP, size, SUB)
     for c in range(start, stop):
-        w = tl.load(block + c * (16 * 64), eviction_policy="evict_first")
+        w = tl.load(at + c * (16 * 64), eviction_policy="evict_first")
+        following = ()
         for run in tl.static_range(runs):
             part = tl.zeros((BM, BN), tl.float32) if GROUP else acc
             for j in tl.static_range(planes):
@@ -115,17 +136,22 @@ def dot_tile(
                 if OFFSET:
                     total += tl.sum(xs, axis=1)
             if GROUP:
-                place = (tile * GROUPS + (c * size + run * SUB) // GROUP) * 64 + first + n
-                acc += part * tl.load(scales + place).to(tl.float32)[None, :]
+                acc += part * held[run].to(tl.float32)[None, :]
+                # Behind its use, so that it takes its predecessor's register and nobody waits for it to be moved.
+                place = group_of(c + 1, run, GROUP, size, SUB) * 64
+                following = following + (tl.load(held_at + place, mask=c + 1 < stop),)
                 if OFFSET:
-                    acc += total[:, None] * tl.load(offsets + place)[None, :]
+                    place = group_of(c, run, GROUP, size, SUB) * 64
+                    acc += total[:, None] * tl.load(scales_at(offsets, tile, first, GROUPS, BN) + place)[None, :]
                     total = tl.zeros((BM,), tl.float32)
             else:
                 acc = part
+        if GROUP:
+            held = following
     if SCALED and not GROUP:
-        acc = acc * tl.load(scales + tile * 64 + first + n).to(tl.float32)[None, :]
+        acc = acc * tl.load(scales_at(scales, tile, first, 1, BN)).to(tl.float32)[None, :]
         if OFFSET:
-            acc += total[:, None] * tl.load(offsets + tile * 64 + first + n)[None, :]
+            acc += total[:, None] * tl.load(scales_at(offsets, tile, first, 1, BN))[None, :]
     return acc
 
 
@@ -138,17 +164,25 @@ def dot_pair(
 ):  # fmt: skip
     """The same for two matrices of one layout, whose inputs are then read once; no factors of the inputs."""
     r = tl.arange(0, 16)
-    n = tl.arange(0, BN)
     size: tl.constexpr = PER_WORD * 16
     runs: tl.constexpr = size // SUB
     planes: tl.constexpr = SUB // 16
     one = tl.zeros((BM, BN), tl.float32)
     two = tl.zeros((BM, BN), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    at = tile * (CHUNKS * 16 * 64) + first + r[:, None] * 64 + n[None, :]
+    at = words_at(tile, first, CHUNKS, BN)
+    if GROUP:
+        if DT == tl.bfloat16:
+            fetch_scales(scales, tile, 0, GROUPS, GROUP, size, BN)
+            fetch_scales(other_scales, tile, 0, GROUPS, GROUP, size, BN)
+        held_at = scales_at(scales, tile, first, GROUPS, BN)
+        other_held_at = scales_at(other_scales, tile, first, GROUPS, BN)
+        held = scales_of(held_at, 0, stop, GROUP, size, SUB)
+        other_held = scales_of(other_held_at, 0, stop, GROUP, size, SUB)
     for c in range(stop):
         v = tl.load(words + at + c * (16 * 64), eviction_policy="evict_first")
         w = tl.load(other_words + at + c * (16 * 64), eviction_policy="evict_first")
+        following, other_following = (), ()
         for run in tl.static_range(runs):
             a = tl.zeros((BM, BN), tl.float32) if GROUP else one
             b = tl.zeros((BM, BN), tl.float32) if GROUP else two
@@ -161,32 +195,40 @@ def dot_pair(
                 if OFFSET:
                     total += tl.sum(xs.to(tl.float32), axis=1)
             if GROUP:
-                place = (tile * GROUPS + (c * size + run * SUB) // GROUP) * 64 + first + n
-                one += a * tl.load(scales + place).to(tl.float32)[None, :]
-                two += b * tl.load(other_scales + place).to(tl.float32)[None, :]
+                one += a * held[run].to(tl.float32)[None, :]
+                two += b * other_held[run].to(tl.float32)[None, :]
+                place = group_of(c + 1, run, GROUP, size, SUB) * 64
+                following = following + (tl.load(held_at + place, mask=c + 1 < stop),)
+                other_following = other_following + (tl.load(other_held_at + place, mask=c + 1 < stop),)
                 if OFFSET:
-                    one += total[:, None] * tl.load(offsets + place)[None, :]
-                    two += total[:, None] * tl.load(other_offsets + place)[None, :]
+                    place = group_of(c, run, GROUP, size, SUB) * 64
+                    one += total[:, None] * tl.load(scales_at(offsets, tile, first, GROUPS, BN) + place)[None, :]
+                    two += total[:, None] * tl.load(scales_at(other_offsets, tile, first, GROUPS, BN) + place)[None, :]
                     total = tl.zeros((BM,), tl.float32)
             else:
                 one, two = a, b
+        if GROUP:
+            held, other_held = following, other_following
     if SCALED and not GROUP:
-        place = tile * 64 + first + n
-        one = one * tl.load(scales + place).to(tl.float32)[None, :]
-        two = two * tl.load(other_scales + place).to(tl.float32)[None, :]
+        one = one * tl.load(scales_at(scales, tile, first, 1, BN)).to(tl.float32)[None, :]
+        two = two * tl.load(scales_at(other_scales, tile, first, 1, BN)).to(tl.float32)[None, :]
         if OFFSET:
-            one += total[:, None] * tl.load(offsets + place)[None, :]
-            two += total[:, None] * tl.load(other_offsets + place)[None, :]
+            one += total[:, None] * tl.load(scales_at(offsets, tile, first, 1, BN))[None, :]
+            two += total[:, None] * tl.load(scales_at(other_offsets, tile, first, 1, BN))[None, :]
     return one, two
 
 
 @triton.jit
-def rms_factor(
-    squares, rows, here, eps, D: tl.constexpr, FIRST: tl.constexpr, PARTS: tl.constexpr, ALL_PARTS: tl.constexpr
+def squares_of(
+    squares, rows, here, FIRST: tl.constexpr, PARTS: tl.constexpr, ALL_PARTS: tl.constexpr
 ):  # fmt: skip
-    """``1 / rms`` of rows of D values, from their sums of squares by block of columns."""
-    wide: tl.constexpr = triton.next_power_of_2(PARTS)
-    p = tl.arange(0, wide)
+    """Sums of squares of rows by block of columns; what is read before a loop is there when it ends."""
+    p = tl.arange(0, triton.next_power_of_2(PARTS))
     inside = here[:, None] & (p < PARTS)[None, :]
-    part = tl.load(squares + rows[:, None] * ALL_PARTS + FIRST + p[None, :], mask=inside, other=0.0)
-    return tl.rsqrt(tl.sum(part, axis=1) / D + eps)
+    return tl.load(squares + rows[:, None] * ALL_PARTS + FIRST + p[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def rms_factor(parts, eps, D: tl.constexpr):
+    """``1 / rms`` of rows of D values, from :func:`squares_of`."""
+    return tl.rsqrt(tl.sum(parts, axis=1) / D + eps)

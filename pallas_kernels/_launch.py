@@ -116,6 +116,16 @@ def launch(
     return list(_not_differentiable(functools.partial(launched, what))(*inputs))
 
 
+def check_counters(counters: jax.Array, needed: int) -> None:
+    """Kernels that finish each other's work count in an array of zeros, and must not count beyond its end.
+
+    Raises:
+        LaunchError: if it is too short.
+    """
+    if counters.size < needed:
+        raise LaunchError(f"{needed} blocks cannot be counted by {counters.size} counters")
+
+
 def _not_differentiable(run: Callable[..., Any]) -> Callable[..., Any]:
     call: Any = jax.custom_jvp(run)
 

@@ -18,19 +18,24 @@ from pallas_kernels.tiles import BITS
 
 Report = dict[str, Any]
 DESCRIPTION = """\
-Times every kernel of a decode step at GLM-4.7-Flash's shapes on the card at hand, many times over in one CUDA graph and
-with other weights each time, so that no cache serves them. GB/s are of what a call must read and write, beside a plain
-copy measured in the same run.
+Times the kernels of a decode step and of prompts at GLM-4.7-Flash's shapes on the card at hand, many times over in one
+CUDA graph and with other weights each time, so that no cache serves them; cases too small for that are marked. GB/s are
+of what a call must read and write, beside a plain copy measured in the same run.
 
 Examples:
   python -m pallas_kernels.bench --ops gate_up,down --batch 1,8 --kinds int4
   python -m pallas_kernels.bench --ops attend --batch 1 --context 8k,128k --caches int8
   python -m pallas_kernels.bench --short --out docs/benchmarks
 """
-# What tells most in a minute or two.
-_SHORT = (
-    Sweep(rows=(1,), kinds=("int4", "int8"), contexts=(1024, 32_768), caches=("bfloat16", "int8")),
-    Sweep(rows=(32,), kinds=("int4",), contexts=(8192,), caches=("bfloat16",)),
+# What tells most in a minute or two, the most telling first: experts in 4 bits, what every token goes through in 8.
+_SHORT: tuple[tuple[tuple[str, ...], Sweep], ...] = (
+    (("gate_up", "down", "head"), Sweep(rows=(1,), kinds=("int4",))),
+    (("attend",), Sweep(rows=(1,), contexts=(1024, 32_768), caches=("bfloat16", "int8"))),
+    (("queries", "values", "linear"), Sweep(rows=(1,), kinds=("int8",))),
+    (("gate_up", "down", "head"), Sweep(rows=(32,), kinds=("int4",))),
+    (("attend",), Sweep(rows=(32,), contexts=(8192,), caches=("bfloat16",))),
+    (("matmul", "gated", "flash"), Sweep(kinds=("int4",), chunks=(2048,))),
+    (("queries", "values", "linear"), Sweep(rows=(1,), kinds=("int4",))),
 )
 
 
@@ -69,8 +74,10 @@ def sweep_options(parser: argparse.ArgumentParser) -> None:
 def chosen(options: argparse.Namespace) -> list[Case]:
     """The cases that were asked for."""
     sweep = Sweep(rows=options.batch, kinds=options.kinds, contexts=options.context, caches=options.caches)
-    sweeps = _SHORT if getattr(options, "short", False) else (sweep,)
-    return [case for each in sweeps for case in cases(each, options.ops, options.match)]
+    if not getattr(options, "short", False):
+        return cases(sweep, options.ops, options.match)
+    short = [case for ops, each in _SHORT for case in cases(each, ops, options.match)]
+    return [case for case in short if not options.ops or case.op in options.ops]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -150,6 +157,7 @@ def _measure(case: Case, bandwidth: float, seconds: Callable[[timing.Made], floa
         "bytes_per_s": speed,
         "of_copy": speed / bandwidth,
         "layers": arrays.layers,
+        "cached": arrays.cached,
     }
 
 
@@ -164,7 +172,8 @@ def line(result: Report) -> str:
     name = f"{result['op']}/{result['case']}"
     if "failed" in result:
         return f"{name}: failed, {result['failed']}"
-    return f"{name}: {result['us']:,.1f} µs, {result['bytes_per_s'] / 1e9:,.0f} GB/s, {result['of_copy']:.0%} of a copy"
+    speed = f"{result['bytes_per_s'] / 1e9:,.0f} GB/s, {result['of_copy']:.0%} of a copy"
+    return f"{name}: {result['us']:,.1f} µs, {speed}{', from a cache' if result['cached'] else ''}"
 
 
 def markdown(report: Report) -> str:
@@ -191,7 +200,8 @@ def _row(result: Report) -> list[str]:
     cells = [result["op"], result["case"]]
     if "failed" in result:
         return [*cells, "failed", "", ""]
-    return [*cells, f"{result['us']:,.2f}", f"{result['bytes_per_s'] / 1e9:,.1f}", f"{result['of_copy']:.0%}"]
+    share = f"{result['of_copy']:.0%}{' (from a cache)' if result['cached'] else ''}"
+    return [*cells, f"{result['us']:,.2f}", f"{result['bytes_per_s'] / 1e9:,.1f}", share]
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ class Made:
         state: what it takes over.
         layers: their number.
         nbytes: that one call must read and write.
+        cached: whether a card's cache may hold all that the calls read.
     """
 
     case: Case
@@ -70,6 +71,7 @@ class Made:
     state: Any
     layers: int
     nbytes: int
+    cached: bool = False
 
 
 def made(case: Case) -> Made:
@@ -80,7 +82,7 @@ def made(case: Case) -> Made:
     most = max(2, min(_MOST_CALLS, _MOST_BYTES // held))
     layers = int(np.clip(-(-_CACHES_BYTES // nbytes), 2, most))
     given, state = make(layers)
-    return Made(case, given, state, layers, nbytes)
+    return Made(case, given, state, layers, nbytes, cached=layers * nbytes < _CACHES_BYTES // 2)
 
 
 def loop(arrays: Made, shape: Any = None) -> Loop:

@@ -172,7 +172,11 @@ def main(args: Sequence[str] | None = None) -> int:
     folder = options.out or tuned.folders()[-1]
     device = jax.devices()[0].device_kind
     path = folder / tuned.file_name(device)
-    kept = tuned.read(path, device)
+    try:
+        kept = tuned.read(path, device)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     failed = tune(chosen(options), path, device, kept, again=options.again, minutes=options.minutes)
     print(f"{sum(map(len, kept.values()))} choices of block sizes in {path}")
     return 1 if failed else 0
@@ -204,13 +208,13 @@ def tune(
     """
     begun, failed = time.monotonic(), 0
     for case in wanted:
-        problem = case.problem(jax.eval_shape(lambda case=case: case.make(1))[0])
-        if problem.key in kept.get(problem.op, {}) and not again:
-            continue
         if minutes is not None and time.monotonic() - begun > 60 * minutes:
             print(f"stopped after {minutes:g} minutes: the same command goes on", file=sys.stderr)
             break
         try:
+            problem = case.problem(jax.eval_shape(lambda case=case: case.make(1))[0])
+            if problem.key in kept.get(problem.op, {}) and not again:
+                continue
             found = (found_by or _on_card)(case, problem)
         except Exception as error:  # one case must not take the others with it
             failed += 1

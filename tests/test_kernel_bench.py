@@ -37,7 +37,7 @@ def test_cases_are_found_by_operation_and_name():
     assert len({case.full_name for case in every}) == len(every)
     found = cases(Sweep(), ["linear", "down"], "int4/m8")
     assert [case.full_name for case in found] == [
-        "linear/qkv_a/int4/m8", "linear/o/int4/m8", "linear/dense_down/int4/m8", "linear/head/int4/m8", "down/int4/m8"
+        "linear/qkv_a/int4/m8", "linear/o/int4/m8", "linear/dense_down/int4/m8", "linear/logits/int4/m8", "down/int4/m8"
     ]  # fmt: skip
     with pytest.raises(ValueError, match="no operation 'mla'; there are linear, queries, attend"):
         cases(Sweep(), ["mla"])

@@ -13,6 +13,7 @@ from pallas_kernels.cases.base import Case as Case
 from pallas_kernels.cases.base import Sweep as Sweep
 from pallas_kernels.cases.base import Widths as Widths
 from pallas_kernels.cases.base import difference as difference
+from pallas_kernels.cases.drawing import head_cases
 from pallas_kernels.cases.experts import down_cases, gate_up_cases
 from pallas_kernels.cases.products import linear_cases
 from pallas_kernels.cases.prompts import flash_cases, gated_cases, matmul_cases
@@ -27,6 +28,7 @@ OPS: dict[str, Callable[[Sweep], Iterator[Case]]] = {
     "matmul": matmul_cases,
     "gated": gated_cases,
     "flash": flash_cases,
+    "head": head_cases,
 }
 
 

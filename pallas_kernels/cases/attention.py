@@ -161,6 +161,6 @@ def _values(sweep: Sweep, kind: Kind, rows: int, shares: int) -> Case:
         view=lambda given, out, state, place: (out,),
         moves="parts",
         nbytes=nbytes,
-        problem=lambda given: values_problem(sizes, rows, shares, given["v_b"]),
+        problem=lambda given: values_problem(sizes, rows, given["v_b"]),
         rounds=True,
     )

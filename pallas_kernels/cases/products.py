@@ -61,7 +61,7 @@ def _products(w: Widths) -> dict[str, _Product]:
         "o": _Product(outputs=w.hidden, inputs=w.heads * w.value, residual=True, next=True),
         "router": _Product(outputs=w.experts, inputs=w.hidden, normed=True, kind="bfloat16"),
         "dense_down": _Product(outputs=w.hidden, inputs=w.dense_width, residual=True, next=True),
-        "head": _Product(outputs=w.vocab, inputs=w.hidden),
+        "logits": _Product(outputs=w.vocab, inputs=w.hidden),
     }
 
 

@@ -30,7 +30,7 @@ def gated_cases(sweep: Sweep) -> Iterator[Case]:
 
 
 def flash_cases(sweep: Sweep) -> Iterator[Case]:
-    """Causal attention of a chunk over itself."""
+    """Causal attention of a chunk over itself; bound by arithmetic, so all calls read the same."""
     yield from (_flash(sweep, tokens) for tokens in sweep.chunks)
 
 
@@ -118,21 +118,21 @@ def _flash(sweep: Sweep, tokens: int) -> Case:
         head = (1, tokens, w.heads)
         return {
             "q": noise.normal((*head, w.nope + w.rope), 1, sweep.dtype),
-            "keys": noise.normal((layers, *head, w.nope), 2, sweep.dtype),
+            "keys": noise.normal((*head, w.nope), 2, sweep.dtype),
             "rope": noise.normal((1, tokens, w.rope), 3, sweep.dtype),
-            "v": noise.normal((layers, *head, w.value), 4, sweep.dtype),
+            "v": noise.normal((*head, w.value), 4, sweep.dtype),
             "positions": jnp.arange(tokens, dtype=jnp.int32)[None],
         }, {}
 
     def call(function: Any, given: Arrays, place: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
-        keys, v = given["keys"][place[0]], given["v"][place[0]]
-        first, scale = jnp.zeros(1, jnp.int32), (w.nope + w.rope) ** -0.5
-        return function(given["q"], keys, given["rope"], v, given["positions"], first, scale=scale, **options)
+        # Zero, and known to nobody who compiles: calls with nothing of their own would be one.
+        first, scale = jnp.minimum(place, 0), (w.nope + w.rope) ** -0.5
+        arrays = (given[name] for name in ("q", "keys", "rope", "v", "positions"))
+        return function(*arrays, first, scale=scale, **options)
 
     def nbytes(given: Arrays, state: Arrays) -> int:
         made = size_of((tokens, w.heads, w.value), sweep.dtype)
-        one = (given["keys"].nbytes + given["v"].nbytes) // given["keys"].shape[0]
-        return one + given["q"].nbytes + given["rope"].nbytes + made
+        return given["keys"].nbytes + given["v"].nbytes + given["q"].nbytes + given["rope"].nbytes + made
 
     return Case(
         op="flash",

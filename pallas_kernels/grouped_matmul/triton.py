@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels._dot import plane, product
+from pallas_kernels._dot import product
+from pallas_kernels._unpack import planes
 
 
 @triton.jit
@@ -19,7 +20,7 @@ def weights_of(
     size: tl.constexpr = PER_WORD * 16
     w = tl.load(words + (column * (CHUNKS * 16 * 64) + n)[None, :] + (c * 16 + r)[:, None] * 64)
     wide: tl.constexpr = tl.float32 if SCALED and (GROUP > 0 or OFFSET) else DT
-    values = plane(w[None, :, :], i[:, None, None], KIND, PER_WORD, wide)
+    values = planes(w[None, :, :], i[:, None, None], KIND, PER_WORD, wide)
     if SCALED and (GROUP > 0 or OFFSET):
         group = (c * size + i * 16) // GROUP if GROUP > 0 else i * 0
         place = (column * GROUPS * 64 + n)[None, :] + group[:, None] * 64

@@ -16,6 +16,7 @@ from pallas_kernels.mla_decode.shapes import AttendShape, ProjectShape, attend_s
 from pallas_kernels.quant_matmul.op import Squares, compute_dtype, constants, operands
 from pallas_kernels.tiles import Tiles
 
+_WIDEST = 256  # outputs that a program of the queries computes at once
 _STORED = {"int8": "int8", "uint8": "fp8"}
 
 
@@ -153,7 +154,10 @@ def queries(
     shape = shape or tuned.best(queries_problem(att, m, q_b, k_b))
     programs = att.heads * (k_b.tiles // shape.per)
     head = att.nope + att.rope
+    sets = 0 if k_b.factors is None else k_b.factors.shape[-2]
     q_squares, k_squares = squares
+    if q_squares.first or q_squares.parts.shape != k_squares.parts.shape:
+        raise LaunchError("sums of squares of the queries' latent and of the latent are in one array, in this order")
     from pallas_kernels.mla_decode.triton import queries_kernel
 
     made, _, codes, scales = launch(
@@ -201,7 +205,9 @@ def queries(
         DT=compute_dtype(dtype),
         **_named(q_b, "Q_", without=("K",)),
         **{f"K_{name}": constants(k_b)[name] for name in ("CHUNKS", "PER_WORD", "KIND")},
-        K_INPUT_TILES=0 if k_b.factors is None else k_b.factors.shape[-2],
+        K_INPUT_TILES=sets,
+        QN=64 * math.gcd(_WIDEST // 64, head // 64),
+        KN=64 * math.gcd(_WIDEST // 64, shape.per, k_b.tiles // max(1, sets)),
     )
     return made, Cache(codes, None if cache.scales is None else scales, cache.pages)
 
@@ -292,7 +298,7 @@ def values(
     batch, splits, rows, latent = parts.sums.shape
     tokens = rows // att.heads
     m = batch * tokens
-    shape = shape or tuned.best(values_problem(att, m, splits, v_b))
+    shape = shape or tuned.best(values_problem(att, m, v_b))
     from pallas_kernels.mla_decode.triton import values_kernel
 
     out, _ = launch(
@@ -349,9 +355,9 @@ def attend_problem(queries: int, cache: Cache) -> tuned.Problem[AttendShape]:
     return tuned.Problem("attend", key, rule, axes)
 
 
-def values_problem(att: Attention, rows: int, shares: int, v_b: Tiles) -> tuned.Problem[ProjectShape]:
+def values_problem(att: Attention, rows: int, v_b: Tiles) -> tuned.Problem[ProjectShape]:
     """What block sizes of :func:`values` depend on."""
-    key = f"{tuned.rows_key(rows)} h{att.heads} r{att.latent} v{att.value} shares{shares} {v_b.kind} g{v_b.group}"
+    key = f"{tuned.rows_key(rows)} h{att.heads} r{att.latent} v{att.value} {v_b.kind} g{v_b.group}"
     axes = {"num_warps": (1, 2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
     return tuned.Problem("values", key, ProjectShape(), _with_rows(rows, axes))
 

@@ -74,7 +74,7 @@ class ProjectShape:
 
 
 def project_shape(tokens: int, latent_tiles: int, heads: int, multiprocessors: int) -> ProjectShape:
-    """Four programs for each head, with many small chunks in flight: there are few programs, each with a long way.
+    """Four programs for each head: there are few, each with a long way, so they have wide chunks.
 
     Args:
         tokens: rows.
@@ -85,4 +85,4 @@ def project_shape(tokens: int, latent_tiles: int, heads: int, multiprocessors: i
     per = max(1, latent_tiles // 4)
     while latent_tiles % per or (per > 1 and heads * latent_tiles // per < multiprocessors // 2):
         per -= 1
-    return ProjectShape(block_m=16 if tokens <= 16 else 32, per=per, num_stages=6)
+    return ProjectShape(block_m=16 if tokens <= 16 else 32, per=per, num_stages=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels._dot import dot_tile, product, rms_factor
+from pallas_kernels._dot import dot_tile, product, rms_factor, squares_of
 
 
 @triton.jit
@@ -78,12 +78,12 @@ def write_rows(
     WIDTH: tl.constexpr = RQ + R + P
     j = tl.arange(0, P // 2)
     position = tl.load(positions + rows, mask=here, other=0)
-    stored = here & (position < SLOTS)
+    stored = here & (position >= 0) & (position < SLOTS)
     inside = stored[:, None]
     row = row_of(pages, layer, rows // T, position, stored, BATCH, SLOTS, PAGE, POOL)
     r = tl.arange(0, R)[None, :]
     latent = tl.load(a + rows[:, None] * WIDTH + RQ + r, mask=here[:, None], other=0.0).to(tl.float32)
-    latent = latent * rms_factor(squares, rows, here, EPS, R, K_FIRST, K_PARTS, ALL_PARTS)[:, None]
+    latent = latent * rms_factor(squares_of(squares, rows, here, K_FIRST, K_PARTS, ALL_PARTS), EPS, R)[:, None]
     # A row has the dtype of the activations before it is stored in 8 bits.
     latent = latent.to(queries.dtype.element_ty).to(tl.float32)
     first, second = rotated(a + rows[:, None] * WIDTH + RQ + R, here[:, None], cos, sin, P, INTERLEAVE)
@@ -117,12 +117,13 @@ def queries_kernel(
     DT: tl.constexpr, Q_TILES: tl.constexpr, Q_CHUNKS: tl.constexpr, Q_GROUPS: tl.constexpr,
     Q_GROUP: tl.constexpr, Q_SUB: tl.constexpr, Q_PER_WORD: tl.constexpr, Q_KIND: tl.constexpr,
     Q_SCALED: tl.constexpr, Q_OFFSET: tl.constexpr, K_CHUNKS: tl.constexpr, K_PER_WORD: tl.constexpr,
-    K_KIND: tl.constexpr, K_INPUT_TILES: tl.constexpr,
+    K_KIND: tl.constexpr, K_INPUT_TILES: tl.constexpr, QN: tl.constexpr, KN: tl.constexpr,
 ):  # fmt: skip
     """Queries in the space of the latents, and the rows of the new tokens in the cache.
 
     Programs (head and share of the latents, block of rows): each computes its head's query again, so that there are
-    enough of them and none waits for another. The last one along the first axis writes the cache. ``place`` has the
+    enough of them and none waits for another. It does so QN outputs at a time, and then KN: a loop that begins anew
+    waits for memory anew. The last one along the first axis writes the cache. ``place`` has the
     index of the layer in the weights; CACHE_FROM more is that in the cache.
     """
     who, pm = tl.program_id(0), tl.program_id(1)
@@ -138,17 +139,18 @@ def queries_kernel(
     if who < HEADS * SHARES:
         head, share = who // SHARES, who % SHARES
         H: tl.constexpr = NOPE + P
-        n = tl.arange(0, 64)
         mine = scratch + (who.to(tl.int64) * M + rows[:, None]) * H
-        factor = rms_factor(squares, rows, here, EPS, RQ, 0, Q_PARTS, ALL_PARTS)
-        for t in range(H // 64):
-            tile = layer * Q_TILES + head * (H // 64) + t
+        parts = squares_of(squares, rows, here, 0, Q_PARTS, ALL_PARTS)
+        n = tl.arange(0, QN)
+        for t in range(H // QN):
+            tile = layer * Q_TILES + head * (H // 64) + t * (QN // 64)
             q = dot_tile(
-                tl.zeros((BM, 64), tl.float32), a, rows, here, a, q_words, q_scales, q_offsets, tile, 0, 0, Q_CHUNKS,
-                RQ, WIDTH, Q_CHUNKS, Q_GROUPS, Q_GROUP, Q_SUB, Q_PER_WORD, Q_KIND, BM, 64, False, Q_SCALED,
+                tl.zeros((BM, QN), tl.float32), a, rows, here, a, q_words, q_scales, q_offsets, tile, 0, 0, Q_CHUNKS,
+                RQ, WIDTH, Q_CHUNKS, Q_GROUPS, Q_GROUP, Q_SUB, Q_PER_WORD, Q_KIND, BM, QN, False, Q_SCALED,
                 Q_OFFSET, DT,
             )  # fmt: skip
-            tl.store(mine + t * 64 + n[None, :], (q * factor[:, None]).to(scratch.dtype.element_ty), mask=here[:, None])
+            q = q * rms_factor(parts, EPS, RQ)[:, None]
+            tl.store(mine + t * QN + n[None, :], q.to(scratch.dtype.element_ty), mask=here[:, None])
         tl.debug_barrier()
         to = queries + (rows[:, None].to(tl.int64) * HEADS + head) * (R + P)
         if share == 0:
@@ -157,14 +159,15 @@ def queries_kernel(
             tl.store(to + R + one[None, :], first.to(queries.dtype.element_ty), mask=here[:, None])
             tl.store(to + R + other[None, :], second.to(queries.dtype.element_ty), mask=here[:, None])
         own = scratch + who.to(tl.int64) * M * H
-        for t in range(PER):
-            column = share * PER + t
+        n = tl.arange(0, KN)
+        for t in range(PER * 64 // KN):
+            column = share * PER + t * (KN // 64)
             tile = (layer * HEADS + head) * LATENT_TILES + column
             group = (layer * HEADS + head) * K_INPUT_TILES + column * K_INPUT_TILES // LATENT_TILES
             factors = k_inputs + group * NOPE
             absorbed = dot_tile(
-                tl.zeros((BM, 64), tl.float32), own, rows, here, factors, k_words, k_words, k_words, tile, 0, 0,
-                K_CHUNKS, NOPE, H, K_CHUNKS, 1, 0, K_PER_WORD * 16, K_PER_WORD, K_KIND, BM, 64, K_INPUT_TILES > 0,
+                tl.zeros((BM, KN), tl.float32), own, rows, here, factors, k_words, k_words, k_words, tile, 0, 0,
+                K_CHUNKS, NOPE, H, K_CHUNKS, 1, 0, K_PER_WORD * 16, K_PER_WORD, K_KIND, BM, KN, K_INPUT_TILES > 0,
                 False, False, DT,
             )  # fmt: skip
             inside = here[:, None] & (column * 64 + n < R)[None, :]
@@ -193,8 +196,8 @@ def shares(
     """How many cached rows the tokens of a row of the batch see, and how many of them are one share."""
     t = tl.arange(0, triton.next_power_of_2(T))
     newest = tl.max(tl.load(positions + batch * T + t, mask=t < T, other=0), axis=0)
-    length = tl.minimum(newest + 1, SLOTS)
-    return length, tl.cdiv(tl.cdiv(length, SPLITS), BS) * BS
+    length = tl.maximum(tl.minimum(newest + 1, SLOTS), 0)
+    return length, tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BS), 1) * BS
 
 
 @triton.jit
@@ -304,7 +307,8 @@ def values_kernel(
             total += tl.sum(weight * tl.load(totals + where, mask=inside, other=0.0))
             part = tl.load(parts + where[:, None] * R + r[None, :], mask=inside[:, None], other=0.0)
             latent += tl.sum(part * weight[:, None], axis=0)
-        tl.store(own + m * R + r, (latent / total).to(scratch.dtype.element_ty))
+        latent = latent / tl.where(total > 0.0, total, 1.0)
+        tl.store(own + m * R + r, latent.to(scratch.dtype.element_ty))
     tl.debug_barrier()
     tile = (tl.load(place).to(tl.int64) * HEADS + head) * TILES + column
     acc = dot_tile(

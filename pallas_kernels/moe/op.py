@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuned
-from pallas_kernels._launch import LaunchError, Shape, launch
+from pallas_kernels._launch import LaunchError, Shape, check_counters, launch
 from pallas_kernels.moe.shapes import PairShape
 from pallas_kernels.quant_matmul.op import Made, Squares, compute_dtype, constants, operands
 from pallas_kernels.tiles import Tiles, same_layout
@@ -126,6 +126,8 @@ def gate_up(
     Returns:
         ``[M * X * F + M * F']``: rows of the pairs, then of the shared expert; and the plan that was followed.
     """
+    if x.shape[1] != gate.inputs:
+        raise LaunchError(f"rows of {x.shape[1]} columns for experts of {gate.inputs} inputs")
     for one, two in ((gate, up), shared or (gate, up)):
         if not same_layout(one, two):
             raise LaunchError("gate and up must be stored in the same way")
@@ -217,6 +219,7 @@ def down(
     count = m * routed.chosen if plan.pairs is None else plan.owners.shape[0]
     table = _table(plan, place)
     blocks, other = math.ceil(outputs / shape.block_n), shared or weight
+    check_counters(counters, blocks)
     from pallas_kernels.moe.triton import down_kernel
 
     own = constants(weight)

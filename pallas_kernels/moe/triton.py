@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels._dot import dot_pair, dot_tile, rms_factor
+from pallas_kernels._dot import dot_pair, dot_tile, rms_factor, squares_of
 
 
 @triton.jit
@@ -24,12 +24,12 @@ def chosen(
     e = tl.arange(0, wide)
     score = 1.0 / (1.0 + tl.exp(-tl.load(logits + token * E + e, mask=e < E, other=0.0)))
     choice = tl.where(e < E, score + tl.load(bias + e, mask=e < E, other=0.0), float("-inf"))
+    choice = tl.where(choice != choice, float("inf"), choice)  # a NaN is chosen, and so seen
     number = tl.full((), 0, tl.int32)
     weight = tl.full((), 0.0, tl.float32)
     total = tl.full((), 0.0, tl.float32)
     for i in tl.static_range(X):
-        # Among NaN a number beyond the last expert may win.
-        best = tl.minimum(tl.argmax(choice, axis=0).to(tl.int32), E - 1)
+        best = tl.argmax(choice, axis=0).to(tl.int32)
         value = tl.sum(tl.where(e == best, score, 0.0), axis=0)
         total += value
         number = tl.where(slot == i, best, number)
@@ -52,10 +52,11 @@ def plan_kernel(
     bias += tl.load(place).to(tl.int64) * E
     score = 1.0 / (1.0 + tl.exp(-tl.load(logits + m[:, None] * E + e[None, :], mask=inside, other=0.0)))
     choice = tl.where((e < E)[None, :], score + tl.load(bias + e, mask=e < E, other=0.0)[None, :], float("-inf"))
+    choice = tl.where(choice != choice, float("inf"), choice)  # a NaN is chosen, and so seen
     slot = tl.full(score.shape, -1, tl.int32)
     total = tl.zeros(m.shape, tl.float32)
     for i in tl.static_range(X):
-        best = tl.minimum(tl.argmax(choice, axis=1).to(tl.int32), E - 1)
+        best = tl.argmax(choice, axis=1).to(tl.int32)
         hit = e[None, :] == best[:, None]
         slot = tl.where(hit, i, slot)
         total += tl.sum(tl.where(hit, score, 0.0), axis=1)
@@ -129,24 +130,26 @@ def gate_up_kernel(
                     tl.store(weights + who, weight)
             pair, here, stop = pairs_of(who, sizes, pairs, CHUNKS, BM, SORTED)
             rows = pair // X
+            parts = squares_of(squares, rows, here, 0, PARTS, PARTS)
             gate, up = dot_pair(
                 x, rows, here, g_words, g_scales, g_offsets, u_words, u_scales, u_offsets,
                 (layer * E + expert) * TILES + pn // HALVES, first, stop, K, K, CHUNKS, GROUPS, GROUP, SUB,
                 PER_WORD, KIND, BM, BN, SCALED, OFFSET, DT,
             )  # fmt: skip
-            value = swiglu(gate, up, rms_factor(squares, rows, here, EPS, K, 0, PARTS, PARTS))
+            value = swiglu(gate, up, rms_factor(parts, EPS, K))
             to = out + pair[:, None] * F + n[None, :]
             tl.store(to, value.to(out.dtype.element_ty), mask=here[:, None] & (n < F)[None, :])
     else:
         if pn * BN < SF:
             rows = (who - BLOCKS) * BM + r
             here = rows < M
+            parts = squares_of(squares, rows, here, 0, PARTS, PARTS)
             gate, up = dot_pair(
                 x, rows, here, sg_words, sg_scales, sg_offsets, su_words, su_scales, su_offsets,
                 layer * S_TILES + pn // HALVES, first, S_CHUNKS, K, K, S_CHUNKS, S_GROUPS, S_GROUP, S_SUB,
                 S_PER_WORD, S_KIND, BM, BN, S_SCALED, S_OFFSET, DT,
             )  # fmt: skip
-            value = swiglu(gate, up, rms_factor(squares, rows, here, EPS, K, 0, PARTS, PARTS))
+            value = swiglu(gate, up, rms_factor(parts, EPS, K))
             to = out + M * X * F + rows[:, None] * SF + n[None, :]
             tl.store(to, value.to(out.dtype.element_ty), mask=here[:, None] & (n < SF)[None, :])
 
@@ -174,6 +177,11 @@ def down_kernel(
     HALVES: tl.constexpr = 64 // BN  # written so that the compiler sees how places in a tile are aligned
     first = (pn % HALVES) * BN
     zero = tl.zeros((BM, BN), tl.float32)
+    # What the end needs is asked for before the way there.
+    if NEXT:
+        norm = tl.load(next_norm + (layer + NEXT_FROM) * N + n, mask=n < N, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        stream = tl.load(residual + r[:, None] * N + n[None, :], mask=(r < M)[:, None] & (n < N)[None, :], other=0.0)
     if who < BLOCKS:
         pair, here, stop = pairs_of(who, sizes, pairs, CHUNKS, BM, SORTED)
         weight = tl.load(weights + pair, mask=here, other=0.0)
@@ -202,12 +210,11 @@ def down_kernel(
             at = rows[:, None] * N + n[None, :]
             value = zero
             if RESIDUAL:
-                value = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+                value = stream if M <= BM else tl.load(residual + at, mask=inside, other=0.0)
             for slot in tl.static_range(X + (1 if SF else 0)):
                 value += tl.load(partial + slot * M * N + at, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(out + at, value, mask=inside)
             if NEXT:
-                weight = tl.load(next_norm + (layer + NEXT_FROM) * N + n, mask=n < N, other=0.0).to(tl.float32)
-                tl.store(scaled + at, (value * weight[None, :]).to(scaled.dtype.element_ty), mask=inside)
+                tl.store(scaled + at, (value * norm[None, :]).to(scaled.dtype.element_ty), mask=inside)
             kept = tl.where(inside, value, 0.0)
             tl.store(out_squares + rows * tl.num_programs(0) + pn, tl.sum(kept * kept, axis=1), mask=rows < M)

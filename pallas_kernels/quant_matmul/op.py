@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _device, tuned
-from pallas_kernels._launch import LaunchError, Shape, interpreted, launch
+from pallas_kernels._launch import LaunchError, Shape, check_counters, interpreted, launch
 from pallas_kernels.quant_matmul.shapes import LinearShape, linear_shape
 from pallas_kernels.tiles import ROWS, Tiles, chunk
 
@@ -75,7 +75,7 @@ def linear(
             multiplied by its norm's weight, and the squares are those from before.
         weight: ``[L, N, K]``.
         place: int32 ``[1]``, index of the matrix in its stack.
-        counters: int32 zeros, one for each block of outputs and rows or more.
+        counters: int32 zeros, one for each block of outputs and rows or more; without splits they are not looked at.
         other: ``[L, N', K]`` of the same kind; its outputs follow those of ``weight``, whose number the block of
             outputs must divide.
         squares: of x, for a norm.
@@ -89,6 +89,9 @@ def linear(
 
     Returns:
         The result, and the counters, zero again.
+
+    Raises:
+        LaunchError: for matrices that do not belong together, and for too few columns or counters.
     """
     if other is not None and (other.kind, other.inputs) != (weight.kind, weight.inputs):
         raise LaunchError("two matrices side by side must have codes of one kind, and the same inputs")
@@ -96,6 +99,12 @@ def linear(
     outputs = first + (other.outputs if other else 0)
     shape = shape or tuned.best(problem(m, outputs, weight))
     blocks = math.ceil(outputs / shape.block_n)
+    if stride < weight.inputs:
+        raise LaunchError(f"rows of {stride} columns for a matrix of {weight.inputs} inputs")
+    if other is not None and first % shape.block_n:
+        raise LaunchError(f"a second matrix cannot begin at output {first} with blocks of {shape.block_n}")
+    if shape.splits > 1:
+        check_counters(counters, math.ceil(m / shape.block_m) * blocks)
     from pallas_kernels.quant_matmul.triton import linear_kernel
 
     one = jax.ShapeDtypeStruct((1,), jnp.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels._dot import dot_tile, rms_factor
+from pallas_kernels._dot import dot_tile, rms_factor, squares_of
 
 
 @triton.jit
@@ -34,6 +34,16 @@ def linear_kernel(
     HALVES: tl.constexpr = 64 // BN  # written so that the compiler sees how places in a tile are aligned
     share: tl.constexpr = (CHUNKS + SPLITS - 1) // SPLITS
     start, stop = split * share, tl.minimum(split * share + share, CHUNKS)
+    n = pn * BN + tl.arange(0, BN)
+    inside = here[:, None] & (n < N)[None, :]
+    at = rows[:, None] * N + n[None, :]
+    # What the end needs is asked for before the way there.
+    if FACTOR:
+        parts = squares_of(squares, rows, here, FIRST, PARTS, ALL_PARTS)
+    if RESIDUAL:
+        stream = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    if NEXT:
+        weight = tl.load(next_norm + (layer + NEXT_FROM) * N + n, mask=n < N, other=0.0).to(tl.float32)
     acc = tl.zeros((BM, BN), tl.float32)
     if pn * BN < OTHER:
         acc = dot_tile(
@@ -47,9 +57,6 @@ def linear_kernel(
             start, stop, K, STRIDE, CHUNKS, O_GROUPS, O_GROUP, O_SUB, PER_WORD, KIND, BM, BN, False, O_SCALED,
             O_OFFSET, DT,
         )  # fmt: skip
-    n = pn * BN + tl.arange(0, BN)
-    inside = here[:, None] & (n < N)[None, :]
-    at = rows[:, None] * N + n[None, :]
     last = True
     if SPLITS > 1:
         tl.store(partial + split * M * N + at, acc, mask=inside)
@@ -63,12 +70,11 @@ def linear_kernel(
                 acc += tl.load(partial + i * M * N + at, mask=inside, other=0.0, cache_modifier=".cg")
     if last:
         if FACTOR:
-            acc = acc * rms_factor(squares, rows, here, EPS, K, FIRST, PARTS, ALL_PARTS)[:, None]
+            acc = acc * rms_factor(parts, EPS, K)[:, None]
         if RESIDUAL:
-            acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+            acc += stream
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
         if NEXT:
-            weight = tl.load(next_norm + (layer + NEXT_FROM) * N + n, mask=n < N, other=0.0)
-            tl.store(scaled + at, (acc * weight.to(tl.float32)[None, :]).to(scaled.dtype.element_ty), mask=inside)
+            tl.store(scaled + at, (acc * weight[None, :]).to(scaled.dtype.element_ty), mask=inside)
         kept = tl.where(inside, acc, 0.0)
         tl.store(out_squares + rows * tl.num_programs(2) + pn, tl.sum(kept * kept, axis=1), mask=here)

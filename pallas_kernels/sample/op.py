@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import _device
-from pallas_kernels._launch import Shape, launch
+from pallas_kernels import _device, tuned
+from pallas_kernels._launch import Shape, check_counters, launch
 from pallas_kernels.quant_matmul.op import Squares, compute_dtype, constants, operands
 from pallas_kernels.quant_matmul.shapes import LinearShape, linear_shape
 from pallas_kernels.sample.shapes import SampleShape
@@ -122,8 +122,9 @@ def head(
     Returns:
         What was drawn, and the counters, zero again.
     """
-    (m, stride), ids, target = x.shape, weight.outputs, _device.target()
-    shape = shape or linear_shape(m, ids, weight.chunks, target.multiprocessors if target else 128)
+    (m, stride), ids = x.shape, weight.outputs
+    shape = shape or tuned.best(head_problem(m, weight))
+    check_counters(counters, math.ceil(m / shape.block_m))
     blocks = math.ceil(ids / shape.block_n)
     height = shape.block_m if m > 1 else 1
     from pallas_kernels.sample.triton import head_kernel
@@ -204,6 +205,7 @@ def draw(
     Returns:
         What was drawn, and the counters, zero again.
     """
+    check_counters(counters, scores.shape[0])
     survey = _survey(scores, scores if logits is None else logits, vocabulary, shape)
     first = second = jnp.zeros(scores.shape[0], jnp.uint32)
     if drawn and filters:
@@ -273,7 +275,18 @@ def thresholds(
         Those of each row's first search (for top_k, where it has one, else for top_p) and of its second one (for top_p
         after top_k), and the counters, zero again.
     """
+    check_counters(counters, scores.shape[0])
     return _thresholds(scores, _survey(scores, scores, vocabulary, shape), rows, vocabulary, counters, shape)
+
+
+def head_problem(rows: int, weight: Tiles) -> tuned.Problem[LinearShape]:
+    """What block sizes of :func:`head` depend on."""
+    target = _device.target()
+    rule = linear_shape(rows, weight.outputs, weight.chunks, target.multiprocessors if target else 128)
+    key = f"{tuned.rows_key(rows)} n{weight.outputs} k{weight.inputs} {weight.kind} g{weight.group}"
+    axes = {"block_n": (32, 64), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
+    rule = dataclasses.replace(rule, splits=1)
+    return tuned.Problem("head", key, rule, axes if rows <= 16 else {"block_m": (16, 32, 64), **axes})
 
 
 def _survey(scores: jax.Array, logits: jax.Array, vocabulary: Vocabulary, shape: SampleShape) -> jax.Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels._dot import dot_tile, rms_factor
+from pallas_kernels._dot import dot_tile, rms_factor, squares_of
 
 LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 LOWEST: tl.constexpr = tl.constexpr(float("-inf"))
@@ -115,13 +115,15 @@ def head_kernel(
     pm, pn = tl.program_id(0), tl.program_id(1)
     rows = pm * BM + tl.arange(0, BM)
     HALVES: tl.constexpr = 64 // BN  # written so that the compiler sees how places in a tile are aligned
+    if FACTOR:
+        parts = squares_of(squares, rows, rows < M, FIRST, PARTS, ALL_PARTS)
     acc = dot_tile(
         tl.zeros((BM, BN), tl.float32), x, rows, rows < M, x, words, scales, offsets, pn.to(tl.int64) // HALVES,
         (pn % HALVES) * BN, 0, CHUNKS, K, STRIDE, CHUNKS, GROUPS, GROUP, SUB, PER_WORD, KIND, BM, BN, False, SCALED,
         OFFSET, DT,
     )  # fmt: skip
     if FACTOR:
-        acc = acc * rms_factor(squares, rows, rows < M, EPS, K, FIRST, PARTS, ALL_PARTS)[:, None]
+        acc = acc * rms_factor(parts, EPS, K)[:, None]
     if R < BM:  # one row: the rest of the block is nothing to draw from
         acc = tl.sum(tl.where((rows == 0)[:, None], acc, 0.0), axis=0)[None, :]
     row = pm * BM + tl.arange(0, R)

@@ -19,8 +19,6 @@ from pallas_kernels._compile import LaunchError
 from pallas_kernels.machine import slug
 
 FOLDER = "GLM_JAX_TUNED"
-_WARPS = (1, 2, 4, 8, 16)
-_MOST_STAGES, _LEAST_BLOCK, _MOST_BLOCK = 8, 16, 256
 S = TypeVar("S")
 
 
@@ -107,20 +105,14 @@ def _checked(path: Path, problem: Problem[S], entry: Mapping[str, Any]) -> S:
     names = {field.name for field in dataclasses.fields(rule)}  # pyright: ignore[reportArgumentType]
     if set(fields) != names:
         raise _damaged(path, f"{problem.op} has {', '.join(sorted(names))}, not {', '.join(sorted(fields))}")
-    if wrong := [name for name, value in fields.items() if not _possible(name, value)]:
+    if wrong := [name for name, value in fields.items() if not _possible(problem, name, value)]:
         raise _damaged(path, f"{problem.op}, {problem.key}: {wrong[0]} cannot be {fields[wrong[0]]!r}")
     return type(rule)(**fields)
 
 
-def _possible(name: str, value: Any) -> bool:
-    if type(value) is not int or value < 1:
-        return False
-    if name == "num_warps":
-        return value in _WARPS
-    if name == "num_stages":
-        return value <= _MOST_STAGES
-    power = value & (value - 1) == 0
-    return (power and _LEAST_BLOCK <= value <= _MOST_BLOCK) if name.startswith("block_") else value <= 1024
+def _possible(problem: Problem[Any], name: str, value: Any) -> bool:
+    """Kernels are right with the rule's sizes and with those that are tried, and need not be with others."""
+    return type(value) is int and (value == getattr(problem.rule, name) or value in problem.axes.get(name, ()))
 
 
 def rows_key(rows: int) -> str:

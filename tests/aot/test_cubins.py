@@ -22,6 +22,7 @@ from glm_jax.tiling import tiled_tree
 from pallas_kernels import compiling_for
 from pallas_kernels._launch import recording
 from pallas_kernels.aot import cards
+from pallas_kernels.cases import Sweep, cases
 from tests.aot import prompt
 
 pytestmark = pytest.mark.aot
@@ -83,11 +84,16 @@ def kernels(card, preset, batch, cache_dtype):
     return {(kernel.name, kernel.ptx): kernel for kernel in made}
 
 
-CASES = [("int4", 1, "bfloat16"), ("int4-small", 1, "fp8"), ("int4", 32, "int8")]
+# Each takes a minute: every architecture and every case here, all pairs of them in the long tests.
+HERE = {(89, 1, "fp8"), (89, 32, "int8"), (90, 1, "bfloat16"), (100, 32, "int8"), (120, 1, "fp8")}
+CASES = [
+    pytest.param(architecture, *case, marks=() if (architecture, *case[1:]) in HERE else pytest.mark.soak)
+    for architecture in BY_ARCHITECTURE
+    for case in [("int4", 1, "bfloat16"), ("int4-small", 1, "fp8"), ("int4", 32, "int8")]
+]
 
 
-@pytest.mark.parametrize(("preset", "batch", "cache"), CASES)
-@pytest.mark.parametrize("architecture", BY_ARCHITECTURE)
+@pytest.mark.parametrize(("architecture", "preset", "batch", "cache"), CASES)
 def test_kernels_of_a_step(architecture, preset, batch, cache):
     found = kernels(BY_ARCHITECTURE[architecture], preset, batch, cache)
     names = {name for name, _ in found}
@@ -117,6 +123,26 @@ def test_kernels_of_a_step(architecture, preset, batch, cache):
         # Rows of 8 bits are widened on their way to shared memory, and so are loaded, not copied.
         loads = r"LDG\S*\.128" if name == "attend_kernel" and cache in ("int8", "fp8") else r"LDGSTS\S*\.128"
         assert facts.count(loads), f"{name} copies nothing 16 bytes at a time"
+
+
+@pytest.mark.parametrize(
+    "architecture", [89, 90, pytest.param(100, marks=pytest.mark.soak), pytest.param(120, marks=pytest.mark.soak)]
+)
+def test_products_of_a_prompt(architecture):
+    """Weights are unpacked once for a block of rows, in shared memory, and multiplied by tensor cores."""
+    card = cards()[BY_ARCHITECTURE[architecture]]
+    found = cases(Sweep(kinds=("int4",), chunks=(512,)), ["matmul", "gated"])
+    assert len(found) == 2
+    for case in found:
+        arrays = jax.eval_shape(functools.partial(case.make, 2))
+        with compiling_for(card.target), recording() as made:
+            jax.eval_shape(lambda g, s, run=case.run: run(g, s, jnp.ones(1, jnp.int32), None)[0], *arrays)
+        (kernel,) = made
+        facts = Facts.of(kernel.cubin)
+        assert (facts.stack, facts.count(r"(LDL|STL)\b")) == (0, 0), case.full_name
+        assert kernel.shared_memory <= card.shared_memory_per_block
+        assert facts.count(PRODUCTS[architecture][0]), f"{case.full_name} has no tensor instruction"
+        assert facts.count(r"LDGSTS\S*\.128"), f"{case.full_name} copies nothing 16 bytes at a time"
 
 
 # Instructions of the tensor cores, and how many of them two loops need, one without a mask and one with it: each of

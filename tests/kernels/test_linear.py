@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import LaunchError
+from pallas_kernels._interpreter import only
 from pallas_kernels.quant_matmul import linear
 from pallas_kernels.quant_matmul.reference import linear_ref
 from pallas_kernels.quant_matmul.shapes import LinearShape, linear_shape
@@ -100,12 +102,38 @@ def test_the_real_output_projection(program):
     agree(*both(normal(rng, 1, 5120), weight, jnp.zeros(1, jnp.int32), shape))
 
 
-def test_results_are_the_same_every_time():
+def test_results_do_not_depend_on_the_order_of_programs():
+    """Whichever program finishes a block last adds the shares, always in one order."""
     rng = np.random.default_rng(0)
-    weight, x = tiles(rng, (1, 64, 512), "int8"), normal(rng, 2, 512)
+    weight, x = tiles(rng, (1, 128, 512), "int8"), normal(rng, 2, 512)
     shape, counters = LinearShape(splits=4), jnp.zeros(64, jnp.int32)
-    results = [linear(x, weight, jnp.zeros(1, jnp.int32), counters, shape=shape)[0].out for _ in range(3)]
-    assert all(np.array_equal(results[0], other) for other in results)
+    programs, results = [(0, split, block) for split in range(4) for block in range(2)], []
+    for _ in range(4):
+        with only([programs[i] for i in rng.permutation(len(programs))]):
+            made, left = linear(x, weight, jnp.zeros(1, jnp.int32), counters, shape=shape)
+        assert not np.any(left)
+        results.append(made)
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0].out, other.out)
+        np.testing.assert_array_equal(results[0].squares.parts, other.squares.parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": 100}, "rows of 100 columns for a matrix of 128 inputs"),
+        ({"other": 64}, "a second matrix cannot begin at output 96 with blocks of 64"),
+        ({"splits": 2}, "2 blocks cannot be counted by 1 counters"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    rng = np.random.default_rng(0)
+    other = tiles(rng, (1, change["other"], 128), "int8") if "other" in change else None
+    with pytest.raises(LaunchError, match=message):
+        linear(
+            normal(rng, 2, change.get("x", 128)), tiles(rng, (1, 96, 128), "int8"), jnp.zeros(1, jnp.int32),
+            jnp.zeros(1, jnp.int32), other=other, shape=LinearShape(splits=change.get("splits", 1)),
+        )  # fmt: skip
 
 
 def test_inside_a_loop_the_layer_is_data():

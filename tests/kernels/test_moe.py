@@ -111,6 +111,29 @@ def test_one_expert_takes_every_token():
     case.check()
 
 
+def test_an_expert_with_more_pairs_than_a_block_holds():
+    case = Case(4, 40, kind="float32", width=32, shared=0, hidden=64)
+    case.bias = case.bias.at[1, 2].set(50.0)
+    case.check(ways=(True,))
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_logit_that_is_not_a_number_is_seen(in_order):
+    """As the reference has it, where a NaN is the first choice: its token is NaN, and the others are not."""
+    case = Case(5, 3, kind="float32", width=32, shared=32, hidden=64)
+    case.logits = case.logits.at[1].set(jnp.nan).at[2, 4].set(jnp.nan)
+    plan = sort_pairs(case.routed, ONE, case.logits, case.bias) if in_order else None
+    h, plan = gate_up(
+        case.routed, case.x, case.squares, ONE, case.logits, case.bias, case.gate, case.up, case.shared, eps=1e-5,
+        plan=plan,
+    )  # fmt: skip
+    counters = jnp.zeros(64, jnp.int32)
+    rest = (case.down, case.shared_down, case.residual, case.norms, counters)
+    made, _ = down(case.routed, h, plan, ONE, *rest, next_from=2)
+    assert np.isfinite(made.out[0]).all()
+    assert np.isnan(made.out[1:]).all()
+
+
 def test_equal_scores_go_to_the_first_expert():
     case = Case(0, 2, kind="float32", other="float32")
     case.logits, case.bias = jnp.zeros((2, 6)), jnp.zeros((2, 6))

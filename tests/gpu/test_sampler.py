@@ -1,0 +1,81 @@
+"""The sampler's kernels on a card: the tokens of the sampler in plain JAX, whatever the rows ask for, every time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax.sampling import SamplerFeatures, SamplerState, SamplingParams, sample
+from pallas_kernels import interpreted, noise
+from pallas_kernels.sample import Rows, Vocabulary, draw, head
+from pallas_kernels.tiles import from_tiles
+
+pytestmark = pytest.mark.gpu
+WIDTH, TIMES = (300, 2) if interpreted() else (154_880, 50)
+ASKED = [
+    SamplingParams(temperature=0),
+    SamplingParams(top_p=1),
+    SamplingParams(temperature=1.3, top_k=40, top_p=0.7, min_p=0.02),
+    SamplingParams(temperature=2, top_k=3, top_p=1),
+    SamplingParams(top_p=0.2, min_p=0.3),
+    SamplingParams(temperature=0.7, top_p=0.99),
+]
+
+
+def asked(count, *, filters):
+    """State and positions of so many rows; without filters only their temperatures."""
+    params = [ASKED[i % len(ASKED)] for i in range(count)]
+    if not filters:
+        params = [SamplingParams(temperature=each.temperature, top_p=1) for each in params]
+    features = SamplerFeatures(filters=filters, logprobs=0 if filters else None)
+    state = SamplerState.create(
+        params, [2**33 * i + i for i in range(count)], [()] * count, vocab_size=WIDTH, valid_vocab=WIDTH - 24,
+        features=features,
+    )  # fmt: skip
+    return state, 3 + 1000 * jnp.arange(count, dtype=jnp.int32)
+
+
+def rows_of(state, positions):
+    names = ("temperature", "top_k", "top_p", "min_p", "seeds")
+    return Rows(**{name: getattr(state, name) for name in names}, positions=positions - 1)
+
+
+def same_every_time(run, counters):
+    """What all runs give, bit for bit; the counters must be zero after each."""
+    results = [run(counters) for _ in range(TIMES)]
+    for _, after in results:
+        assert not np.any(after)
+    for found, _ in results[1:]:
+        for one, other in zip(*map(jax.tree.leaves, (results[0][0], found)), strict=True):
+            np.testing.assert_array_equal(one, other)
+    return results[0][0]
+
+
+@pytest.mark.parametrize("rows", [1, 6, 17])
+def test_filters(rows):
+    state, positions = asked(rows, filters=True)
+    logits = noise.normal((rows, WIDTH), 7, size=4.0)
+    expected = sample(logits, state, positions)
+    vocabulary = Vocabulary(state.valid_vocab, state.unused_ids)
+    run = jax.jit(
+        lambda c: draw(logits, rows_of(state, positions), vocabulary, c, drawn=True, filters=True, logprob=True)
+    )
+    found = same_every_time(run, jnp.zeros(64, jnp.int32))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.ok, expected.ok)
+    np.testing.assert_allclose(found.logprob, expected.logprob, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+def test_the_head_draws_what_its_logits_say(rows):
+    """Each token's key is the row's highest, but for the rounding of logits that the kernel never writes."""
+    state, positions = asked(rows, filters=False)
+    dtype, inputs = ("float32", 64) if interpreted() else ("bfloat16", 2048)
+    x, weight = noise.normal((rows, inputs), 1, dtype), noise.tiles((WIDTH, inputs), "int8", seed=2)
+    vocabulary = Vocabulary(state.valid_vocab, state.unused_ids)
+    run = jax.jit(lambda c: head(x, weight, rows_of(state, positions), vocabulary, c, drawn=True))
+    found = same_every_time(run, jnp.zeros(64, jnp.int32))
+    assert found.ok.all()
+    logits = jnp.matmul(x.astype(jnp.float32), from_tiles(weight).T, precision="highest")
+    near = logits.at[jnp.arange(rows), found.tokens].add(2.0**-7 * jnp.abs(logits).max())
+    np.testing.assert_array_equal(sample(near, state, positions).tokens, found.tokens)
