@@ -168,7 +168,7 @@ def write_file(folder, shape, device=CARD.name, op="linear", key=PROBLEM.key):
 
 
 def test_what_was_measured_is_used_on_that_card_alone(folder):
-    chosen = dataclasses.asdict(LinearShape(block_n=32, splits=2))
+    chosen = dataclasses.asdict(LinearShape(block_n=32, splits=2, num_stages=2))
     write_file(folder, chosen)
     assert tuned.best(PROBLEM) is RULE  # no card here
     with compiling_for(CARD):

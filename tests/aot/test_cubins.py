@@ -125,13 +125,11 @@ def test_kernels_of_a_step(architecture, preset, batch, cache):
         assert facts.count(loads), f"{name} copies nothing 16 bytes at a time"
 
 
-@pytest.mark.parametrize(
-    "architecture", [89, 90, pytest.param(100, marks=pytest.mark.soak), pytest.param(120, marks=pytest.mark.soak)]
-)
+@pytest.mark.parametrize("architecture", BY_ARCHITECTURE)
 def test_products_of_a_prompt(architecture):
     """Weights are unpacked once for a block of rows, in shared memory, and multiplied by tensor cores."""
     card = cards()[BY_ARCHITECTURE[architecture]]
-    found = cases(Sweep(kinds=("int4",), chunks=(512,)), ["matmul", "gated"])
+    found = cases(Sweep(kinds=("int4",), chunks=(2048,)), ["matmul", "gated"])
     assert len(found) == 2
     for case in found:
         arrays = jax.eval_shape(functools.partial(case.make, 2))
