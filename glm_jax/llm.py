@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -32,8 +34,9 @@ from glm_jax.requests import Requests
 from glm_jax.rows import Row
 from glm_jax.sampling import SamplingParams
 from glm_jax.sharding import Rules, make_mesh, preset
+from glm_jax.storage import Storage, abstract_params
 from glm_jax.text import render_chat
-from glm_jax.tiling import Placement, untiled_tree
+from glm_jax.tiling import Placement, tiled_tree
 
 _MAX_ROWS = 64
 _KERNELS = ("triton", "reference")
@@ -132,14 +135,15 @@ class LLM:
         asked = _context_limit(weights.cfg, max_model_len)
         companions = Companions.read(weights.cfg, weights.info.folder)  # cheap, and may be what is missing
         rules, devices = _layout(mesh, sharding)
-        tiles = _tiles(kernels, dtype)
         weights = checkpoint.quantised(weights, quantize, dtype, rules, devices)
+        storage = checkpoint.storage_of(weights)
+        tiles = _tiles(kernels, dtype) and _can_be_tiled(weights.cfg, storage, kernels, rules, devices, dtype)
         cache_dtype = cache_dtype or plain_cache_dtype(devices, dtype)
         planned = plan_on(
             weights.cfg,
             devices or jax.devices()[:1],
             dtype=dtype,
-            storage=checkpoint.storage_of(weights),
+            storage=storage,
             cache_dtype=cache_dtype,
             rules=rules,
             context=asked,
@@ -152,7 +156,7 @@ class LLM:
         )
         return cls(
             cfg if latent_eps is None else cfg.replace(latent_eps=latent_eps),
-            _runnable(cfg, params, kernels, rules, devices) if tiles else params,
+            params,
             companions,
             info=info,
             rules=rules,
@@ -167,8 +171,8 @@ class LLM:
     def params(self) -> steps.Params:
         """The parameters, a nested dictionary of arrays.
 
-        To differentiate on a CPU, load with ``dtype="float32"``: bfloat16 matrices are held as 16-bit integers there,
-        and ``jax.grad`` takes no integers.
+        To differentiate, load on a CPU with ``dtype="float32"`` (bfloat16 matrices are held as 16-bit integers there)
+        and on a GPU with ``kernels="reference"`` (kernels read them as 32-bit words): ``jax.grad`` takes no integers.
         """
         if self._params is None:
             raise GlmError("this model was released; load it again")
@@ -352,15 +356,19 @@ class LLM:
                 pass
 
 
-def _runnable(cfg: Config, params: steps.Params, kernels: str | None, rules: Rules, mesh: Mesh | None) -> steps.Params:
-    """The parameters out of their tiles again, where the kernels cannot run the model after all."""
-    problem = obstacle(cfg, params, rules)
+def _can_be_tiled(
+    cfg: Config, storage: Storage, kernels: str | None, rules: Rules, mesh: Mesh | None, dtype: str
+) -> bool:
+    """Whether the kernels can run a model, known from the shapes of its weights before any of them is read."""
+    params = abstract_params(cfg, jnp.dtype(dtype), storage=storage)
+    placement = None if mesh is None else Placement(cfg, rules, mesh)
+    problem = obstacle(cfg, jax.eval_shape(functools.partial(tiled_tree, placement=placement), params), rules)
     if problem is None:
-        return params
+        return True
     if kernels is not None:
         raise GlmError(f"the kernels cannot run this model: {problem}; use kernels='reference'")
     print(f"note: this model runs without hand-written kernels: {problem}", file=sys.stderr)
-    return untiled_tree(params, None if mesh is None else Placement(cfg, rules, mesh))
+    return False
 
 
 def _tiles(kernels: str | None, dtype: str) -> bool:

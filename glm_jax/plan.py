@@ -91,13 +91,16 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _compiled(cfg: Config, plan: MemoryPlan, options: Options) -> dict[str, Any]:
     """What the generation loop becomes on the card."""
+    from glm_jax.memory import find_gpus
     from pallas_kernels import aot
 
     if options.gpu is None:
         raise MemoryPlanError(f"--compile is for a card by name: add --gpu, one of {', '.join(aot.cards())}")
-    name, count = options.gpu.strip().lower(), plan.setup.devices
+    if options.dtype != "bfloat16":
+        raise MemoryPlanError("--compile is of the hand-written kernels, which compute in bfloat16: leave --dtype out")
+    gpu, count = find_gpus(options.gpu)
     argument = {
-        "gpu": name if count == 1 else name.rpartition("x")[0],
+        "gpu": gpu.name,
         "devices": count,
         "config": dataclasses.asdict(cfg),
         "storage": plan.setup.placement.storage.to_json(),
@@ -111,18 +114,26 @@ def _compiled(cfg: Config, plan: MemoryPlan, options: Options) -> dict[str, Any]
     except aot.AotError as error:
         raise MemoryPlanError(str(error)) from None
     names = ("launches_per_token", "graph_pieces", "launches_outside_graphs", "copies_per_token", "temp_bytes")
-    return {name: made[name] for name in (*names, "collectives", "kernels")}
+    return {name: made[name] for name in (*names, "argument_bytes", "fits", "collectives", "kernels")}
 
 
 def _compiled_sentence(compiled: Mapping[str, Any]) -> str:
+    from glm_jax.memory import in_gb
+    from glm_jax.ops.fused import MOST_TOKENS
+
     graphs, sums = compiled["graph_pieces"], len(compiled["collectives"])
     pieces = "one CUDA graph" if graphs == 1 and not compiled["launches_outside_graphs"] else f"{graphs} CUDA graphs"
     among = f", {sums} of them exchanges between devices," if sums else ""
     loop = "with the host going round the loop" if sums else "for the whole loop"
-    return (
-        f"compiled: {compiled['launches_per_token']} kernels per token{among} in {pieces} {loop}, "
-        f"{compiled['temp_bytes'] / 1e6:,.1f} MB of temporaries (kernels are compiled, not run or timed)"
+    needs = in_gb(compiled["argument_bytes"] + compiled["temp_bytes"])
+    made = (
+        f"compiled: {compiled['launches_per_token']} kernels per token{among} in {pieces} {loop}; {needs} of weights, "
+        f"cache and state on each GPU, {compiled['temp_bytes'] / 1e6:,.1f} MB of them temporaries, which "
+        f"{'fits' if compiled['fits'] else 'does not fit'} (kernels are compiled, not run or timed)"
     )
+    if "attend_kernel" not in compiled["kernels"]:
+        made += f"; more than {MOST_TOKENS} tokens at a time are not for the fused kernels of a decode step"
+    return made
 
 
 def read_model(model: str) -> tuple[Config, Storage]:

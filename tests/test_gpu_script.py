@@ -69,7 +69,7 @@ def test_the_limits_add_up_to_less_than_the_whole():
 def test_tests_for_a_card_are_only_where_it_is_asked_for():
     """Neither among the tests of `make test`, nor skipped there; what needs an address or a launch count is not run."""
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-    assert [path.name for path in files] == ["test_card.py", "test_model.py", "test_operations.py"]
+    assert [path.name for path in files] == ["test_card.py", "test_model.py", "test_operations.py", "test_sampler.py"]
     for path in files:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         marks = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from glm_jax.storage import plan_storage
 from pallas_kernels.report import short, table
 
 Report = Mapping[str, Any]
+_NEEDED = ("model", "dtype", "cache_dtype", "quantize", "machine", "results")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -58,11 +60,11 @@ def fit(report: Report) -> Fit:
     kind = report["machine"]["device"]
     card = next((gpu for gpu in gpus().values() if kind.startswith(gpu.device_kind)), None)
     if not points:
-        raise GlmError("the report has no case of one row that was measured: run with --batch 1")
+        raise GlmError("the report has no case of one row whose bytes were counted: measure anew, with --batch 1")
     if card is None:
         raise GlmError(f"the report is of {kind!r}, whose bandwidth is not known; known are {', '.join(gpus())}")
-    if len(points) == 1:
-        ((nbytes, seconds),) = points
+    if len({nbytes for nbytes, _ in points}) == 1:
+        nbytes, seconds = points[0][0], statistics.median(seconds for _, seconds in points)
         return Fit(nbytes / seconds / card.bandwidth, 0.0, 1)
     mean_n, mean_t = (sum(values) / len(points) for values in zip(*points, strict=True))
     over = sum((n - mean_n) ** 2 for n, _ in points)
@@ -98,7 +100,8 @@ def _row(report: Report, found: Fit, name: str, context: int) -> list[str]:
     planned = _planned(report, gpu.memory_bytes, gpu.bandwidth, count, context)
     seconds = found.fixed + planned.decode_bytes / (found.of_bandwidth * gpu.bandwidth)
     bound = gpu.bandwidth / planned.decode_bytes
-    return [name.strip(), short(context), f"{bound:,.0f}", f"{1 / seconds:,.0f}"]
+    speed = f"{1 / seconds:,.0f}" if planned.fits else "does not fit"
+    return [name.strip(), short(context), f"{bound:,.0f}", speed]
 
 
 def _planned(report: Report, memory: int, bandwidth: int, count: int, context: int) -> MemoryPlan:
@@ -136,4 +139,6 @@ def _read(path: Path) -> Report:
         raise GlmError(f"cannot read {path}: {error}") from None
     if not isinstance(report, dict) or report.get("kind") != "decode":
         raise GlmError(f"{path} is no report of python -m glm_jax.bench decode")
+    if missing := [name for name in _NEEDED if name not in report]:
+        raise GlmError(f"{path} has no {missing[0]}: it is not as this version of the command writes it; measure anew")
     return report

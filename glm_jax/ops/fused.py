@@ -38,8 +38,8 @@ from pallas_kernels import available, interpreted, mla_decode, moe
 from pallas_kernels.quant_matmul import Made, Squares, linear
 from pallas_kernels.tiles import same_layout
 
-# More tokens are for the reference, in which products of many rows and sorted experts win.
-MOST_TOKENS, MOST_PER_ROW = 64, 8
+# More tokens go the way of prompts, whose products are made for many rows.
+MOST_TOKENS, MOST_PER_ROW = 128, 8
 # Of more tokens several are likely to share an expert: one more kernel, so that it is read once.
 _MOST_UNSORTED = 8
 _COUNTERS = 16_384
@@ -80,7 +80,7 @@ def obstacle(cfg: Config, body: dict[str, Any], rules: Rules = Rules()) -> str |
     if cfg.qk_head_dim % _BLOCK or cfg.q_lora_rank % _BLOCK or cfg.kv_lora_rank % _BLOCK:
         return f"the widths of head and latents must be multiples of {_BLOCK}"
     plain = [
-        "/".join(path)
+        "/".join(("runs", *path))
         for path, leaf in leaves(body["runs"])
         if not isinstance(leaf, TiledWeight) and lies_in_tiles(("runs", *path))
     ]

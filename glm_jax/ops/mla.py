@@ -94,13 +94,16 @@ def attend(
         ``[B, T, N, Hv]``.
     """
     length, slots = positions.shape[1], rows.slots
+    by_kernel = stored is not None and isinstance(w["k_b"], TiledWeight) and available()
     if form == "auto":
-        form = "expanded" if expanded_is_cheaper(cfg, length, slots) else "absorbed"
+        # A kernel writes no scores, which is worth more than some products less.
+        expanded = (by_kernel and length > 1) or expanded_is_cheaper(cfg, length, slots)
+        form = "expanded" if expanded else "absorbed"
     scale = cfg.qk_head_dim**-0.5
     read = functools.partial(Rows.values, latent=cfg.kv_lora_rank, dtype=q.nope.dtype)
     if form == "expanded":
         k_b, v_b = pick(w["k_b"], layer), pick(w["v_b"], layer)
-        if stored is not None and isinstance(w["k_b"], TiledWeight) and available():
+        if stored is not None and by_kernel:
             return prompt.attend(cfg, _joined(q.nope, q.rope), *stored, positions, k_b, v_b)
         return _softmax_over_blocks(
             lambda block: _expand(cfg, q, read(block), k_b, v_b), rows, positions, scale, q.nope, cfg.v_head_dim

@@ -125,5 +125,7 @@ def most_likely(logprobs: jax.Array, exists: jax.Array, count: int) -> tuple[jax
         return (best, first), (best, jnp.where(first == nobody, NO_TOKEN, first))
 
     start = jnp.full_like(logprobs.max(-1), jnp.inf)
-    _, (values, indices) = lax.scan(following, (start, jnp.zeros_like(start, dtype=jnp.int32)), length=count)
+    # Spelled out: a loop inside the loop over tokens is not part of its CUDA graph.
+    first = (start, jnp.zeros_like(start, dtype=jnp.int32))
+    _, (values, indices) = lax.scan(following, first, length=count, unroll=True)
     return indices.T, values.T

@@ -84,6 +84,7 @@ def sort_pairs(routed: Routed, place: jax.Array, logits: jax.Array, bias: jax.Ar
             jax.ShapeDtypeStruct((pairs,), jnp.float32),
         ],
         grid=(1,),
+        shape=Shape(num_warps=4 if m <= 64 else 16),
         M=m,
         **routed.constants,
         BLOCKS=blocks,

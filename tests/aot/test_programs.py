@@ -93,8 +93,8 @@ def test_the_attention_of_a_prompt(slots, cache):
     assert made["temp_bytes"] < 110e6
 
 
-@pytest.mark.parametrize("gpu", ["rtx6000-ada", "h200"])
-def test_a_chunk_of_a_prompt(gpu):
+@pytest.mark.parametrize(("gpu", "chunk"), [("rtx6000-ada", 2048), ("h200", 2048), ("h200", 128)])
+def test_a_chunk_of_a_prompt(gpu, chunk):
     """No scores of all keys (5 GB of these), no expert that computes tokens of others, no matrix out of its tiles."""
     argument = {
         "gpu": gpu,
@@ -102,7 +102,7 @@ def test_a_chunk_of_a_prompt(gpu):
         "quantize": "int4",
         "batch": 1,
         "context": 32_768,
-        "chunk": 2048,
+        "chunk": chunk,
         "cache_dtype": "bfloat16",
     }
     made = aot.in_child("glm_jax.aot:prefill", argument)
@@ -122,6 +122,16 @@ def test_filters_are_few_launches():
     kernels = made["kernels"]
     assert [kernels[name] for name in ("survey_kernel", "narrow_kernel", "draw_kernel")] == [1, 8, 1]
     assert made["launches_per_token"] <= 400
+    assert made["copies_per_token"] == 0
+    assert (made["graph_pieces"], made["launches_outside_graphs"]) == (1, 0)
+
+
+def test_everything_that_can_be_asked_for_is_one_graph():
+    """Also for more rows than eight, whose pairs of token and expert a kernel sorts first."""
+    everything = {"temperature": 1.0, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1, "logprobs": 5}
+    made = compiled("h200", "int4", 16, 1024, "bfloat16", **everything)
+    assert made["kernels"]["plan_kernel"] == FLASH.num_hidden_layers - 1
+    assert made["launches_per_token"] <= 480
     assert made["copies_per_token"] == 0
     assert (made["graph_pieces"], made["launches_outside_graphs"]) == (1, 0)
 
