@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,11 +9,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-import pallas_kernels
 from glm_jax import checkpoint, prompts, steps
 from glm_jax.answers import AnswerFormat, ChatStream
 from glm_jax.cache import cache_kind
@@ -25,21 +22,18 @@ from glm_jax.completion import Completion, Piece, Score, Timing
 from glm_jax.config import Config
 from glm_jax.decoding import Runner, plain_cache_dtype
 from glm_jax.errors import GlmError, PromptError, SamplingError, ShardingError
+from glm_jax.kernel_choice import by_kernels, wants_kernels
 from glm_jax.memory import Setup, in_gb, plan_on
 from glm_jax.model import GLM
-from glm_jax.ops.fused import obstacle
 from glm_jax.prompts import Prompt
 from glm_jax.quant import QuantRules
 from glm_jax.requests import Requests
 from glm_jax.rows import Row
 from glm_jax.sampling import SamplingParams
 from glm_jax.sharding import Rules, make_mesh, preset
-from glm_jax.storage import Storage, abstract_params
 from glm_jax.text import render_chat
-from glm_jax.tiling import Placement, tiled_tree
 
 _MAX_ROWS = 64
-_KERNELS = ("triton", "reference")
 _DTYPES = ("bfloat16", "float32")
 
 
@@ -135,9 +129,10 @@ class LLM:
         asked = _context_limit(weights.cfg, max_model_len)
         companions = Companions.read(weights.cfg, weights.info.folder)  # cheap, and may be what is missing
         rules, devices = _layout(mesh, sharding)
+        wants_kernels(kernels, dtype)  # refuses what cannot be, before anything takes time
         weights = checkpoint.quantised(weights, quantize, dtype, rules, devices)
         storage = checkpoint.storage_of(weights)
-        tiles = _tiles(kernels, dtype) and _can_be_tiled(weights.cfg, storage, kernels, rules, devices, dtype)
+        tiles = by_kernels(weights.cfg, storage, kernels, dtype, rules, devices)
         cache_dtype = cache_dtype or plain_cache_dtype(devices, dtype)
         planned = plan_on(
             weights.cfg,
@@ -354,33 +349,6 @@ class LLM:
         for batch in prompts.batches(rows, _MAX_ROWS, runner.fits):
             for _ in runner.run(batch, self.timing):
                 pass
-
-
-def _can_be_tiled(
-    cfg: Config, storage: Storage, kernels: str | None, rules: Rules, mesh: Mesh | None, dtype: str
-) -> bool:
-    """Whether the kernels can run a model, known from the shapes of its weights before any of them is read."""
-    params = abstract_params(cfg, jnp.dtype(dtype), storage=storage)
-    placement = None if mesh is None else Placement(cfg, rules, mesh)
-    problem = obstacle(cfg, jax.eval_shape(functools.partial(tiled_tree, placement=placement), params), rules)
-    if problem is None:
-        return True
-    if kernels is not None:
-        raise GlmError(f"the kernels cannot run this model: {problem}; use kernels='reference'")
-    print(f"note: this model runs without hand-written kernels: {problem}", file=sys.stderr)
-    return False
-
-
-def _tiles(kernels: str | None, dtype: str) -> bool:
-    """Whether to lay weights out for kernels."""
-    if kernels is None:
-        on_gpu = pallas_kernels.available() and not pallas_kernels.interpreted()
-        return on_gpu and dtype == "bfloat16"
-    if kernels not in _KERNELS:
-        raise GlmError(f"kernels must be {' or '.join(map(repr, _KERNELS))}, not {kernels!r}")
-    if kernels == "triton" and not pallas_kernels.available():
-        raise GlmError("kernels='triton' needs an NVIDIA GPU and the package triton (pip install 'glm-jax[cuda]')")
-    return kernels == "triton"
 
 
 def _layout(mesh: int | Mesh | None, sharding: str | None) -> tuple[Rules, Mesh | None]:

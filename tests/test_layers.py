@@ -28,7 +28,7 @@ LEVELS = {
     },
     "convert": 4,
     **{f"convert.{name}": 6 for name in ("verify", "compare", "quality")},
-    **{f"glm_jax.{name}": 3 for name in ("model", "mtp", "sampling", "text")},
+    **{f"glm_jax.{name}": 3 for name in ("model", "mtp", "sampling", "text", "kernel_choice")},
     "glm_jax.ops": 2,
     **{
         f"glm_jax.{name}": 1

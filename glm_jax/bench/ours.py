@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-import pallas_kernels
 from convert.synthetic import PREFIX, SyntheticSpec
 from glm_jax import aot, checkpoint
 from glm_jax.bench.machine import PeakMemory
@@ -20,15 +19,15 @@ from glm_jax.bench.weights import random_params
 from glm_jax.cache import EIGHT_BITS, LatentCache, bytes_per_token
 from glm_jax.config import Config
 from glm_jax.decoding import STEPS, Runner, plain_cache_dtype
-from glm_jax.errors import GlmError
-from glm_jax.memory import distinct_experts
+from glm_jax.kernel_choice import by_kernels
+from glm_jax.memory import distinct_experts, plan_on
 from glm_jax.model import GLM
-from glm_jax.ops.fused import obstacle
 from glm_jax.params import Tree, leaves
 from glm_jax.quant import QuantRules
 from glm_jax.sampling import SamplerState, SamplingParams
 from glm_jax.steps import DecodeState, begin, bucket, decode_steps
 from glm_jax.storage import Storage, plan_storage
+from glm_jax.tiling import has_tiles
 from pallas_kernels import noise
 
 
@@ -67,6 +66,10 @@ class Ours:
         cache_dtype: of the latent cache; that of the activations unless given.
         kernels: "triton", "reference", or what :meth:`glm_jax.LLM.load` would choose.
         name: in reports.
+
+    Raises:
+        GlmError: where kernels that are asked for cannot run the model.
+        MemoryPlanError: where its weights do not fit.
     """
 
     def __init__(
@@ -81,12 +84,10 @@ class Ours:
     ) -> None:
         self.name, self.dtype = name, dtype
         started = time.perf_counter()
-        tiles = kernels == "triton" or (kernels is None and has_kernels(dtype))
         with PeakMemory() as memory:
-            self.cfg, self.params, self.storage = _load(source, dtype, quantize, tiles)
+            self.cfg, self.params, self.storage = _load(source, dtype, quantize, kernels)
             jax.block_until_ready(self.params)
-        if tiles and (problem := obstacle(self.cfg, self.params)):
-            raise GlmError(f"the kernels cannot run this model: {problem}")
+        self.by_kernels = has_tiles(self.params)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
         self.loaded = Loaded(seconds=time.perf_counter() - started, weight_bytes=size, peak_bytes=memory.peak)
         self.compile_seconds = 0.0
@@ -187,27 +188,30 @@ class Ours:
         self._warm.add(key)
 
 
-def has_kernels(dtype: str) -> bool:
-    """Whether a model is run by hand-written kernels unless one asks for something else."""
-    return pallas_kernels.available() and not pallas_kernels.interpreted() and dtype == "bfloat16"
-
-
 def slots(context: int, tokens: int) -> int:
     """Capacity of a cache for a context and the tokens after it, in whole blocks."""
     return -(-(context + tokens + 1) // 128) * 128
 
 
-def _load(source: str, dtype: str, quantize: str | None, tiles: bool) -> tuple[Config, Tree, Storage]:
+def _load(source: str, dtype: str, quantize: str | None, kernels: str | None) -> tuple[Config, Tree, Storage]:
     """The model without its prediction layer, which no peer loads, and how its weights are stored."""
     quant = QuantRules.named(quantize)
     if source.startswith(PREFIX) and quant is not None:
         spec = SyntheticSpec.parse(source)
         cfg = spec.cfg.replace(num_nextn_predict_layers=0)
-        params = random_params(cfg, quant, dtype, tiles=tiles, seed=spec.seed)
-        return cfg, params, plan_storage(cfg, quant)[0]
+        storage = plan_storage(cfg, quant)[0]
+        tiles = _checked(cfg, storage, dtype, kernels)
+        return cfg, random_params(cfg, quant, dtype, tiles=tiles, seed=spec.seed), storage
     weights = checkpoint.quantised(checkpoint.open_source(source, dtype=dtype), quant, dtype)
+    tiles = _checked(weights.cfg, checkpoint.storage_of(weights), dtype, kernels)
     cfg, params, _ = checkpoint.load(weights, dtype=dtype, mtp=False, tiles=tiles)
     return cfg, params, checkpoint.storage_of(weights, cfg)
+
+
+def _checked(cfg: Config, storage: Storage, dtype: str, kernels: str | None) -> bool:
+    """Whether kernels run the model, which must fit, before anything of it is read or made."""
+    plan_on(cfg, jax.devices()[:1], dtype=dtype, storage=storage, mtp=False, context=2).require()
+    return by_kernels(cfg, storage, kernels, dtype)
 
 
 def active_bytes(cfg: Config, params: Any, rows: int = 1) -> int:

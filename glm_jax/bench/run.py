@@ -16,13 +16,14 @@ from glm_jax.bench import machine
 from glm_jax.bench.measure import compare, of_decoding, of_prompts, prompts
 from glm_jax.bench.operations import profiled
 from glm_jax.bench.options import Decode, Prefill, check, numbers
-from glm_jax.bench.ours import Ours, has_kernels, slots
+from glm_jax.bench.ours import Ours, slots
 from glm_jax.bench.peer import Transformers
 from glm_jax.bench.report import markdown
 from glm_jax.cli import FAILURE, OK, set_memory_fraction
 from glm_jax.compile_cache import use_compile_cache
 from glm_jax.decoding import PREFILL_TOKENS
 from glm_jax.errors import GlmError
+from glm_jax.kernel_choice import wants_kernels
 from glm_jax.memory import PREFILL_CHUNK, MemoryPlan, bandwidth_of, device_limit, in_gb, plan
 from glm_jax.memory.sizes import workspace
 from glm_jax.steps import bucket
@@ -53,7 +54,7 @@ def run(options: Decode | Prefill) -> Report:
     if "transformers" in options.peer:
         Transformers.require(options.model)
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    if "reference" in options.peer and not has_kernels(dtype):
+    if "reference" in options.peer and not wants_kernels(None, dtype):
         raise GlmError("--peer reference compares with hand-written kernels, which do not run here")
     measured = machine.bandwidth()
     sides = _sides(options, dtype)
@@ -63,7 +64,7 @@ def run(options: Decode | Prefill) -> Report:
         "dtype": dtype,
         "cache_dtype": sides[0].cache_dtype,
         "quantize": options.quantize,
-        "kernels": has_kernels(dtype),
+        "kernels": sides[0].by_kernels,
         "peers": [side.name for side in sides[1:]],
         "repeats": options.repeats,
         **({"tokens": options.tokens, "cache_holds": _cache_holds(options)} if isinstance(options, Decode) else {}),

@@ -70,7 +70,9 @@ def test_more_tokens(rows):
     Case(rows, rows, kind="int8", width=32, shared=32).check(PairShape(block_n=64))
 
 
-@pytest.mark.parametrize(("tokens", "experts", "chosen"), [(1, 3, 1), (7, 5, 2), (40, 4, 2), (33, 64, 4), (64, 64, 4), (128, 64, 4)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "chosen"), [(1, 3, 1), (7, 5, 2), (40, 4, 2), (33, 64, 4), (64, 64, 4), (128, 64, 4)]
+)
 def test_sorting_pairs(tokens, experts, chosen):
     """Every pair is in a block of its expert, in the order of tokens; blocks of an expert are full but the last."""
     rng = np.random.default_rng(tokens)
