@@ -233,6 +233,7 @@ def test_a_quantised_config_without_weights_is_planned_as_if_it_were_not(tmp_pat
         (["--gpu", "h100", "--sequences", "0"], "sequences must be at least 1"),
         (["--gpu", "h100", "--mesh", "4"], "write --gpu h100x4"),
         (["--gpu", "h100", "--memory-fraction", "1.5"], "--memory-fraction must be in (0, 1]"),
+        (["--gpu", "h100", "--compile", "--dtype", "float32"], "compute in bfloat16: leave --dtype out"),
         (["--mesh", "9"], "mesh=9 asked for, but 8 cpu device(s) are there"),
     ],
 )
@@ -256,3 +257,25 @@ def test_help_teaches(capsys):
     out = capsys.readouterr().out
     for text in ("python -m glm_jax.plan --model synthetic:flash --gpu h100", "--context", "for memory only", *gpus()):
         assert text in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {},
+            "390 kernels per token in one CUDA graph for the whole loop; 17.00 GB of weights, cache and state on each",
+        ),
+        ({}, "2.0 MB of them temporaries, which fits (kernels are compiled, not run or timed)"),
+        ({"fits": False}, "which does not fit"),
+        ({"collectives": ["kAllReduce"] * 95}, "95 of them exchanges between devices, in one CUDA graph with the host"),
+        ({"graph_pieces": 3}, "in 3 CUDA graphs"),
+        ({"kernels": {"flash_kernel": 1}}, "more than 128 tokens at a time are not for the fused kernels"),
+    ],
+)
+def test_what_was_compiled_is_said_in_a_sentence(changes, words):
+    made = {
+        "launches_per_token": 390, "graph_pieces": 1, "launches_outside_graphs": 0, "collectives": [],
+        "argument_bytes": 16_998_000_000, "temp_bytes": 2_000_000, "fits": True, "kernels": {"attend_kernel": 47},
+    }  # fmt: skip
+    assert words in _compiled_sentence({**made, **changes})

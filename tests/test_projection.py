@@ -59,6 +59,21 @@ def test_the_same_card_is_projected_as_it_was_measured(tmp_path, capsys):
     assert four > 3 * one  # a quarter of the split weights each, at more bandwidth
 
 
+def test_cases_of_one_size_are_one_context():
+    made = report(lambda nbytes: 2 * nbytes / H200.bandwidth, contexts=(8192,))
+    made["results"] += made["results"]
+    assert fit(made).of_bandwidth == pytest.approx(0.5)
+
+
+def test_a_card_that_cannot_hold_the_model_has_no_speed(tmp_path, capsys):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(report(lambda nbytes: nbytes / H200.bandwidth, quantize=None)))
+    assert main(["project", "--report", str(path), "--gpu", "rtx4090,h200"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all("does not fit" in line for line in lines if line.startswith("| rtx4090"))
+    assert not any("does not fit" in line for line in lines if line.startswith("| h200"))
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [
@@ -72,7 +87,14 @@ def test_a_report_that_says_too_little(made, message):
         fit(made)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "cannot read"), ('{"kind": "prefill"}', "no report of")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot read"),
+        ('{"kind": "prefill"}', "no report of"),
+        ('{"kind": "decode"}', "has no model: it is not as this version"),
+    ],
+)
 def test_what_is_no_report(tmp_path, text, message):
     path = tmp_path / "r.json"
     path.write_text(text)
