@@ -13,7 +13,7 @@ from glm_jax.cli import BAD_INPUT, finish
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError, ConfigError
 from glm_jax.memory import gpus
-from glm_jax.plan import main, read_model
+from glm_jax.plan import _compiled_sentence, main, read_model
 
 FLASH = "synthetic:flash"
 SMALL = Config.flash(layers=3).replace(
@@ -264,7 +264,7 @@ def test_help_teaches(capsys):
     [
         (
             {},
-            "390 kernels per token in one CUDA graph for the whole loop; 17.00 GB of weights, cache and state on each",
+            "390 kernels per token in one CUDA graph for the whole loop; 17.00 GB of weights, cache and state",
         ),
         ({}, "2.0 MB of them temporaries, which fits (kernels are compiled, not run or timed)"),
         ({"fits": False}, "which does not fit"),
