@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -27,11 +28,12 @@ from convert.source import Piece, SourceInfo, WeightSource, plain, storage_of
 from convert.sources import open_source
 from convert.synthetic import SyntheticSource
 from glm_jax.config import Config
+from glm_jax.memory import device_limit
 from glm_jax.params import Tree, init_params, leaves
 from glm_jax.quant import Bfloat16Bits, QuantizedTensor, QuantRules
 from glm_jax.sharding import Rules
 from glm_jax.storage import abstract_params
-from glm_jax.tiling import Placement, tiled
+from glm_jax.tiling import Placement, tiled, tiled_by_layers
 
 __all__ = [
     "Form",
@@ -124,6 +126,9 @@ def load_params(
 ) -> Tree:
     """The parameters of an open source, stacked; peak memory is theirs and a few pieces.
 
+    In tiles there are two copies of the stack that is laid out, unless a GPU has no room for them: then that stack goes
+    by way of the host, layer by layer.
+
     Args:
         source: the weights.
         cfg: of the source, possibly without its prediction layer.
@@ -146,7 +151,7 @@ def load_params(
     wanted = [leaf for members in source.layout().values() for leaf in members if leaf.target in abstract]
     total = sum(source.nbytes(leaf) for leaf in wanted)
     with progress_bar("loading", total, show=progress) as advance:
-        finish = functools.partial(tiled, placement=placement) if tiles else lambda _, weight: weight
+        finish = functools.partial(_laid_out, placement=placement) if tiles else lambda _, weight: weight
         filled = _fill(source, wanted, abstract, Checker(source) if check else None, advance, finish)
     return _tree({path: filled[path] for path in abstract})
 
@@ -156,9 +161,23 @@ def _tiled_in_place(params: Tree, placement: Placement | None, path: tuple[str, 
     for name in params:
         inner, here = params[name], (*path, name)
         params[name] = (
-            _tiled_in_place(inner, placement, here) if isinstance(inner, dict) else tiled(here, inner, placement)
+            _tiled_in_place(inner, placement, here) if isinstance(inner, dict) else _laid_out(here, inner, placement)
         )
     return params
+
+
+def _laid_out(path: tuple[str, ...], weight: Any, placement: Placement | None) -> Any:
+    """A parameter as kernels read it; for a moment there are two copies of it, where there is room for them."""
+    if placement is None and not _has_room(weight):
+        return tiled_by_layers(path, weight)
+    return tiled(path, weight, placement)
+
+
+def _has_room(weight: Any) -> bool:
+    """Whether a GPU has memory for another copy of a weight, and a tenth more for what is on the way."""
+    arrays = jax.tree.leaves(weight)
+    (device,) = arrays[0].devices()
+    return device.platform == "cpu" or 1.1 * sum(array.nbytes for array in arrays) <= device_limit(device)
 
 
 def _fill(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from glm_jax.config import Config
@@ -70,6 +71,31 @@ def tiled(path: Path, weight: Any, placement: Placement | None = None) -> Any:
     if made.turned:
         outputs, inputs = inputs, outputs
     return dataclasses.replace(made, tiles=dataclasses.replace(made.tiles, outputs=outputs, inputs=inputs))
+
+
+def tiled_by_layers(path: Path, weight: Any) -> Any:
+    """:func:`tiled` for a stack on one device that has no room for a second copy of it: by way of the host.
+
+    The weight's arrays are deleted. It takes as long as copying them to the host and back.
+    """
+    lay_out = functools.partial(tile, turned=path[-1] in TURNED)
+    if not lies_in_tiles(path) or len(weight.shape) < 3 or (made := jax.eval_shape(lay_out, weight)) is None:
+        return tiled(path, weight)
+    device = next(iter(jax.tree.leaves(weight)[0].devices()))
+    held = jax.device_get(weight)
+    for array in jax.tree.leaves(weight):
+        array.delete()
+    with jax.default_device(device):
+        stack = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made))()
+        for layer in range(made.shape[0]):
+            stack = _put(stack, lay_out(jax.device_put(jax.tree.map(lambda x, i=layer: x[i : i + 1], held))), layer)
+    return stack
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: Any, part: Any, layer: int) -> Any:
+    """A stack with another layer in it."""
+    return jax.tree.map(lambda all_of, one: jax.lax.dynamic_update_slice_in_dim(all_of, one, layer, 0), stack, part)
 
 
 def untiled(path: Path, weight: Any, placement: Placement | None = None) -> Any:

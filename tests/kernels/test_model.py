@@ -174,6 +174,18 @@ def test_parameters_come_out_of_their_tiles():
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True))
 
 
+def test_without_room_for_two_copies_stacks_are_laid_out_by_layers(monkeypatch):
+    expected = glm_jax.LLM.load("tiny", quantize="int4", kernels="triton").params
+    asked = []
+    monkeypatch.setattr("glm_jax.checkpoint._has_room", asked.append)
+    found = glm_jax.LLM.load("tiny", quantize="int4", kernels="triton").params
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+    stacks = [weight for weight in asked if len(weight.shape) > 2]
+    assert any(all(array.is_deleted() for array in jax.tree.leaves(weight)) for weight in stacks)
+
+
 def test_a_model_in_tiles_is_saved_as_any_other(tmp_path):
     for kernels in ("triton", "reference"):
         glm_jax.LLM.load("tiny", quantize="int4", kernels=kernels).save(tmp_path / kernels)
