@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels._unpack import assembly
 from pallas_kernels.tiles import BITS, decode
 
 pytestmark = pytest.mark.kernels
@@ -86,6 +85,8 @@ def run(text, first, second):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_code_in_every_place(kind):
     """Each beside random neighbours, which must not be seen."""
+    from pallas_kernels._unpack import assembly
+
     bits, rng = BITS[kind], np.random.default_rng(0)
     codes = np.arange(1 << bits, dtype=np.uint32)
     expected = np.asarray(decode(jnp.asarray(codes), kind))
