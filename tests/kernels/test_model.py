@@ -120,13 +120,10 @@ def test_the_miniature(miniature, quantize, cache):
     assert int(jnp.argmax(first)) == int(jnp.argmax(second))
 
 
+@pytest.mark.soak  # a prompt takes minutes; its parts are tested by themselves below
 @pytest.mark.parametrize(
     "sampling",
-    [
-        {"temperature": 0},
-        pytest.param({"temperature": 0.9, "top_p": 1, "seed": 3}, marks=pytest.mark.soak),
-        pytest.param({"temperature": 1.2, "top_p": 0.9, "seed": 4}, marks=pytest.mark.soak),
-    ],
+    [{"temperature": 0}, {"temperature": 0.9, "top_p": 1, "seed": 3}, {"temperature": 1.2, "top_p": 0.9, "seed": 4}],
     ids=str,
 )
 def test_generate(miniature, sampling):
