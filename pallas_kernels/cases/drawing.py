@@ -28,17 +28,14 @@ def _head(sweep: Sweep, kind: Kind, rows: int) -> Case:
     def make(layers: int) -> tuple[Arrays, Arrays]:
         # One matrix: there is but one in a model, and no cache holds it.
         weight = sweep.weight((w.vocab, w.hidden), kind, 2)
-        return {"x": noise.normal((rows, w.hidden), 1, sweep.dtype), "weight": weight}, {
-            "counters": jnp.zeros(COUNTERS, jnp.int32)
-        }
+        numbers = {"zeros": jnp.zeros(rows), "seeds": jnp.zeros((rows, 2), jnp.uint32)}
+        given = {"x": noise.normal((rows, w.hidden), 1, sweep.dtype), "weight": weight, **numbers}
+        return given, {"counters": jnp.zeros(COUNTERS, jnp.int32)}
 
     def run(given: Arrays, state: Arrays, place: jax.Array, shape: Any) -> tuple[Drawn, Arrays]:
-        none, ones = jnp.zeros(rows), jnp.ones(rows)
-        positions = jnp.zeros(rows, jnp.int32) + place  # so that no two calls are the same
-        asked = Rows(
-            temperature=none, top_k=positions, top_p=ones, min_p=none, seeds=jnp.zeros((rows, 2), jnp.uint32),
-            positions=positions,
-        )  # fmt: skip
+        zeros, seeds = given["zeros"], given["seeds"]
+        # Greedy rows look at no number but their temperature; the place is there so that no two calls are the same.
+        asked = Rows(temperature=zeros, top_k=place, top_p=zeros, min_p=zeros, seeds=seeds, positions=place)
         found, counters = head(
             given["x"], given["weight"], asked, vocabulary, state["counters"], drawn=False, shape=shape
         )

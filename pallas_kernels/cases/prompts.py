@@ -125,7 +125,8 @@ def _flash(sweep: Sweep, tokens: int) -> Case:
         }, {}
 
     def call(function: Any, given: Arrays, place: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
-        # Zero, and known to nobody who compiles: calls with nothing of their own would be one.
+        # Zero, and known to nobody who compiles: calls with nothing of their own would be one. It takes a kernel of one
+        # number, which is little beside the attention of hundreds of tokens.
         first, scale = jnp.minimum(place, 0), (w.nope + w.rope) ** -0.5
         arrays = (given[name] for name in ("q", "keys", "rope", "v", "positions"))
         return function(*arrays, first, scale=scale, **options)
