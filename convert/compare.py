@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from glm_jax.cli import OK, finish
+from glm_jax.cli.common import OK, finish
 from glm_jax.errors import PromptError
 
 DESCRIPTION = """\

@@ -15,21 +15,21 @@ from typing import Literal, cast, get_args
 
 from convert.calibrate import CalibratedSource, Calibration
 from convert.calibrate.signround import Settings
-from convert.checks import check_finite
-from convert.header import printable
-from convert.manifest import DTYPES, FORMAT_VERSION, Records
-from convert.packing import NOT_LINEAR
-from convert.progress import Advance, progress_bar
-from convert.reader import listing
-from convert.requantise import Requantised
-from convert.source import WeightSource
-from convert.sources import open_source
-from convert.targets import TARGETS, Target, Unit, verify
-from convert.work import Job, Work, open_work
+from glm_jax.checkpoint.folder.manifest import DTYPES, FORMAT_VERSION, Records
+from glm_jax.checkpoint.progress import Advance, progress_bar
+from glm_jax.checkpoint.safetensors.header import printable
+from glm_jax.checkpoint.safetensors.reader import listing
+from glm_jax.checkpoint.sources.base import WeightSource
+from glm_jax.checkpoint.sources.open import open_source
+from glm_jax.checkpoint.sources.quantized import Requantised
+from glm_jax.checkpoint.validation import check_finite
+from glm_jax.checkpoint.write.conversion_state import Job, Work, open_work
+from glm_jax.checkpoint.write.pack_quantized import NOT_LINEAR
+from glm_jax.checkpoint.write.targets import TARGETS, Target, Unit, verify
 from glm_jax.errors import CheckpointError, QuantError
 from glm_jax.memory import in_gb
-from glm_jax.quant import QuantRules
-from glm_jax.quant.rounding import Method
+from glm_jax.weights import QuantRules
+from glm_jax.weights.quantization import Method
 
 Form = Literal["orbax", "safetensors"]
 Bar = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
@@ -70,12 +70,12 @@ def convert(
     """Converts a checkpoint; the same call after a kill goes on with the part that was being written.
 
     Args:
-        source: anything that :func:`convert.sources.open_source` takes.
+        source: anything that :func:`glm_jax.checkpoint.sources.open.open_source` takes.
         destination: new or empty folder, or that of an earlier run: a stopped conversion goes on, and of a finished
             one what is missing or of the wrong size is written again.
         to: "orbax" (parts that load fast and in slices) or "safetensors" (a Hugging Face folder).
         dtype: of the weights that are not quantised; ``None`` keeps every array's own.
-        quantize: a preset (:data:`glm_jax.quant.PRESETS`) or rules; ``None`` keeps every value.
+        quantize: a preset (:data:`glm_jax.weights.PRESETS`) or rules; ``None`` keeps every value.
         method: "rtn" rounds to nearest, "mse" searches scales for the least squared error, "signround" also learns
             from text how to round (one layer in memory at a time, about 24 bytes per weight of it).
         calibration: the text for "signround"; the miniature's own data unless given.

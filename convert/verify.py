@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
-from glm_jax.cli import OK, finish, read_text
+from glm_jax.cli.common import OK, finish, read_text
 from glm_jax.errors import PromptError
 
 if TYPE_CHECKING:
     from convert.quality.divergence import Positions
-    from convert.source import WeightSource
+    from glm_jax.checkpoint.sources.base import WeightSource
 
 _Flag = Annotated[bool, arg(help_behavior_hint="")]
 _File = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
@@ -131,22 +131,22 @@ def run(options: Options, texts: Sequence[str]) -> tuple[dict[str, Any], Positio
     Raises:
         GlmError: for what is wrong with the models, the text or the tasks.
     """
-    from convert.quality import sides
+    from convert.quality import models
     from convert.quality.weights import sizes, weight_errors
-    from convert.sources import open_source
-    from glm_jax.compile_cache import use_compile_cache
+    from glm_jax.checkpoint.sources.open import open_source
+    from glm_jax.engine.compile_cache import use_compile_cache
 
     use_compile_cache()
     reference = open_source(options.against, dtype=options.dtype)
     stored = open_source(options.destination, dtype=options.dtype)
-    sides.check_same_network(reference.cfg, stored.cfg)
-    model = sides.requantised(stored, options.quantize, options.method or "mse")
+    models.check_same_network(reference.cfg, stored.cfg)
+    model = models.requantised(stored, options.quantize, options.method or "mse")
     if not 2 <= options.window <= (longest := reference.cfg.max_position_embeddings):
         raise PromptError(f"--window must be 2 to {longest:,}, the longest context of this model, not {options.window}")
     inputs = None
     if not options.weights_only:
         inputs = _inputs(options, reference, stored, texts)
-        sides.require_room(reference, model, dtype=options.dtype, window=options.window)
+        models.require_room(reference, model, dtype=options.dtype, window=options.window)
     report: dict[str, Any] = {
         "source": {"name": options.against, "kind": reference.info.kind, "size": sizes(reference)},
         "model": {
@@ -174,25 +174,25 @@ class _Inputs:
 
 def _inputs(options: Options, reference: WeightSource, other: WeightSource, texts: Sequence[str]) -> _Inputs:
     """What the models are to read, checked before the weights are."""
-    from convert.quality import chat, marks, sides
-    from convert.sources import tiny_folder
-    from glm_jax.companions import Companions
+    from convert.quality import chat, models, task_scoring
+    from glm_jax.checkpoint.sources.open import tiny_folder
+    from glm_jax.engine.assets import Companions
 
     ours, theirs = (Companions.read(source.cfg, source.info.folder) for source in (reference, other))
-    ids = sides.encode(texts, ours, theirs) if texts else []
+    ids = models.encode(texts, ours, theirs) if texts else []
     file = tiny_folder() / "heldout_chat.jsonl" if options.chat == "tiny" else Path(options.chat or "")
-    tasks = marks.read_tasks(file) if options.chat else []
+    tasks = task_scoring.read_tasks(file) if options.chat else []
     return _Inputs((ours, theirs), ids, tasks, (chat.prompts(tasks, ours), chat.prompts(tasks, theirs)))
 
 
 def _predictions(
     options: Options, reference: WeightSource, model: WeightSource, inputs: _Inputs, report: dict[str, Any]
 ) -> Positions | None:
-    from convert.quality import chat, divergence, sides
+    from convert.quality import chat, divergence, models
 
     ours, theirs = inputs.companions
-    exact = sides.load(reference, ours, dtype=options.dtype, progress=True)
-    other = sides.load(model, theirs, dtype=options.dtype, cache_dtype=options.cache_dtype, progress=True)
+    exact = models.load(reference, ours, dtype=options.dtype, progress=True)
+    other = models.load(model, theirs, dtype=options.dtype, cache_dtype=options.cache_dtype, progress=True)
     positions = None
     if inputs.ids:
         (positions,) = divergence.measure(

@@ -24,19 +24,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from convert.pipeline import convert  # noqa: E402
-from convert.quality import chat, divergence, sides  # noqa: E402
+from convert.quality import chat, divergence  # noqa: E402
 from convert.quality.divergence import Positions  # noqa: E402
+from convert.quality.models import Side, load, requantised  # noqa: E402
 from convert.quality.report import error, nats, table  # noqa: E402
-from convert.quality.sides import Side  # noqa: E402
 from convert.quality.statistics import paired_bootstrap  # noqa: E402
 from convert.quality.weights import sizes, weight_errors  # noqa: E402
-from convert.source import WeightSource  # noqa: E402
-from convert.sources import open_source  # noqa: E402
 from examples.tiny_recipe import corpus, heldout  # noqa: E402
-from glm_jax.cache import bytes_per_token  # noqa: E402
-from glm_jax.companions import Companions  # noqa: E402
-from glm_jax.compile_cache import use_compile_cache  # noqa: E402
-from glm_jax.quant import PRESETS  # noqa: E402
+from glm_jax.cache.latent import bytes_per_token  # noqa: E402
+from glm_jax.checkpoint.sources.base import WeightSource  # noqa: E402
+from glm_jax.checkpoint.sources.open import open_source  # noqa: E402
+from glm_jax.engine.assets import Companions  # noqa: E402
+from glm_jax.engine.compile_cache import use_compile_cache  # noqa: E402
+from glm_jax.weights import PRESETS  # noqa: E402
 
 METHODS = ("rtn", "mse", "signround")
 CACHES = ("bfloat16", "int8", "fp8")
@@ -62,7 +62,7 @@ def main() -> None:
     started = time.perf_counter()
     source = open_source("tiny")
     companions = Companions.read(source.cfg, source.info.folder)
-    exact = sides.load(source, companions, dtype="float32")
+    exact = load(source, companions, dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
         models = [_model(name, source, companions, Path(folder)) for name in args.models]
         models.insert(0, Model(NONE, {"name": NONE, "size": sizes(source)}, exact))
@@ -88,8 +88,8 @@ def _model(name: str, source: WeightSource, companions: Companions, folder: Path
         report = convert(source, folder / name.replace("/", "-"), quantize=preset, method="signround", progress=True)
         made = open_source(report.folder)
     else:
-        made = sides.requantised(source, preset, "rtn" if method == "rtn" else "mse")
-    side = sides.load(made, companions, dtype="float32")
+        made = requantised(source, preset, "rtn" if method == "rtn" else "mse")
+    side = load(made, companions, dtype="float32")
     seconds = time.perf_counter() - started
     errors = weight_errors(source, made)
     figures = {"name": name, "size": sizes(made), "weights": errors["by_kind"], "seconds_to_make": round(seconds, 1)}

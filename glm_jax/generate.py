@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
-from glm_jax import terminal
-from glm_jax.cli import OK, finish, peak_memory, read_text, set_memory_fraction, text_option
+from glm_jax.cli import terminal
+from glm_jax.cli.common import OK, finish, peak_memory, read_text, set_memory_fraction, text_option
 from glm_jax.errors import PromptError, SamplingError
 from glm_jax.sampling import SamplingParams
 

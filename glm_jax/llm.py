@@ -12,26 +12,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from glm_jax import checkpoint, prompts, steps
-from glm_jax.answers import AnswerFormat, ChatStream
-from glm_jax.cache import cache_kind
-from glm_jax.checkpoint import Form, SourceInfo
-from glm_jax.companions import Companions
-from glm_jax.compile_cache import use_compile_cache
-from glm_jax.completion import Completion, Piece, Score, Timing
+from glm_jax import checkpoint
+from glm_jax.cache.latent import cache_kind
+from glm_jax.checkpoint.loader import Form, SourceInfo
 from glm_jax.config import Config
-from glm_jax.decoding import Runner, plain_cache_dtype
+from glm_jax.engine import inputs as prompts
+from glm_jax.engine import steps
+from glm_jax.engine.assets import Companions
+from glm_jax.engine.chat import AnswerFormat, ChatStream
+from glm_jax.engine.compile_cache import use_compile_cache
+from glm_jax.engine.input_processor import Requests
+from glm_jax.engine.inputs import Prompt
+from glm_jax.engine.outputs import Completion, Piece, Score, Timing
+from glm_jax.engine.request import Row
+from glm_jax.engine.runner import Runner, plain_cache_dtype
 from glm_jax.errors import GlmError, PromptError, SamplingError, ShardingError
-from glm_jax.kernel_choice import by_kernels, wants_kernels
 from glm_jax.memory import Setup, in_gb, plan_on
-from glm_jax.model import GLM
-from glm_jax.prompts import Prompt
-from glm_jax.quant import QuantRules
-from glm_jax.requests import Requests
-from glm_jax.rows import Row
+from glm_jax.model.glm import GLM
+from glm_jax.model.kernel_selection import by_kernels, wants_kernels
 from glm_jax.sampling import SamplingParams
 from glm_jax.sharding import Rules, make_mesh, preset
 from glm_jax.text import render_chat
+from glm_jax.weights import QuantRules
 
 _MAX_ROWS = 64
 _DTYPES = ("bfloat16", "float32")
@@ -100,7 +102,7 @@ class LLM:
             source: "tiny" (the built-in miniature), a Hugging Face folder or hub id, a converted folder, a GGUF file,
                 or "synthetic:flash?layers=4&seed=0" (random weights, full width).
             quantize: "int4" (experts in 4 bits, the rest in 8), "int4-small" (everything in 4), "int4-experts",
-                "int8", or :class:`~glm_jax.quant.QuantRules`: done while loading, by the least squared error. For
+                "int8", or :class:`~glm_jax.weights.QuantRules`: done while loading, by the least squared error. For
                 learned rounding convert first: ``python -m convert SRC DST --quantize int4 --method signround``.
                 Unless given, every weight keeps the values of the source, and a quantised one stays quantised.
             dtype: "bfloat16" or "float32", of activations and of weights that are not quantised.
@@ -187,8 +189,8 @@ class LLM:
             options: single sampling options, over ``params``.
 
         Returns:
-            A :class:`~glm_jax.completion.Completion` for one prompt, a list for a list; with ``n > 1`` a list of ``n``
-            in place of each. Without a seed each prompt draws its own; a seed that is given holds for every prompt.
+            A :class:`~glm_jax.engine.outputs.Completion` for one prompt, a list for a list; with ``n > 1`` a list
+            of ``n`` in place of each. Without a seed each prompt draws its own; a given seed holds for every prompt.
 
         Raises:
             PromptError: if a prompt is empty or longer than the context.
@@ -241,7 +243,7 @@ class LLM:
             options: sampling options, and switches of the chat template such as ``enable_thinking=False``.
 
         Returns:
-            A :class:`~glm_jax.completion.ChatCompletion` (a list of them with ``n > 1``), or an iterator of deltas,
+            A :class:`~glm_jax.engine.outputs.ChatCompletion` (a list of them with ``n > 1``), or an iterator of deltas,
             whose attribute ``completion`` is that of the whole answer at the end.
 
         Raises:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from glm_jax.cli import OK, finish, set_memory_fraction
+from glm_jax.cli.common import OK, finish, set_memory_fraction
 from glm_jax.errors import CheckpointError, MemoryPlanError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from glm_jax.config import Config
     from glm_jax.memory import MemoryPlan
     from glm_jax.sharding import Rules
-    from glm_jax.storage import Storage
+    from glm_jax.weights.storage import Storage
 
 DESCRIPTION = """\
 Plan a model's memory: weights by part, cache, longest context, sequences at once, and the bound that memory bandwidth
@@ -110,7 +110,7 @@ def _compiled(cfg: Config, plan: MemoryPlan, options: Options) -> dict[str, Any]
     }
     print(f"compiling the generation loop for {options.gpu} ...", file=sys.stderr)
     try:
-        made = aot.in_child("glm_jax.aot:decode", argument)
+        made = aot.in_child("glm_jax.engine.aot:decode", argument)
     except aot.AotError as error:
         raise MemoryPlanError(str(error)) from None
     names = ("launches_per_token", "graph_pieces", "launches_outside_graphs", "copies_per_token", "temp_bytes")
@@ -119,7 +119,7 @@ def _compiled(cfg: Config, plan: MemoryPlan, options: Options) -> dict[str, Any]
 
 def _compiled_sentence(compiled: Mapping[str, Any]) -> str:
     from glm_jax.memory import in_gb
-    from glm_jax.ops.fused import MOST_TOKENS
+    from glm_jax.model.fused_decode import MOST_TOKENS
 
     graphs, sums = compiled["graph_pieces"], len(compiled["collectives"])
     pieces = "one CUDA graph" if graphs == 1 and not compiled["launches_outside_graphs"] else f"{graphs} CUDA graphs"
@@ -143,11 +143,11 @@ def read_model(model: str) -> tuple[Config, Storage]:
         CheckpointError: if there is none.
         ConfigError: for a ``config.json`` that this stack cannot run.
     """
-    from convert.hub import is_hub_id
-    from convert.source import storage_of
-    from convert.sources import TINY, is_gguf, open_source
-    from convert.synthetic import PREFIX, SyntheticSpec
-    from glm_jax.storage import Storage
+    from glm_jax.checkpoint.sources.base import storage_of
+    from glm_jax.checkpoint.sources.hub import is_hub_id
+    from glm_jax.checkpoint.sources.open import TINY, is_gguf, open_source
+    from glm_jax.checkpoint.sources.synthetic import PREFIX, SyntheticSpec
+    from glm_jax.weights.storage import Storage
 
     if model.startswith(PREFIX):
         return SyntheticSpec.parse(model).cfg, Storage()
@@ -163,13 +163,13 @@ def read_model(model: str) -> tuple[Config, Storage]:
 
 
 def _in_folder(folder: Path) -> tuple[Config, Storage]:
-    from convert.converted import stated_storage
-    from convert.formats.description import MODELOPT_FILE, SECTIONS
-    from convert.manifest import is_converted, load_manifest
-    from convert.source import read_config, storage_of
-    from convert.sources import open_source
+    from glm_jax.checkpoint.folder.manifest import is_converted, load_manifest
+    from glm_jax.checkpoint.formats.quantization_config import MODELOPT_FILE, SECTIONS
+    from glm_jax.checkpoint.sources.base import read_config, storage_of
+    from glm_jax.checkpoint.sources.folder import stated_storage
+    from glm_jax.checkpoint.sources.open import open_source
     from glm_jax.config import Config
-    from glm_jax.storage import Storage
+    from glm_jax.weights.storage import Storage
 
     if is_converted(folder):
         return stated_storage(load_manifest(folder))
@@ -242,9 +242,9 @@ def _asked(cfg: Config, stored: Storage, options: Options, devices: int) -> dict
 
 
 def _storage(cfg: Config, quantize: str | None, rules: Rules, devices: int) -> Storage | None:
-    from glm_jax.quant import QuantRules
     from glm_jax.sharding import MESH_AXES
-    from glm_jax.storage import plan_storage
+    from glm_jax.weights import QuantRules
+    from glm_jax.weights.storage import plan_storage
 
     quant = QuantRules.named(quantize)
     return None if quant is None else plan_storage(cfg, quant, rules, {MESH_AXES[1]: devices})[0]

@@ -26,7 +26,7 @@ from pallas_kernels._compile import Shape as Shape
 from pallas_kernels._compile import compile_kernel, record
 from pallas_kernels._compile import recording as recording
 from pallas_kernels._interpreter import TYPES, interpret
-from pallas_kernels._routes import Launch, launched
+from pallas_kernels._launch_backends import Launch, launched
 
 LEAST_CAPABILITY = 80
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels._launch import GRAPH_OPTIONS
-from pallas_kernels.cases.base import Case
+from pallas_kernels.specs.base import Case
 
 _COPY_BYTES, _COPIES = 1 << 30, 10
 # What is read between two uses of the same weights, so that none is found in a cache: twice the largest known.

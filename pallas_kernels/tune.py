@@ -17,9 +17,9 @@ import numpy as np
 
 from pallas_kernels import LaunchError, timing, tuned
 from pallas_kernels.bench import chosen, obstacle, reason, sweep_options
-from pallas_kernels.cases import Case, difference
 from pallas_kernels.machine import describe
 from pallas_kernels.report import write
+from pallas_kernels.specs import Case, difference
 
 DESCRIPTION = """\
 Finds the block sizes with which each kernel is fastest on the card at hand, one size after the other, from those of the

@@ -23,9 +23,9 @@ from glm_jax.checkpoint import load
 from glm_jax.config import Config
 from glm_jax.errors import GlmError
 from glm_jax.memory import distinct_experts
-from glm_jax.params import leaves
-from glm_jax.quant import PRESETS, QuantizedTensor, TiledWeight
-from glm_jax.storage import quantised_bytes
+from glm_jax.weights import PRESETS, QuantizedTensor, TiledWeight
+from glm_jax.weights.params import leaves
+from glm_jax.weights.storage import quantised_bytes
 from pallas_kernels import LaunchError
 from pallas_kernels.report import short
 

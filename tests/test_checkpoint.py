@@ -10,10 +10,10 @@ import pytest
 from convert.pipeline import convert
 from glm_jax import checkpoint
 from glm_jax.errors import CheckpointError, ShardingError
-from glm_jax.params import leaves
-from glm_jax.quant import Bfloat16Bits
 from glm_jax.sharding import make_mesh, preset
-from glm_jax.storage import abstract_params
+from glm_jax.weights import Bfloat16Bits
+from glm_jax.weights.params import leaves
+from glm_jax.weights.storage import abstract_params
 from tests import checkpoints, spellings
 from tests.convert.comparing import same_tensors
 
@@ -150,9 +150,9 @@ def test_open_source_can_be_loaded_later(folders):
 
 
 def test_synthetic_models_are_the_initialisers():
-    from convert.synthetic import SyntheticSource, SyntheticSpec
+    from glm_jax.checkpoint.sources.synthetic import SyntheticSource, SyntheticSpec
     from glm_jax.config import Config
-    from glm_jax.params import init_params
+    from glm_jax.weights.params import init_params
 
     cfg = Config.from_hf(spellings.odd(num_hidden_layers=2, num_nextn_predict_layers=0))
     source = SyntheticSource(SyntheticSpec(cfg, 5), np.dtype(np.float32), "synthetic:odd")
@@ -163,7 +163,7 @@ def test_synthetic_models_are_the_initialisers():
 
 
 def test_synthetic_conversion_is_the_synthetic_model(tmp_path):
-    from convert.synthetic import SyntheticSource, SyntheticSpec
+    from glm_jax.checkpoint.sources.synthetic import SyntheticSource, SyntheticSpec
     from glm_jax.config import Config
 
     cfg = Config.from_hf(spellings.odd(num_hidden_layers=2))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_jax import cli
+from glm_jax.cli import common
 from glm_jax.errors import PromptError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +110,7 @@ def test_the_environments_own_share_of_memory_wins(monkeypatch, given):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    cli.set_memory_fraction(0.9)
+    common.set_memory_fraction(0.9)
     found = {name: value for name in FRACTIONS if (value := os.environ.get(name))}
     assert found == ({name: value for name, value in given.items() if value} or {FRACTIONS[1]: "0.9"})
 
@@ -119,18 +119,18 @@ def test_the_environments_own_share_of_memory_wins(monkeypatch, given):
 def test_an_impossible_share_of_memory_is_refused(monkeypatch, fraction):
     monkeypatch.delenv(FRACTIONS[1], raising=False)
     with pytest.raises(PromptError, match=r"--memory-fraction must be in \(0, 1\]"):
-        cli.set_memory_fraction(fraction)
+        common.set_memory_fraction(fraction)
     assert FRACTIONS[1] not in os.environ
 
 
 def test_text_is_read_as_it_is(tmp_path, monkeypatch):
     text = "naïve\r\n天气\n"
     (tmp_path / "prompt").write_bytes(text.encode())
-    assert cli.read_text(str(tmp_path / "prompt")) == text
+    assert common.read_text(str(tmp_path / "prompt")) == text
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cli.read_text("~/prompt") == text
+    assert common.read_text("~/prompt") == text
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    assert cli.read_text("-") == text
+    assert common.read_text("-") == text
 
 
 @pytest.mark.parametrize(
@@ -148,22 +148,22 @@ def test_text_that_cannot_be_read(tmp_path, name, message):
     (tmp_path / "half").write_bytes(b"x\xf0\x9f")
     path = str(tmp_path / name)
     with pytest.raises(PromptError) as caught:
-        cli.read_text(path)
+        common.read_text(path)
     assert str(caught.value) == message.format(path)
 
 
 def test_a_home_that_is_nobodys():
     with pytest.raises(PromptError, match="cannot read ~nobody-here/x: No such file"):
-        cli.read_text("~nobody-here/x")
+        common.read_text("~nobody-here/x")
 
 
 def test_stdin_that_is_not_utf8(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     with pytest.raises(PromptError, match="stdin is not UTF-8"):
-        cli.read_text("-")
+        common.read_text("-")
 
 
 def test_peak_memory_is_that_of_the_process_on_a_cpu():
-    peak, where = cli.peak_memory()
+    peak, where = common.peak_memory()
     assert where == "process"
     assert 50e6 < peak < 1e12

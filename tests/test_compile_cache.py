@@ -11,8 +11,8 @@ import jax.monitoring
 import pytest
 from jax._src.monitoring import get_event_listeners
 
-from glm_jax import compile_cache
-from glm_jax.compile_cache import compile_notice, use_compile_cache
+from glm_jax.engine import compile_cache
+from glm_jax.engine.compile_cache import compile_notice, use_compile_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = (
@@ -180,7 +180,7 @@ COMPILE = """
 import os, time
 import jax, jax.numpy as jnp
 from glm_jax import compile_cache
-from glm_jax.compile_cache import compile_notice, use_compile_cache
+from glm_jax.engine.compile_cache import compile_notice, use_compile_cache
 
 compile_cache._NOTICE_AFTER_S = delay = float(os.environ["DELAY"])
 use_compile_cache()

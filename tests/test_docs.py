@@ -17,15 +17,15 @@ import pytest
 import tyro
 
 import glm_jax
-from convert.synthetic import SyntheticSpec
 from examples import measure_quality
 from glm_jax import checkpoint
-from glm_jax.cache import bytes_per_token
+from glm_jax.cache.latent import bytes_per_token
+from glm_jax.checkpoint.sources.synthetic import SyntheticSpec
 from glm_jax.config import Config
 from glm_jax.ops.mla import expanded_is_cheaper
-from glm_jax.params import ParamSpec, init_params, leaves, param_specs
-from glm_jax.quant import PRESETS
-from glm_jax.storage import Storage, abstract_params, plan_storage
+from glm_jax.weights import PRESETS
+from glm_jax.weights.params import ParamSpec, init_params, leaves, param_specs
+from glm_jax.weights.storage import Storage, abstract_params, plan_storage
 from tests.smaller import SMALLER
 from tests.test_layers import FILES, LEVELS
 

@@ -18,7 +18,7 @@ import jax
 import pytest
 
 from glm_jax import generate
-from glm_jax.cli import finish
+from glm_jax.cli.common import finish
 from glm_jax.llm import LLM
 from glm_jax.text import render_chat
 

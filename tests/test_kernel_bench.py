@@ -9,8 +9,8 @@ import pytest
 
 from glm_jax.config import Config
 from pallas_kernels import LaunchError, bench, machine, noise, timing
-from pallas_kernels.cases import OPS, Sweep, Widths, cases, difference
 from pallas_kernels.report import sizes, table, write
+from pallas_kernels.specs import OPS, Sweep, Widths, cases, difference
 from pallas_kernels.tiles import BITS, from_tiles
 
 SMALL = Sweep(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import LaunchError, Target, _device, _launch, _routes, compiling_for
+from pallas_kernels import LaunchError, Target, _device, _launch, _launch_backends, compiling_for
 from pallas_kernels._compile import compile_kernel, kept_in_private
 
 triton = pytest.importorskip("triton")
@@ -22,9 +22,9 @@ def on_a_card(monkeypatch):
     """A card is said to be there, on which nothing has been tried yet."""
     monkeypatch.setattr(_device, "_present", lambda: CARD)
     monkeypatch.delenv("CUDA_CACHE_DISABLE", raising=False)
-    _routes._found.cache_clear()
+    _launch_backends._found.cache_clear()
     yield
-    _routes._found.cache_clear()
+    _launch_backends._found.cache_clear()
 
 
 def adds(amount, tried):
@@ -40,13 +40,13 @@ def fails(what, x):
 
 
 def with_routes(monkeypatch, ptx, jax_triton):
-    monkeypatch.setattr(_routes, "_ROUTES", {"ptx": ptx, "jax-triton": jax_triton})
+    monkeypatch.setattr(_launch_backends, "_ROUTES", {"ptx": ptx, "jax-triton": jax_triton})
 
 
 def test_the_call_for_ptx_is_tried_once_and_taken(monkeypatch):
     tried = []
     with_routes(monkeypatch, adds(1, tried), fails)
-    assert [_routes.route() for _ in range(3)] == ["ptx"] * 3
+    assert [_launch_backends.route() for _ in range(3)] == ["ptx"] * 3
     (what,) = tried
     assert what.compiled.shared_memory > 48 << 10  # more than a program has without asking
     assert "add_one_kernel" in what.compiled.ptx
@@ -58,7 +58,7 @@ def test_it_is_tried_while_a_program_is_traced(monkeypatch):
 
     @jax.jit
     def program(x):
-        doubled = jax.lax.fori_loop(0, 2, lambda _, y: y * (2 if _routes.route() == "ptx" else 0), x)
+        doubled = jax.lax.fori_loop(0, 2, lambda _, y: y * (2 if _launch_backends.route() == "ptx" else 0), x)
         return doubled + 1
 
     np.testing.assert_array_equal(program(jnp.ones(2)), 5)
@@ -71,32 +71,32 @@ def test_it_is_tried_while_a_program_is_traced(monkeypatch):
 def test_jax_triton_is_the_second_choice_and_said_once(monkeypatch, broken, reason):
     with_routes(monkeypatch, broken, adds(1, []))
     with pytest.warns(RuntimeWarning, match="launched by jax-triton") as warned:
-        assert _routes.route() == "jax-triton"
+        assert _launch_backends.route() == "jax-triton"
     assert f"({reason})" in str(warned[0].message)
     assert len(warned) == 1
-    assert _routes.route() == "jax-triton"  # another warning would fail the test
+    assert _launch_backends.route() == "jax-triton"  # another warning would fail the test
 
 
 def test_without_any_way_it_is_said_what_to_do(monkeypatch):
     with_routes(monkeypatch, fails, adds(3, []))
     with pytest.raises(LaunchError, match="kernels='reference'") as error:
-        _routes.route()
+        _launch_backends.route()
     assert "by ptx: no such call; by jax-triton: a kernel that adds one gave something else" in str(error.value)
 
 
 def test_for_a_card_that_is_not_here_nothing_is_tried(monkeypatch):
     with_routes(monkeypatch, fails, fails)
     with compiling_for(CARD):
-        assert _routes.route() == "ptx"
+        assert _launch_backends.route() == "ptx"
 
 
 def test_a_driver_that_keeps_nothing_is_warned_of_once(monkeypatch):
     with_routes(monkeypatch, adds(1, []), fails)
     monkeypatch.setenv("CUDA_CACHE_DISABLE", "1")
     with pytest.warns(RuntimeWarning, match="CUDA_CACHE_DISABLE=1") as warned:
-        _routes.route()
+        _launch_backends.route()
     assert len(warned) == 1
-    assert _routes.route() == "ptx"  # another warning would fail the test
+    assert _launch_backends.route() == "ptx"  # another warning would fail the test
 
 
 def add_one(x):
@@ -123,9 +123,9 @@ def test_jax_triton_is_called_as_it_wants_to_be(monkeypatch):
         return [inputs[0] + 1]
 
     monkeypatch.setitem(sys.modules, "jax_triton", types.SimpleNamespace(triton_call=triton_call))
-    monkeypatch.setattr(_routes, "_ROUTES", {"ptx": fails, "jax-triton": _routes._by_jax_triton})
+    monkeypatch.setattr(_launch_backends, "_ROUTES", {"ptx": fails, "jax-triton": _launch_backends._by_jax_triton})
     with pytest.warns(RuntimeWarning, match="jax-triton"):
-        assert _routes.route() == "jax-triton"
+        assert _launch_backends.route() == "jax-triton"
     assert asked.pop("kernel").__name__ == "add_one_kernel"
     (shape,) = asked.pop("out_shape")
     assert (shape.shape, shape.dtype) == ((256,), np.float32)
@@ -143,13 +143,13 @@ def test_importing_jax_triton_leaves_the_environment_alone(monkeypatch, tmp_path
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     if before:
         monkeypatch.setenv("TRITON_CACHE_DIR", before)
-    assert _routes._jax_triton().__name__ == "jax_triton"
+    assert _launch_backends._jax_triton().__name__ == "jax_triton"
     assert os.environ.get("TRITON_CACHE_DIR") == before
 
 
 def test_a_missing_jax_triton_is_a_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_triton", None)
-    assert "jax-triton is not usable" in _routes._problem("jax-triton")
+    assert "jax-triton is not usable" in _launch_backends._problem("jax-triton")
 
 
 @pytest.fixture

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from glm_jax.cache import AXES as CACHE_AXES
+from glm_jax.cache.latent import AXES as CACHE_AXES
 from glm_jax.config import Config
 from glm_jax.errors import MemoryPlanError, ShardingError
 from glm_jax.memory import PREDICTION_LAYER, MemoryPlan, distinct_experts, find_gpus, gpus, plan, plan_on
 from glm_jax.memory import devices as hardware
 from glm_jax.memory.sizes import Placement, cache_bytes, chunk_length, part_of, workspace
-from glm_jax.params import leaves, param_specs
 from glm_jax.sharding import Rules, make_mesh, preset
-from glm_jax.storage import abstract_params
+from glm_jax.weights.params import leaves, param_specs
+from glm_jax.weights.storage import abstract_params
 
 FLASH = Config.flash()
 SMALL = FLASH.replace(

@@ -6,10 +6,10 @@ import jax
 import pytest
 
 import glm_jax.memory
-from convert.layout import layout
-from convert.manifest import ArrayRecord, Manifest
-from convert.source import Original
-from glm_jax.cli import BAD_INPUT, finish
+from glm_jax.checkpoint.folder.layout import layout
+from glm_jax.checkpoint.folder.manifest import ArrayRecord, Manifest
+from glm_jax.checkpoint.sources.base import Original
+from glm_jax.cli.common import BAD_INPUT, finish
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError, ConfigError
 from glm_jax.memory import gpus

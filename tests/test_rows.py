@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_jax.rows import Row
+from glm_jax.engine.request import Row
 from glm_jax.sampling import SamplingParams
 from glm_jax.text import Tokenizer
 from tests.text.samples import byte_level
@@ -86,7 +86,7 @@ def byte_id(tokenizer, byte):
 
 
 def test_a_piece_carries_its_tokens_and_logprobs(tokenizer):
-    from glm_jax.completion import TokenLogprob
+    from glm_jax.engine.outputs import TokenLogprob
 
     row = Row(
         tokenizer=tokenizer,

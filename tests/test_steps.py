@@ -10,9 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_jax.cache import LatentCache
-from glm_jax.model import GLM
-from glm_jax.sampling import SamplerState, SamplingParams
-from glm_jax.steps import (
+from glm_jax.engine.steps import (
     NO_TOKEN,
     _compiled_decode,
     begin,
@@ -22,6 +20,8 @@ from glm_jax.steps import (
     mtp_chunk,
     prefill_chunk,
 )
+from glm_jax.model import GLM
+from glm_jax.sampling import SamplerState, SamplingParams
 from tests.model.small import VARIANTS
 from tests.runner import close
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from glm_jax import terminal
-from glm_jax.completion import ChatCompletion, Completion, TokenLogprob
+from glm_jax.cli import terminal
+from glm_jax.engine.outputs import ChatCompletion, Completion, TokenLogprob
 from glm_jax.errors import GlmError, PromptError
 from glm_jax.text import Delta, Message
 

@@ -11,8 +11,8 @@ import pytest
 
 from pallas_kernels import LaunchError, Target, compiling_for, interpreted, timing, tune, tuned
 from pallas_kernels._launch import recording
-from pallas_kernels.cases import Sweep, cases
-from pallas_kernels.quant_matmul.shapes import LinearShape
+from pallas_kernels.quant_matmul.config import LinearShape
+from pallas_kernels.specs import Sweep, cases
 from pallas_kernels.tune import Found, Trial, Unfit, search
 
 CARD = Target("NVIDIA Test 1", 90, 132)

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.config import Config
-from glm_jax.ops.block import Context, Taps, block
+from glm_jax.model.block import Context, Taps, block
 from glm_jax.ops.linear import linear
 from glm_jax.ops.norm import rms_norm
-from glm_jax.params import Path
 from glm_jax.sharding import Rules
+from glm_jax.weights.params import Path
 
 Weights = Mapping[Path, Any]
 

@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_jax.params import Path
-from glm_jax.quant import QuantizedTensor, QuantSpec, dequantize, quantize
-from glm_jax.quant.rounding import code_range, finish, from_blocks, to_blocks
-from glm_jax.quant.tensor import scale_values
+from glm_jax.weights import QuantizedTensor, QuantSpec, dequantize, quantize
+from glm_jax.weights.params import Path
+from glm_jax.weights.quantization import code_range, finish, from_blocks, to_blocks
+from glm_jax.weights.quantized_tensor import scale_values
 
 if TYPE_CHECKING:
     import optax

@@ -17,14 +17,14 @@ from convert.calibrate.blocks import Block, Prediction
 from convert.calibrate.signround import Settings, can_learn, start_from, tune
 from convert.calibrate.state import State, latest_notes, load_state, save_state
 from convert.calibrate.text import Calibration
-from convert.layout import MTP, REST, Leaf, layout
-from convert.requantise import Requantised, refuse_not_finite
-from convert.source import Array, Piece, WeightSource, plain
+from glm_jax.checkpoint.folder.layout import MTP, REST, Leaf, layout
+from glm_jax.checkpoint.sources.base import Array, Piece, WeightSource, plain
+from glm_jax.checkpoint.sources.quantized import Requantised, refuse_not_finite
 from glm_jax.errors import MemoryPlanError
 from glm_jax.memory.devices import device_limit
 from glm_jax.ops.norm import rms_norm
-from glm_jax.params import Path
-from glm_jax.quant import QuantizedTensor, QuantRules, dequantize
+from glm_jax.weights import QuantizedTensor, QuantRules, dequantize
+from glm_jax.weights.params import Path
 
 # Experts that see fewer tokens than this keep what the search found: rounding learnt on less fits only these tokens.
 LEAST_TOKENS = 64

@@ -12,9 +12,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from convert.reader import Shard
-from convert.source import Array
-from convert.work import WORK_FOLDER
+from glm_jax.checkpoint.safetensors.reader import Shard
+from glm_jax.checkpoint.sources.base import Array
+from glm_jax.checkpoint.write.conversion_state import WORK_FOLDER
 from glm_jax.errors import CheckpointError
 
 _KEPT = 2  # the layer that was recorded last may be one behind

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from convert.header import printable
+from glm_jax.checkpoint.safetensors.header import printable
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
-from glm_jax.prompts import load_tokenizer
 from glm_jax.text import read_template, render_chat
+from glm_jax.text.tokenizer import load_tokenizer
 
 # Modules of Python's library that the miniature was trained on; none is among its held-out files.
 _LIBRARY = """argparse.py ast.py calendar.py configparser.py csv.py difflib.py fractions.py functools.py heapq.py

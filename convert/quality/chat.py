@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from convert.progress import progress_bar
-from convert.quality.marks import Mark, mark, summary
-from convert.quality.sides import Side
+from convert.quality.models import Side
 from convert.quality.statistics import paired_bootstrap, paired_ratio
-from glm_jax.companions import Companions
-from glm_jax.completion import Completion
+from convert.quality.task_scoring import Mark, mark, summary
+from glm_jax.checkpoint.progress import progress_bar
+from glm_jax.engine.assets import Companions
+from glm_jax.engine.outputs import Completion
 from glm_jax.errors import GlmError, PromptError
 from glm_jax.sampling import SamplingParams
 from glm_jax.text import Tokenizer, render_chat
@@ -49,7 +49,7 @@ def answer(
 
     Args:
         side: the model.
-        tasks: as :func:`convert.quality.marks.read_tasks` gives them.
+        tasks: as :func:`convert.quality.task_scoring.read_tasks` gives them.
         given: their prompts.
         tokens: most that an answer may have, thinking included; a longer one is wrong.
         progress: show it on stderr.

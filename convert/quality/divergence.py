@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.progress import progress_bar
-from convert.quality.sides import Side
+from convert.quality.models import Side
 from convert.quality.statistics import mean_interval, quantiles
-from glm_jax.cache import LatentCache
+from glm_jax.cache.latent import LatentCache
+from glm_jax.checkpoint.progress import progress_bar
+from glm_jax.engine.steps import chunk_logits
 from glm_jax.errors import GlmError, PromptError
-from glm_jax.steps import chunk_logits
 
 SURE_NATS = 0.5
 _LOGITS_TOGETHER = 1 << 23  # of one model: 32 MB, and a few times that while they are compared

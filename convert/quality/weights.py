@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.layout import MTP, REST, Leaf
-from convert.progress import progress_bar
-from convert.source import Piece, WeightSource, plain, storage_of
+from glm_jax.checkpoint.folder.layout import MTP, REST, Leaf
+from glm_jax.checkpoint.progress import progress_bar
+from glm_jax.checkpoint.sources.base import Piece, WeightSource, plain, storage_of
 from glm_jax.errors import CheckpointError
-from glm_jax.params import is_matrix, leaves, param_specs
-from glm_jax.storage import abstract_params
+from glm_jax.weights.params import is_matrix, leaves, param_specs
+from glm_jax.weights.storage import abstract_params
 
 _BLOCK_VALUES = 1 << 20  # compared at a time, in float32
 

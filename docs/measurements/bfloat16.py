@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.llm import LLM
-from glm_jax.model import GLM
+from glm_jax.model.glm import GLM
 
 CODE = """def fib(n):
     if n < 2:

@@ -9,11 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from glm_jax.cache import CACHE_DTYPES
+from glm_jax.cache.latent import CACHE_DTYPES
 from glm_jax.llm import LLM
 
 ROOT = Path(__file__).parents[2]
-FILES = ("glm_jax/rows.py", "glm_jax/ops/mla.py", "glm_jax/text/parse.py", "convert/hub.py", "README.md")
+FILES = (
+    "glm_jax/engine/request.py",
+    "glm_jax/ops/mla.py",
+    "glm_jax/text/parse.py",
+    "glm_jax/checkpoint/sources/hub.py",
+    "README.md",
+)
 TOKENS = 700
 
 

@@ -1,7 +1,7 @@
 """How fast XLA:CPU reads bfloat16 experts inside a loop: ``python docs/measurements/cpu_bfloat16.py``.
 
 One token through four of sixteen full-width experts (2048 x 1536, 37.7 M weights), with the weights held as float32, as
-bfloat16, and as the bits of bfloat16 (:class:`glm_jax.quant.Bfloat16Bits`). Prints the best of twenty runs.
+bfloat16, and as the bits of bfloat16 (:class:`glm_jax.weights.Bfloat16Bits`). Prints the best of twenty runs.
 """
 
 import time
@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from glm_jax.ops.moe import Routing, apply_experts
-from glm_jax.quant import Bfloat16Bits
+from glm_jax.ops.experts import Routing, apply_experts
+from glm_jax.weights import Bfloat16Bits
 
 EXPERTS, CHOSEN, HIDDEN, WIDTH = 16, 4, 2048, 1536
 SHAPES = {"gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}

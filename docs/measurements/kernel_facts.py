@@ -17,8 +17,8 @@ import triton
 from pallas_kernels import compiling_for
 from pallas_kernels._launch import recording
 from pallas_kernels.aot import cards
-from pallas_kernels.cases import Sweep, cases
 from pallas_kernels.report import table
+from pallas_kernels.specs import Sweep, cases
 
 CARDS = {"sm_89": "rtx6000-ada", "sm_90": "h200", "sm_100": "b200", "sm_120": "rtxpro6000"}
 SWEEP = Sweep(rows=(1,), kinds=("int4",), contexts=(8192,), caches=("bfloat16",))

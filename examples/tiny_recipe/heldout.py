@@ -8,9 +8,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from convert.quality.marks import Mark as Mark
-from convert.quality.marks import mark as mark
-from convert.quality.marks import summary as summary
+from convert.quality.task_scoring import Mark as Mark
+from convert.quality.task_scoring import mark as mark
+from convert.quality.task_scoring import summary as summary
 from examples.tiny_recipe.chat import Conversation, held_out_conversations
 
 PER_KIND = 25

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from glm_jax import mtp
 from glm_jax.config import Config
-from glm_jax.model import GLM
-from glm_jax.ops.block import Context, Taps
+from glm_jax.model import GLM, mtp
+from glm_jax.model.block import Context, Taps
 from glm_jax.ops.linear import linear
 from glm_jax.sharding import Rules
 

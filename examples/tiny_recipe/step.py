@@ -15,7 +15,7 @@ from examples.tiny_recipe.network import Losses, losses
 from examples.tiny_recipe.optim import balanced, optimizer
 from examples.tiny_recipe.plan import Plan
 from glm_jax.config import Config
-from glm_jax.params import init_params
+from glm_jax.weights.params import init_params
 
 Tree = dict[str, Any]
 Metrics = dict[str, jax.Array]

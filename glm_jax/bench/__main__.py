@@ -8,7 +8,7 @@ import tyro
 
 from glm_jax.bench.options import Decode, Prefill
 from glm_jax.bench.projection import Project, project
-from glm_jax.cli import OK, finish
+from glm_jax.cli.common import OK, finish
 
 COMMANDS = {"decode": Decode, "prefill": Prefill, "project": Project}
 

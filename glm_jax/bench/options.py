@@ -91,7 +91,7 @@ def check(options: Decode | Prefill) -> None:
     for name, count in counts.items():
         if count < 1:
             raise GlmError(f"{name} must be at least 1, not {count}")
-    from glm_jax.quant import QuantRules
+    from glm_jax.weights import QuantRules
 
     QuantRules.named(options.quantize)
     if "unquantised" in options.peer and options.quantize is None:

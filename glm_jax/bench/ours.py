@@ -11,23 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from convert.synthetic import PREFIX, SyntheticSpec
-from glm_jax import aot, checkpoint
+from glm_jax import checkpoint
 from glm_jax.bench.machine import PeakMemory
 from glm_jax.bench.side import Loaded
 from glm_jax.bench.weights import random_params
-from glm_jax.cache import EIGHT_BITS, LatentCache, bytes_per_token
+from glm_jax.cache.latent import EIGHT_BITS, LatentCache, bytes_per_token
+from glm_jax.checkpoint.sources.synthetic import PREFIX, SyntheticSpec
 from glm_jax.config import Config
-from glm_jax.decoding import STEPS, Runner, plain_cache_dtype
-from glm_jax.kernel_choice import by_kernels
+from glm_jax.engine import aot
+from glm_jax.engine.runner import STEPS, Runner, plain_cache_dtype
+from glm_jax.engine.steps import DecodeState, begin, bucket, decode_steps
 from glm_jax.memory import distinct_experts, plan_on
-from glm_jax.model import GLM
-from glm_jax.params import Tree, leaves
-from glm_jax.quant import QuantRules
+from glm_jax.model.glm import GLM
+from glm_jax.model.kernel_selection import by_kernels
 from glm_jax.sampling import SamplerState, SamplingParams
-from glm_jax.steps import DecodeState, begin, bucket, decode_steps
-from glm_jax.storage import Storage, plan_storage
-from glm_jax.tiling import has_tiles
+from glm_jax.weights import QuantRules
+from glm_jax.weights.params import Tree, leaves
+from glm_jax.weights.storage import Storage, plan_storage
+from glm_jax.weights.tiling import has_tiles
 from pallas_kernels import noise
 
 
@@ -150,7 +151,7 @@ class Ours:
         return time.perf_counter() - started, written
 
     def launches(self, state: Started) -> dict[str, Any]:
-        """What XLA makes of the generation loop on the device at hand (:func:`glm_jax.aot.loop`)."""
+        """What XLA makes of the generation loop on the device at hand (:func:`glm_jax.engine.aot.loop`)."""
         return aot.loop(GLM(self.cfg), self.params, state.state(), SingleDeviceSharding(jax.devices()[0]))
 
     def bytes_per_step(self, batch: int, context: int) -> int:

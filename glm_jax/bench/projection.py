@@ -16,9 +16,9 @@ from typing import Any
 
 from glm_jax.errors import GlmError
 from glm_jax.memory import MemoryPlan, find_gpus, gpus, plan
-from glm_jax.quant import QuantRules
 from glm_jax.sharding import MESH_AXES, preset
-from glm_jax.storage import plan_storage
+from glm_jax.weights import QuantRules
+from glm_jax.weights.storage import plan_storage
 from pallas_kernels.report import short, table
 
 Report = Mapping[str, Any]

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 
-from convert.synthetic import PREFIX
 from glm_jax.bench import machine
 from glm_jax.bench.measure import compare, of_decoding, of_prompts, prompts
 from glm_jax.bench.operations import profiled
@@ -19,14 +18,15 @@ from glm_jax.bench.options import Decode, Prefill, check, numbers
 from glm_jax.bench.ours import Ours, slots
 from glm_jax.bench.peer import Transformers
 from glm_jax.bench.report import markdown
-from glm_jax.cli import FAILURE, OK, set_memory_fraction
-from glm_jax.compile_cache import use_compile_cache
-from glm_jax.decoding import PREFILL_TOKENS
+from glm_jax.checkpoint.sources.synthetic import PREFIX
+from glm_jax.cli.common import FAILURE, OK, set_memory_fraction
+from glm_jax.engine.compile_cache import use_compile_cache
+from glm_jax.engine.runner import PREFILL_TOKENS
+from glm_jax.engine.steps import bucket
 from glm_jax.errors import GlmError
-from glm_jax.kernel_choice import wants_kernels
 from glm_jax.memory import PREFILL_CHUNK, MemoryPlan, bandwidth_of, device_limit, in_gb, plan
 from glm_jax.memory.sizes import workspace
-from glm_jax.steps import bucket
+from glm_jax.model.kernel_selection import wants_kernels
 from pallas_kernels import LaunchError
 from pallas_kernels.machine import describe, slug
 from pallas_kernels.report import short

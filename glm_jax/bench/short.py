@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from glm_jax.bench.options import Decode, Prefill
-from glm_jax.cli import finish
+from glm_jax.cli.common import finish
 from glm_jax.errors import GlmError
 
 _FLASH = "synthetic:flash?mtp=0"

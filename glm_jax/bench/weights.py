@@ -11,10 +11,10 @@ from typing import Any
 import jax
 
 from glm_jax.config import Config
-from glm_jax.params import ParamSpec, Path, Tree, init_leaf, map_specs, param_specs
-from glm_jax.quant import QuantRules, QuantSpec, TiledWeight, untile
-from glm_jax.storage import plan_storage
-from glm_jax.tiling import TURNED, lies_in_tiles, tiled
+from glm_jax.weights import QuantRules, QuantSpec, TiledWeight, untile
+from glm_jax.weights.params import ParamSpec, Path, Tree, init_leaf, map_specs, param_specs
+from glm_jax.weights.storage import plan_storage
+from glm_jax.weights.tiling import TURNED, lies_in_tiles, tiled
 from pallas_kernels import noise
 from pallas_kernels.tiles import WIDTH
 

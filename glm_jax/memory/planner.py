@@ -9,15 +9,15 @@ from typing import Any, Self
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from glm_jax.cache import bytes_per_token, cache_kind
+from glm_jax.cache.latent import bytes_per_token, cache_kind
 from glm_jax.config import Config
 from glm_jax.errors import MemoryPlanError
 from glm_jax.memory import devices as hardware
-from glm_jax.memory.refusal import refusal
-from glm_jax.memory.setup import Need, Setup, axis_sizes
+from glm_jax.memory.memory_model import Need, Setup, axis_sizes
+from glm_jax.memory.oom_message import refusal
 from glm_jax.memory.sizes import PREDICTION_LAYER, Part, Placement, Workspace, decode_bytes
 from glm_jax.sharding import Rules
-from glm_jax.storage import Storage
+from glm_jax.weights.storage import Storage
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +138,8 @@ def plan(
         cfg: the model.
         device_bytes: bytes that may be used on each device.
         dtype: of the weights that are not quantised.
-        storage: the quantised weights (:func:`glm_jax.storage.plan_storage` makes one of rules).
-        cache_dtype: of the latent cache, one of :data:`glm_jax.cache.CACHE_DTYPES`; ``dtype`` unless given.
+        storage: the quantised weights (:func:`glm_jax.weights.storage.plan_storage` makes one of rules).
+        cache_dtype: of the latent cache, one of :data:`glm_jax.cache.latent.CACHE_DTYPES`; ``dtype`` unless given.
         devices: number along the mesh axis "model", or the number along each axis.
         rules: mesh axis of each logical axis.
         context: tokens per row, prompt and completion together; the longest that fits unless given.

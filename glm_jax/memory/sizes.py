@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
-from glm_jax.cache import AXES as CACHE_AXES
-from glm_jax.cache import EIGHT_BITS, bytes_per_row
+from glm_jax.cache.latent import AXES as CACHE_AXES
+from glm_jax.cache.latent import EIGHT_BITS, bytes_per_row
 from glm_jax.config import Config
 from glm_jax.ops.mla import KEY_BLOCK
-from glm_jax.params import ParamSpec, Path, leaves, param_specs
 from glm_jax.sharding import LogicalAxis, Rules
-from glm_jax.storage import Storage, component_axes
+from glm_jax.weights.params import ParamSpec, Path, leaves, param_specs
+from glm_jax.weights.storage import Storage, component_axes
 
 # Prompts are run in chunks of this many tokens per row. On a GPU few rows have longer ones: a chunk reads all weights,
 # and with fewer tokens an expert has few rows to use each for.
@@ -33,7 +33,7 @@ class Placement:
     Attributes:
         dtype: of the weights that are not quantised.
         storage: the quantised ones.
-        cache_dtype: of the latent cache, one of :data:`glm_jax.cache.CACHE_DTYPES`.
+        cache_dtype: of the latent cache, one of :data:`glm_jax.cache.latent.CACHE_DTYPES`.
         rules: mesh axis of each logical axis.
         axis_sizes: devices along each mesh axis.
         on_cpu: whether the devices are CPUs, which compute in float32 whatever the weights are stored in.

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_jax.ops import tiled
-from glm_jax.ops.quantized import gather_rows, heads_matmul, matmul, slice_of
-from glm_jax.ops.slices import Index as Index
-from glm_jax.ops.slices import take
-from glm_jax.quant import Bfloat16Bits, QuantizedTensor, TiledWeight, Weight, dequantize
+from glm_jax.ops import tiled_matmul
+from glm_jax.ops.indexing import Index as Index
+from glm_jax.ops.indexing import take
+from glm_jax.ops.quantized_matmul import gather_rows, heads_matmul, matmul, slice_of
+from glm_jax.weights import Bfloat16Bits, QuantizedTensor, TiledWeight, Weight, dequantize
 
 _FUSED_WIDTH = 2560  # divides the long widths of GLM-4.7-Flash, 5,120 and 10,240; 16 kB would be 4,096
 _FEW_ROWS = 256
@@ -30,7 +30,7 @@ def pick(weight: Weight, *index: Index) -> jax.Array:
     if isinstance(weight, QuantizedTensor):
         return dequantize(slice_of(weight, index))
     if isinstance(weight, TiledWeight):
-        return tiled.values_of(weight, index)
+        return tiled_matmul.values_of(weight, index)
     if isinstance(weight, Bfloat16Bits):
         return Bfloat16Bits(take(weight.bits, index)).widen()
     return take(weight, index)
@@ -52,7 +52,7 @@ def linear(x: jax.Array, weight: Weight, *index: Index, dtype: jnp.dtype | None 
     if isinstance(weight, QuantizedTensor):
         product = matmul(rows, weight, index)
     elif isinstance(weight, TiledWeight):
-        product = tiled.matmul(rows, weight, index)
+        product = tiled_matmul.matmul(rows, weight, index)
     elif rows.shape[0] == 1 and any(isinstance(i, jax.Array) for i in index):
         product = _row_times_slice(rows, weight, index)
     elif 1 < rows.shape[0] <= _FEW_ROWS:
@@ -126,7 +126,7 @@ def embed(table: Weight, tokens: jax.Array, first_row: Index = 0) -> jax.Array:
     if isinstance(table, QuantizedTensor):
         values = gather_rows(table, rows)
     elif isinstance(table, TiledWeight):
-        values = tiled.values_of(table, ())[rows]  # tiles are for products: nobody lays an embedding out so
+        values = tiled_matmul.values_of(table, ())[rows]  # tiles are for products: nobody lays an embedding out so
     else:
         values = Bfloat16Bits(table.bits[rows]).widen() if isinstance(table, Bfloat16Bits) else table[rows]
     return jnp.where(here[..., None], values, jnp.zeros((), values.dtype)).astype(table.dtype)

@@ -18,14 +18,14 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from glm_jax.cache import LatentCache, Rows
+from glm_jax.cache.latent import LatentCache, Rows
 from glm_jax.config import Config
-from glm_jax.ops import prompt
+from glm_jax.ops import mla_prefill
 from glm_jax.ops.linear import Index, einsum, heads_linear, linear, pick
 from glm_jax.ops.norm import rms_norm
 from glm_jax.ops.rope import apply_rope, rope_table
-from glm_jax.quant import TiledWeight, Weight
 from glm_jax.sharding import vary_like
+from glm_jax.weights import TiledWeight, Weight
 from pallas_kernels import available
 
 Form = Literal["auto", "absorbed", "expanded"]
@@ -104,7 +104,7 @@ def attend(
     if form == "expanded":
         k_b, v_b = pick(w["k_b"], layer), pick(w["v_b"], layer)
         if stored is not None and by_kernel:
-            return prompt.attend(cfg, _joined(q.nope, q.rope), *stored, positions, k_b, v_b)
+            return mla_prefill.attend(cfg, _joined(q.nope, q.rope), *stored, positions, k_b, v_b)
         return _softmax_over_blocks(
             lambda block: _expand(cfg, q, read(block), k_b, v_b), rows, positions, scale, q.nope, cfg.v_head_dim
         ).astype(q.nope.dtype)

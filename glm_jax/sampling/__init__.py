@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from glm_jax.sampling.draw import SampleResult as SampleResult
-    from glm_jax.sampling.draw import sample as sample
     from glm_jax.sampling.features import SamplerFeatures as SamplerFeatures
     from glm_jax.sampling.params import SamplingParams as SamplingParams
     from glm_jax.sampling.params import completion_seeds as completion_seeds
+    from glm_jax.sampling.sampler import SampleResult as SampleResult
+    from glm_jax.sampling.sampler import sample as sample
     from glm_jax.sampling.state import SamplerState as SamplerState
     from glm_jax.sampling.state import is_stop as is_stop
     from glm_jax.sampling.state import update as update

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from glm_jax.errors import SamplingError
-from glm_jax.sampling import checks
+from glm_jax.sampling import validation
 
 GREEDY_BELOW: Final = 1e-5
 """Temperatures below this take the most likely token (vLLM's ``_SAMPLING_EPS``)."""
@@ -82,27 +82,27 @@ class SamplingParams:
             "presence_penalty": ("a number in [-2, 2]", lambda x: -2 <= x <= 2),
             "frequency_penalty": ("a number in [-2, 2]", lambda x: -2 <= x <= 2),
         }
-        return {name: checks.number(name, getattr(self, name), *rule) for name, rule in ranges.items()}
+        return {name: validation.number(name, getattr(self, name), *rule) for name, rule in ranges.items()}
 
     def _counts(self) -> dict[str, int | bool | None]:
         seed, logprobs = self.seed, self.logprobs
         return {
-            "top_k": checks.integer("top_k", self.top_k, 0, _MAX_INT32, f"an integer from 0 (off) to {_MAX_INT32}"),
-            "max_tokens": checks.integer(
+            "top_k": validation.integer("top_k", self.top_k, 0, _MAX_INT32, f"an integer from 0 (off) to {_MAX_INT32}"),
+            "max_tokens": validation.integer(
                 "max_tokens", self.max_tokens, 1, _MAX_INT32, f"an integer from 1 to {_MAX_INT32}"
             ),
-            "n": checks.integer("n", self.n, 1, _MAX_N),
-            "seed": None if seed is None else checks.integer("seed", seed, 0, 2**SEED_BITS - 1),
-            "logprobs": None if logprobs is None else checks.integer("logprobs", logprobs, 0, _MAX_LOGPROBS),
-            "ignore_eos": checks.flag("ignore_eos", self.ignore_eos),
+            "n": validation.integer("n", self.n, 1, _MAX_N),
+            "seed": None if seed is None else validation.integer("seed", seed, 0, 2**SEED_BITS - 1),
+            "logprobs": None if logprobs is None else validation.integer("logprobs", logprobs, 0, _MAX_LOGPROBS),
+            "ignore_eos": validation.flag("ignore_eos", self.ignore_eos),
         }
 
     def _lists(self) -> dict[str, object]:
         bias = self.logit_bias
         return {
-            "logit_bias": None if bias is None else checks.biases("logit_bias", bias, _MAX_IDS, _MAX_INT32, 100.0),
-            "stop": checks.strings("stop", self.stop, _MAX_STOPS, _MAX_STOP_CHARACTERS),
-            "stop_token_ids": checks.token_ids("stop_token_ids", self.stop_token_ids, _MAX_IDS, _MAX_INT32),
+            "logit_bias": None if bias is None else validation.biases("logit_bias", bias, _MAX_IDS, _MAX_INT32, 100.0),
+            "stop": validation.strings("stop", self.stop, _MAX_STOPS, _MAX_STOP_CHARACTERS),
+            "stop_token_ids": validation.token_ids("stop_token_ids", self.stop_token_ids, _MAX_IDS, _MAX_INT32),
         }
 
     @property
@@ -126,7 +126,7 @@ class SamplingParams:
         Raises:
             SamplingError: if a value is impossible or a name is no option.
         """
-        checks.known(changes, FIELDS)
+        validation.known(changes, FIELDS)
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -151,7 +151,7 @@ class SamplingParams:
         """
         given = {name: config[name] for name in _FROM_CHECKPOINT if config.get(name) is not None}
         try:
-            if config.get("do_sample") is not None and not checks.flag("do_sample", config["do_sample"]):
+            if config.get("do_sample") is not None and not validation.flag("do_sample", config["do_sample"]):
                 given["temperature"] = 0.0
             return cls(**given)
         except SamplingError as error:
@@ -172,7 +172,7 @@ def completion_seeds(params: SamplingParams) -> tuple[int, ...]:
 
 def _from_json(options: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(options, Mapping):
-        checks.refuse("sampling options", options, "a JSON object")
+        validation.refuse("sampling options", options, "a JSON object")
     bias = options.get("logit_bias")
     if not isinstance(bias, Mapping):
         return dict(options)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.errors import SamplingError
-from glm_jax.sampling import rows
+from glm_jax.sampling import batch_arrays
 from glm_jax.sampling.features import SamplerFeatures
 from glm_jax.sampling.numerics import token_grid
 from glm_jax.sampling.params import SamplingParams
@@ -93,18 +93,18 @@ class SamplerState:
         features = needed if features is None else features
         if not features.covers(needed):
             raise SamplingError(f"these rows need {needed}, which {features} does not cover")
-        rows.check(params, seeds, prompt_ids, vocab_size, valid_vocab)
+        batch_arrays.check(params, seeds, prompt_ids, vocab_size, valid_vocab)
         gaps = tuple(sorted({token for token in unused_ids if token < valid_vocab}))
         leaves: dict[str, np.ndarray | None] = {
-            **rows.scalars(params),
-            "seeds": rows.split_seeds(seeds),
-            "stop_ids": rows.stop_ids(params, eos_ids),
+            **batch_arrays.scalars(params),
+            "seeds": batch_arrays.split_seeds(seeds),
+            "stop_ids": batch_arrays.stop_ids(params, eos_ids),
             **dict.fromkeys(("bias_ids", "bias_values", "counts", "in_prompt")),
         }
         if features.bias:
-            leaves |= rows.bias(params, vocab_size)
+            leaves |= batch_arrays.bias(params, vocab_size)
         if features.penalties:
-            leaves |= rows.history(prompt_ids, vocab_size)
+            leaves |= batch_arrays.history(prompt_ids, vocab_size)
         made = jax.tree.map(jnp.asarray, leaves)
         return cls(valid_vocab=valid_vocab, unused_ids=gaps, features=features, **made)
 

@@ -8,11 +8,13 @@ import operator
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Final, Self, SupportsIndex
 
 import tokenizers
 
+from glm_jax.config import Config
 from glm_jax.errors import CheckpointError, PromptError
 from glm_jax.text.token_bytes import TokenBytes, token_bytes
 
@@ -200,3 +202,9 @@ def _what_is_wrong(text: str, error: Exception) -> str:
     if not isinstance(content, dict) or "model" not in content:
         return 'is not a tokenizer: it has no "model"; the file wanted is the checkpoint\'s tokenizer.json'
     return f"is not a tokenizer that the tokenizers package {tokenizers.__version__} can read: {error}"
+
+
+def load_tokenizer(cfg: Config, folder: Path | None) -> Tokenizer:
+    """The checkpoint's tokenizer; for made-up weights, which have none, the miniature's."""
+    home = Path(str(files("glm_jax") / "tiny")) if folder is None else folder
+    return Tokenizer.from_dir(home, model_vocab=cfg.vocab_size)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _device, tuned
 from pallas_kernels._launch import LaunchError, Shape, launch
-from pallas_kernels.grouped_matmul.shapes import RowsShape, block_height, gated_shape, matmul_shape
+from pallas_kernels.grouped_matmul.config import RowsShape, block_height, gated_shape, matmul_shape
 from pallas_kernels.quant_matmul.op import compute_dtype, constants, operands
 from pallas_kernels.tiles import Tiles, same_layout
 

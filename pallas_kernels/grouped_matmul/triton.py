@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels._dot import product
+from pallas_kernels._tile_dot import product
 from pallas_kernels._unpack import planes
 
 

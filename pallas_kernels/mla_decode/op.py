@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _device, tuned
 from pallas_kernels._launch import LaunchError, Shape, launch
-from pallas_kernels.mla_decode.shapes import AttendShape, ProjectShape, attend_shape, project_shape
+from pallas_kernels.mla_decode.config import AttendShape, ProjectShape, attend_shape, project_shape
 from pallas_kernels.quant_matmul.op import Squares, compute_dtype, constants, operands
 from pallas_kernels.tiles import Tiles
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _device, tuned
 from pallas_kernels._launch import Shape, launch
-from pallas_kernels.mla_prefill.shapes import FlashShape, flash_shape
+from pallas_kernels.mla_prefill.config import FlashShape, flash_shape
 from pallas_kernels.quant_matmul.op import compute_dtype
 
 # The logarithm of a sum of no exponentials, finite so that differences of two are numbers.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuned
 from pallas_kernels._launch import LaunchError, Shape, check_counters, launch
-from pallas_kernels.moe.shapes import PairShape
+from pallas_kernels.moe.config import PairShape
 from pallas_kernels.quant_matmul.op import Made, Squares, compute_dtype, constants, operands
 from pallas_kernels.tiles import Tiles, same_layout
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels._dot import dot_pair, dot_tile, rms_factor, squares_of
+from pallas_kernels._tile_dot import dot_pair, dot_tile, rms_factor, squares_of
 
 
 @triton.jit

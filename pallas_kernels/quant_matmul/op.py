@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _device, tuned
 from pallas_kernels._launch import LaunchError, Shape, check_counters, interpreted, launch
-from pallas_kernels.quant_matmul.shapes import LinearShape, linear_shape
+from pallas_kernels.quant_matmul.config import LinearShape, linear_shape
 from pallas_kernels.tiles import ROWS, Tiles, chunk
 
 

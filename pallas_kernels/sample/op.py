@@ -13,9 +13,9 @@ import numpy as np
 
 from pallas_kernels import _device, tuned
 from pallas_kernels._launch import Shape, check_counters, launch
+from pallas_kernels.quant_matmul.config import LinearShape, linear_shape
 from pallas_kernels.quant_matmul.op import Squares, compute_dtype, constants, operands
-from pallas_kernels.quant_matmul.shapes import LinearShape, linear_shape
-from pallas_kernels.sample.shapes import SampleShape
+from pallas_kernels.sample.config import SampleShape
 from pallas_kernels.tiles import Tiles
 
 _LEVELS = 4  # of eight bits each

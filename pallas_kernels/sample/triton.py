@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels._dot import dot_tile, rms_factor, squares_of
+from pallas_kernels._tile_dot import dot_tile, rms_factor, squares_of
 
 LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 LOWEST: tl.constexpr = tl.constexpr(float("-inf"))
@@ -31,7 +31,7 @@ def four_rounds(x, y, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.c
 
 @triton.jit
 def gumbel(high, low, position, ids):
-    """Standard Gumbel noise of (seed, position after this, id), as ``glm_jax.sampling.noise`` makes it."""
+    """Standard Gumbel noise of (seed, position after this, id), as ``glm_jax.sampling.gumbel`` makes it."""
     last = high ^ low ^ 0x1BD11BDA
     x, y = (position + 1).to(tl.uint32) + high, ids.to(tl.uint32) + low
     x, y = four_rounds(x, y, 13, 15, 26, 6)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import GRAPH_OPTIONS, aot, compiling_for
-from pallas_kernels.cases import Sweep, cases
+from pallas_kernels.specs import Sweep, cases
 from pallas_kernels.timing import rounds_program
 
 LAYERS, CALLS = 3, 6

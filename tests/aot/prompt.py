@@ -6,7 +6,7 @@ from jax.sharding import SingleDeviceSharding
 
 from glm_jax.cache import LatentCache
 from glm_jax.config import Config
-from glm_jax.ops import prompt
+from glm_jax.ops import mla_prefill
 from pallas_kernels import GRAPH_OPTIONS, aot, compiling_for
 
 FLASH = Config.flash()
@@ -16,7 +16,7 @@ def traced(batch, tokens, slots, cache_dtype, place=None):
     """The attention of one layer over a cache of several, as the model calls it."""
 
     def program(query, cache, layer, positions, k_b, v_b):
-        return prompt.attend(FLASH, query, cache, layer, positions, k_b, v_b)
+        return mla_prefill.attend(FLASH, query, cache, layer, positions, k_b, v_b)
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)

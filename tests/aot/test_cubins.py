@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from glm_jax.aot import _as_on_a_gpu
 from glm_jax.cache import LatentCache
 from glm_jax.config import Config
+from glm_jax.engine.aot import _as_on_a_gpu
 from glm_jax.model import GLM
-from glm_jax.quant import PRESETS
 from glm_jax.sampling import SamplerState, SamplingParams
-from glm_jax.storage import abstract_params, plan_storage
-from glm_jax.tiling import tiled_tree
+from glm_jax.weights import PRESETS
+from glm_jax.weights.storage import abstract_params, plan_storage
+from glm_jax.weights.tiling import tiled_tree
 from pallas_kernels import compiling_for
 from pallas_kernels._launch import recording
 from pallas_kernels.aot import cards
-from pallas_kernels.cases import Sweep, cases
+from pallas_kernels.specs import Sweep, cases
 from tests.aot import prompt
 
 pytestmark = pytest.mark.aot

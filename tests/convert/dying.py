@@ -11,9 +11,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from convert import manifest, orbax_numpy, work, writer
 from convert.calibrate import Calibration
 from convert.pipeline import convert
+from glm_jax.checkpoint.folder import manifest, orbax_numpy
+from glm_jax.checkpoint.safetensors import writer
+from glm_jax.checkpoint.write import conversion_state
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -84,7 +86,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "before config.json": lambda: die_at_replace("config.json"),
     "half of the manifest": lambda: die_half_way("manifest.json"),
     "before the manifest": lambda: die_at_replace("manifest.json"),
-    "after the manifest": lambda: setattr(work.shutil, "rmtree", die),
+    "after the manifest": lambda: setattr(conversion_state.shutil, "rmtree", die),
     "before anything is said": lambda: die_at_replace("run.json"),
     "the middle of a shard": die_in_shard,
     "before a shard": lambda: die_at_replace("model-00001-of-00001.safetensors"),
@@ -92,7 +94,7 @@ POINTS: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
-    assert shutil is work.shutil
+    assert shutil is conversion_state.shutil
     point, source, destination, form, options = sys.argv[1:]
     POINTS[point]()
     given = json.loads(options)

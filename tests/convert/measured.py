@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 from convert.pipeline import convert
-from convert.sources import open_source
 from glm_jax import checkpoint
+from glm_jax.checkpoint.sources.open import open_source
 
 
 def resident() -> int:

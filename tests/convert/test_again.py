@@ -12,12 +12,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import targets, work
 from convert.__main__ import main
-from convert.manifest import load_manifest
 from convert.pipeline import convert
-from convert.sources import open_source
-from convert.work import WORK_FOLDER
+from glm_jax.checkpoint.folder.manifest import load_manifest
+from glm_jax.checkpoint.sources.open import open_source
+from glm_jax.checkpoint.write import conversion_state, targets
+from glm_jax.checkpoint.write.conversion_state import WORK_FOLDER
 from glm_jax.errors import CheckpointError
 from tests import checkpoints, spellings
 from tests.convert.comparing import contents, same_tensors
@@ -175,7 +175,7 @@ def test_zeros_are_whole(tmp_path):
 
 
 def test_arrays_of_several_chunks_are_whole(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.parts.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("glm_jax.checkpoint.folder.arrays.CHUNK_BYTES", 1000)
     convert(source, tmp_path / "out")
     assert convert(source, tmp_path / "out").written == 0
 
@@ -258,7 +258,7 @@ def change_one_byte(source):
 
 def test_a_change_of_a_byte_stops_a_stopped_conversion(tmp_path, monkeypatch):
     source = write_source(tmp_path / "hf", TENSORS)
-    monkeypatch.setattr("convert.huggingface.Reader.fingerprint", lambda _: "the same")
+    monkeypatch.setattr("glm_jax.checkpoint.sources.huggingface.Reader.fingerprint", lambda _: "the same")
     stopped(monkeypatch, source, tmp_path / "out")
     name = change_one_byte(source)
     with pytest.raises(CheckpointError, match=rf"since then {name} changed: start over with --force"):
@@ -268,7 +268,7 @@ def test_a_change_of_a_byte_stops_a_stopped_conversion(tmp_path, monkeypatch):
 
 def test_a_change_of_a_byte_shows_under_check(tmp_path, monkeypatch, to):
     source = write_source(tmp_path / "hf", TENSORS)
-    monkeypatch.setattr("convert.huggingface.Reader.fingerprint", lambda _: "the same")
+    monkeypatch.setattr("glm_jax.checkpoint.sources.huggingface.Reader.fingerprint", lambda _: "the same")
     convert(source, tmp_path / "out", to=to)
     change_one_byte(source)
     assert convert(source, tmp_path / "out", to=to, check=True).written == 1
@@ -372,4 +372,4 @@ def test_without_locks(source, tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "out" / WORK_FOLDER).exists()
-    assert work.finished_key(tmp_path / "out")
+    assert conversion_state.finished_key(tmp_path / "out")

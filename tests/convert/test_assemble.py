@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
-from convert import assemble
-from convert.assemble import Stack
+from glm_jax.checkpoint import device_stack
+from glm_jax.checkpoint.device_stack import Stack
 
 SHAPE = (3, 8, 6, 4)
 VALUES = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
@@ -44,7 +44,7 @@ def test_any_cut_any_layout(mesh, cuts, axes, dropped):
 
 def device_region(shape, dtype, device, as_bits):
     assert not as_bits
-    return assemble._Device(shape, dtype, device or jax.devices()[0])
+    return device_stack._Device(shape, dtype, device or jax.devices()[0])
 
 
 @pytest.mark.parametrize("kind", ["host", "device"])
@@ -52,7 +52,7 @@ def device_region(shape, dtype, device, as_bits):
 def test_both_kinds_of_region(mesh, monkeypatch, kind, spec):
     """The accelerators' way, tried out on CPU devices, gives what the host's way gives; also under a set mesh."""
     if kind == "device":
-        monkeypatch.setattr(assemble, "_region", device_region)
+        monkeypatch.setattr(device_stack, "_region", device_region)
     sharding = None if spec is None else NamedSharding(mesh, spec)
     with jax.set_mesh(mesh):
         array = fill(Stack(SHAPE, np.dtype(np.float32), sharding), VALUES, {3})
@@ -68,7 +68,7 @@ def test_casts_on_the_way():
 
 
 def test_large_pieces_are_written_in_blocks(monkeypatch):
-    monkeypatch.setattr(assemble, "_BLOCK_BYTES", 40)
+    monkeypatch.setattr(device_stack, "_BLOCK_BYTES", 40)
     array = fill(Stack(SHAPE, np.dtype(np.float32), None), VALUES, set())
     assert np.array_equal(np.asarray(array), VALUES)
 

@@ -11,7 +11,7 @@ import pytest
 
 from convert.__main__ import main
 from convert.pipeline import convert
-from convert.sources import open_source
+from glm_jax.checkpoint.sources.open import open_source
 from tests import checkpoints, spellings
 from tests.convert.comparing import contents, same_tensors
 

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from convert.manifest import FORMAT_VERSION, Manifest
 from convert.pipeline import convert
-from convert.source import build
-from convert.sources import open_source
+from glm_jax.checkpoint.folder.manifest import FORMAT_VERSION, Manifest
+from glm_jax.checkpoint.sources.base import build
+from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.errors import CheckpointError
 from tests import checkpoints, spellings
 

@@ -7,14 +7,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.packing import NOT_LINEAR, module_outputs, obstacle, section
 from convert.pipeline import convert
-from convert.requantise import Requantised
-from convert.source import build_arrays, plain
-from convert.sources import open_source
 from glm_jax.checkpoint import load, save
+from glm_jax.checkpoint.sources.base import build_arrays, plain
+from glm_jax.checkpoint.sources.open import open_source
+from glm_jax.checkpoint.sources.quantized import Requantised
+from glm_jax.checkpoint.write.pack_quantized import NOT_LINEAR, module_outputs, obstacle, section
 from glm_jax.config import Config
-from glm_jax.quant import QuantRules, QuantSpec
+from glm_jax.weights import QuantRules, QuantSpec
 from tests import checkpoints, packers, quantised
 from tests.convert.comparing import same_tensors
 from tests.convert.formats import golden

@@ -10,8 +10,15 @@ import safetensors.numpy
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from convert.header import DTYPES, MAX_HEADER_BYTES, NAMES, header_length, parse_header, printable
-from convert.reader import Shard
+from glm_jax.checkpoint.safetensors.header import (
+    DTYPES,
+    MAX_HEADER_BYTES,
+    NAMES,
+    header_length,
+    parse_header,
+    printable,
+)
+from glm_jax.checkpoint.safetensors.reader import Shard
 from glm_jax.errors import CheckpointError
 
 

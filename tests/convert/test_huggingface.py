@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.huggingface import HuggingFaceSource
-from convert.source import build
+from glm_jax.checkpoint.sources.base import build
+from glm_jax.checkpoint.sources.huggingface import HuggingFaceSource
 from glm_jax.errors import CheckpointError, ConfigError
 from tests import checkpoints, spellings
 

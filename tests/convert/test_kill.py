@@ -13,7 +13,7 @@ import pytest
 
 from convert.calibrate import Calibration
 from convert.pipeline import convert
-from convert.sources import open_source
+from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.errors import CheckpointError
 from tests import checkpoints, spellings
 from tests.convert.comparing import contents, same_tensors

@@ -5,8 +5,8 @@ import pytest
 
 from convert.pipeline import convert
 from glm_jax import checkpoint
-from glm_jax.params import leaves
-from glm_jax.quant import QuantizedTensor, QuantSpec
+from glm_jax.weights import QuantizedTensor, QuantSpec
+from glm_jax.weights.params import leaves
 from tests import checkpoints, spellings
 from tests.model.small import Small
 from tests.quant.made import random_tensor

@@ -8,12 +8,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import parts, pipeline, targets
-from convert.manifest import load_manifest
+from convert import pipeline
 from convert.pipeline import convert
-from convert.sources import open_source
-from convert.work import WORK_FOLDER
-from convert.writer import shard
+from glm_jax.checkpoint.folder import arrays
+from glm_jax.checkpoint.folder.manifest import load_manifest
+from glm_jax.checkpoint.safetensors.writer import shard
+from glm_jax.checkpoint.sources.open import open_source
+from glm_jax.checkpoint.write import targets
+from glm_jax.checkpoint.write.conversion_state import WORK_FOLDER
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from tests import checkpoints, spellings
@@ -335,5 +337,5 @@ def test_manifest_names_dtype_and_parts(tmp_path, source):
 
 def test_chunks_hold_one_expert_each(tmp_path, source):
     convert(source, tmp_path / "out")
-    files = list((parts.part_folder(tmp_path / "out", "layer-00001") / "moe.down" / "c").rglob("0"))
+    files = list((arrays.part_folder(tmp_path / "out", "layer-00001") / "moe.down" / "c").rglob("0"))
     assert len([p for p in files if p.is_file()]) == 7

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from convert import progress
-from convert.progress import progress_bar
+from glm_jax.checkpoint import progress
+from glm_jax.checkpoint.progress import progress_bar
 
 
 class Terminal(io.StringIO):

@@ -11,13 +11,13 @@ import pytest
 
 import glm_jax
 from convert.pipeline import convert
-from convert.source import build_arrays, plain, storage_of
-from convert.sources import open_source
 from glm_jax.checkpoint import load
+from glm_jax.checkpoint.sources.base import build_arrays, plain, storage_of
+from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.errors import ShardingError
-from glm_jax.params import leaves
-from glm_jax.quant import QuantizedTensor
 from glm_jax.sharding import make_mesh, preset
+from glm_jax.weights import QuantizedTensor
+from glm_jax.weights.params import leaves
 from tests import packers, quantised
 from tests.spellings import original, resaved
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert.reader import INDEX_NAME, PAGE_BYTES, Reader, listing
+from glm_jax.checkpoint.safetensors.reader import INDEX_NAME, PAGE_BYTES, Reader, listing
 from glm_jax.errors import CheckpointError
 
 A = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}

@@ -8,13 +8,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.checks import array_name
 from convert.pipeline import convert
-from convert.sources import open_source
 from glm_jax import checkpoint
+from glm_jax.checkpoint.sources.open import open_source
+from glm_jax.checkpoint.validation import array_name
 from glm_jax.errors import CheckpointError, QuantError
-from glm_jax.params import leaves
-from glm_jax.quant import QuantizedTensor, QuantRules, QuantSpec, dequantize
+from glm_jax.weights import QuantizedTensor, QuantRules, QuantSpec, dequantize
+from glm_jax.weights.params import leaves
 from tests import checkpoints, spellings
 from tests.convert.comparing import contents
 from tests.convert.small import calibratable

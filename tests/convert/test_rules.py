@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.formats.base import Stored
-from convert.layout import layout
-from convert.rules import TABLES, Matcher, assign, slots
+from glm_jax.checkpoint.folder.layout import layout
+from glm_jax.checkpoint.formats.base import Stored
+from glm_jax.checkpoint.mapping.rules import TABLES, Matcher, assign, slots
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from tests import checkpoints, spellings
@@ -76,7 +76,7 @@ def test_expected_names_and_shapes_are_the_checkpoints(config):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_parts_hold_every_parameter_once(config):
     """The layout on disk is the parameter tree, cut into layers."""
-    from glm_jax.params import leaves, param_specs
+    from glm_jax.weights.params import leaves, param_specs
 
     cfg = Config.from_hf(config)
     members = [leaf for part in layout(cfg).values() for leaf in part]

@@ -11,10 +11,10 @@ from convert.calibrate import CalibratedSource, Calibration
 from convert.calibrate.signround import Settings, can_learn, start_from, tune
 from convert.calibrate.source import LEAST_TOKENS
 from convert.pipeline import convert
-from convert.sources import open_source
+from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError, MemoryPlanError, QuantError
-from glm_jax.quant import PRESETS, QuantSpec, dequantize
+from glm_jax.weights import PRESETS, QuantSpec, dequantize
 from tests.convert.small import calibratable
 
 SPEC = QuantSpec(kind="int4", block=(1, 8))

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from huggingface_hub import errors
 
-from convert import hub, sources
-from convert.source import build
-from convert.sources import open_source
-from convert.synthetic import SyntheticSource, SyntheticSpec
+from glm_jax.checkpoint.sources import hub, open
+from glm_jax.checkpoint.sources.base import build
+from glm_jax.checkpoint.sources.open import open_source
+from glm_jax.checkpoint.sources.synthetic import SyntheticSource, SyntheticSpec
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
-from glm_jax.params import init_params, leaves
+from glm_jax.weights.params import init_params, leaves
 from tests import checkpoints, spellings
 
 CONFIG = spellings.odd()
@@ -56,7 +56,7 @@ def test_single_file_as_the_source(tmp_path):
 
 
 def test_miniature_is_a_folder_of_the_package():
-    assert sources.tiny_folder().parts[-2:] == ("glm_jax", "tiny")
+    assert open.tiny_folder().parts[-2:] == ("glm_jax", "tiny")
 
 
 class FakeHub:
@@ -159,7 +159,7 @@ def test_bad_synthetic_strings(text, words):
 def test_synthetic_weights_are_the_initialisers(dtype, parts):
     """Drawn matrix by matrix, or all at once on the device: the same bits."""
     cfg = Config.from_hf(spellings.odd(num_hidden_layers=2))
-    source = SyntheticSource(SyntheticSpec(cfg, 3), sources.DTYPES[dtype], "synthetic")
+    source = SyntheticSource(SyntheticSpec(cfg, 3), open.DTYPES[dtype], "synthetic")
     params = dict(leaves(init_params(cfg, 3, dtype)))
     for leaf in (leaf for part in parts for leaf in source.layout()[part]):
         whole = np.asarray(params[leaf.target])

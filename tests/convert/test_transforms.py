@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.transforms import HEADS, WHOLE, Transform
+from glm_jax.checkpoint.mapping.transforms import HEADS, WHOLE, Transform
 
 _N = st.integers(1, 6)
 

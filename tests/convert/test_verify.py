@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from convert import compare, verify
-from convert.quality import chat, divergence, marks, sides
+from convert.quality import chat, divergence, models, task_scoring
 from convert.quality.divergence import Positions
 from convert.quality.weights import KINDS, kind_of, sizes, weight_errors
-from convert.source import build
-from convert.sources import open_source
 from glm_jax import checkpoint
-from glm_jax.cli import BAD_INPUT, OK, finish
-from glm_jax.companions import Companions
+from glm_jax.checkpoint.sources.base import build
+from glm_jax.checkpoint.sources.open import open_source
+from glm_jax.cli.common import BAD_INPUT, OK, finish
+from glm_jax.engine.assets import Companions
 from glm_jax.errors import CheckpointError, GlmError, MemoryPlanError, PromptError
 from tests import checkpoints
 from tests.llm.models import CONFIG, random_model, scripted_model
@@ -55,8 +55,8 @@ def folders(tmp_path_factory):
 def side(folder, cache_dtype="float32", **quantised):
     source = open_source(folder)
     companions = Companions.read(source.cfg, folder)
-    return sides.load(
-        sides.requantised(source, **quantised) if quantised else source,
+    return models.load(
+        models.requantised(source, **quantised) if quantised else source,
         companions,
         dtype="float32",
         cache_dtype=cache_dtype,
@@ -212,7 +212,7 @@ def test_pieces_of_other_heights_are_the_same_rows(folders, monkeypatch):
 
 def test_bytes_are_those_of_the_loaded_arrays(folders):
     source = open_source(folders[0])
-    for model in (source, sides.requantised(source, "int8"), sides.requantised(source, "int4-small", "rtn")):
+    for model in (source, models.requantised(source, "int8"), models.requantised(source, "int4-small", "rtn")):
         cfg, params, _ = checkpoint.load(model, dtype="bfloat16")
         mtp = sum(leaf.nbytes for leaf in jax.tree.leaves(params.pop("mtp")))
         main = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -226,7 +226,7 @@ def test_a_model_without_prediction_layer_is_compared_in_the_rest(folders, tmp_p
     tensors = {n: t for n, t in checkpoints.read(folders[0]).items() if not n.startswith("model.layers.3.")}
     bare = open_source(checkpoints.write(tmp_path, CONFIG, tensors))
     first = open_source(folders[0])
-    sides.check_same_network(first.cfg, bare.cfg)
+    models.check_same_network(first.cfg, bare.cfg)
     found = weight_errors(first, bare)
     assert "prediction layer" not in found["by_kind"]
     assert set(found["by_matrix"].values()) == {0.0}
@@ -269,7 +269,7 @@ def test_answers_are_marked_and_compared(tmp_path):
 
 
 def test_the_miniatures_tasks_can_be_read():
-    tasks = marks.read_tasks(Path(verify.__file__).parents[1] / "glm_jax" / "tiny" / "heldout_chat.jsonl")
+    tasks = task_scoring.read_tasks(Path(verify.__file__).parents[1] / "glm_jax" / "tiny" / "heldout_chat.jsonl")
     assert len(tasks) == 625
 
 
@@ -286,7 +286,7 @@ def test_bad_tasks_are_refused(tmp_path, line, words):
     file = tmp_path / "tasks.jsonl"
     file.write_text(line + "\n")
     with pytest.raises(PromptError, match=re.escape(words)):
-        marks.read_tasks(file)
+        task_scoring.read_tasks(file)
 
 
 # ---------------------------------------------------------------------------------------------- commands
@@ -382,19 +382,19 @@ def test_different_models_are_refused(folders, tmp_path):
     first = open_source(folders[0])
     bigger = open_source(random_model(tmp_path / "bigger", vocab_size=400))
     with pytest.raises(CheckpointError, match="the vocabularies differ: 384 tokens in the source and 400 here"):
-        sides.check_same_network(first.cfg, bigger.cfg)
+        models.check_same_network(first.cfg, bigger.cfg)
     shallow = open_source(random_model(tmp_path / "shallow", num_hidden_layers=2))
     with pytest.raises(CheckpointError, match=r"different models \(num_hidden_layers 3 and 2"):
-        sides.check_same_network(first.cfg, shallow.cfg)
+        models.check_same_network(first.cfg, shallow.cfg)
     rounded = first.cfg.replace(rms_norm_eps=float(np.float32(first.cfg.rms_norm_eps)), latent_eps=1e-5)
-    sides.check_same_network(first.cfg, rounded)
+    models.check_same_network(first.cfg, rounded)
 
 
 def test_different_tokenizers_are_refused(folders, tmp_path):
     odd = scripted_model(tmp_path, {"</think>": ["area"]})
     ours, theirs = (Companions.read(open_source(folder).cfg, folder) for folder in (folders[0], odd))
     with pytest.raises(CheckpointError, match="tokenizers of the two models differ"):
-        sides.encode([TEXT], ours, theirs)
+        models.encode([TEXT], ours, theirs)
 
 
 def test_models_that_do_not_fit_together_are_refused(folders, monkeypatch):
@@ -403,7 +403,7 @@ def test_models_that_do_not_fit_together_are_refused(folders, monkeypatch):
     monkeypatch.setattr(devices, "device_limit", lambda _: 1000)
     first, second = map(open_source, folders)
     with pytest.raises(MemoryPlanError, match="--weights-only"):
-        sides.require_room(first, second, dtype="float32", window=WINDOW)
+        models.require_room(first, second, dtype="float32", window=WINDOW)
 
 
 def test_files_that_are_no_positions_are_refused(tmp_path, pair, ids):

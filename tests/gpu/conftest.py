@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from pallas_kernels import interpreted
-from pallas_kernels.cases import Sweep, Widths
+from pallas_kernels.specs import Sweep, Widths
 
 # What only a card can show: addresses, launches, more shared memory than a program has without asking.
 collect_ignore = ["test_card.py"] if interpreted() else []

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from glm_jax.bench.ours import Ours
-from pallas_kernels import _routes, noise
+from pallas_kernels import _launch_backends, noise
 from pallas_kernels._launch import recording
-from pallas_kernels.cases import Sweep, cases, difference
 from pallas_kernels.mla_decode import Cache
+from pallas_kernels.specs import Sweep, cases, difference
 
 pytestmark = pytest.mark.gpu
 ONE = jnp.ones(1, jnp.int32)
@@ -23,8 +23,8 @@ def only(op, **sweep):
 
 def test_the_call_for_ptx_works():
     """Otherwise kernels are launched by jax-triton, outside of graphs, and the tests of graphs below fail too."""
-    assert _routes._problem("ptx") is None
-    assert _routes.route() == "ptx"
+    assert _launch_backends._problem("ptx") is None
+    assert _launch_backends.route() == "ptx"
 
 
 def test_the_cache_is_written_in_place_and_nowhere_else():

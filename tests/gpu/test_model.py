@@ -8,7 +8,7 @@ import pytest
 import glm_jax
 from glm_jax.cache import LatentCache
 from glm_jax.model import GLM
-from glm_jax.tiling import has_tiles
+from glm_jax.weights.tiling import has_tiles
 from pallas_kernels import interpreted
 
 pytestmark = pytest.mark.gpu

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import interpreted
-from pallas_kernels.cases import OPS, cases, difference
+from pallas_kernels.specs import OPS, cases, difference
 from tests.gpu.conftest import SWEEPS
 
 pytestmark = pytest.mark.gpu

@@ -6,9 +6,9 @@ import pytest
 
 from glm_jax.config import Config
 from glm_jax.errors import GlmError
-from glm_jax.kernel_choice import by_kernels
-from glm_jax.quant import PRESETS
-from glm_jax.storage import Storage, plan_storage
+from glm_jax.model.kernel_selection import by_kernels
+from glm_jax.weights import PRESETS
+from glm_jax.weights.storage import Storage, plan_storage
 
 pytestmark = pytest.mark.kernels
 CFG = Config.flash(layers=3)
@@ -38,7 +38,7 @@ def test_a_storage_without_a_layout_is_said_before_anything_is_read(changes):
 
 
 def test_where_kernels_would_be_best_a_note_says_why_they_are_not_taken(monkeypatch, capsys):
-    monkeypatch.setattr("glm_jax.kernel_choice.wants_kernels", lambda kernels, dtype: True)
+    monkeypatch.setattr("glm_jax.model.kernel_selection.wants_kernels", lambda kernels, dtype: True)
     assert not by_kernels(CFG, stored({"block": (32, 1)}), None, "bfloat16")
     assert "note: this model runs without hand-written kernels: the storage of runs/0" in capsys.readouterr().err
     assert by_kernels(CFG, stored(), None, "bfloat16")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from pallas_kernels._launch import LaunchError
 from pallas_kernels.grouped_matmul import Blocks, gated, height, matmul
+from pallas_kernels.grouped_matmul.config import RowsShape
 from pallas_kernels.grouped_matmul.reference import gated_ref, matmul_ref
-from pallas_kernels.grouped_matmul.shapes import RowsShape
 from tests.kernels.making import assert_close, normal, tiles
 
 pytestmark = pytest.mark.kernels

@@ -8,8 +8,8 @@ import pytest
 from pallas_kernels import LaunchError
 from pallas_kernels._interpreter import only
 from pallas_kernels.quant_matmul import linear
+from pallas_kernels.quant_matmul.config import LinearShape, linear_shape
 from pallas_kernels.quant_matmul.reference import linear_ref
-from pallas_kernels.quant_matmul.shapes import LinearShape, linear_shape
 from pallas_kernels.tiles import BITS
 from tests.kernels.making import assert_close, normal, squares, tiles
 

@@ -7,8 +7,8 @@ import pytest
 
 from pallas_kernels._launch import LaunchError
 from pallas_kernels.mla_decode import Attention, Cache, attend, queries, values
+from pallas_kernels.mla_decode.config import AttendShape, ProjectShape, attend_shape
 from pallas_kernels.mla_decode.reference import attend_ref, queries_ref, values_ref
-from pallas_kernels.mla_decode.shapes import AttendShape, ProjectShape, attend_shape
 from tests.kernels.making import assert_close, normal, squares, tiles
 
 pytestmark = pytest.mark.kernels

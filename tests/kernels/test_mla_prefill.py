@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm_jax.cache import CACHE_DTYPES, LatentCache, encode
+from glm_jax.cache import LatentCache
+from glm_jax.cache.latent import CACHE_DTYPES, encode
 from glm_jax.config import Config
-from glm_jax.ops import mla, prompt
+from glm_jax.ops import mla, mla_prefill
 from pallas_kernels.aot import cards
 from pallas_kernels.mla_prefill import flash, merge
+from pallas_kernels.mla_prefill.config import FlashShape, flash_shape, neighbours
 from pallas_kernels.mla_prefill.op import EMPTY, padded
 from pallas_kernels.mla_prefill.reference import flash_ref
-from pallas_kernels.mla_prefill.shapes import FlashShape, flash_shape, neighbours
 from tests.kernels.making import assert_close, normal
 
 pytestmark = pytest.mark.kernels
@@ -249,8 +250,8 @@ def by_reference(cfg, query, cache, positions, weights):
     return jax.jit(lambda *a: mla.attend(cfg, *a, 0, "expanded"))(q, cache.layer(LAYER), positions, stacked)
 
 
-def by_kernel(cfg, query, cache, positions, weights, stretch=None, short=prompt.SHORT):
-    run = jax.jit(lambda *arrays: prompt.attend(cfg, *arrays, stretch=stretch, short=short))
+def by_kernel(cfg, query, cache, positions, weights, stretch=None, short=mla_prefill.SHORT):
+    run = jax.jit(lambda *arrays: mla_prefill.attend(cfg, *arrays, stretch=stretch, short=short))
     return run(query, cache, jnp.int32(LAYER), positions, *weights)
 
 
@@ -313,7 +314,7 @@ def test_one_stretch_is_one_launch():
 
     def primitives(stretch):
         given = (query, cache, jnp.int32(LAYER), positions, *weights)
-        return str(jax.make_jaxpr(lambda *a: prompt.attend(cfg, *a, stretch=stretch))(*given))
+        return str(jax.make_jaxpr(lambda *a: mla_prefill.attend(cfg, *a, stretch=stretch))(*given))
 
     assert "while" not in primitives(None)
     assert primitives(None).count("pure_callback[") == 1

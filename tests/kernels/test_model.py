@@ -9,13 +9,12 @@ from jax.sharding import NamedSharding
 import glm_jax
 from glm_jax.cache import LatentCache
 from glm_jax.config import Config
-from glm_jax.model import GLM
-from glm_jax.ops import fused
-from glm_jax.params import init_params, leaves, map_specs, param_specs
-from glm_jax.quant import TiledWeight
+from glm_jax.model import GLM, fused_decode
 from glm_jax.sampling import SamplerState, SamplingParams, sample
 from glm_jax.sharding import Rules, make_mesh, preset
-from glm_jax.tiling import Placement, has_tiles, tiled_tree, untiled_tree
+from glm_jax.weights import TiledWeight
+from glm_jax.weights.params import init_params, leaves, map_specs, param_specs
+from glm_jax.weights.tiling import Placement, has_tiles, tiled_tree, untiled_tree
 from pallas_kernels import _launch
 from tests.kernels.making import assert_close
 
@@ -61,7 +60,7 @@ def test_one_step(changes):
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, cfg.vocab_size, (BATCH, PROMPT)), jnp.int32)
     cache = after_prompt(cfg, params, "float32", tokens)
-    assert fused.obstacle(cfg, tiled_tree(params)) is None
+    assert fused_decode.obstacle(cfg, tiled_tree(params)) is None
     positions = jnp.asarray([[PROMPT], [2]], jnp.int32)  # rows of different lengths
     expected, after = step(cfg, params, False, cache, tokens[:, :1], positions)
     found, written = step(cfg, params, True, cache, tokens[:, :1], positions)
@@ -148,7 +147,7 @@ def test_a_step_draws_what_the_sampler_draws_from_its_logits(sampling, changes):
     cfg = small(num_hidden_layers=1, mlp_layer_types=("dense",), **changes)
     params = init_params(cfg, 0, "float32")
     tiled = tiled_tree(params)
-    assert (fused.obstacle(cfg, tiled) is None) == (not changes)
+    assert (fused_decode.obstacle(cfg, tiled) is None) == (not changes)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (BATCH, 1)), jnp.int32)
     positions, cache = jnp.asarray([[0], [3]], jnp.int32), LatentCache.create(cfg, BATCH, 32, "float32")
     options = SamplingParams(**sampling)
@@ -174,7 +173,7 @@ def test_parameters_come_out_of_their_tiles():
 def test_without_room_for_two_copies_stacks_are_laid_out_by_layers(monkeypatch):
     expected = glm_jax.LLM.load("tiny", quantize="int4", kernels="triton").params
     asked = []
-    monkeypatch.setattr("glm_jax.checkpoint._has_room", asked.append)
+    monkeypatch.setattr("glm_jax.checkpoint.loader._has_room", asked.append)
     found = glm_jax.LLM.load("tiny", quantize="int4", kernels="triton").params
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -193,7 +192,7 @@ def test_a_model_in_tiles_is_saved_as_any_other(tmp_path):
 def test_what_kernels_cannot_run_goes_by_the_reference():
     cfg = small(qk_nope_head_dim=40)  # heads of 56
     params = tiled_tree(init_params(cfg, 0, "float32"))
-    assert "multiples of 64" in fused.obstacle(cfg, params)
+    assert "multiples of 64" in fused_decode.obstacle(cfg, params)
     tokens = jnp.zeros((1, 1), jnp.int32)
     cache = LatentCache.create(cfg, 1, 16, "float32")
     found = GLM(cfg).apply({"params": params}, tokens, tokens, cache)[0]
@@ -254,7 +253,7 @@ def test_two_devices(tokens):
         over = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, jax.P())), (ids, positions, cache))
         found, written = call(there, over[0][:, :tokens], over[1], over[2])
         body = {name: there[name] for name in ("embed", "runs", "norm")}
-        assert fused.obstacle(cfg, body, rules) is None
+        assert fused_decode.obstacle(cfg, body, rules) is None
     assert_close(found, expected, 5e-6)
     assert_close(written.data, after.data, 5e-6)
 
@@ -270,5 +269,5 @@ def test_parts_come_out_of_their_tiles():
 
 def test_experts_on_devices_of_their_own_are_for_the_reference():
     cfg = small()
-    problem = fused.obstacle(cfg, tiled_tree(init_params(cfg, 0, "float32")), Rules(experts="model"))
+    problem = fused_decode.obstacle(cfg, tiled_tree(init_params(cfg, 0, "float32")), Rules(experts="model"))
     assert problem == "they run on devices that split heads, widths and vocabulary, not experts"

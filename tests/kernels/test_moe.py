@@ -7,8 +7,8 @@ import pytest
 
 from pallas_kernels._launch import LaunchError
 from pallas_kernels.moe import Routed, down, gate_up, sort_pairs
+from pallas_kernels.moe.config import PairShape
 from pallas_kernels.moe.reference import choose_ref, down_ref, gate_up_ref
-from pallas_kernels.moe.shapes import PairShape
 from tests.kernels.making import assert_close, normal, squares, tiles
 
 pytestmark = pytest.mark.kernels

@@ -9,14 +9,14 @@ import pytest
 
 from pallas_kernels._interpreter import only
 from pallas_kernels.grouped_matmul import gated, matmul
-from pallas_kernels.grouped_matmul.shapes import RowsShape
+from pallas_kernels.grouped_matmul.config import RowsShape
 from pallas_kernels.mla_decode import Attention, Cache, attend, values
+from pallas_kernels.mla_decode.config import AttendShape
 from pallas_kernels.mla_decode.reference import attend_ref, values_ref
-from pallas_kernels.mla_decode.shapes import AttendShape
 from pallas_kernels.moe import Plan, Routed, down, gate_up, sort_pairs
 from pallas_kernels.moe.reference import choose_ref
 from pallas_kernels.quant_matmul import linear
-from pallas_kernels.quant_matmul.shapes import LinearShape
+from pallas_kernels.quant_matmul.config import LinearShape
 from pallas_kernels.tiles import Tiles, chunk, from_tiles
 from tests.kernels.making import assert_close, normal, squares
 

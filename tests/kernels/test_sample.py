@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm_jax.ops.fused import Stream
-from glm_jax.quant import TiledWeight
+from glm_jax.model.fused_decode import Stream
+from glm_jax.model.fused_sampling import sample_states
 from glm_jax.sampling import SamplerFeatures, SamplerState, SamplingParams, sample, update
-from glm_jax.sampling.kernels import sample_states
-from glm_jax.sampling.noise import gumbel
+from glm_jax.sampling.gumbel import gumbel
 from glm_jax.sampling.numerics import token_grid
+from glm_jax.weights import TiledWeight
 from pallas_kernels._interpreter import interpret
+from pallas_kernels.quant_matmul.config import LinearShape
 from pallas_kernels.quant_matmul.reference import factor_ref
-from pallas_kernels.quant_matmul.shapes import LinearShape
 from pallas_kernels.sample import Rows, Vocabulary, draw, head, thresholds
+from pallas_kernels.sample.config import SampleShape
 from pallas_kernels.sample.reference import draw_ref, gaps_ref, head_ref
-from pallas_kernels.sample.shapes import SampleShape
 from pallas_kernels.tiles import from_tiles, make_tiles
 from tests.kernels.making import normal, squares, tiles
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm_jax.quant import QuantizedTensor, QuantSpec, dequantize, quantize, tile, untile
+from glm_jax.weights import QuantizedTensor, QuantSpec, dequantize, quantize, tile, untile
 from pallas_kernels.tiles import BITS, ROWS, WIDTH, chunk, from_tiles, make_tiles, to_codes
 from tests.kernels.making import tiles
 

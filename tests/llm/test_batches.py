@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from glm_jax.decoding import Runner
+from glm_jax.engine.runner import Runner
 from glm_jax.llm import LLM
 from glm_jax.sampling import SamplingParams
 from tests.llm.models import CONTEXT

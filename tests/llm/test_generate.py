@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax import decoding
-from glm_jax.completion import Completion
+from glm_jax.engine import runner
+from glm_jax.engine.outputs import Completion
 from glm_jax.errors import GlmError, PromptError, SamplingError
 from glm_jax.llm import LLM
 from glm_jax.sampling import SamplingParams
@@ -64,8 +64,8 @@ def test_greedy_tokens_are_those_of_the_slow_path(llm, together):
 @pytest.mark.parametrize("sizes", [[1] * 40, [3, 1, 64], [64]], ids=str)
 def test_the_size_of_the_bursts_changes_nothing(llm, together, sizes, monkeypatch):
     limits = iter(sizes)
-    steps = decoding.decode_steps
-    monkeypatch.setattr(decoding, "decode_steps", lambda *a, **k: steps(*a[:-1], np.int32(next(limits)), **k))
+    steps = runner.decode_steps
+    monkeypatch.setattr(runner, "decode_steps", lambda *a, **k: steps(*a[:-1], np.int32(next(limits)), **k))
     assert llm.generate(TEXTS, DRAWN) == together[DRAWN]
 
 
@@ -225,13 +225,13 @@ def test_a_prompt_in_chunks_gives_the_same_tokens(llm, monkeypatch):
     texts = [*TEXTS[1:], "def fib(n):\n    return n if n < 2 else fib(n - 1)\n" * 2]
     lengths = [len(llm.tokenizer.encode(text)) for text in texts]
     whole = llm.generate(texts, DRAWN)
-    monkeypatch.setattr(decoding, "chunk_length", lambda rows, on_cpu: 16)
+    monkeypatch.setattr(runner, "chunk_length", lambda rows, on_cpu: 16)
     assert min(lengths) < 16 < 32 < max(lengths), "some rows must end in an earlier chunk than others"
     assert llm.generate(texts, DRAWN) == whole
 
 
 def test_chunks_are_narrower_for_many_rows(llm, together, monkeypatch):
-    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 64)  # 4 rows of 16
+    monkeypatch.setattr(runner, "PREFILL_TOKENS", 64)  # 4 rows of 16
     assert llm.generate(TEXTS, DRAWN) == together[DRAWN]
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax import decoding
+from glm_jax.engine import runner
 from glm_jax.errors import ConfigError, GlmError, PromptError
 from glm_jax.llm import LLM
 from tests.checkpoints import read
@@ -54,8 +54,8 @@ def test_logits_of_different_lengths_are_a_list(llm, reference):
 def test_logits_in_chunks_and_groups(llm, reference, monkeypatch):
     """More rows than are run together, longer than a chunk."""
     rows = [[(i * k) % 340 for i in range(1, 21 + k)] for k in range(1, 6)]
-    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 16)
-    monkeypatch.setattr(decoding, "LOGITS_TOKENS", 64)
+    monkeypatch.setattr(runner, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(runner, "LOGITS_TOKENS", 64)
     found = llm.logits(rows)
     assert all(close(a, reference.logits(row)) for a, row in zip(found, rows, strict=True))
 
@@ -103,7 +103,7 @@ def test_mtp_logits(llm, reference):
 @pytest.fixture
 def long_row(monkeypatch):
     """Two chunks and a part of one."""
-    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(runner, "PREFILL_CHUNK", 16)
     return [(7 * i) % 340 for i in range(1, 40)]
 
 

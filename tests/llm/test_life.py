@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from glm_jax import checkpoint, decoding
+from glm_jax import checkpoint
+from glm_jax.engine import runner
 from glm_jax.errors import CheckpointError, GlmError, SamplingError, ShardingError
 from glm_jax.llm import LLM
 from glm_jax.sampling import SamplingParams
@@ -84,7 +85,7 @@ def attentive():
 
 def interrupting(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Ctrl-C comes while the device runs its burst number ``after``."""
-    steps, calls = decoding.decode_steps, []
+    steps, calls = runner.decode_steps, []
 
     def run(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -93,7 +94,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
             signal.raise_signal(signal.SIGINT)
         return out
 
-    monkeypatch.setattr(decoding, "decode_steps", run)
+    monkeypatch.setattr(runner, "decode_steps", run)
 
 
 @pytest.mark.usefixtures("attentive")

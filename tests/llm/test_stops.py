@@ -119,11 +119,11 @@ def test_rows_of_a_batch_end_each_at_its_own(writer):
 
 def test_the_device_is_told_of_rows_that_ended_at_a_stop_string(writer, monkeypatch):
     """Otherwise it would go on for the whole burst."""
-    from glm_jax import decoding
+    from glm_jax.engine import runner
 
     states = []
-    steps = decoding.decode_steps
-    monkeypatch.setattr(decoding, "decode_steps", lambda *a, **k: states.append(a[2].done.tolist()) or steps(*a, **k))
+    steps = runner.decode_steps
+    monkeypatch.setattr(runner, "decode_steps", lambda *a, **k: states.append(a[2].done.tolist()) or steps(*a, **k))
     params = GREEDY.replace(stop=["two"], ignore_eos=True)
     assert [p.index for p in writer.stream("x", params, n=4) if p.finish_reason] == [0, 1, 2, 3]
     assert len(states) == 2

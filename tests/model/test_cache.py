@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
-from glm_jax.cache import CACHE_DTYPES, LatentCache, Rows, bytes_per_row, bytes_per_token, cache_kind, encode
+from glm_jax.cache import LatentCache
+from glm_jax.cache.latent import CACHE_DTYPES, Rows, bytes_per_row, bytes_per_token, cache_kind, encode
 from glm_jax.config import Config
 from glm_jax.errors import ConfigError
 from glm_jax.model import GLM
 from glm_jax.ops import mla
 from glm_jax.sharding import Rules, make_mesh, preset
-from glm_jax.storage import abstract_params
+from glm_jax.weights.storage import abstract_params
 from tests.model.small import VARIANTS, Small
 from tests.reference import Reference, layers
 from tests.runner import QUICK_COMPILE, Array, close, positions, tokens

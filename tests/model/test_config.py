@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_jax.cache import LatentCache, bytes_per_token
+from glm_jax.cache import LatentCache
+from glm_jax.cache.latent import bytes_per_token
 from glm_jax.config import Config
 from glm_jax.errors import ConfigError, GlmError
-from glm_jax.params import leaves, param_specs
-from glm_jax.storage import abstract_params
+from glm_jax.weights.params import leaves, param_specs
+from glm_jax.weights.storage import abstract_params
 from tests.checkpoints import random_tensors, to_params
 from tests.spellings import ODD_SIZES, HfConfig, from_scratch, layer_kinds, odd, original, resaved
 

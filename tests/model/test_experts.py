@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax.ops import moe
+from glm_jax.ops import experts
 
 EXPERTS, WIDTH, HIDDEN, CHOSEN = 8, 6, 10, 3
 
@@ -21,7 +21,7 @@ def _weights(rng: np.random.Generator) -> dict[str, Any]:
     return {name: jnp.asarray(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
 
 
-def _expected(x: np.ndarray, routing: moe.Routing, w: dict[str, Any]) -> np.ndarray:
+def _expected(x: np.ndarray, routing: experts.Routing, w: dict[str, Any]) -> np.ndarray:
     gate, up, down = (np.asarray(w[name][0], np.float64) for name in ("gate", "up", "down"))
     out = np.zeros(x.shape)
     for token, (chosen, weights) in enumerate(
@@ -46,16 +46,16 @@ def test_methods_agree(tokens: int, load: str) -> None:
         experts[:] = [2, 5, 7]
     if load == "some elsewhere":
         experts[rng.random(experts.shape) < 0.6] = EXPERTS  # on another device
-    routing = moe.Routing(jnp.asarray(experts), jnp.asarray(rng.random((tokens, CHOSEN), np.float32)))
+    routing = experts.Routing(jnp.asarray(experts), jnp.asarray(rng.random((tokens, CHOSEN), np.float32)))
     routing = routing._replace(weights=jnp.where(routing.experts < EXPERTS, routing.weights, 0.0))
     expected = _expected(x, routing, w)
     for method in ("pairs", "blocks", "batched", "dense"):
-        found = jax.jit(lambda x, r, w, m=method: moe.apply_experts(x, r, w, 0, method=m))(x, routing, w)
+        found = jax.jit(lambda x, r, w, m=method: experts.apply_experts(x, r, w, 0, method=m))(x, routing, w)
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5, err_msg=method)
 
 
 def test_a_batch_is_used_only_where_nothing_is_copied() -> None:
-    assert moe.cheapest(512, 4, 64, in_place=True) == "batched"
-    assert moe.cheapest(512, 4, 64) == "blocks"
-    assert moe.cheapest(8, 4, 64, in_place=True) == "pairs"
-    assert moe.cheapest(512, 4, 8, in_place=True) == "dense"
+    assert experts.cheapest(512, 4, 64, in_place=True) == "batched"
+    assert experts.cheapest(512, 4, 64) == "blocks"
+    assert experts.cheapest(8, 4, 64, in_place=True) == "pairs"
+    assert experts.cheapest(512, 4, 8, in_place=True) == "dense"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from glm_jax.model import GLM
-from glm_jax.ops import moe
-from glm_jax.params import leaves
+from glm_jax.ops import experts
+from glm_jax.weights.params import leaves
 from tests.checkpoints import Tensors, to_params
 from tests.model.small import VARIANTS, Small
 from tests.reference import Reference
@@ -83,7 +83,7 @@ GRADED = {"scanned_blocks": (SCANNED, "expanded", 7), "drafted_pairs": (DRAFTED,
 @pytest.mark.parametrize(("small", "form", "length"), GRADED.values(), ids=GRADED)
 def test_gradients_are_finite_differences(small: Small, form: str, length: int) -> None:
     ids = tokens(small.config, length + 1, seed=30)
-    assert moe.cheapest(length, 3, 7) == ("blocks" if length == 7 else "pairs")
+    assert experts.cheapest(length, 3, 7) == ("blocks" if length == 7 else "pairs")
     gradients = dict(leaves(our_gradients(small, ids, form)))
     zero = {key: np.zeros(value.shape) for key, value in small.tensors.items()}
     step = 1e-5
@@ -116,8 +116,8 @@ def test_the_ways_to_apply_experts_agree(rows: int) -> None:
     weights = jnp.asarray(rng.standard_normal(chosen.shape), jnp.float32)
 
     def run(method: Any, x: jax.Array, weights: jax.Array, stacked: Any) -> tuple[jax.Array, jax.Array]:
-        routing = moe.Routing(jnp.asarray(chosen, jnp.int32), weights)
-        out = moe.apply_experts(x, routing, stacked, 1, method=method)
+        routing = experts.Routing(jnp.asarray(chosen, jnp.int32), weights)
+        out = experts.apply_experts(x, routing, stacked, 1, method=method)
         return jnp.sum(jnp.sin(out)), out
 
     results = {}

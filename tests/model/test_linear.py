@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glm_jax.ops.linear import embed, heads_linear, linear, pick
-from glm_jax.quant import Bfloat16Bits
+from glm_jax.weights import Bfloat16Bits
 
 RNG = np.random.default_rng(50)
 STACK = RNG.standard_normal((2, 3, 7, 20)).astype(ml_dtypes.bfloat16)  # [layers, experts, out, in]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from glm_jax.checkpoint import load
-from glm_jax.params import leaves
+from glm_jax.weights.params import leaves
 from tests.checkpoints import to_params, write
 from tests.model.small import OWN_MTP, VARIANTS, Small
 

@@ -10,9 +10,9 @@ import pytest
 
 from glm_jax.config import Config
 from glm_jax.model import GLM
-from glm_jax.params import draw, init_params, leaves, param_specs
-from glm_jax.quant import Bfloat16Bits
-from glm_jax.storage import abstract_params
+from glm_jax.weights import Bfloat16Bits
+from glm_jax.weights.params import draw, init_params, leaves, param_specs
+from glm_jax.weights.storage import abstract_params
 from tests.runner import QUICK_COMPILE, tokens
 from tests.spellings import odd
 

@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.memory import MemorySource
-from convert.source import storage_of
 from glm_jax.checkpoint import load_params, quantised
+from glm_jax.checkpoint.sources.base import storage_of
+from glm_jax.checkpoint.sources.memory import MemorySource
 from glm_jax.errors import ConfigError, ShardingError
 from glm_jax.model import GLM
 from glm_jax.ops.linear import embed, heads_linear, linear
-from glm_jax.params import leaves
-from glm_jax.quant import QuantizedTensor, QuantRules, QuantSpec, dequantize
 from glm_jax.sharding import make_mesh, preset
-from glm_jax.storage import Storage, abstract_params, plan_storage
+from glm_jax.weights import QuantizedTensor, QuantRules, QuantSpec, dequantize
+from glm_jax.weights.params import leaves
+from glm_jax.weights.storage import Storage, abstract_params, plan_storage
 from tests.model.small import VARIANTS, Small
 from tests.quant.made import SPECS, random_tensor
 from tests.runner import QUICK_COMPILE, Runner, positions, tokens

@@ -12,9 +12,9 @@ from glm_jax.cache import LatentCache
 from glm_jax.config import Config
 from glm_jax.errors import ShardingError
 from glm_jax.model import GLM, activation_names
-from glm_jax.params import init_params, leaves, param_specs
 from glm_jax.sharding import MESH_AXES, Rules, make_mesh, preset
-from glm_jax.storage import abstract_params
+from glm_jax.weights.params import init_params, leaves, param_specs
+from glm_jax.weights.storage import abstract_params
 from tests.model.small import Small
 from tests.runner import QUICK_COMPILE, Array, close, positions, tokens
 from tests.spellings import odd

@@ -18,7 +18,7 @@ import torch
 
 from glm_jax.checkpoint import load
 from glm_jax.model import GLM
-from glm_jax.params import leaves
+from glm_jax.weights.params import leaves
 from tests.checkpoints import read, to_params
 from tests.parity import theirs
 from tests.parity.cases import CASES, Case

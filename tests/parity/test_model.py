@@ -7,7 +7,7 @@ import pytest
 
 from glm_jax.config import Config
 from glm_jax.model import activation_names
-from glm_jax.params import leaves
+from glm_jax.weights.params import leaves
 from tests.checkpoints import read, to_params
 from tests.parity import theirs
 from tests.parity.made import Made

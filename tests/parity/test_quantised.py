@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from convert.pipeline import convert
 from glm_jax.checkpoint import load
 from glm_jax.config import Config
-from glm_jax.quant import QuantizedTensor, QuantRules, QuantSpec
+from glm_jax.weights import QuantizedTensor, QuantRules, QuantSpec
 from tests import checkpoints, quantised
 from tests.convert.gguf import writing
 from tests.packers import BY_NAME, FORMATS, MLX, Array

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from glm_jax.quant import QuantizedTensor, QuantSpec
+from glm_jax.weights import QuantizedTensor, QuantSpec
 
 SPECS = (
     QuantSpec(kind="int4", block=(1, 4)),

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm_jax.errors import QuantError
-from glm_jax.quant import QuantSpec, dequantize, quantize
-from glm_jax.quant.tensor import expand_planes, scale_values
+from glm_jax.weights import QuantSpec, dequantize, quantize
+from glm_jax.weights.quantized_tensor import expand_planes, scale_values
 from tests.quant.made import FP4
 
 MAKEABLE = (

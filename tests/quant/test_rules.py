@@ -6,11 +6,11 @@ import pytest
 
 from glm_jax.config import Config
 from glm_jax.errors import QuantError
-from glm_jax.params import is_matrix, leaves, param_specs
-from glm_jax.quant import PRESETS, QuantRules, QuantSpec
-from glm_jax.quant.rules import fit
 from glm_jax.sharding import Rules
-from glm_jax.storage import plan_storage
+from glm_jax.weights import PRESETS, QuantRules, QuantSpec
+from glm_jax.weights.params import is_matrix, leaves, param_specs
+from glm_jax.weights.presets import fit
+from glm_jax.weights.storage import plan_storage
 
 FLASH = Config.flash(layers=3)
 KINDS = {"int4": {"int4", "int8"}, "int4-small": {"int4"}, "int4-experts": {"int4"}, "int8": {"int8"}}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from glm_jax.errors import QuantError
-from glm_jax.quant import QuantSpec
+from glm_jax.weights import QuantSpec
 from tests.quant.made import SPECS
 
 

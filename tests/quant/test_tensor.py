@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from glm_jax.quant import QuantizedTensor, dequantize, pack_nibbles, unpack_nibbles
-from glm_jax.quant.codes import e2m1_values, e4m3_values, e8m0_values
+from glm_jax.weights import QuantizedTensor, dequantize, pack_nibbles, unpack_nibbles
+from glm_jax.weights.codes import e2m1_values, e4m3_values, e8m0_values
 from tests.quant.made import FP4, SPECS, random_tensor, values
 
 BYTES = np.arange(256, dtype=np.uint8)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from glm_jax.errors import SamplingError
 from glm_jax.sampling import SamplerFeatures, SamplerState, SamplingParams
-from glm_jax.sampling.filters import filtered
-from glm_jax.sampling.processors import processed
+from glm_jax.sampling.penalties import processed
+from glm_jax.sampling.thresholds import filtered
 from tests.sampling import reference
 
 INF = float("inf")

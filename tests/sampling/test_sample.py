@@ -11,7 +11,7 @@ import scipy.stats
 from jax import lax
 
 from glm_jax.sampling import SamplerFeatures, SamplerState, SamplingParams, is_stop, sample, update
-from glm_jax.sampling.noise import gumbel, threefry2x32
+from glm_jax.sampling.gumbel import gumbel, threefry2x32
 from glm_jax.sampling.numerics import fixed_sum, smallest_enough, token_grid
 from tests.sampling import reference
 
@@ -108,7 +108,7 @@ def test_noise_has_the_gumbel_distribution():
 
 def test_noise_of_the_extreme_bits_is_finite(monkeypatch):
     extremes = jnp.asarray([[0, 1, 2**31, 2**32 - 2**7, 2**32 - 1]], jnp.uint32)
-    monkeypatch.setattr("glm_jax.sampling.noise.threefry2x32", lambda key, counter: (extremes, extremes))
+    monkeypatch.setattr("glm_jax.sampling.gumbel.threefry2x32", lambda key, counter: (extremes, extremes))
     noise = np.asarray(gumbel(jnp.zeros((1, 2), jnp.uint32), positions_of(0), token_grid(np.zeros((1, 5)))))
     assert -2.9 < noise.min() < noise.max() < 22.9
     assert np.all(np.diff(noise[0]) <= 0)

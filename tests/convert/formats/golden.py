@@ -10,8 +10,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from convert.formats import read_formats
-from convert.reader import Reader, Shard
+from glm_jax.checkpoint.formats import read_formats
+from glm_jax.checkpoint.safetensors.reader import Reader, Shard
 
 FOLDER = Path(__file__).parent.parent / "golden"
 MODULE = "model.layers.1.self_attn.o_proj"

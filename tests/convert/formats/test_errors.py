@@ -4,8 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.formats import read_formats
-from convert.reader import Reader
+from glm_jax.checkpoint.formats import read_formats
+from glm_jax.checkpoint.safetensors.reader import Reader
 from glm_jax.errors import CheckpointError
 from tests.convert.formats import golden
 

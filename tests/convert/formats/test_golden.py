@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from glm_jax.quant import QuantizedTensor, QuantSpec, dequantize, unpack_nibbles
+from glm_jax.weights import QuantizedTensor, QuantSpec, dequantize, unpack_nibbles
 from tests.convert.formats import golden
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_jax.errors import CheckpointError
-from glm_jax.quant import QuantizedTensor, dequantize
+from glm_jax.weights import QuantizedTensor, dequantize
 from tests.convert.formats import golden
 
 FILES = ("compressed_tensors", "compressed_tensors_actorder", "gptq", "autoround", "awq", "fp8", "fp4", "mlx")

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from convert.formats import read_formats
-from convert.formats.description import Declared, Description
-from convert.reader import Reader
+from glm_jax.checkpoint.formats import read_formats
+from glm_jax.checkpoint.formats.quantization_config import Declared, Description
+from glm_jax.checkpoint.safetensors.reader import Reader
 from glm_jax.errors import CheckpointError
 from tests.convert.formats import golden
 

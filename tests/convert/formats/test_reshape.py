@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from convert.formats.reshape import rows, transpose
+from glm_jax.checkpoint.formats.reshape import rows, transpose
 from glm_jax.errors import QuantError
-from glm_jax.quant import QuantizedTensor, QuantSpec, dequantize
+from glm_jax.weights import QuantizedTensor, QuantSpec, dequantize
 
 SPECS = [
     QuantSpec(kind="int4", block=(1, 8), scale="float16"),

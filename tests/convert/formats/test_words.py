@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.formats.words import AWQ_PLACES, awq_order, unpack, word_count
-from glm_jax.quant import dequantize
+from glm_jax.checkpoint.formats.bit_packing import AWQ_PLACES, awq_order, unpack, word_count
+from glm_jax.weights import dequantize
 from tests.convert.formats import golden
 
 

@@ -7,10 +7,10 @@ import gguf
 import numpy as np
 import pytest
 
-from convert.formats.gguf.blocks import EXPANDED, REPACKED, expand, repack
-from convert.formats.gguf.types import TYPES
+from glm_jax.checkpoint.formats.gguf.blocks import EXPANDED, REPACKED, expand, repack
+from glm_jax.checkpoint.formats.gguf.types import TYPES
 from glm_jax.errors import CheckpointError
-from glm_jax.quant import dequantize
+from glm_jax.weights import dequantize
 from tests.convert.gguf.writing import HALVES, random_blocks, theirs
 
 BY_NAME = {kind.name: kind for kind in TYPES.values()}
@@ -57,7 +57,7 @@ def test_repacked_values_are_ggmls(kind, shape):
 @pytest.mark.parametrize("kind", REPACKED)
 def test_a_matrix_of_many_chunks_is_repacked_alike(kind, monkeypatch):
     tensor = random_blocks(kind, (7, 1024))
-    monkeypatch.setattr("convert.formats.gguf.blocks._CHUNK", 1280)
+    monkeypatch.setattr("glm_jax.checkpoint.formats.gguf.blocks._CHUNK", 1280)
     assert_same_bits(dequantize(repack(tensor[0], BY_NAME[kind], "x")), theirs(tensor))
 
 
@@ -90,7 +90,7 @@ def test_a_scale_of_mxfp4_that_is_no_number_is_refused():
 
 @pytest.mark.parametrize("kind", sorted(EXPANDED))
 def test_other_types_are_expanded_by_the_package(kind, monkeypatch):
-    monkeypatch.setattr("convert.formats.gguf.blocks._CHUNK", 1500)
+    monkeypatch.setattr("glm_jax.checkpoint.formats.gguf.blocks._CHUNK", 1500)
     tensor = random_blocks(kind, (2, 3, 512))
     assert_same_bits(expand(tensor[0], BY_NAME[kind], "x"), theirs(tensor))
 

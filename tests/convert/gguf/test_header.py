@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from convert.formats.gguf import open_gguf
-from convert.formats.gguf.header import MAX_HEADER_BYTES, MAX_STRINGS, read_header
+from glm_jax.checkpoint.formats.gguf import open_gguf
+from glm_jax.checkpoint.formats.gguf.header import MAX_HEADER_BYTES, MAX_STRINGS, read_header
 from glm_jax.errors import CheckpointError
 from tests.checkpoints import random_tensors
 from tests.convert.gguf.writing import architecture_fields, random_blocks, small, to_gguf, write

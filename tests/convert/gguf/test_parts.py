@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 
-from convert.formats.gguf import open_gguf
-from convert.formats.gguf.parts import open_parts
-from convert.reader import PAGE_BYTES
+from glm_jax.checkpoint.formats.gguf import open_gguf
+from glm_jax.checkpoint.formats.gguf.split_files import open_parts
+from glm_jax.checkpoint.safetensors.reader import PAGE_BYTES
 from glm_jax.errors import CheckpointError
 from tests.checkpoints import random_tensors
 from tests.convert.gguf.writing import architecture_fields, small, to_gguf, write

@@ -9,11 +9,11 @@ import pytest
 
 import glm_jax
 from convert.pipeline import convert
-from convert.sources import open_source
 from glm_jax import checkpoint, generate, plan
+from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.errors import CheckpointError
-from glm_jax.params import leaves
-from glm_jax.quant import QuantizedTensor
+from glm_jax.weights import QuantizedTensor
+from glm_jax.weights.params import leaves
 from tests.checkpoints import random_tensors, to_params
 from tests.convert.gguf.test_tokenizer import original, vocabulary_fields  # noqa: F401
 from tests.convert.gguf.writing import architecture_fields, small, theirs, to_gguf, write

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from convert.formats.gguf import open_gguf
-from convert.formats.gguf.tokenizer import companion_files
-from glm_jax.companions import Companions
+from glm_jax.checkpoint.formats.gguf import open_gguf
+from glm_jax.checkpoint.formats.gguf.tokenizer import companion_files
 from glm_jax.config import Config
+from glm_jax.engine.assets import Companions
 from glm_jax.errors import CheckpointError
 from glm_jax.text import Tokenizer
 from tests.checkpoints import random_tensors

@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 
-from convert.formats.gguf import open_gguf
-from convert.formats.gguf.types import TYPES
+from glm_jax.checkpoint.formats.gguf import open_gguf
+from glm_jax.checkpoint.formats.gguf.types import TYPES
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
-from glm_jax.quant import QuantizedTensor
+from glm_jax.weights import QuantizedTensor
 from tests.checkpoints import random_tensors
 from tests.convert.gguf.writing import architecture_fields, random_blocks, small, theirs, to_gguf, write
 
@@ -261,7 +261,7 @@ def test_the_package_is_asked_for_when_opening(tmp_path, wide, monkeypatch):
 
 
 def test_one_expert_reads_no_other(tmp_path, wide, monkeypatch):
-    from convert.formats.gguf import weights
+    from glm_jax.checkpoint.formats.gguf import weights
 
     name = "blk.1.ffn_up_exps.weight"
     opened = made(tmp_path, WIDE, wide | {name: random_blocks("Q5_K", wide[name].shape)})

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from convert.formats.gguf.types import TYPES
+from glm_jax.checkpoint.formats.gguf.types import TYPES
 from tests.spellings import odd
 
 ARCHITECTURE = "deepseek2"

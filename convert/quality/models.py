@@ -1,0 +1,140 @@
+"""The two models of a comparison: opened, checked against each other, loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from glm_jax import checkpoint
+from glm_jax.checkpoint.sources.base import WeightSource
+from glm_jax.checkpoint.sources.quantized import Requantised
+from glm_jax.config import Config
+from glm_jax.engine.assets import Companions
+from glm_jax.errors import CheckpointError, MemoryPlanError, PromptError
+from glm_jax.llm import LLM
+from glm_jax.memory import plan_on
+from glm_jax.weights import QuantRules
+from glm_jax.weights.quantization import Method
+
+# Of a config, what may differ between two forms of one model: how its weights are stored, what a reader allows, and
+# what the measurement shows.
+_INCIDENTAL = frozenset(
+    """run_starts num_nextn_predict_layers mtp_own_embeddings max_position_embeddings eos_token_ids pad_token_id
+    latent_eps""".split()
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """A loaded model.
+
+    Attributes:
+        llm: it.
+        cache_dtype: of its latent cache.
+    """
+
+    llm: LLM
+    cache_dtype: str
+
+    @property
+    def cfg(self) -> Config:
+        """Its architecture."""
+        return self.llm.config
+
+
+def requantised(source: WeightSource, quantize: str | None, method: Method = "mse") -> WeightSource:
+    """A source with its matrices quantised by a preset; itself without one.
+
+    Raises:
+        QuantError: for a preset that does not exist.
+    """
+    rules = QuantRules.named(quantize)
+    return source if rules is None else Requantised(source, rules, method, dtype="float32")
+
+
+def check_same_network(reference: Config, other: Config) -> None:
+    """That two models can be compared at all.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    if reference.vocab_size != other.vocab_size:
+        raise CheckpointError(
+            f"the vocabularies differ: {reference.vocab_size:,} tokens in the source and {other.vocab_size:,} here; "
+            "only models with the same tokens can be compared"
+        )
+    names = [field.name for field in dataclasses.fields(Config) if field.name not in _INCIDENTAL]
+    different = [name for name in names if _differs(reference, other, name)]
+    changed = [f"{name} {getattr(reference, name)!r} and {getattr(other, name)!r}" for name in different]
+    if changed:
+        raise CheckpointError(
+            f"these are different models ({'; '.join(changed[:5])}): give --against the checkpoint that this one was "
+            "made from"
+        )
+
+
+def _differs(reference: Config, other: Config, name: str) -> bool:
+    ours, theirs = getattr(reference, name), getattr(other, name)
+    if isinstance(ours, float):  # some files keep numbers in float32
+        return not math.isclose(ours, theirs, rel_tol=1e-6)
+    return ours != theirs
+
+
+def encode(texts: Sequence[str], reference: Companions, other: Companions) -> list[list[int]]:
+    """Token ids of texts.
+
+    Raises:
+        CheckpointError: if the two tokenizers do not agree on them.
+        PromptError: if there is no text.
+    """
+    if not any(text.strip() for text in texts):
+        raise PromptError("the text is empty: give a file with a few thousand words like those the model is for")
+    ids = [reference.tokenizer.encode(text) for text in texts]
+    if ids != [other.tokenizer.encode(text) for text in texts]:
+        raise CheckpointError("the tokenizers of the two models differ: they give this text other token ids")
+    return ids
+
+
+def load(
+    source: WeightSource, companions: Companions, *, dtype: str, cache_dtype: str = "float32", progress: bool = False
+) -> Side:
+    """The model of an open source, on the default device, without its prediction layer.
+
+    Args:
+        source: the weights.
+        companions: tokenizer and template.
+        dtype: of activations and of weights that are not quantised.
+        cache_dtype: of the latent cache.
+        progress: show it on stderr.
+    """
+    cfg, params, info = checkpoint.load(source, dtype=dtype, mtp=False, progress=progress)
+    return Side(llm=LLM(cfg, params, companions, info=info, cache_dtype=cache_dtype), cache_dtype=cache_dtype)
+
+
+def require_room(reference: WeightSource, other: WeightSource, *, dtype: str, window: int) -> None:
+    """That both models fit on the device together.
+
+    Raises:
+        MemoryPlanError: with the arithmetic, and what else can be done.
+    """
+    plans = [_plan(source, dtype, window) for source in (reference, other)]
+    logits = 8 * 4 * window * reference.cfg.vocab_size
+    need = plans[0].need.total + plans[1].weight_bytes + logits
+    if need > plans[0].device_bytes:
+        raise MemoryPlanError(
+            f"both models together need {need / 1e9:.1f} GB ({plans[0].weight_bytes / 1e9:.1f} and "
+            f"{plans[1].weight_bytes / 1e9:.1f} GB of weights in {dtype}, the rest for {window:,} tokens at work), and "
+            f"{plans[0].device_bytes / 1e9:.1f} GB can be had: halve the first with --dtype bfloat16, or compare the "
+            "weights alone with --weights-only, which needs hardly any memory"
+        )
+
+
+def _plan(source: WeightSource, dtype: str, window: int) -> Any:
+    storage = checkpoint.storage_of(source)
+    # The sequence must not be refused as longer than the model's context.
+    context = min(window, source.cfg.max_position_embeddings)
+    return plan_on(source.cfg, jax.devices()[:1], dtype=dtype, storage=storage, context=context, mtp=False)

@@ -1,0 +1,1 @@
+"""The converted folder: its layout, manifest and arrays on disk."""

@@ -1,0 +1,247 @@
+"""``manifest.json``: what a converted folder holds, with a hash of every array and nothing that varies between runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from glm_jax.checkpoint.folder.layout import disk_arrays, layout
+from glm_jax.checkpoint.safetensors.header import printable
+from glm_jax.checkpoint.safetensors.reader import listing
+from glm_jax.checkpoint.sources.base import Original
+from glm_jax.config import Config
+from glm_jax.errors import CheckpointError, ConfigError, QuantError
+from glm_jax.weights import QuantSpec
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+FORMAT = "glm-jax"
+FORMAT_VERSION = 2  # the first with quantised weights; a folder without any is still of version 1
+MANIFEST = "manifest.json"
+DTYPES: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+
+
+# Codes, zero points and permutations of quantised weights.
+ARRAY_DTYPES = DTYPES | {name: np.dtype(name) for name in ("uint8", "int8", "int16", "int32")}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArrayRecord:
+    """Shape and dtype of one array, and the sha256 of its bytes in C order, little-endian."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+
+    @classmethod
+    def of(cls, array: Array) -> ArrayRecord:
+        """The record of a contiguous array."""
+        return cls.of_pieces(array.shape, array.dtype.name, [array])
+
+    @classmethod
+    def of_pieces(cls, shape: tuple[int, ...], dtype: str, pieces: Iterable[Array]) -> ArrayRecord:
+        """The record of an array that comes as contiguous blocks of rows."""
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+        return cls(shape, dtype, digest.hexdigest())
+
+    @classmethod
+    def parse(cls, value: Any) -> ArrayRecord:
+        """From JSON; raises ValueError unless it is exactly what :meth:`of` makes."""
+        if not isinstance(value, dict) or set(value) != {"shape", "dtype", "sha256"}:
+            raise ValueError(f"an array must have shape, dtype and sha256, not {value!r}")
+        shape = value["shape"]
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"impossible shape {shape!r}")
+        if value["dtype"] not in ARRAY_DTYPES or not re.fullmatch(r"[0-9a-f]{64}", str(value["sha256"])):
+            raise ValueError(f"impossible dtype or sha256 in {value!r}")
+        return cls(tuple(shape), value["dtype"], value["sha256"])
+
+
+Records = Mapping[str, ArrayRecord]  # array name -> record, of one part
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Manifest:
+    """Contents of a converted folder.
+
+    Attributes:
+        cfg: of the model.
+        dtype: of most arrays.
+        original: what is needed to write the source checkpoint back as it was.
+        source: fingerprint of the source and the options it was converted with.
+        parts: the arrays of each part.
+        storage: how leaves are quantised, by ``part/leaf``.
+    """
+
+    cfg: Config
+    dtype: str
+    original: Original
+    source: str
+    parts: Mapping[str, Records]
+    storage: Mapping[str, QuantSpec] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Canonical text: equal manifests are equal bytes."""
+        extra = {"latent_eps": self.cfg.latent_eps, "mtp_own_embeddings": self.cfg.mtp_own_embeddings}
+        fields = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION if self.storage else 1,
+            "config": {**self.cfg.to_hf(), **extra},
+            "dtype": self.dtype,
+            "original": dataclasses.asdict(self.original),
+            "source": self.source,
+            "parts": {part: records_to_json(records) for part, records in self.parts.items()},
+        }
+        if self.storage:
+            fields["storage"] = {leaf: spec.to_json() for leaf, spec in self.storage.items()}
+        return json.dumps(fields, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def parse(cls, text: str | bytes, where: Path) -> Manifest:
+        """Reads and checks a manifest.
+
+        Raises:
+            CheckpointError: if it is damaged, from a newer version, or does not list what its config needs.
+        """
+        try:
+            fields = json.loads(text)
+            _check_version(fields, where)
+            manifest = cls._from_fields(fields)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError, QuantError) as error:
+            raise CheckpointError(f"{where} is damaged ({printable(str(error))}): convert again") from None
+        _check_arrays(manifest, where)
+        return manifest
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Manifest:
+        config = dict(fields["config"])
+        extra = {key: config.pop(key) for key in ("latent_eps", "mtp_own_embeddings")}
+        return cls(
+            cfg=Config.from_hf(config).replace(**extra),
+            dtype=DTYPES[fields["dtype"]].name,
+            original=_original(fields["original"]),
+            source=str(fields["source"]),
+            parts={part: records_from_json(records) for part, records in fields["parts"].items()},
+            storage={leaf: QuantSpec.parse(spec) for leaf, spec in fields.get("storage", {}).items()},
+        )
+
+
+def records_to_json(records: Records) -> dict[str, Any]:
+    """The arrays of one part as JSON values."""
+    return {name: dataclasses.asdict(record) for name, record in records.items()}
+
+
+def records_from_json(value: Any) -> dict[str, ArrayRecord]:
+    """The inverse of :func:`records_to_json`; raises ValueError for anything else."""
+    if not isinstance(value, dict):
+        raise ValueError("a part must map array names to arrays")
+    return {name: ArrayRecord.parse(record) for name, record in value.items()}
+
+
+def digest(parts: Mapping[str, Records]) -> str:
+    """One hash of the records of all parts."""
+    fields = {part: records_to_json(records) for part, records in parts.items()}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a converted folder.
+
+    Raises:
+        CheckpointError: if it cannot be read or used.
+    """
+    path = folder / MANIFEST
+    try:
+        return Manifest.parse(path.read_bytes(), path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder's manifest.json is one of ours, even a damaged one: it says so, or parts lie beside it.
+
+    Other programs have files of that name too.
+    """
+    path = folder / MANIFEST
+    if not path.exists() or (folder / "parts").is_dir():
+        return path.exists()
+    try:
+        fields = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and fields.get("format") == FORMAT
+
+
+def write_changed(path: Path, text: str | bytes) -> None:
+    """Writes a file atomically unless it has that very content."""
+    data = text.encode() if isinstance(text, str) else text
+    if not path.is_file() or path.read_bytes() != data:
+        write_atomic(path, data)
+
+
+def write_atomic(path: Path, text: str | bytes) -> None:
+    """Writes a file that is either there in full or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(text.encode() if isinstance(text, str) else text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _fits(dtype: str, fixed: str | None) -> bool:
+    return dtype in DTYPES if fixed is None else dtype == fixed
+
+
+def _original(fields: dict[str, Any]) -> Original:
+    copies = tuple(name for name in ("embed", "head") if name in fields["mtp_copies"])
+    dtypes = {str(key): DTYPES[value].name for key, value in fields["dtypes"].items()}
+    return Original(copies, fields["head_copy"] is True, dtypes)
+
+
+def _check_version(fields: Any, where: Path) -> None:
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise ValueError(f"it does not say format {FORMAT!r}")
+    version = fields.get("format_version")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"impossible format_version {version!r}")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where} has format version {version}, this program reads up to version {FORMAT_VERSION}: "
+            "update it, or convert the checkpoint again"
+        )
+
+
+def _check_arrays(manifest: Manifest, where: Path) -> None:
+    leaves = {f"{leaf.part}/{leaf.name}": leaf for members in layout(manifest.cfg).values() for leaf in members}
+    needed = {
+        f"{array.part}/{array.name}": array
+        for key, leaf in leaves.items()
+        for array in disk_arrays(leaf, manifest.storage.get(key))
+    }
+    listed = {f"{part}/{name}": record for part, records in manifest.parts.items() for name, record in records.items()}
+    groups = {
+        "missing": [key for key in needed if key not in listed],
+        "unknown": [printable(key) for key in listed if key not in needed],
+        "of the wrong shape": [k for k, a in needed.items() if k in listed and listed[k].shape != a.shape],
+        "of the wrong dtype": [k for k, a in needed.items() if k in listed and not _fits(listed[k].dtype, a.dtype)],
+        "quantised, but not in the model": [printable(key) for key in manifest.storage if key not in leaves],
+    }
+    problems = [f"{len(items)} arrays {title}: {listing(items)}" for title, items in groups.items() if items]
+    if problems:
+        raise CheckpointError(f"{where} does not fit its own config.\n  " + "\n  ".join(problems))

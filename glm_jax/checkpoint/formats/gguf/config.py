@@ -1,0 +1,208 @@
+"""The fields of a GGUF file as the dictionary of a ``config.json``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from glm_jax.checkpoint.formats.gguf.header import Value, whole_number
+from glm_jax.checkpoint.safetensors.header import printable
+from glm_jax.checkpoint.safetensors.reader import listing
+from glm_jax.errors import CheckpointError
+
+ARCHITECTURE = "deepseek2"
+_SIGMOID = 2  # of expert_gating_func; 1 is softmax
+# Say nothing about the computation, or repeat what other fields and the tensors say.
+_HARMLESS = frozenset(
+    """attention.causal attention.key_length attention.value_length rope.scaling.original_context_length
+    rope.scaling.finetuned rope.scaling.yarn_log_multiplier tensor_data_layout""".split()
+)
+_WHOLE = {
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.kv_lora_rank": "kv_lora_rank",
+    "feed_forward_length": "intermediate_size",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_count": "n_routed_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "leading_dense_block_count": "first_k_dense_replace",
+    "rope.dimension_count": "qk_rope_head_dim",
+    "context_length": "max_position_embeddings",
+}
+# With what llama.cpp takes where they are absent.
+_WHOLE_OR: dict[str, tuple[str, int]] = {
+    "expert_shared_count": ("n_shared_experts", 0),
+    "expert_group_count": ("n_group", 1),
+    "expert_group_used_count": ("topk_group", 1),
+}
+_STOPS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+
+
+def model_config(fields: Mapping[str, Value], tensors: Mapping[str, tuple[int, ...]], file: str) -> dict[str, Any]:
+    """A dictionary that :meth:`glm_jax.config.Config.from_hf` takes.
+
+    Args:
+        fields: of the file.
+        tensors: shape of each tensor by its name in the file; what it says of the prediction layer, tied embeddings
+            and the vocabulary counts where the fields say nothing.
+        file: name for messages.
+
+    Raises:
+        CheckpointError: for another architecture, missing or impossible fields, and those that ask for a computation
+            which GLM-4.7-Flash does not have (softmax routing, rope scaling, anything unknown).
+    """
+    reader = _Fields(fields, file)
+    config = {name: reader.whole(key) for key, name in _WHOLE.items()}
+    config |= {name: reader.whole(key, default) for key, (name, default) in _WHOLE_OR.items()}
+    blocks, predicted = reader.whole("block_count"), reader.whole("nextn_predict_layers", 0)
+    layers = blocks - predicted
+    has_prediction = any(name.startswith(f"blk.{layers}.") for name in tensors)
+    config |= {
+        "architectures": ["Glm4MoeLiteForCausalLM"],
+        "model_type": "glm4_moe_lite",
+        "num_hidden_layers": layers,
+        "num_nextn_predict_layers": predicted if has_prediction else 0,
+        "num_key_value_heads": config["num_attention_heads"],
+        "q_lora_rank": reader.whole("attention.q_lora_rank", 0) or None,
+        "rms_norm_eps": reader.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": reader.number("rope.freq_base", 10_000.0),
+        "routed_scaling_factor": reader.number("expert_weights_scale", 1.0) or 1.0,
+        "norm_topk_prob": reader.flag("expert_weights_norm", False),
+        "hidden_act": "silu",
+        "scoring_func": "sigmoid",
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "vocab_size": _vocabulary(reader, tensors),
+        "eos_token_id": stop_ids(fields, file),
+        "pad_token_id": token_id(fields, "tokenizer.ggml.padding_token_id", file),
+    }
+    config |= _head_sizes(reader, config, tensors)
+    _check_routing(reader, config)
+    _check_rope(reader)
+    reader.refuse_unread()
+    return config
+
+
+class _Fields:
+    """The fields of the architecture, and which of them have been read."""
+
+    def __init__(self, fields: Mapping[str, Value], file: str) -> None:
+        architecture = fields.get("general.architecture")
+        if architecture != ARCHITECTURE:
+            raise CheckpointError(
+                f"{file} holds a model of architecture {printable(repr(architecture))}; "
+                f"GGUF files of GLM-4.7-Flash have {ARCHITECTURE!r}"
+            )
+        self._fields, self._file = fields, file
+        self._read: set[str] = set(_HARMLESS)
+
+    def error(self, text: str) -> CheckpointError:
+        return CheckpointError(f"{self._file}: {text}")
+
+    def get(self, key: str) -> Value:
+        self._read.add(key)
+        return self._fields.get(f"{ARCHITECTURE}.{key}")
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        self._read.add(key)
+        return whole_number(self._fields, f"{ARCHITECTURE}.{key}", self._file, default)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise CheckpointError(f"{self._file} lacks the field {ARCHITECTURE}.{key}")
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise self.error(f"{ARCHITECTURE}.{key} must be a number, not {printable(repr(value))}")
+        # The file has float32: 1e-5, not the 9.99999974e-06 that is its nearest double.
+        return float(str(np.float32(value)))
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key)
+        if value is not None and type(value) is not bool:
+            raise self.error(f"{ARCHITECTURE}.{key} must be true or false, not {printable(repr(value))}")
+        return default if value is None else value
+
+    def refuse_unread(self) -> None:
+        prefix = f"{ARCHITECTURE}."
+        # A field that is zero, false or empty switches nothing on.
+        unknown = [
+            key
+            for key, value in self._fields.items()
+            if key.startswith(prefix) and key.removeprefix(prefix) not in self._read and np.any(_plain(value))
+        ]
+        if unknown:
+            raise self.error(f"fields that this version does not understand: {listing([*map(printable, unknown)])}")
+
+
+def _plain(value: Value) -> Any:
+    return value if isinstance(value, np.ndarray) else bool(value)
+
+
+def _vocabulary(reader: _Fields, tensors: Mapping[str, tuple[int, ...]]) -> int:
+    rows = tensors.get("token_embd.weight", (0,))[0]
+    return reader.whole("vocab_size", rows)
+
+
+def _head_sizes(reader: _Fields, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    heads = config["num_attention_heads"]
+    if reader.whole("attention.head_count_kv", heads) not in (1, heads):
+        raise reader.error(f"attention.head_count_kv must be 1 or {heads}, the number of heads")
+    keys, values = reader.whole("attention.key_length_mla", 0), reader.whole("attention.value_length_mla", 0)
+    if not keys or not values:
+        # The first files of this family keep kv_b whole and give the sizes of real heads under the general names.
+        if any(name.endswith(".attn_k_b.weight") for name in tensors):
+            raise reader.error("attention.key_length_mla and value_length_mla are missing: get a newer file")
+        keys, values = reader.whole("attention.key_length"), reader.whole("attention.value_length")
+    rope = config["qk_rope_head_dim"]
+    if keys <= rope:
+        raise reader.error(f"a key of {keys} values cannot contain the {rope} of rope.dimension_count")
+    return {"qk_nope_head_dim": keys - rope, "v_head_dim": values}
+
+
+def _check_routing(reader: _Fields, config: Mapping[str, Any]) -> None:
+    # Usually absent, because the original config.json does not name the function either.
+    gating = reader.whole("expert_gating_func", _SIGMOID)
+    if gating != _SIGMOID:
+        raise reader.error(
+            f"expert_gating_func is {gating}{' (softmax)' if gating == 1 else ''}, but GLM-4.7-Flash routes with the "
+            "sigmoid: files made before 21 January 2026 are wrong in this. Download a newer file, or correct this one "
+            "with `gguf-set-metadata FILE deepseek2.expert_gating_func 2` of the gguf package"
+        )
+    width = config["n_shared_experts"] * config["moe_intermediate_size"]
+    if reader.whole("expert_shared_feed_forward_length", width) not in (0, width):
+        raise reader.error(f"expert_shared_feed_forward_length must be {width}, as the other fields have it")
+
+
+def _check_rope(reader: _Fields) -> None:
+    kind = reader.get("rope.scaling.type")
+    factors = {key: reader.get(f"rope.scaling.{key}") for key in ("factor", "attn_factor")}
+    if kind not in (None, "", "none") or any(value not in (None, 0, 1) for value in factors.values()):
+        raise reader.error(
+            f"rope scaling ({printable(repr(kind))}) is not supported: GLM-4.7-Flash has none "
+            "(its context is 202,752 tokens without it)"
+        )
+
+
+def stop_ids(fields: Mapping[str, Value], file: str) -> list[int]:
+    """Every token that ends an answer: of the text, of the turn, and of the message before a tool's answer.
+
+    Raises:
+        CheckpointError: if one is not a token id.
+    """
+    ids = [token_id(fields, key, file) for key in _STOPS]
+    more = fields.get("tokenizer.ggml.eos_token_ids")
+    if isinstance(more, np.ndarray) and more.dtype.kind in "iu":
+        ids += more.tolist()
+    return list(dict.fromkeys(i for i in ids if i is not None and i >= 0))
+
+
+def token_id(fields: Mapping[str, Value], key: str, file: str) -> int | None:
+    """A token id among the fields, or None where it is absent.
+
+    Raises:
+        CheckpointError: if it is not one.
+    """
+    return whole_number(fields, key, file) if key in fields else None

@@ -1,0 +1,168 @@
+"""The tokenizer, chat template and defaults of a GGUF file, as the files that lie beside a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from glm_jax.checkpoint.formats.gguf.config import token_id
+from glm_jax.checkpoint.formats.gguf.header import Value
+from glm_jax.checkpoint.safetensors.header import printable
+from glm_jax.errors import CheckpointError
+
+_PREFIX = "tokenizer.ggml."
+_SPLITS = ("glm4", "chatglm-bpe")  # two names of one rule
+# How GLM-4 cuts text before merging: contractions, words with one character before them, up to three digits,
+# punctuation with the line ends after it, white space.
+_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_NORMAL, _UNKNOWN, _CONTROL, _VISIBLE, _UNUSED, _BYTE = range(1, 7)  # of token_type
+_SAMPLING = {
+    "temp": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+
+
+def companion_files(fields: Mapping[str, Value], config: Mapping[str, Any], file: str) -> dict[str, bytes]:
+    """What lies beside a checkpoint's weights, by file name.
+
+    Args:
+        fields: of the GGUF file.
+        config: that was made of them.
+        file: name for messages.
+
+    Raises:
+        CheckpointError: if there is no tokenizer, another than GLM-4's, or a damaged one.
+    """
+    tokens = _tokens(fields, file)
+    contents: dict[str, Any] = {
+        "tokenizer.json": _tokenizer(tokens, fields, file),
+        "tokenizer_config.json": _tokenizer_config(tokens, fields, config, file),
+        "generation_config.json": _generation_config(fields, config),
+    }
+    files = {name: json.dumps(content, ensure_ascii=False).encode() for name, content in contents.items()}
+    template = fields.get("tokenizer.chat_template")
+    if isinstance(template, str) and template:
+        files["chat_template.jinja"] = template.encode()
+    return files
+
+
+def _tokens(fields: Mapping[str, Value], file: str) -> list[str]:
+    kind, split = fields.get(f"{_PREFIX}model"), fields.get(f"{_PREFIX}pre")
+    if kind is None:
+        raise CheckpointError(f"{file} has no tokenizer: take the tokenizer.json of the original model")
+    if kind != "gpt2" or split not in _SPLITS:
+        raise CheckpointError(
+            f"{file} has a tokenizer of kind {printable(repr(kind))} / {printable(repr(split))}; GLM-4.7-Flash has "
+            "'gpt2' / 'glm4': take the tokenizer.json of the original model"
+        )
+    return _strings(fields, "tokens", file)
+
+
+def _strings(fields: Mapping[str, Value], key: str, file: str) -> list[str]:
+    value = fields.get(f"{_PREFIX}{key}")
+    if not isinstance(value, list):
+        raise CheckpointError(f"{file}: {_PREFIX}{key} must be a list of strings")
+    try:
+        return [text.decode() for text in value]
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{file}: {_PREFIX}{key} is not UTF-8 text: the file is damaged") from None
+
+
+def _tokenizer(tokens: Sequence[str], fields: Mapping[str, Value], file: str) -> dict[str, Any]:
+    kinds = fields.get(f"{_PREFIX}token_type")
+    if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens) or kinds.dtype.kind not in "iu":
+        raise CheckpointError(f"{file}: {_PREFIX}token_type must be one number for each of the {len(tokens)} tokens")
+    kinds = kinds.tolist()
+    if wrong := {kind for kind in kinds if not _NORMAL <= kind <= _BYTE}:
+        raise CheckpointError(f"{file}: {_PREFIX}token_type has the unknown kind {min(wrong)}")
+    # Unused tokens fill the embedding up to its size and must have no text. All others are in the vocabulary, the
+    # added ones too: they would be numbered anew otherwise.
+    used = [(i, token, kind) for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != _UNUSED]
+    vocabulary = {token: i for i, token, _ in used}
+    if len(vocabulary) != len(used):
+        twice = next(token for i, token, _ in used if vocabulary[token] != i)
+        raise CheckpointError(f"{file} has the token {printable(repr(twice))} twice")
+    added = [_added(i, token, kind) for i, token, kind in used if kind in (_UNKNOWN, _CONTROL, _VISIBLE)]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": _PIECES}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            ],
+        },
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": _merging(vocabulary, _strings(fields, "merges", file), file),
+    }
+
+
+def _added(index: int, token: str, kind: int) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": index, "content": token, **flags, "special": kind != _VISIBLE}
+
+
+def _merging(vocabulary: Mapping[str, int], lines: Sequence[str], file: str) -> dict[str, Any]:
+    merges = [line.split(" ") for line in lines]
+    for line, merge in zip(lines, merges, strict=True):
+        if len(merge) != 2 or any(part not in vocabulary for part in (*merge, "".join(merge))):
+            raise CheckpointError(f"{file}: the merge {printable(repr(line))} does not join two tokens into a third")
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": True,
+        "vocab": vocabulary,
+        "merges": merges,
+    }
+
+
+def _tokenizer_config(
+    tokens: Sequence[str], fields: Mapping[str, Value], config: Mapping[str, Any], file: str
+) -> dict[str, Any]:
+    named = {}
+    for name, key in (("eos_token", "eos_token_id"), ("pad_token", "padding_token_id")):
+        index = token_id(fields, _PREFIX + key, file)
+        if index is not None:
+            if index >= len(tokens):
+                raise CheckpointError(f"{file}: {_PREFIX}{key} is {index}, and there are {len(tokens)} tokens")
+            named[name] = tokens[index]
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config["max_position_embeddings"],
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        **named,
+    }
+
+
+def _generation_config(fields: Mapping[str, Value], config: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: fields.get(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
+    numbers = {name: _short(value) for name, value in given.items() if type(value) in (int, float)}
+    if numbers.get("top_k", 1) <= 0:  # how llama.cpp says "no limit"
+        del numbers["top_k"]
+    stops = {name: config[name] for name in ("eos_token_id", "pad_token_id") if config[name] not in (None, [])}
+    return {**stops, **numbers}
+
+
+def _short(value: Any) -> float:
+    """A float32 of the file as the number that was meant: 0.95, not 0.949999988."""
+    return value if type(value) is int else float(str(np.float32(value)))

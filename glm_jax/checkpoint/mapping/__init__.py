@@ -1,0 +1,1 @@
+"""From checkpoint tensor names to the parameter tree: one rule per tensor."""

@@ -1,0 +1,89 @@
+"""What only a checkpoint's tensors can tell about its model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from glm_jax.checkpoint.formats.base import Array, Stored
+from glm_jax.config import Config
+from glm_jax.errors import CheckpointError
+from glm_jax.weights import QuantizedTensor
+
+_COMPARE_ROWS = 4096
+_COPIES = {"embed": "embed_tokens.weight", "head": "shared_head.head.weight"}
+_PREDICTION_ONLY = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
+
+
+class Settled:
+    """What only the tensors can tell: whether there is a prediction layer, and which tensors are mere copies."""
+
+    def __init__(self, cfg: Config, weights: Mapping[str, Stored]) -> None:
+        self.cfg, self._weights = cfg, weights
+        self.dropped: set[str] = set()
+        self.aliases: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.mtp_copies: tuple[str, ...] = ()
+        self._mains = {"embed": "model.embed_tokens.weight", "head": "lm_head.weight"}
+        self.head_copy = self._settle_head()
+        self._settle_prediction()
+        if self.cfg.num_nextn_predict_layers:
+            self._settle_copies()
+
+    def _settle_head(self) -> bool:
+        """Whether a tied model has a head tensor, which must then be the embedding."""
+        head, embed = self._mains["head"], self._mains["embed"]
+        if not self.cfg.tie_word_embeddings:
+            return False
+        self._mains["head"] = embed
+        if head not in self._weights:
+            return False
+        if not self._same(head, embed):
+            raise CheckpointError(
+                "config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight: "
+                "set tie_word_embeddings to false, or remove the tensor"
+            )
+        self.dropped.add(head)
+        return True
+
+    def _settle_prediction(self) -> None:
+        layer = self.cfg.num_hidden_layers
+        prefix = f"model.layers.{layer}."
+        claimed = self.cfg.num_nextn_predict_layers == 1
+        if claimed and not any(name.startswith(prefix) for name in self._weights):
+            self.cfg = self.cfg.replace(num_nextn_predict_layers=0)
+            self.notes.append(f"layer {layer} (multi-token prediction) has no tensors here: loaded without it")
+        elif not claimed and any(prefix + name in self._weights for name in _PREDICTION_ONLY):
+            self.cfg = self.cfg.replace(num_nextn_predict_layers=1)
+            self.notes.append(f"layer {layer} (multi-token prediction) is here although config.json does not say so")
+
+    def _settle_copies(self) -> None:
+        prefix = f"model.layers.{self.cfg.num_hidden_layers}."
+        names = {key: prefix + name for key, name in _COPIES.items()}
+        self.mtp_copies = tuple(key for key, name in names.items() if name in self._weights)
+        if all(self._same(names[key], self._mains[key]) for key in self.mtp_copies):
+            self.dropped.update(names[key] for key in self.mtp_copies)
+            return
+        self.cfg = self.cfg.replace(mtp_own_embeddings=True)
+        absent = [key for key in names if key not in self.mtp_copies and self._mains[key] in self._weights]
+        self.aliases = {names[key]: self._mains[key] for key in absent}
+
+    def _same(self, name: str, main: str) -> bool:
+        """Whether two tensors are equal bit for bit. A missing main tensor is reported elsewhere."""
+        if main not in self._weights:
+            return True
+        a, b = self._weights[name], self._weights[main]
+        if a.shape != b.shape or a.dtype != b.dtype or a.spec != b.spec:
+            return False
+        first, second = a.load(None), b.load(None)
+        if not isinstance(first, QuantizedTensor) or not isinstance(second, QuantizedTensor):
+            return _equal_bits(np.asarray(first), np.asarray(second))
+        parts = second.components()
+        return all(_equal_bits(array, parts[part]) for part, array in first.components().items())
+
+
+def _equal_bits(a: Array, b: Array) -> bool:
+    a, b = np.atleast_1d(a), np.atleast_1d(b)
+    rows = range(0, len(a), _COMPARE_ROWS)
+    return all(a[i : i + _COMPARE_ROWS].tobytes() == b[i : i + _COMPARE_ROWS].tobytes() for i in rows)

@@ -1,0 +1,1 @@
+"""safetensors files: header, memory-mapped reader, and writer."""

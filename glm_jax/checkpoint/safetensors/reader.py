@@ -1,0 +1,307 @@
+"""Lazy, memory-mapped safetensors folders: our own reader, on numpy and ml_dtypes alone.
+
+Opening reads headers only. Tensors are read-only views of mapped files, so nothing is copied and the operating system
+can drop the pages again.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import hashlib
+import json
+import mmap
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_jax.checkpoint.safetensors.header import (
+    LENGTH_BYTES,
+    Header,
+    TensorEntry,
+    header_length,
+    parse_header,
+    printable,
+)
+from glm_jax.errors import CheckpointError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Index = Any  # whatever numpy takes between brackets
+
+INDEX_NAME = "model.safetensors.index.json"
+PAGE_BYTES = 4096  # of a tensor, sampled at its beginning, middle and end
+MAX_NAME_BYTES = 255  # of a file, on every common system
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+
+
+class MappedFile(abc.ABC):
+    """A file of tensors whose header was checked; mapped when first touched.
+
+    Attributes:
+        path: of the file.
+        size: in bytes, when its header was read.
+        digest: sha256 of its header.
+    """
+
+    path: Path
+    size: int
+    digest: str
+    _map: mmap.mmap | None = None
+
+    @abc.abstractmethod
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """First byte and end of every tensor."""
+
+    def sample(self) -> str:
+        """A hash of the header and of pages of every tensor: its first, middle and last (all of a small one)."""
+        digest = hashlib.sha256(self.digest.encode())
+        # Plain reads: touching a mapped page would bring its neighbours into memory as well.
+        with explain_reading(self.path), self.path.open("rb", buffering=0) as file:
+            for tensor in self.ranges():
+                for begin, end in pages(*tensor):
+                    file.seek(begin)
+                    page = file.read(end - begin)
+                    if len(page) != end - begin:
+                        raise self._changed()
+                    digest.update(page)
+        return digest.hexdigest()
+
+    def _mapped(self) -> mmap.mmap:
+        if self._map is None:
+            with explain_reading(self.path), self.path.open("rb") as file:
+                # A file cut since its header was read would end the process at the first missing page.
+                if os.fstat(file.fileno()).st_size != self.size:
+                    raise self._changed()
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._map
+
+    def _changed(self) -> CheckpointError:
+        return CheckpointError(f"{printable(self.path.name)} changed while it was being read")
+
+
+class Shard(MappedFile):
+    """One safetensors file, its header checked, mapped when first touched.
+
+    Raises:
+        CheckpointError: if the file is unreadable, truncated, damaged, or not safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, name = path, printable(path.name)
+        with explain_reading(path), path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            self.size, self.modified = status.st_size, status.st_mtime_ns
+            length = header_length(file.read(LENGTH_BYTES), self.size, name)
+            raw = file.read(length)
+        self.header: Header = parse_header(raw, self.size, name)
+        self.digest = hashlib.sha256(raw).hexdigest()
+
+    def get(self, name: str) -> Array:
+        """The tensor as a read-only view of the mapped file."""
+        entry = self.header.tensors[name]
+        if entry.begin == entry.end:
+            return np.empty(entry.shape, entry.dtype)
+        raw = np.frombuffer(self._mapped(), np.uint8, entry.end - entry.begin, entry.begin)
+        return raw.view(entry.dtype).reshape(entry.shape)
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Of every tensor."""
+        return ((entry.begin, entry.end) for entry in self.header.tensors.values())
+
+
+@contextlib.contextmanager
+def explain_reading(path: Path) -> Iterator[None]:
+    """Turns the operating system's errors into a :class:`CheckpointError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path.parent / printable(path.name)}: {error.strerror}") from None
+
+
+def pages(begin: int, end: int) -> list[tuple[int, int]]:
+    """The byte ranges of a tensor that are sampled: its first, middle and last page, or all of a small one."""
+    if end - begin <= 3 * PAGE_BYTES:
+        return [(begin, end)]
+    middle = (begin + end - PAGE_BYTES) // 2
+    return [(at, at + PAGE_BYTES) for at in (begin, middle, end - PAGE_BYTES)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reader:
+    """Every tensor of a folder of safetensors files.
+
+    Attributes:
+        folder: where the files are.
+        shards: the files by name.
+        homes: tensor name -> file name.
+        notes: harmless oddities worth telling.
+    """
+
+    folder: Path
+    shards: Mapping[str, Shard]
+    homes: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def open(cls, folder: Path) -> Reader:
+        """Opens every shard of a folder and checks that they belong together.
+
+        Raises:
+            CheckpointError: for pickle files, missing or damaged shards, tensors in two shards, and an index that does
+                not agree with the shards.
+        """
+        index = _read_index(folder)
+        files = _complete(_files(folder), folder) if index is None else _indexed_files(index, folder)
+        shards = {name: Shard(folder / name) for name in files}
+        homes = _homes(shards)
+        if index is not None:
+            _check_index(index["weight_map"], homes)
+        return cls(folder, shards, homes, _total_notes(index, shards))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.homes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.homes)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Dtype, shape and place of a tensor."""
+        return self.shards[self.homes[name]].header.tensors[name]
+
+    def get(self, name: str) -> Array:
+        """A whole tensor as a read-only view; no byte is read before it is used."""
+        return self.shards[self.homes[name]].get(name)
+
+    def slice(self, name: str, index: Index) -> Array:
+        """A piece of a tensor, touching no other page than its own."""
+        return self.get(name)[index]
+
+    def fingerprint(self) -> str:
+        """A hash of every shard's name, size and header, and of three pages of every tensor.
+
+        Training that touched a tensor as a whole, as every usual kind does, changes it. A few bytes changed between
+        the pages do not: a stopped conversion sees those by :meth:`modified`, a finished one under ``--check``.
+        """
+        lines = [f"{name} {shard.size} {shard.sample()}" for name, shard in sorted(self.shards.items())]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def modified(self) -> dict[str, int]:
+        """When each shard was last changed, in nanoseconds."""
+        return {name: shard.modified for name, shard in sorted(self.shards.items())}
+
+
+def refuse_pickle(path: Path) -> None:
+    """Refuses a file whose name says that loading it would run code.
+
+    Raises:
+        CheckpointError: if it is one.
+    """
+    if path.suffix.lower() in PICKLES:
+        raise CheckpointError(
+            f"{printable(path.name)} is a pickle file, and loading one can run any code: "
+            "convert it to safetensors first"
+        )
+
+
+def _files(folder: Path) -> list[str]:
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror}") from None
+    files = [name for name in names if name.endswith(".safetensors")]
+    if not files:
+        for name in names:
+            refuse_pickle(folder / name)
+        raise CheckpointError(f"{folder} holds no weights: expected *.safetensors files")
+    # Repositories add other weights beside the model's (adapters, a copy in another layout).
+    return [name for name in files if name.startswith("model")] or files
+
+
+def _complete(files: list[str], folder: Path) -> list[str]:
+    for name in files:
+        match = _SHARD.fullmatch(name)
+        if match is None:
+            continue
+        stem, width, total = match[1], len(match[2]), int(match[3])
+        wanted = {f"{stem}-{i:0{width}d}-of-{match[3]}.safetensors" for i in range(1, min(total, 100_000) + 1)}
+        _refuse_missing(sorted(wanted - set(files)), folder)
+    return files
+
+
+def _refuse_missing(missing: list[str], folder: Path) -> None:
+    if missing:
+        raise CheckpointError(f"{folder} lacks {listing([*map(printable, missing)])}: the download is incomplete")
+
+
+def _read_index(folder: Path) -> dict[str, Any] | None:
+    path = folder / INDEX_NAME
+    try:
+        index = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({printable(str(error))})") from None
+    weights = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(isinstance(v, str) for v in weights.values()):
+        raise CheckpointError(f"{path} has no weight_map from tensor names to file names")
+    return index
+
+
+def _indexed_files(index: Mapping[str, Any], folder: Path) -> list[str]:
+    files = sorted(set(index["weight_map"].values()))
+    for name in files:
+        refuse_pickle(Path(name))
+        if not _is_file_name(name) or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{INDEX_NAME} names {printable(name)}, which is not a safetensors file beside it")
+    _refuse_missing([name for name in files if not os.path.exists(folder / name)], folder)
+    return files
+
+
+def _is_file_name(name: str) -> bool:
+    # A name that can be printed has no control characters or lone surrogates, so it can be encoded too.
+    return Path(name).name == name and name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES
+
+
+def _homes(shards: Mapping[str, Shard]) -> dict[str, str]:
+    homes: dict[str, str] = {}
+    twice: list[str] = []
+    for file, shard in shards.items():
+        for name in shard.header.tensors:
+            if name in homes:
+                twice.append(f"{printable(name)} (in {printable(homes[name])} and {printable(file)})")
+            homes.setdefault(name, file)
+    if twice:
+        raise CheckpointError(f"tensors that are in two files: {listing(twice)}")
+    return homes
+
+
+def _check_index(weight_map: Mapping[str, str], homes: Mapping[str, str]) -> None:
+    problems = []
+    absent = [f"{printable(n)} ({file})" for n, file in weight_map.items() if homes.get(n) != file]
+    if absent:
+        problems.append(f"the index lists tensors that are not in the file it names: {listing(absent)}")
+    unlisted = [f"{printable(n)} ({printable(file)})" for n, file in homes.items() if n not in weight_map]
+    if unlisted:
+        problems.append(f"the files hold tensors that the index does not list: {listing(unlisted)}")
+    if problems:
+        raise CheckpointError("; ".join(problems))
+
+
+def _total_notes(index: Mapping[str, Any] | None, shards: Mapping[str, Shard]) -> tuple[str, ...]:
+    metadata = index.get("metadata") if index else None
+    claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
+    present = sum(e.end - e.begin for shard in shards.values() for e in shard.header.tensors.values())
+    # Some writers count tied tensors twice, so a wrong total alone says nothing about the weights.
+    return () if claimed in (None, present) else (f"{INDEX_NAME} says {claimed} bytes, the files hold {present}",)
+
+
+def listing(items: list[str], limit: int = 20) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    more = f" … and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

@@ -1,0 +1,1 @@
+"""Weight sources: every kind of checkpoint behind one interface."""

@@ -1,0 +1,24 @@
+"""A folder as Hugging Face repositories have it, plain or quantised, read through the rule table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from glm_jax.checkpoint.formats import read_formats
+from glm_jax.checkpoint.safetensors.reader import Reader
+from glm_jax.checkpoint.sources.base import read_config
+from glm_jax.checkpoint.sources.named_tensors import CheckpointSource
+
+
+class HuggingFaceSource(CheckpointSource):
+    """Weights of a safetensors folder: plain ones as zero-copy views of its files, quantised ones repacked.
+
+    Raises:
+        CheckpointError: for anything wrong with the folder; tensors that do not fit the config are listed together.
+        ConfigError: for a ``config.json`` that this stack cannot run.
+    """
+
+    def __init__(self, folder: Path, name: str | None = None) -> None:
+        config, reader = read_config(folder), Reader.open(folder)
+        weights = read_formats(reader, config, folder)
+        super().__init__(weights, config, reader, kind="huggingface", name=name or str(folder), folder=folder)

@@ -1,0 +1,138 @@
+"""Parameters in memory as a source, so that what was trained here can be written."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_jax.checkpoint.device_stack import alone
+from glm_jax.checkpoint.folder.layout import Leaf
+from glm_jax.checkpoint.folder.manifest import DTYPES
+from glm_jax.checkpoint.safetensors.reader import listing
+from glm_jax.checkpoint.sources.base import Array, Original, Piece, SourceInfo, WeightSource, read_config
+from glm_jax.config import Config
+from glm_jax.errors import CheckpointError
+from glm_jax.weights import Bfloat16Bits, QuantizedTensor, QuantSpec, TiledWeight, Weight, untile
+from glm_jax.weights.params import Path, leaves, param_specs
+
+
+class MemorySource(WeightSource):
+    """A parameter tree.
+
+    Args:
+        cfg: of the model.
+        params: nested dictionaries of arrays, as :func:`glm_jax.weights.params.param_specs` has them.
+        origin: where the model came from, for tokenizer, template and foreign keys of config.json.
+
+    Raises:
+        CheckpointError: listing parameters that are missing, unknown, or of another shape or dtype.
+    """
+
+    def __init__(self, cfg: Config, params: Mapping[str, Any], origin: SourceInfo | None = None) -> None:
+        self.cfg = cfg
+        self._fingerprint = secrets.token_hex(32)
+        self._arrays: dict[Path, Weight | Array] = dict(leaves(dict(params)))
+        _check_tree(cfg, self._arrays)
+        folder = origin.folder if origin else None
+        base = read_config(folder) if folder else {}
+        dtypes: Counter[str] = Counter()
+        for array in self._arrays.values():
+            dtypes[array.dtype.name] += array.size
+        dtype = dtypes.most_common(1)[0][0]
+        self.hf_config = {**base, "dtype": dtype, **cfg.to_hf()}
+        copies = origin.original.mtp_copies if origin else ()
+        self.info = SourceInfo(
+            kind="memory",
+            name="parameters in memory",
+            folder=folder,
+            dtype=dtype,
+            original=Original(copies, bool(origin and origin.original.head_copy and cfg.tie_word_embeddings)),
+        )
+
+    def fingerprint(self) -> str:
+        """Never equal to an earlier one: a stopped save of other values must not be gone on with."""
+        return self._fingerprint
+
+    def dtype(self, leaf: Leaf) -> np.dtype[Any]:
+        """The array's own."""
+        return DTYPES[self._arrays[leaf.target].dtype.name]
+
+    def storage(self, leaf: Leaf) -> QuantSpec | None:
+        """The array's own."""
+        array = self._arrays[leaf.target]
+        return array.spec if isinstance(array, QuantizedTensor | TiledWeight) else None
+
+    def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Piece]]:
+        """The rows of one layer, gathered from the devices that hold them; quantised weights in one piece."""
+        array, slot = self._arrays[leaf.target], leaf.slot
+        if isinstance(array, TiledWeight):  # one layer at a time: a second copy of all need not fit
+            array, slot = untile(_gathered(array, slot)), None
+        if isinstance(array, QuantizedTensor):
+            whole = array.map(lambda _, part: _on_host(part, slot))
+            stacked = len(leaf.shape) > 2
+            yield (start, whole[start:stop]) if stacked else (0, whole)
+        else:
+            yield start, _on_host(array, slot)[start:stop]
+
+
+def _gathered(weight: TiledWeight, slot: int | None) -> TiledWeight:
+    """One layer on one device."""
+    if len(weight.sharding.device_set) == 1:
+        return weight if slot is None else weight[slot]
+    tiles = jax.tree.map(lambda array: jnp.asarray(_on_host(array, slot)), weight.tiles)
+    return dataclasses.replace(weight, tiles=tiles)
+
+
+def _on_host(array: jax.Array | Bfloat16Bits | Array, slot: int | None) -> Array:
+    """One layer, gathered shard by shard: a stack of all layers need not fit the host."""
+    if isinstance(array, Bfloat16Bits):
+        return _on_host(array.bits, slot).view(DTYPES["bfloat16"])
+    if isinstance(array, np.ndarray):
+        return array if slot is None else array[slot]
+    out = np.empty(array.shape if slot is None else array.shape[1:], array.dtype)
+    for index, data in {str(shard.index): (shard.index, shard.data) for shard in array.addressable_shards}.values():
+        if slot is None:
+            out[index] = np.asarray(data)
+            continue
+        first, last, _ = index[0].indices(array.shape[0])
+        if first <= slot < last:
+            out[index[1:]] = _row(data, slot - first)
+    return out
+
+
+def _row(data: jax.Array, row: int) -> Array:
+    device = next(iter(data.devices()))
+    if device.platform == "cpu":
+        return np.asarray(data)[row]  # a view
+    with alone(device):
+        return np.asarray(data[row])
+
+
+def _check_tree(cfg: Config, arrays: Mapping[Path, Any]) -> None:
+    specs = dict(leaves(param_specs(cfg)))
+    known = {path: arrays[path] for path in specs if path in arrays}
+    groups = {
+        "missing": [path for path in specs if path not in arrays],
+        "unknown": [path for path in arrays if path not in specs],
+        "of the wrong shape": [path for path, array in known.items() if tuple(array.shape) != specs[path].shape],
+        "spread over several hosts": [path for path, array in known.items() if not _complete(array)],
+        f"of a dtype that is not {', '.join(DTYPES)}": [p for p, a in known.items() if a.dtype.name not in DTYPES],
+    }
+    problems = [f"{title}: {listing(['/'.join(path) for path in paths])}" for title, paths in groups.items() if paths]
+    if problems:
+        raise CheckpointError(f"these parameters are not the config's; {'; '.join(problems)}")
+
+
+def _complete(array: Weight | Array) -> bool:
+    if isinstance(array, QuantizedTensor):
+        return all(_complete(part) for part in array.components().values())
+    array = array.bits if isinstance(array, Bfloat16Bits) else array
+    array = array.tiles.words if isinstance(array, TiledWeight) else array
+    return isinstance(array, np.ndarray) or array.is_fully_addressable

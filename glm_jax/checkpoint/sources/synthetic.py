@@ -1,0 +1,106 @@
+"""``synthetic:flash?layers=4&seed=0``: random weights of realistic scale, so that full width needs no download."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import urllib.parse
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from glm_jax.checkpoint.folder.layout import Leaf
+from glm_jax.checkpoint.sources.base import Array, Original, SourceInfo, WeightSource
+from glm_jax.config import Config
+from glm_jax.errors import CheckpointError
+from glm_jax.weights.params import draw, draw_on_device
+
+PREFIX = "synthetic:"
+_EXAMPLE = f"write {PREFIX}flash?layers=4&seed=0"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SyntheticSpec:
+    """A made-up model: its architecture and the seed of its weights."""
+
+    cfg: Config
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> SyntheticSpec:
+        """Reads ``synthetic:NAME?layers=N&seed=N&mtp=0|1``.
+
+        Raises:
+            CheckpointError: for unknown names or settings, saying what there is.
+        """
+        name, _, query = text.removeprefix(PREFIX).partition("?")
+        if name != "flash":
+            raise CheckpointError(f"no synthetic model {name!r}; there is flash: {_EXAMPLE}")
+        given = urllib.parse.parse_qsl(query, keep_blank_values=True)
+        settings = {"layers": 47, "seed": 0, "mtp": 1}
+        for key, value in given:
+            if key not in settings:
+                raise CheckpointError(f"{text}: no setting {key!r}; there are {', '.join(settings)}")
+            settings[key] = _number(text, key, value)
+        if len(dict(given)) != len(given) or not 1 <= settings["layers"] <= 1000 or settings["mtp"] not in (0, 1):
+            raise CheckpointError(f"{text}: layers must be 1 to 1000, mtp 0 or 1, each given once; {_EXAMPLE}")
+        cfg = Config.flash(layers=settings["layers"]).replace(num_nextn_predict_layers=settings["mtp"])
+        return cls(cfg, settings["seed"])
+
+
+def _number(text: str, key: str, value: str) -> int:
+    if not (value.isascii() and value.isdigit() and len(value) <= 9):
+        raise CheckpointError(f"{text}: {key} must be a whole number, not {value!r}")
+    return int(value)
+
+
+class SyntheticSource(WeightSource):
+    """The weights of :func:`glm_jax.weights.params.init_params`, drawn matrix by matrix.
+
+    Args:
+        spec: the model.
+        dtype: in which the weights are drawn (router biases are always float32).
+        name: as it was asked for.
+    """
+
+    def __init__(self, spec: SyntheticSpec, dtype: np.dtype[Any], name: str) -> None:
+        self.cfg, self.seed, self._dtype = spec.cfg, spec.seed, dtype
+        self._fingerprint = hashlib.sha256(f"{spec!r} {dtype.name}".encode()).hexdigest()
+        self.hf_config = {**spec.cfg.to_hf(), "dtype": dtype.name}
+        copies = ("embed", "head") if spec.cfg.num_nextn_predict_layers else ()
+        self.info = SourceInfo(
+            kind="synthetic",
+            name=name,
+            folder=None,
+            dtype=dtype.name,
+            # As in the real checkpoint.
+            original=Original(mtp_copies=copies),
+        )
+
+    def fingerprint(self) -> str:
+        """Of everything that the values depend on."""
+        return self._fingerprint
+
+    def dtype(self, leaf: Leaf) -> np.dtype[Any]:
+        """The one dtype of all weights, or the leaf's own."""
+        return np.dtype(leaf.spec.dtype) if leaf.spec.dtype else self._dtype
+
+    def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Array]]:
+        """One matrix at a time."""
+        if leaf.spec.stacked < 2:
+            yield start, self._draw(leaf, ())[start:stop]
+            return
+        for row in range(start, leaf.shape[0] if stop is None else stop):
+            yield row, self._draw(leaf, (row,))[None]
+
+    def drawn(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, jax.Array]]:
+        """As :meth:`pieces`, drawn on JAX's default device."""
+        stop, stacked = leaf.shape[0] if stop is None else stop, leaf.spec.stacked >= 2
+        for row in range(start, stop) if stacked else (start,):
+            matrix = draw_on_device(leaf.target, leaf.spec, self.seed, self._dtype, leaf.layer, (row,) * stacked)
+            yield row, matrix[None] if stacked else matrix[start:stop]
+
+    def _draw(self, leaf: Leaf, index: tuple[int, ...]) -> Array:
+        return draw(leaf.target, leaf.spec, self.seed, self._dtype, leaf.layer, index)

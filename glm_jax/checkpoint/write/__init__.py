@@ -1,0 +1,1 @@
+"""Checkpoints written to disk: converted folders and Hugging Face folders."""

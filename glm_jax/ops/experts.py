@@ -1,0 +1,292 @@
+"""Mixture of experts: the router, and five ways to apply the chosen experts with the same result.
+
+Routing is that of DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section 2.1.2): sigmoid scores, a bias that takes part
+in the choice only, the chosen scores normalised to sum to ``routed_scaling_factor``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from glm_jax.config import Config
+from glm_jax.ops import tiled_matmul
+from glm_jax.ops.linear import Index, einsum, linear, pick
+from glm_jax.ops.mlp import swiglu
+from glm_jax.sharding import Rules, vary_like
+from glm_jax.weights import TiledWeight, Weight
+from pallas_kernels import grouped_matmul
+
+Weights = dict[str, Weight]
+_FEW_PAIRS = 64
+Method = Literal["auto", "pairs", "blocks", "batched", "dense", "kernels"]
+
+
+class Routing(NamedTuple):
+    """Experts of each token: ``experts`` int32 ``[n, X]`` and their ``weights`` float32 ``[n, X]``."""
+
+    experts: jax.Array
+    weights: jax.Array
+
+
+def route(cfg: Config, x: jax.Array, router: jax.Array, bias: jax.Array) -> Routing:
+    """Chooses ``num_experts_per_tok`` experts per token, in float32 at full matmul precision.
+
+    Args:
+        x: normed input ``[n, D]``.
+        router: ``[E, D]``; ``bias``: float32 ``[E]``, decides only who is chosen.
+    """
+    logits = jnp.matmul(x.astype(jnp.float32), router.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
+    scores = jax.nn.sigmoid(logits)
+    _, experts = jax.lax.top_k(_limit_groups(cfg, scores + bias[None]), cfg.num_experts_per_tok)
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if cfg.norm_topk_prob:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return Routing(experts, weights * cfg.routed_scaling_factor)
+
+
+def _limit_groups(cfg: Config, choice: jax.Array) -> jax.Array:
+    """Keeps the ``topk_group`` groups of experts with the highest sum of their two best; the rest can not be chosen."""
+    if cfg.n_group == 1:
+        return choice
+    grouped = choice.reshape(choice.shape[0], cfg.n_group, -1)
+    strength = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+    _, kept = jax.lax.top_k(strength, cfg.topk_group)
+    mask = jnp.any(jax.nn.one_hot(kept, cfg.n_group, dtype=jnp.bool_), axis=1)
+    return jnp.where(mask[..., None], grouped, -jnp.inf).reshape(choice.shape)
+
+
+def to_dense(routing: Routing, experts: int) -> jax.Array:
+    """The weights as ``[n, E]``, zero for experts that were not chosen."""
+    chosen = jax.nn.one_hot(routing.experts, experts, dtype=jnp.float32)
+    return jnp.einsum("nxe,nx->ne", chosen, routing.weights, precision=jax.lax.Precision.HIGHEST)
+
+
+def from_dense(weights: jax.Array) -> Routing:
+    """The routing with any weights ``[n, E]``: every expert is applied, since any number may have been given one."""
+    return Routing(jnp.broadcast_to(jnp.arange(weights.shape[1], dtype=jnp.int32)[None], weights.shape), weights)
+
+
+def apply_experts(
+    x: jax.Array, routing: Routing, w: Weights, layer: Index, rules: Rules = Rules(), method: Method = "auto"
+) -> jax.Array:
+    """``sum_k weight_k * expert_k(x)`` over the chosen experts, summed over the devices that share the work.
+
+    Args:
+        x: ``[n, D]``.
+        w: ``gate, up [.., E, F, D]`` and ``down [.., E, D, F]``, stacked by layer; the local part of them.
+        method: "pairs" scans over (token, expert) pairs and reads each pair's expert; "blocks" sorts the pairs and
+            reads an expert once per block of rows; "batched" applies all experts at once to an equal number of rows
+            and the rest in blocks; "dense" applies all experts to all tokens; "kernels" sorts the pairs into blocks
+            for kernels, which need all matrices in tiles. "auto" takes the cheapest.
+
+    Returns:
+        ``[n, D]`` in float32.
+    """
+    local = w["gate"].shape[1]
+    routing = _only_local(routing, rules.index("experts") * local, local)
+    if method == "auto" and tiled_matmul.together(w["gate"], w["up"]) and isinstance(w["down"], TiledWeight):
+        method = "kernels"
+    if method == "auto":
+        method = cheapest(x.shape[0], routing.experts.shape[1], local, in_place=_in_place(w["gate"], layer))
+    methods = {"pairs": _pairs, "blocks": _blocks, "batched": _batched, "dense": _dense, "kernels": _kernels}
+    out = methods[method](x, routing, w, layer)
+    return rules.psum(out, "experts", "ffn")
+
+
+def apply_shared(x: jax.Array, w: Weights, layer: Index, rules: Rules = Rules()) -> jax.Array:
+    """The always-on expert: ``[n, D]`` to ``[n, D]`` in float32."""
+    out = swiglu(x, w["shared_gate"], w["shared_up"], w["shared_down"], layer, dtype=jnp.dtype(jnp.float32))
+    return rules.psum(out, "ffn")
+
+
+def cheapest(tokens: int, chosen: int, experts: int, in_place: bool = False) -> Method:
+    """The method that reads and computes least for these numbers.
+
+    Args:
+        tokens: rows.
+        chosen: experts per token.
+        experts: number of them here.
+        in_place: whether all experts of the layer can be multiplied without copying them first.
+    """
+    if experts <= 2 * chosen and tokens > 8:
+        return "dense"
+    if tokens * chosen < 2 * experts:
+        return "pairs"
+    return "batched" if in_place else "blocks"
+
+
+def _in_place(stack: Weight, layer: Index) -> bool:
+    """Whether a layer's experts are the whole array: XLA:CPU copies a slice that goes into a product of many rows."""
+    return isinstance(layer, int) and stack.shape[0] == 1 and isinstance(stack, jax.Array)
+
+
+def _only_local(routing: Routing, first: Index, count: int) -> Routing:
+    """Numbers the experts that are here from 0; the others get a number past the end and no weight."""
+    local = routing.experts - first
+    here = (local >= 0) & (local < count)
+    return Routing(jnp.where(here, local, count), jnp.where(here, routing.weights, 0.0))
+
+
+def _pairs(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    tokens, chosen = routing.experts.shape
+    token_of = jnp.repeat(jnp.arange(tokens, dtype=jnp.int32), chosen)
+
+    def one(_, pair):  # noqa: ANN001, ANN202
+        token, expert = pair
+        row = jax.lax.dynamic_slice_in_dim(x, token, 1)
+        return None, swiglu(row, w["gate"], w["up"], w["down"], layer, expert, dtype=jnp.dtype(jnp.float32))[0]
+
+    _, outs = jax.lax.scan(one, None, (token_of, routing.experts.reshape(-1)))
+    return _combine(outs.reshape(tokens, chosen, -1), routing.weights)
+
+
+def _dense(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    gate, up, down = (pick(w[name], layer) for name in ("gate", "up", "down"))
+    experts, width, _ = gate.shape
+    flat = experts * width
+    hidden = jax.nn.silu(linear(x, gate.reshape(flat, -1))) * linear(x, up.reshape(flat, -1))
+    weights = to_dense(routing, experts)
+    weighted = hidden.reshape(-1, experts, width).astype(jnp.float32) * weights[..., None]
+    columns = jnp.moveaxis(down, 0, 1).reshape(-1, flat)
+    return linear(weighted.astype(x.dtype).reshape(-1, flat), columns, dtype=jnp.dtype(jnp.float32))
+
+
+def _batched(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    tokens, chosen = routing.experts.shape
+    gate, up, down = (pick(w[name], layer) for name in ("gate", "up", "down"))
+    experts, expert_of_pair = gate.shape[0], routing.experts.reshape(-1)
+    pairs = expert_of_pair.shape[0]
+    # A quarter over the mean: most experts' rows fit when the load is balanced.
+    height = 8 * -(-5 * pairs // (4 * 8 * experts))
+    rank = rank_in_expert(expert_of_pair, experts)
+    table = jnp.full((experts, height), -1, jnp.int32)
+    table = table.at[expert_of_pair, rank].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")
+    rows = jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])[jnp.where(table < 0, tokens, table // chosen)]
+    product = functools.partial(einsum, "eoi,eni->eon")
+    hidden = jnp.swapaxes(jax.nn.silu(product(gate, rows)) * product(up, rows), 1, 2).astype(x.dtype)
+    # The barrier keeps XLA from folding the transposition into a product that it has only a slow form of.
+    outs = jnp.swapaxes(jax.lax.optimization_barrier(product(down, hidden)), 1, 2)
+    fits = (rank < height) & (expert_of_pair < experts)
+    by_pair = outs[jnp.where(fits, expert_of_pair, 0), jnp.where(fits, rank, 0)].reshape(tokens, chosen, -1)
+    fits = fits.reshape(tokens, chosen)
+    out = _combine(by_pair, jnp.where(fits, routing.weights, 0.0))
+    rest = Routing(jnp.where(fits, experts, routing.experts), jnp.where(fits, 0.0, routing.weights))
+    left = jnp.sum(rest.experts < experts)
+    branches = [
+        lambda out: out,
+        lambda out: out + _few_pairs(x, rest, w, layer),
+        lambda out: out + _blocks(x, rest, w, layer),
+    ]
+    which = (left > 0).astype(jnp.int32) + (left > _FEW_PAIRS).astype(jnp.int32)
+    return jax.lax.switch(which, branches, out)
+
+
+def _few_pairs(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    """As ``_pairs``, but of the :data:`_FEW_PAIRS` that there are at most, and only those."""
+    tokens, chosen = routing.experts.shape
+    expert_of_pair = routing.experts.reshape(-1)
+    here = expert_of_pair < w["gate"].shape[1]
+    first = jnp.argsort(~here, stable=True)[:_FEW_PAIRS].astype(jnp.int32)
+    weights = routing.weights.reshape(-1)
+
+    def apply(out, pair):  # noqa: ANN001, ANN202
+        token, expert = pair // chosen, expert_of_pair[pair]
+        row = jax.lax.dynamic_slice_in_dim(x, token, 1)
+        made = swiglu(row, w["gate"], w["up"], w["down"], layer, expert, dtype=jnp.dtype(jnp.float32))
+        return out.at[token].add(weights[pair] * made[0])
+
+    def one(out, pair):  # noqa: ANN001, ANN202
+        return jax.lax.cond(here[pair], apply, lambda out, _: out, out, pair), None
+
+    start = vary_like(jnp.zeros((tokens, x.shape[1]), jnp.float32), jax.tree.leaves(w["gate"])[0])
+    return jax.lax.scan(one, start, first)[0]
+
+
+def _blocks(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    tokens, chosen = routing.experts.shape
+    plan = plan_blocks(routing.experts.reshape(-1), w["gate"].shape[1])
+    padded = jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])
+
+    def apply(rows, expert):  # noqa: ANN001, ANN202
+        return swiglu(rows, w["gate"], w["up"], w["down"], layer, expert, dtype=jnp.dtype(jnp.float32))
+
+    def one(_, block):  # noqa: ANN001, ANN202
+        expert, pairs = block
+        rows = padded[jnp.where(pairs < 0, tokens, pairs // chosen)]
+        skip = vary_like(jnp.zeros(rows.shape, jnp.float32), jax.tree.leaves(w["gate"])[0])
+        return None, jax.lax.cond(expert >= 0, apply, lambda *_: skip, rows, jnp.maximum(expert, 0))
+
+    _, outs = jax.lax.scan(one, None, (plan.experts, plan.pairs))
+    by_pair = outs.reshape(-1, x.shape[1])[plan.slot_of_pair]
+    return _combine(by_pair.reshape(tokens, chosen, -1), routing.weights)
+
+
+def _kernels(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    tokens, chosen = routing.experts.shape
+    gate, up, down = (w[name].tiles for name in ("gate", "up", "down"))  # pyright: ignore[reportAttributeAccessIssue]
+    expert_of_pair, experts = routing.experts.reshape(-1), gate.stack[1]
+    plan = plan_blocks(expert_of_pair, experts, grouped_matmul.height(tokens * chosen, experts))
+    place, blocks = jnp.asarray(layer, jnp.int32).reshape(1), grouped_matmul.Blocks(plan.experts, plan.pairs)
+    hidden = grouped_matmul.gated(x, gate, up, place, blocks=blocks, chosen=chosen)
+    weights = routing.weights.reshape(-1)
+    outs = grouped_matmul.matmul(hidden, down, place, blocks=blocks, factors=weights, dtype=jnp.float32)
+    # Pairs of experts that are elsewhere are in no block, and nothing was written for them.
+    outs = jnp.where((expert_of_pair < experts)[:, None], outs, 0.0)
+    return jnp.sum(outs.reshape(tokens, chosen, -1), axis=1)
+
+
+class BlockPlan(NamedTuple):
+    """Pairs sorted by expert into blocks of equal height, each of one expert.
+
+    ``experts [blocks]`` is the expert of a block or -1, ``pairs [blocks, height]`` the pairs in it or -1, and
+    ``slot_of_pair [pairs]`` where each pair went.
+    """
+
+    experts: jax.Array
+    pairs: jax.Array
+    slot_of_pair: jax.Array
+
+
+def plan_blocks(expert_of_pair: jax.Array, experts: int, height: int | None = None) -> BlockPlan:
+    """Sorts pairs by expert into blocks.
+
+    Args:
+        expert_of_pair: int32 ``[n * X]``; pairs of an expert past the end are left out (their slot is 0).
+        experts: number of experts.
+        height: of a block; what suits a CPU unless given.
+    """
+    pairs = expert_of_pair.shape[0]
+    height = height or min(64, max(8, 1 << (max(pairs // experts, 1) - 1).bit_length()))
+    blocks = min(pairs, experts + pairs // height)
+    blocks_of = -(-_counts(expert_of_pair, experts) // height)
+    first_block = jnp.cumsum(blocks_of) - blocks_of
+    here = expert_of_pair < experts
+    slot = first_block[jnp.where(here, expert_of_pair, 0)] * height + rank_in_expert(expert_of_pair, experts)
+    slot = jnp.where(here, slot, blocks * height)
+    table = jnp.full(blocks * height, -1, jnp.int32).at[slot].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")
+    table = table.reshape(blocks, height)
+    first = table[:, 0]
+    owners = jnp.where(first >= 0, expert_of_pair[jnp.maximum(first, 0)], -1)
+    return BlockPlan(owners, table, jnp.where(here, slot, 0))
+
+
+def rank_in_expert(expert_of_pair: jax.Array, experts: int) -> jax.Array:
+    """How many earlier pairs have the same expert, int32 ``[n * X]``."""
+    pairs = expert_of_pair.shape[0]
+    order = jnp.argsort(expert_of_pair, stable=True).astype(jnp.int32)
+    counts = _counts(expert_of_pair, experts + 1)
+    first_pair = jnp.cumsum(counts) - counts
+    ranks = jnp.arange(pairs, dtype=jnp.int32) - first_pair[expert_of_pair[order]]
+    return jnp.zeros(pairs, jnp.int32).at[order].set(ranks)
+
+
+def _counts(expert_of_pair: jax.Array, experts: int) -> jax.Array:
+    return jnp.zeros(experts, jnp.int32).at[expert_of_pair].add(1, mode="drop")
+
+
+def _combine(outs: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.einsum("nxd,nx->nd", outs, weights, precision=jax.lax.Precision.HIGHEST)

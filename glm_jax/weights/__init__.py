@@ -1,0 +1,15 @@
+"""How weights are stored where that differs from a plain array: integers and small floats with scales."""
+
+from glm_jax.weights.bf16_bits import Bfloat16Bits as Bfloat16Bits
+from glm_jax.weights.codes import pack_nibbles as pack_nibbles
+from glm_jax.weights.codes import unpack_nibbles as unpack_nibbles
+from glm_jax.weights.presets import PRESETS as PRESETS
+from glm_jax.weights.presets import QuantRules as QuantRules
+from glm_jax.weights.quant_spec import QuantSpec as QuantSpec
+from glm_jax.weights.quantization import quantize as quantize
+from glm_jax.weights.quantized_tensor import QuantizedTensor as QuantizedTensor
+from glm_jax.weights.quantized_tensor import dequantize as dequantize
+from glm_jax.weights.tiled_weight import TiledWeight as TiledWeight
+from glm_jax.weights.tiled_weight import tile as tile
+from glm_jax.weights.tiled_weight import untile as untile
+from glm_jax.weights.types import Weight as Weight
