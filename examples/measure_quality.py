@@ -30,7 +30,8 @@ from convert.quality.models import Side, load, requantised  # noqa: E402
 from convert.quality.report import error, nats, table  # noqa: E402
 from convert.quality.statistics import paired_bootstrap  # noqa: E402
 from convert.quality.weights import sizes, weight_errors  # noqa: E402
-from examples.tiny_recipe import corpus, heldout  # noqa: E402
+from examples.tiny_recipe import corpus  # noqa: E402
+from examples.tiny_recipe import held_out_tasks as heldout
 from glm_jax.cache.latent import bytes_per_token  # noqa: E402
 from glm_jax.checkpoint.sources.base import WeightSource  # noqa: E402
 from glm_jax.checkpoint.sources.open import open_source  # noqa: E402

@@ -21,11 +21,11 @@ sys.path.insert(0, str(ROOT))
 
 from examples.tiny_recipe import corpus, prepare, publish  # noqa: E402
 from examples.tiny_recipe.batches import Batches  # noqa: E402
-from examples.tiny_recipe.bits import bits_per_byte  # noqa: E402
-from examples.tiny_recipe.chat import held_out_conversations  # noqa: E402
-from examples.tiny_recipe.forced import answered_rightly  # noqa: E402
-from examples.tiny_recipe.loop import RunFiles, train  # noqa: E402
-from examples.tiny_recipe.plan import Plan, tiny_config  # noqa: E402
+from examples.tiny_recipe.bits_per_byte import bits_per_byte  # noqa: E402
+from examples.tiny_recipe.conversations import held_out_conversations  # noqa: E402
+from examples.tiny_recipe.schedule import Plan, tiny_config  # noqa: E402
+from examples.tiny_recipe.teacher_forcing import answered_rightly  # noqa: E402
+from examples.tiny_recipe.training_loop import RunFiles, train  # noqa: E402
 from glm_jax.text import render_chat  # noqa: E402
 
 PROBE_BYTES, PROBE_TASKS = 24_000, 10

@@ -65,23 +65,31 @@ class CalibratedSource(Requantised):
         self._parts = [part for part in layout(self.cfg) if part != REST]
         self._walk: State | None = None
         self._made: tuple[str, dict[str, QuantizedTensor]] = ("", {})
-        self.folder: FilePath | None = None
-        self.keep_all = False  # a file of several layers begins again with its first
-        self.advance: Callable[[float], None] = lambda share: None
+        self._folder: FilePath | None = None
+        self._keep_all = False
+        self._advance: Callable[[float], None] = lambda share: None
 
     def fingerprint(self) -> str:
         """Also of the text and the settings."""
         tokens = hashlib.sha256(self._tokens.tobytes()).hexdigest()
         return hashlib.sha256(f"{super().fingerprint()} {tokens} {self._settings!r}".encode()).hexdigest()
 
-    def notes(self) -> tuple[str, ...]:
+    def start_conversion(self, folder: FilePath, *, keep_all: bool) -> None:
+        """Keeps the state of a layer in ``folder``; of every layer where a file of several begins with its first."""
+        self._folder, self._keep_all = folder, keep_all
+
+    def on_progress(self, advance: Callable[[float], None]) -> None:
+        """Tells ``advance`` the share of a layer's descent that is done."""
+        self._advance = advance
+
+    def conversion_notes(self) -> tuple[str, ...]:
         """What happened to each layer, so far."""
-        return latest_notes(self.folder, self.fingerprint()) if self._walk is None else self._walk.notes
+        return latest_notes(self._folder, self.fingerprint()) if self._walk is None else self._walk.notes
 
     def state_bytes(self) -> int:
         """What is kept on disk between layers, at most."""
         one = 8 * self._tokens.size * self.cfg.hidden_size
-        return one * (len(self._parts) + 1 if self.keep_all else 3)
+        return one * (len(self._parts) + 1 if self._keep_all else 3)
 
     def memory_bytes(self) -> int:
         """An estimate of what the largest layer needs."""
@@ -112,7 +120,7 @@ class CalibratedSource(Requantised):
         if self._made[0] != part:
             index = self._parts.index(part)
             walk = self._walk if self._walk and self._walk.index == index else None
-            walk = walk or load_state(self.folder, index, self.fingerprint())
+            walk = walk or load_state(self._folder, index, self.fingerprint())
             if walk is None:  # nothing that was kept leads here, so the layers before are learnt again
                 if index:
                     self._layer(self._parts[index - 1])
@@ -122,7 +130,7 @@ class CalibratedSource(Requantised):
             assert walk is not None
             self._walk, made = self._learn(part, walk)
             self._made = (part, made)
-            save_state(self.folder, self._walk, self.fingerprint(), keep_all=self.keep_all)
+            save_state(self._folder, self._walk, self.fingerprint(), keep_all=self._keep_all)
         return self._made[1]
 
     def _learn(self, part: str, walk: State) -> tuple[State, dict[str, QuantizedTensor]]:
@@ -140,7 +148,7 @@ class CalibratedSource(Requantised):
         learn = {path: _mask(path, weights[path], loads) for path in start if can_learn(start[path].spec)}
         step = 1.0 / self._settings.steps
         tuned, before, after = tune(
-            forward, weights, start, learn, seen, targets, self._settings, lambda n: self.advance(n * step)
+            forward, weights, start, learn, seen, targets, self._settings, lambda n: self._advance(n * step)
         )
         notes = (*walk.notes, _note(part, before, after, loads))
         if part != MTP:

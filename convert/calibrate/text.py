@@ -63,7 +63,7 @@ class Calibration:
 
 
 def _own() -> Iterator[str]:
-    # Drawn by the miniature's recipe (examples/tiny_recipe/chat.py), as its training data was.
+    # Drawn by the miniature's recipe (examples/tiny_recipe/conversations.py), as its training data was.
     yield from _in_file(Path(__file__).parent / "conversations.jsonl", None)
     library = Path(sysconfig.get_path("stdlib"))
     for name in _LIBRARY:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from examples.tiny_recipe.chat import Conversation, Render, draw_conversation
-from examples.tiny_recipe.plan import Plan, Rows, Stage
+from examples.tiny_recipe.conversations import Conversation, Render, draw_conversation
+from examples.tiny_recipe.schedule import Plan, Rows, Stage
 from examples.tiny_recipe.tokenizer import SPECIAL_IDS
 
 # A row carries two tokens more than it has positions: the next-token target and the one after it for the MTP layer.

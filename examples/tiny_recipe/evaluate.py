@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from examples.tiny_recipe import heldout
-from examples.tiny_recipe.bits import bits_per_byte
-from examples.tiny_recipe.chat import Render, draw_conversation
+from examples.tiny_recipe import held_out_tasks as heldout
+from examples.tiny_recipe.bits_per_byte import bits_per_byte
+from examples.tiny_recipe.conversations import Render, draw_conversation
 from examples.tiny_recipe.corpus import LibraryFile
-from examples.tiny_recipe.greedy import continue_greedily
-from examples.tiny_recipe.network import forward
+from examples.tiny_recipe.greedy_decode import continue_greedily
+from examples.tiny_recipe.loss import forward
 from examples.tiny_recipe.tokenizer import SPECIAL_TOKENS
 from glm_jax.config import Config
 

@@ -8,7 +8,7 @@ from random import Random
 
 from tokenizers import Tokenizer
 
-from examples.tiny_recipe.chat import Render, draw_conversation
+from examples.tiny_recipe.conversations import Render, draw_conversation
 from examples.tiny_recipe.corpus import LibraryFile
 from examples.tiny_recipe.tokenizer import train_tokenizer
 

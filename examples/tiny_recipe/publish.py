@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
-from examples.tiny_recipe import card, corpus, heldout
+from examples.tiny_recipe import corpus
+from examples.tiny_recipe import held_out_tasks as heldout
+from examples.tiny_recipe import model_card as card
 from examples.tiny_recipe.evaluate import evaluate
 from examples.tiny_recipe.export import as_stored, export
-from examples.tiny_recipe.loop import RunFiles
-from examples.tiny_recipe.plan import Plan, tiny_config
-from examples.tiny_recipe.state_file import load_state
-from examples.tiny_recipe.step import initial_state
+from examples.tiny_recipe.schedule import Plan, tiny_config
+from examples.tiny_recipe.train_step import initial_state
+from examples.tiny_recipe.training_checkpoint import load_state
+from examples.tiny_recipe.training_loop import RunFiles
 from glm_jax.text import render_chat
 
 

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable
 from random import Random
 
-from examples.tiny_recipe.words import FUNCTIONS, OPERATIONS, VARIABLES, WORDS
+from examples.tiny_recipe.word_lists import FUNCTIONS, OPERATIONS, VARIABLES, WORDS
 
 HELD_OUT_MODULUS = 20
 

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from examples.tiny_recipe.tasks import is_held_out
-from examples.tiny_recipe.words import CITIES, PEOPLE, SKIES, WORDS
+from examples.tiny_recipe.word_lists import CITIES, PEOPLE, SKIES, WORDS
 
 Json = dict[str, Any]
 

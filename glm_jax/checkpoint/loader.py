@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from convert.pipeline import Form, Report, convert
 from glm_jax.checkpoint.device_stack import Stack
 from glm_jax.checkpoint.folder.layout import Leaf
 from glm_jax.checkpoint.progress import Advance, progress_bar
@@ -27,6 +26,7 @@ from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.checkpoint.sources.quantized import Requantised
 from glm_jax.checkpoint.sources.synthetic import SyntheticSource
 from glm_jax.checkpoint.validation import Checker
+from glm_jax.checkpoint.write.conversion import Form, Report, write_checkpoint
 from glm_jax.config import Config
 from glm_jax.memory import device_limit
 from glm_jax.sharding import Rules
@@ -262,7 +262,7 @@ def save(
     Raises:
         CheckpointError: if the parameters are not the config's, or the folder cannot be written.
     """
-    return convert(MemorySource(cfg, params, origin), path, to=to, force=force, progress=progress)
+    return write_checkpoint(MemorySource(cfg, params, origin), path, to=to, force=force, progress=progress)
 
 
 def _tree(flat: Mapping[tuple[str, ...], Any]) -> Tree:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 # Public name -> the module that defines it.
 _HOMES = {
-    "SampleResult": "draw",
+    "SampleResult": "sampler",
     "SamplerFeatures": "features",
     "SamplerState": "state",
     "SamplingParams": "params",
     "completion_seeds": "params",
     "is_stop": "state",
-    "sample": "draw",
+    "sample": "sampler",
     "update": "state",
 }
 

@@ -23,7 +23,7 @@ from pallas_kernels import compiling_for
 from pallas_kernels._launch import recording
 from pallas_kernels.aot import cards
 from pallas_kernels.specs import Sweep, cases
-from tests.aot import prompt
+from tests.aot import prefill_programs as prompt
 
 pytestmark = pytest.mark.aot
 SAMPLER = {"survey_kernel", "narrow_kernel", "draw_kernel"}  # what looks at logits multiplies no matrices

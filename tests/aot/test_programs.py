@@ -82,7 +82,7 @@ def test_the_generation_loop_on_four_cards():
 def test_the_attention_of_a_prompt(slots, cache):
     """A chunk of 512 tokens: what it needs does not grow with the context, and nothing is copied to be read."""
     argument = {"gpu": "h200", "batch": 1, "tokens": 512, "slots": slots, "cache_dtype": cache}
-    made = aot.in_child("tests.aot.prompt:program", argument)
+    made = aot.in_child("tests.aot.prefill_programs:program", argument)
     # A short context, and a whole one or its first stretch.
     assert made["before"].count("flash_kernel") == 2
     assert made["of_a_stretch"].count("flash_kernel") == (slots > 4096)

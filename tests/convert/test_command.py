@@ -12,8 +12,9 @@ import pytest
 from convert.__main__ import main
 from convert.pipeline import convert
 from glm_jax.checkpoint.sources.open import open_source
-from tests import checkpoints, spellings
-from tests.convert.comparing import contents, same_tensors
+from tests.builders import hf_checkpoints as checkpoints
+from tests.builders import hf_configs as spellings
+from tests.checkpoint.assertions import contents, same_tensors
 
 ROOT = Path(__file__).parents[2]
 CONFIG = spellings.odd(hidden_size=256, moe_intermediate_size=64)

@@ -18,8 +18,9 @@ from glm_jax.checkpoint.write import targets
 from glm_jax.checkpoint.write.conversion_state import WORK_FOLDER
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
-from tests import checkpoints, spellings
-from tests.convert.comparing import contents, same_tensors
+from tests.builders import hf_checkpoints as checkpoints
+from tests.builders import hf_configs as spellings
+from tests.checkpoint.assertions import contents, same_tensors
 
 CONFIG = spellings.odd()
 BF16 = ml_dtypes.bfloat16

@@ -18,8 +18,8 @@ from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.cli.common import BAD_INPUT, OK, finish
 from glm_jax.engine.assets import Companions
 from glm_jax.errors import CheckpointError, GlmError, MemoryPlanError, PromptError
-from tests import checkpoints
-from tests.llm.models import CONFIG, random_model, scripted_model
+from tests.builders import hf_checkpoints as checkpoints
+from tests.builders.llm_checkpoints import CONFIG, random_model, scripted_model
 from tests.reference import Reference
 
 TEXT = "def area(w, h):\n    return w * h\n\nprint(area(3, 4))  # twelve\n" * 3

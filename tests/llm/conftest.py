@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from glm_jax.llm import LLM
-from tests.llm.models import random_model, scripted_model
+from tests.builders.llm_checkpoints import random_model, scripted_model
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -10,8 +10,8 @@ from glm_jax.errors import PromptError, SamplingError
 from glm_jax.llm import LLM
 from glm_jax.sampling import SamplingParams
 from glm_jax.text import Delta, render_chat
-from tests.llm.models import scripted_model
-from tests.text.samples import TIME, WEATHER
+from tests.builders.llm_checkpoints import scripted_model
+from tests.text.fixtures import TIME, WEATHER
 
 GREEDY = SamplingParams(temperature=0, max_tokens=30, seed=0)
 HELLO = [{"role": "user", "content": "hi"}]

@@ -10,7 +10,7 @@ from glm_jax.engine.outputs import Completion
 from glm_jax.errors import GlmError, PromptError, SamplingError
 from glm_jax.llm import LLM
 from glm_jax.sampling import SamplingParams
-from tests.llm.models import CONTEXT
+from tests.builders.llm_checkpoints import CONTEXT
 
 TEXTS = ["def", "def fib(n):\n    return n", "天气很好 🙂", "naïve café, x"]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, seed=7, ignore_eos=True)

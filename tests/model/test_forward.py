@@ -6,8 +6,8 @@ import pytest
 
 from glm_jax.errors import ConfigError
 from glm_jax.model import activation_names
-from tests.model.small import OWN_MTP, VARIANTS, Small
-from tests.runner import Array, close, positions, tokens
+from tests.builders.jitted_model import Array, close, positions, tokens
+from tests.builders.small_models import OWN_MTP, VARIANTS, Small
 
 LENGTH = 24
 FORMS = ["expanded", "absorbed"]

@@ -11,11 +11,11 @@ import pytest
 from glm_jax.model import GLM
 from glm_jax.ops import experts
 from glm_jax.weights.params import leaves
-from tests.checkpoints import Tensors, to_params
-from tests.model.small import VARIANTS, Small
+from tests.builders.hf_checkpoints import Tensors, to_params
+from tests.builders.hf_configs import odd
+from tests.builders.jitted_model import QUICK_COMPILE, Array, tokens
+from tests.builders.small_models import VARIANTS, Small
 from tests.reference import Reference
-from tests.runner import QUICK_COMPILE, Array, tokens
-from tests.spellings import odd
 
 
 def loss_weights(small: Small, ids: Array) -> Array:

@@ -11,8 +11,8 @@ import pytest
 from glm_jax.cache import LatentCache
 from glm_jax.errors import ConfigError
 from glm_jax.model import GLM, activation_names
-from tests.model.small import VARIANTS
-from tests.runner import QUICK_COMPILE, Array, close, positions, tokens
+from tests.builders.jitted_model import QUICK_COMPILE, Array, close, positions, tokens
+from tests.builders.small_models import VARIANTS
 
 SMALL = VARIANTS["odd"]
 NAMES = activation_names(SMALL.cfg)

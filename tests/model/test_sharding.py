@@ -15,9 +15,9 @@ from glm_jax.model import GLM, activation_names
 from glm_jax.sharding import MESH_AXES, Rules, make_mesh, preset
 from glm_jax.weights.params import init_params, leaves, param_specs
 from glm_jax.weights.storage import abstract_params
-from tests.model.small import Small
-from tests.runner import QUICK_COMPILE, Array, close, positions, tokens
-from tests.spellings import odd
+from tests.builders.hf_configs import odd
+from tests.builders.jitted_model import QUICK_COMPILE, Array, close, positions, tokens
+from tests.builders.small_models import Small
 
 # Sizes that four devices divide, and that stay unequal.
 SMALL = Small(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.spellings import ODD_SIZES, HfConfig, from_scratch, original, resaved
+from tests.builders.hf_configs import ODD_SIZES, HfConfig, from_scratch, original, resaved
 
 SPELLINGS = {"original": original, "resaved": resaved, "scratch": from_scratch}
 

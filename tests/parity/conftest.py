@@ -7,12 +7,12 @@ import pytest
 from tests.parity.cases import CASES
 
 if TYPE_CHECKING:  # the module needs torch, and this file is read without it too
-    from tests.parity.made import Made
+    from tests.parity.fixtures import Made
 
 
 @pytest.fixture(scope="session", params=CASES, ids=lambda case: case.name)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "Made":
     """Each checkpoint in turn."""
-    from tests.parity.made import make
+    from tests.parity.fixtures import make
 
     return make(request.param, tmp_path_factory.mktemp(request.param.name))

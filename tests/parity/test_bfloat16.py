@@ -19,11 +19,11 @@ import torch
 from glm_jax.checkpoint import load
 from glm_jax.model import GLM
 from glm_jax.weights.params import leaves
-from tests.checkpoints import read, to_params
-from tests.parity import theirs
+from tests.builders.hf_checkpoints import read, to_params
+from tests.builders.jitted_model import Runner, close, tokens
+from tests.parity import hf_models as theirs
 from tests.parity.cases import CASES, Case
 from tests.reference import Reference
-from tests.runner import Runner, close, tokens
 
 # torch multiplies grouped bfloat16 matrices only when their rows are multiples of 16 bytes.
 CHOSEN = [

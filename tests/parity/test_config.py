@@ -10,11 +10,11 @@ import safetensors.torch
 from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
 from glm_jax.config import _DEFAULTS, Config
-from tests.checkpoints import tensor_shapes
-from tests.parity import theirs
+from tests.builders.hf_checkpoints import tensor_shapes
+from tests.builders.hf_configs import from_scratch, original, resaved
+from tests.builders.jitted_model import tokens
+from tests.parity import hf_models as theirs
 from tests.parity.cases import CASES, Case
-from tests.runner import tokens
-from tests.spellings import from_scratch, original, resaved
 
 SAME = """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads n_shared_experts n_routed_experts routed_scaling_factor kv_lora_rank q_lora_rank

@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from convert.pipeline import convert
 from glm_jax import checkpoint
-from tests import checkpoints, spellings
-from tests.convert.comparing import same_tensors
-from tests.parity import theirs
-from tests.parity.made import Made
+from tests.builders import hf_checkpoints as checkpoints
+from tests.builders import hf_configs as spellings
+from tests.checkpoint.assertions import same_tensors
+from tests.parity import hf_models as theirs
+from tests.parity.fixtures import Made
 
 TOKENS = np.random.default_rng(0).integers(0, 131, (2, 17), dtype=np.int32)
 

@@ -8,10 +8,10 @@ import pytest
 from glm_jax.config import Config
 from glm_jax.model import activation_names
 from glm_jax.weights.params import leaves
-from tests.checkpoints import read, to_params
-from tests.parity import theirs
-from tests.parity.made import Made
-from tests.runner import Array, close, error, positions, tokens
+from tests.builders.hf_checkpoints import read, to_params
+from tests.builders.jitted_model import Array, close, error, positions, tokens
+from tests.parity import hf_models as theirs
+from tests.parity.fixtures import Made
 
 LENGTH, CAPACITY = 20, 32
 FORMS = ["expanded", "absorbed"]

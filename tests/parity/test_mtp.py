@@ -10,10 +10,10 @@ import torch
 from transformers import Glm4MoeLiteConfig
 
 from glm_jax.checkpoint import load
-from tests.checkpoints import Tensors, random_tensors, write
-from tests.parity import theirs
-from tests.runner import Runner, close, tokens
-from tests.spellings import HfConfig, odd
+from tests.builders.hf_checkpoints import Tensors, random_tensors, write
+from tests.builders.hf_configs import HfConfig, odd
+from tests.builders.jitted_model import Runner, close, tokens
+from tests.parity import hf_models as theirs
 
 LENGTH = 16
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.parity import theirs
-from tests.parity.made import Made
+from tests.parity import hf_models as theirs
+from tests.parity.fixtures import Made
 from tests.reference import Record
 
 TOKENS = np.random.default_rng(5).integers(0, 131, 37)

@@ -7,7 +7,7 @@ import pytest
 
 from glm_jax.errors import PromptError
 from glm_jax.text import Message, ToolCall, is_official, opens_thinking, render_chat
-from tests.text.samples import TIME
+from tests.text.fixtures import TIME
 
 START = "[gMASK]<sop>"
 USER = {"role": "user", "content": "hi"}

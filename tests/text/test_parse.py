@@ -6,7 +6,7 @@ import pytest
 
 from glm_jax.errors import PromptError
 from glm_jax.text import OutputParser, opens_thinking, parse_output, render_chat
-from tests.text.samples import TOOLS, WEATHER, function
+from tests.text.fixtures import TOOLS, WEATHER, function
 
 
 def pairs(**arguments) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from glm_jax.errors import CheckpointError, PromptError
 from glm_jax.text import read_template, render_chat, sandbox
-from tests.text.samples import TIME
+from tests.text.fixtures import TIME
 
 ROOT = Path(__file__).resolve().parents[2]
 USER = {"role": "user", "content": "hi"}

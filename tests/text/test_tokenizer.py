@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from glm_jax.errors import CheckpointError, PromptError
 from glm_jax.text import Tokenizer
 from glm_jax.text.tokenizer import MAX_CHARACTERS, StreamDecoder
-from tests.text.samples import SPECIAL, TAGS, byte_fallback, byte_level
+from tests.text.fixtures import SPECIAL, TAGS, byte_fallback, byte_level
 
 MODEL_VOCAB = 352
 TRICKY = [

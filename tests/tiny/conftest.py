@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import pytest
 
-from examples.tiny_recipe.plan import Plan, Rows, Stage, tiny_config
-from tests.smaller import SMALLER
+from examples.tiny_recipe.schedule import Plan, Rows, Stage, tiny_config
+from tests.builders.tiny_overrides import SMALLER
 
 CODE = ["def area(w, h):\n    return w * h\n" * 40, "import os\n\nprint(os.getcwd())\n" * 60]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from examples.tiny_recipe.batches import EXTRA, Batches, encode_conversation
-from examples.tiny_recipe.chat import Conversation
-from examples.tiny_recipe.plan import Plan, Rows, Stage
+from examples.tiny_recipe.conversations import Conversation
+from examples.tiny_recipe.schedule import Plan, Rows, Stage
 from examples.tiny_recipe.tokenizer import LEARNT, SPECIAL_IDS, SPECIAL_TOKENS
 from glm_jax.text import render_chat
 from tests.tiny.conftest import CODE

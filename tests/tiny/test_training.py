@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from examples.tiny_recipe.batches import Batches
-from examples.tiny_recipe.loop import RunFiles, train
-from examples.tiny_recipe.network import forward
-from examples.tiny_recipe.optim import balanced, optimizer
-from examples.tiny_recipe.state_file import load_state, save_state
-from examples.tiny_recipe.step import initial_state
+from examples.tiny_recipe.loss import forward
+from examples.tiny_recipe.optimizer import balanced, optimizer
+from examples.tiny_recipe.train_step import initial_state
+from examples.tiny_recipe.training_checkpoint import load_state, save_state
+from examples.tiny_recipe.training_loop import RunFiles, train
 from glm_jax.model import GLM
 from glm_jax.text import render_chat
 from tests.tiny.conftest import CODE

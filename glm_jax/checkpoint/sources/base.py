@@ -134,6 +134,35 @@ class WeightSource(abc.ABC):
         """Bytes of all arrays."""
         return sum(self.nbytes(leaf) for members in self.layout().values() for leaf in members)
 
+    # A source that computes its weights while they are written, as learned rounding does, overrides what follows.
+
+    def unquantized(self) -> WeightSource:
+        """The source of the values before any quantization on the way."""
+        return self
+
+    def start_conversion(self, folder: Path, *, keep_all: bool) -> None:
+        """Prepares to be written to ``folder``; ``keep_all`` keeps the state of every layer, not of the newest only."""
+        del folder, keep_all
+
+    def on_progress(self, advance: Callable[[float], None]) -> None:
+        """Tells ``advance`` the share that is done of a layer that takes long to compute."""
+        del advance
+
+    def memory_bytes(self) -> int:
+        """Memory that computing the largest layer takes, estimated; 0 if nothing is computed."""
+        return 0
+
+    def require_memory(self) -> None:
+        """Raises :class:`~glm_jax.errors.MemoryPlanError` if the largest layer cannot be computed."""
+
+    def state_bytes(self) -> int:
+        """Bytes kept on disk between layers, at most."""
+        return 0
+
+    def conversion_notes(self) -> tuple[str, ...]:
+        """Sentences about what became of each layer."""
+        return ()
+
 
 def kept_dtype(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None) -> np.dtype[Any]:
     """Dtype of an array after conversion to ``dtype`` (``None``: unchanged); some arrays have a fixed one."""

@@ -61,8 +61,7 @@ class Requantised(WeightSource):
             notes = ("the source is quantised: its values are quantised again, which loses a little more", *notes)
         self.info = dataclasses.replace(base.info, notes=(*base.info.notes, *notes))
 
-    @property
-    def base(self) -> WeightSource:
+    def unquantized(self) -> WeightSource:
         """The source of the values."""
         return self._base
 

@@ -1,0 +1,73 @@
+"""Muon for the matrices, Adam for the rest, and the balancing of the router's biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from examples.tiny_recipe.schedule import Plan
+
+Tree = dict[str, Any]
+# Tables of rows, not maps between spaces: orthogonalising them would make no sense.
+NOT_MATRICES = frozenset({"embed", "head", "router", "router_bias"})
+
+
+def optimizer(plan: Plan) -> optax.GradientTransformation:
+    """Updates at the plan's highest rates; the caller multiplies by ``plan.rate(step)``.
+
+    Muon (Jordan 2024) in optax's form with AOL preconditioning, which saves one of five Newton-Schulz steps.
+    """
+    rule = muon(
+        plan.matrix_rate,
+        ns_steps=4,
+        preconditioning="aol",
+        weight_decay=plan.weight_decay,
+        adam_learning_rate=plan.vector_rate,
+        adam_b2=0.98,
+        muon_weight_dimension_numbers=_dimensions,  # pyright: ignore[reportArgumentType]  (optax's own protocol is narrower)
+    )
+    embeddings = optax.masked(
+        optax.scale(plan.embed_factor), lambda tree: jax.tree_util.tree_map_with_path(_is_embed, tree)
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), rule, embeddings)
+
+
+def balanced(params: Tree, loads: dict[str, jax.Array], rate: jax.Array) -> Tree:
+    """Moves each router bias by ``rate`` towards equal load, without an auxiliary loss (arXiv 2408.15664).
+
+    Args:
+        params: the model's tree.
+        loads: tokens per expert, float32 [l, E], by the path of the block ("runs/1" or "mtp").
+        rate: float32 scalar.
+    """
+
+    def move(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
+        names = [key.key for key in path]
+        load = loads.get("/".join(names[:-2]))
+        if names[-1] != "router_bias" or load is None:
+            return value
+        return value + rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
+
+    return jax.tree_util.tree_map_with_path(move, params)
+
+
+def _dimensions(params: Tree) -> Tree:
+    return jax.tree_util.tree_map_with_path(_leaf_dimensions, params)
+
+
+def _leaf_dimensions(path: tuple[Any, ...], value: jax.Array) -> MuonDimensionNumbers | None:
+    names = [key.key for key in path]
+    if names[-1] in NOT_MATRICES or names[-1].endswith("norm"):
+        return None
+    last = value.ndim - 1
+    # The heads of k_b and v_b [l, N, H, R] are rows of one matrix.
+    output = (last - 2, last - 1) if names[-1] in ("k_b", "v_b") else last - 1
+    return MuonDimensionNumbers(reduction_axis=last, output_axis=output)
+
+
+def _is_embed(path: tuple[Any, ...], _: Any) -> bool:
+    return path[0].key == "embed"

@@ -1,0 +1,83 @@
+"""One training step as a pure function of the state and the batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from examples.tiny_recipe.batches import Group
+from examples.tiny_recipe.loss import Losses, losses
+from examples.tiny_recipe.optimizer import balanced, optimizer
+from examples.tiny_recipe.schedule import Plan
+from glm_jax.config import Config
+from glm_jax.weights.params import init_params
+
+Tree = dict[str, Any]
+Metrics = dict[str, jax.Array]
+StepFn = Callable[["State", tuple[Group, Group], jax.Array, jax.Array], tuple["State", Metrics]]
+
+
+class State(NamedTuple):
+    """Parameters (float32) and the optimizer's state."""
+
+    params: Tree
+    optimizer: Any
+
+
+def initial_state(cfg: Config, plan: Plan) -> State:
+    """Random parameters from the plan's seed."""
+    params = init_params(cfg, plan.seed, jnp.float32)
+    # Smaller rows let the first blocks' outputs count from the start.
+    params["embed"] = params["embed"] * 0.3
+    return State(params, optimizer(plan).init(params))
+
+
+@functools.cache
+def make_step(cfg: Config, plan: Plan, *, with_mtp: bool, chat_weight: float) -> StepFn:
+    """The compiled step: ``(state, groups, rate, bias_rate) -> (state, metrics)``; the state is donated."""
+    rule = optimizer(plan)
+
+    def step(state: State, groups: tuple[Group, Group], rate: jax.Array, bias_rate: jax.Array) -> tuple[State, Metrics]:
+        gradient, metrics, loads = _gradient(cfg, plan, state.params, groups, with_mtp, chat_weight)
+        updates, optimizer_state = rule.update(gradient, state.optimizer, state.params)
+        params: Any = optax.apply_updates(state.params, jax.tree.map(lambda u: u * rate, updates))
+        metrics["grad_norm"] = optax.tree.norm(gradient)
+        return State(balanced(params, loads, bias_rate), optimizer_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _gradient(
+    cfg: Config, plan: Plan, params: Tree, groups: tuple[Group, Group], with_mtp: bool, chat_weight: float
+) -> tuple[Tree, Metrics, dict[str, jax.Array]]:
+    def mixed(code: jax.Array, chat: jax.Array) -> jax.Array:
+        return (1 - chat_weight) * code + chat_weight * chat
+
+    def objective(params: Tree) -> tuple[jax.Array, tuple[Losses, Losses]]:
+        code, chat = (
+            losses(cfg, params, jnp.asarray(tokens), jnp.asarray(weights), with_mtp=with_mtp)
+            for tokens, weights in groups
+        )
+        loss = mixed(code.main / code.weight, chat.main / chat.weight)
+        draft = mixed(code.draft / code.draft_weight, chat.draft / chat.draft_weight)
+        return loss + plan.mtp_weight * draft, (code, chat)
+
+    (loss, (code, chat)), gradient = jax.value_and_grad(objective, has_aux=True)(params)
+    loads = jax.tree.map(jnp.add, code.loads, chat.loads)
+    metrics = {
+        "loss": loss,
+        "code": code.main / code.weight,
+        "chat": chat.main / chat.weight,
+        "draft": mixed(code.draft / code.draft_weight, chat.draft / chat.draft_weight),
+        "worst_load": jnp.max(jnp.stack([jnp.max(_share(load)) for load in loads.values()])),
+    }
+    return gradient, metrics, loads
+
+
+def _share(load: jax.Array) -> jax.Array:
+    return load / jnp.mean(load, axis=-1, keepdims=True)

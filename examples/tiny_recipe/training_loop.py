@@ -1,0 +1,118 @@
+"""The run: steps, log, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from examples.tiny_recipe.batches import Batches
+from examples.tiny_recipe.schedule import Plan
+from examples.tiny_recipe.train_step import State, initial_state, make_step
+from examples.tiny_recipe.training_checkpoint import load_state, save_state
+from glm_jax.config import Config
+
+Log = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunFiles:
+    """Where a run keeps its state and its log, and how often it writes them (in steps)."""
+
+    folder: Path
+    log_every: int = 10
+    save_every: int = 50
+    probe_every: int = 100
+
+    @property
+    def state(self) -> Path:
+        """The checkpoint."""
+        return self.folder / "state.npz"
+
+    @property
+    def plan(self) -> Path:
+        """What was trained on what, for the card."""
+        return self.folder / "plan.json"
+
+    @property
+    def log(self) -> Path:
+        """One JSON object per logged step."""
+        return self.folder / "log.jsonl"
+
+
+def train(
+    cfg: Config,
+    plan: Plan,
+    batches: Batches,
+    files: RunFiles,
+    probe: Callable[[Any], dict[str, float]],
+    say: Log = print,
+    stop: int | None = None,
+) -> State:
+    """Trains from the checkpoint, or from the start, to the end of the plan (or to step ``stop``).
+
+    Args:
+        probe: figures of parameters on a little held-out data ("bpb": bits per byte, "right": share of right answers).
+        say: where progress lines go.
+    """
+    files.folder.mkdir(parents=True, exist_ok=True)
+    state, first = initial_state(cfg, plan), 0
+    if files.state.exists():
+        first, state = load_state(files.state, state)
+        _forget_after(files.log, first)
+        say(f"resuming at step {first}")
+    meter = _Meter(plan, first)
+    last = plan.steps if stop is None else min(stop, plan.steps)
+    for step in range(first, last):
+        stage, rate = plan.stage(step), plan.rate(step)
+        function = make_step(cfg, plan, with_mtp=stage.mtp, chat_weight=stage.chat_weight)
+        state, metrics = function(state, batches(step), jnp.float32(rate), jnp.float32(plan.bias_rate * rate))
+        done = step + 1
+        if done % files.log_every == 0 or done == last:
+            record = meter.record(done, metrics)
+            if done % files.probe_every == 0 or done == plan.steps:
+                record |= probe(state.params)
+            _write(files.log, record)
+            say(_line(record))
+        if done % files.save_every == 0 or done == last:
+            save_state(files.state, done, state)
+    return state
+
+
+class _Meter:
+    """Tokens per second since the last record, and the time left at that rate."""
+
+    def __init__(self, plan: Plan, step: int) -> None:
+        self.plan, self.step, self.time = plan, step, time.monotonic()
+
+    def record(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
+        values = {name: float(value) for name, value in metrics.items()}
+        now = time.monotonic()
+        rate = (self.plan.tokens(step) - self.plan.tokens(self.step)) / (now - self.time)
+        self.step, self.time = step, now
+        left = (self.plan.tokens(self.plan.steps) - self.plan.tokens(step)) / rate
+        return {"step": step, "tokens": self.plan.tokens(step), **values, "tokens_per_s": rate, "seconds_left": left}
+
+
+def _line(record: dict[str, float]) -> str:
+    names = ("loss", "code", "chat", "draft", "worst_load", "grad_norm", "bpb", "right")
+    shown = " ".join(f"{name} {record[name]:.3f}" for name in names if name in record)
+    speed = f"{record['tokens_per_s']:.0f} tokens/s, {record['seconds_left'] / 60:.0f} min left"
+    return f"step {record['step']} {record['tokens'] / 1e6:.2f}M {shown} | {speed}"
+
+
+def _write(path: Path, record: dict[str, float]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps({k: round(v, 5) for k, v in record.items()}) + "\n")
+
+
+def _forget_after(path: Path, step: int) -> None:
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept))

@@ -1,0 +1,83 @@
+"""How many rows run together: as many as the memory that was planned with holds."""
+
+import dataclasses
+
+import pytest
+
+from glm_jax.engine.runner import Runner
+from glm_jax.llm import LLM
+from glm_jax.sampling import SamplingParams
+from tests.builders.llm_checkpoints import CONTEXT
+
+GREEDY = SamplingParams(temperature=0, max_tokens=4, seed=7, ignore_eos=True)
+TEXTS = ["def", "def fib(n):", "x = 1", "naïve", "return"]
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The number of rows of each batch, none of which is run."""
+    seen = []
+    monkeypatch.setattr(Runner, "run", lambda self, rows, *_, **__: seen.append(len(rows)) or ())
+    return seen
+
+
+@pytest.fixture
+def holding(llm, monkeypatch):
+    """Gives the model room for `rows` rows of `slots` tokens."""
+
+    def holding(rows, slots=128):
+        room = llm._setup.need(rows, slots).total
+        monkeypatch.setattr(llm, "_setup", dataclasses.replace(llm._setup, device_bytes=room))
+
+    return holding
+
+
+def test_the_plan_of_loading_is_kept(llm):
+    assert llm._setup.cfg == llm.config
+    assert llm._setup.placement.cache_dtype == "float32"
+    assert llm._setup.longest(1) >= llm.max_model_len == CONTEXT
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(8, [5]), (7, [4, 1]), (4, [4, 1]), (3, [2, 2, 1]), (1, [1] * 5)])
+def test_batches_are_what_fits_padded_to_a_power_of_two(llm, batches, holding, rows, sizes):
+    holding(rows)
+    assert len(llm.generate(TEXTS, GREEDY)) == 5
+    assert batches == sizes
+
+
+def test_longer_rows_are_fewer(llm, batches, holding):
+    holding(4)
+    llm.generate(TEXTS[:4], GREEDY, max_tokens=100)
+    assert batches == [4]
+    batches.clear()
+    llm.generate(TEXTS[:4], GREEDY, max_tokens=300)
+    assert max(batches) < 4
+    assert sum(batches) == 4
+
+
+def test_the_prompts_own_cache_counts_while_it_is_copied(llm, batches, holding):
+    holding(4)
+    llm.generate("def", GREEDY, n=4)
+    assert batches == [2, 2]
+
+
+def test_a_stream_of_many_completions_keeps_to_it_too(llm, batches, holding):
+    holding(4)
+    assert list(llm.stream("def", GREEDY, n=4)) == []
+    assert batches == [2, 2]
+    batches.clear()
+    holding(1000)
+    list(llm.stream("def", GREEDY, n=100))
+    assert batches == [64, 36]
+
+
+def test_a_row_that_was_planned_for_runs_even_alone(llm, batches, holding):
+    holding(1, 1)
+    llm.generate(TEXTS[:2], GREEDY)
+    assert batches == [1, 1]
+
+
+def test_a_model_put_together_by_hand_has_no_plan(llm, batches):
+    made = LLM(llm.config, llm.params, llm._requests.companions)
+    made.generate(TEXTS, GREEDY)
+    assert batches == [5]

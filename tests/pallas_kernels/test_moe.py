@@ -1,0 +1,162 @@
+"""Experts by pairs of token and expert."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels._launch import LaunchError
+from pallas_kernels.moe import Routed, down, gate_up, sort_pairs
+from pallas_kernels.moe.config import PairShape
+from pallas_kernels.moe.reference import choose_ref, down_ref, gate_up_ref
+from tests.pallas_kernels.builders import assert_close, normal, squares, tiles
+
+pytestmark = pytest.mark.kernels
+ONE = jnp.ones(1, jnp.int32)
+GROUPS = {"int4": 32, "uint4": 32}
+
+
+class Case:
+    """Weights of two layers, and activations."""
+
+    def __init__(self, seed, rows, *, width=64, shared=96, hidden=128, kind="int4", other="int8", routed=None):
+        rng = np.random.default_rng(seed)
+        self.routed = routed or Routed(experts=6, chosen=3, normalised=True, factor=1.8)
+        experts = self.routed.experts
+        group, other_group = GROUPS.get(kind, 0), GROUPS.get(other, 0)
+        self.gate, self.up = (tiles(rng, (2, experts, width, hidden), kind, group) for _ in range(2))
+        self.down = tiles(rng, (2, experts, hidden, width), kind, group)
+        self.shared = self.shared_down = None
+        if shared:
+            self.shared = tuple(tiles(rng, (2, shared, hidden), other, other_group) for _ in range(2))
+            self.shared_down = tiles(rng, (2, hidden, shared), other, other_group)
+        self.x, self.squares = normal(rng, rows, hidden), squares(rng, rows, 5)
+        self.squares = type(self.squares)(self.squares.parts, 0, self.squares.parts.shape[1])
+        self.logits, self.bias = normal(rng, rows, experts), 0.1 * normal(rng, 2, experts)
+        self.residual, self.norms = normal(rng, rows, hidden), normal(rng, 4, hidden)
+
+    def check(self, shape=PairShape(), ways=(False, True)):
+        given = (self.routed, self.x, self.squares, ONE, self.logits, self.bias, self.gate, self.up, self.shared)
+        h = gate_up_ref(*given, eps=1e-5)
+        rest = (self.down, self.shared_down, self.residual, self.norms)
+        made = down_ref(self.routed, h, ONE, self.logits, self.bias, *rest, next_from=2)
+        for in_order in ways:
+            plan = sort_pairs(self.routed, ONE, self.logits, self.bias) if in_order else None
+            found, plan = jax.jit(lambda x, p: gate_up(given[0], x, *given[2:], eps=1e-5, plan=p, shape=shape))(
+                self.x, plan
+            )
+            assert_close(found, h)
+            run = jax.jit(lambda h, p, c: down(self.routed, h, p, ONE, *rest, c, next_from=2, shape=shape))
+            self.compare(*run(h, plan, jnp.zeros(64, jnp.int32)), made)
+
+    @staticmethod
+    def compare(found, counters, made):
+        assert not np.any(counters)
+        assert_close(found.out, made.out)
+        assert_close(found.scaled, made.scaled)
+        assert_close(jnp.sum(found.squares.parts, axis=1), made.squares.parts[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"), [("int4", "int8"), ("int8", "int4"), ("uint4", "fp8"), ("float32", "float32")]
+)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_storages_of_experts_and_shared_expert(rows, kind, other):
+    Case(rows, rows, kind=kind, other=other).check()
+
+
+@pytest.mark.parametrize("rows", [8, 17])
+def test_more_tokens(rows):
+    Case(rows, rows, kind="int8", width=32, shared=32).check(PairShape(block_n=64))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "chosen"), [(1, 3, 1), (7, 5, 2), (40, 4, 2), (33, 64, 4), (64, 64, 4), (128, 64, 4)]
+)
+def test_sorting_pairs(tokens, experts, chosen):
+    """Every pair is in a block of its expert, in the order of tokens; blocks of an expert are full but the last."""
+    rng = np.random.default_rng(tokens)
+    routed = Routed(experts=experts, chosen=chosen, normalised=True, factor=1.8)
+    logits, bias = normal(rng, tokens, experts), 0.1 * normal(rng, 2, experts)
+    numbers, weights = choose_ref(routed, logits, bias[1])
+    plan = sort_pairs(routed, ONE, logits, bias)
+    assert_close(plan.weights, weights.reshape(-1))
+    owner_of_pair, seen = np.asarray(numbers).reshape(-1), []
+    owners, sizes, pairs = (np.asarray(x) for x in (plan.owners, plan.sizes, plan.pairs))
+    for owner, size, row in zip(owners, sizes, pairs, strict=True):
+        assert set(owner_of_pair[row[:size]]) <= {owner}
+        seen += row[:size].tolist()
+    assert seen == np.argsort(owner_of_pair, kind="stable").tolist()
+    assert np.count_nonzero(sizes) == sum(-(-n // 16) for n in np.bincount(owner_of_pair))
+
+
+def test_blocks_of_another_height():
+    case = Case(0, 9, kind="int8")
+    plan = sort_pairs(case.routed, ONE, case.logits, case.bias)
+    given = (case.routed, case.x, case.squares, ONE, case.logits, case.bias, case.gate, case.up, case.shared)
+    with pytest.raises(LaunchError, match="blocks of 16 pairs, and programs of 32 rows"):
+        gate_up(*given, eps=1e-5, plan=plan, shape=PairShape(block_m=32))
+
+
+def test_no_shared_expert():
+    Case(0, 2, shared=0, kind="int8").check()
+
+
+def test_widths_that_fill_no_block():
+    Case(0, 2, width=48, shared=80, hidden=96, kind="int8").check()
+
+
+def test_one_expert_takes_every_token():
+    case = Case(0, 4, kind="int8", routed=Routed(experts=5, chosen=1, normalised=False, factor=1.0))
+    case.logits = jnp.zeros((4, 5)).at[:, 2].set(9.0)
+    assert set(np.asarray(choose_ref(case.routed, case.logits, case.bias[1])[0]).ravel()) == {2}
+    case.check()
+
+
+def test_an_expert_with_more_pairs_than_a_block_holds():
+    case = Case(4, 40, kind="float32", width=32, shared=0, hidden=64)
+    case.bias = case.bias.at[1, 2].set(50.0)
+    case.check(ways=(True,))
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_logit_that_is_not_a_number_is_seen(in_order):
+    """As the reference has it, where a NaN is the first choice: its token is NaN, and the others are not."""
+    case = Case(5, 3, kind="float32", width=32, shared=32, hidden=64)
+    case.logits = case.logits.at[1].set(jnp.nan).at[2, 4].set(jnp.nan)
+    plan = sort_pairs(case.routed, ONE, case.logits, case.bias) if in_order else None
+    h, plan = gate_up(
+        case.routed, case.x, case.squares, ONE, case.logits, case.bias, case.gate, case.up, case.shared, eps=1e-5,
+        plan=plan,
+    )  # fmt: skip
+    counters = jnp.zeros(64, jnp.int32)
+    rest = (case.down, case.shared_down, case.residual, case.norms, counters)
+    made, _ = down(case.routed, h, plan, ONE, *rest, next_from=2)
+    assert np.isfinite(made.out[0]).all()
+    assert np.isnan(made.out[1:]).all()
+
+
+def test_equal_scores_go_to_the_first_expert():
+    case = Case(0, 2, kind="float32", other="float32")
+    case.logits, case.bias = jnp.zeros((2, 6)), jnp.zeros((2, 6))
+    assert np.asarray(choose_ref(case.routed, case.logits, case.bias[1])[0]).tolist() == [[0, 1, 2]] * 2
+    case.check()
+
+
+def test_a_feed_forward_without_experts():
+    none = Routed(experts=1, chosen=0, normalised=False, factor=1.0)
+    case = Case(0, 3, kind="int8")
+    given = (none, case.x, case.squares, ONE, case.logits, case.bias, *case.shared, case.shared)
+    found, _ = gate_up(*given, eps=1e-5)
+    wide = case.x * jax.lax.rsqrt(jnp.sum(case.squares.parts, axis=1, keepdims=True) / 128 + 1e-5)
+    from pallas_kernels.tiles import from_tiles
+
+    gate, up = (wide @ from_tiles(jax.tree.map(lambda x: x[1], w)).T for w in case.shared)
+    assert_close(found, (jax.nn.silu(gate) * up).reshape(-1), 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_real_router(rows):
+    """64 experts, four of them, from real widths cut to one block of outputs."""
+    routed = Routed(experts=64, chosen=4, normalised=True, factor=1.8)
+    Case(rows, rows, width=32, shared=32, hidden=64, kind="int8", routed=routed).check()

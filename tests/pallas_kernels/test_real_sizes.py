@@ -1,0 +1,143 @@
+"""Kernels at the sizes of the real model, some programs of each: the first, the last, and one in between."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels._interpreter import only
+from pallas_kernels.grouped_matmul import gated, matmul
+from pallas_kernels.grouped_matmul.config import RowsShape
+from pallas_kernels.mla_decode import Attention, Cache, attend, values
+from pallas_kernels.mla_decode.config import AttendShape
+from pallas_kernels.mla_decode.reference import attend_ref, values_ref
+from pallas_kernels.moe import Plan, Routed, down, gate_up, sort_pairs
+from pallas_kernels.moe.reference import choose_ref
+from pallas_kernels.quant_matmul import linear
+from pallas_kernels.quant_matmul.config import LinearShape
+from pallas_kernels.tiles import Tiles, chunk, from_tiles
+from tests.pallas_kernels.builders import assert_close, normal, squares
+
+pytestmark = pytest.mark.kernels
+ZERO = jnp.zeros(1, jnp.int32)
+ROUTED = Routed(experts=64, chosen=4, normalised=True, factor=1.8)
+
+
+def random_tiles(rng, stack, outputs, inputs, kind, group=0):
+    """Words of random bits: every code is one of an integer."""
+    columns, chunks = -(-outputs // 64), inputs // chunk(kind)
+    words = rng.integers(0, 1 << 32, (*stack, columns, chunks, 16, 64), np.uint32)
+    shape = (*stack, columns, inputs // group if group else 1, 64)
+    scales = rng.uniform(0.5, 1.5, shape) * inputs**-0.5 / (4 if kind == "int4" else 64)
+    made = Tiles(jnp.asarray(words), jnp.asarray(scales, jnp.bfloat16), kind=kind, outputs=outputs, inputs=inputs)
+    return dataclasses.replace(made, group=group)
+
+
+def block(tiles, *index):
+    """The values ``[64, K]`` of one tile."""
+    *stack, column = index
+    one = jax.tree.map(lambda array: array[tuple(stack)][column : column + 1], tiles)
+    return np.asarray(from_tiles(dataclasses.replace(one, outputs=64)))
+
+
+def some(rng, count):
+    return sorted({0, int(rng.integers(count)), count - 1})
+
+
+PROJECTIONS = [
+    ("kv_a", 576, 2048, "int8", 0), ("q_b", 5120, 768, "int4", 64), ("o", 2048, 5120, "int4", 64),
+    ("dense", 2048, 10_240, "int8", 0), ("head", 154_880, 2048, "int4", 64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "outputs", "inputs", "kind", "group"), PROJECTIONS)
+@pytest.mark.parametrize("rows", [1, pytest.param(64, marks=pytest.mark.soak)])
+def test_projections(name, outputs, inputs, kind, group, rows):
+    rng = np.random.default_rng([outputs, rows])
+    weight, x = random_tiles(rng, (1,), outputs, inputs, kind, group), normal(rng, rows, inputs)
+    shape = LinearShape(block_m=16 if rows == 1 else 32, splits=2 if outputs < 6000 else 1)
+    counters = jnp.zeros(8192, jnp.int32)
+    for column in some(rng, weight.tiles):
+        last = -(-rows // shape.block_m) - 1
+        with only([(last, split, column) for split in range(shape.splits)]):
+            made, _ = linear(x, weight, ZERO, counters, shape=shape)
+        here = slice(last * shape.block_m, None), slice(column * 64, column * 64 + 64)
+        assert_close(np.asarray(made.out)[here], np.asarray(x)[here[0]] @ block(weight, 0, column).T)
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_experts_of_a_step(tokens):
+    """One token, whose pairs are programs of their own, and 64, whose pairs are sorted."""
+    rng = np.random.default_rng(tokens)
+    gate, up = (random_tiles(rng, (1, 64), 1536, 2048, "int4", 64) for _ in range(2))
+    x, parts = normal(rng, tokens, 2048), squares(rng, tokens, 7)
+    parts = type(parts)(parts.parts, 0, parts.parts.shape[1])
+    logits, bias = normal(rng, tokens, 64), 0.1 * normal(rng, 1, 64)
+    numbers, _ = choose_ref(ROUTED, logits, bias[0])
+    plan = sort_pairs(ROUTED, ZERO, logits, bias) if tokens > 1 else None
+    factor = 1 / np.sqrt(np.asarray(parts.parts).sum(axis=1, keepdims=True) / 2048 + 1e-5)
+    rows = np.asarray(x) * factor
+    filled = np.arange(4) if plan is None else np.flatnonzero(np.asarray(plan.sizes))
+    for column in some(rng, 24):
+        who = int(rng.choice(filled))
+        with only([(2 * column, who), (2 * column + 1, who)]):
+            h, _ = gate_up(
+                ROUTED, x, parts, ZERO, logits, bias, gate, up, None, eps=1e-5, plan=plan
+            )  # the shape's blocks have 32 outputs
+        pairs = [who] if plan is None else np.asarray(plan.pairs)[who, : int(plan.sizes[who])].tolist()
+        found = np.asarray(h).reshape(-1, 1536)[pairs][:, column * 64 : column * 64 + 64]
+        expert = int(np.asarray(numbers).reshape(-1)[pairs[0]])
+        mine = rows[[pair // 4 for pair in pairs]]
+        one, two = (mine @ block(w, 0, expert, column).T for w in (gate, up))
+        assert_close(found, one / (1 + np.exp(-one)) * two)
+
+
+def test_experts_down():
+    rng = np.random.default_rng(5)
+    weight, shared = (random_tiles(rng, (1, *n), 2048, 1536, "int4", 64) for n in ((64,), ()))
+    h, residual = normal(rng, 5 * 1536), normal(rng, 1, 2048)
+    plan = Plan(jnp.asarray([3, 63, 0, 17], jnp.int32), normal(rng, 4))
+    counters = jnp.zeros(64, jnp.int32)
+    for column in some(rng, 32):
+        half = 2 * column + 1
+        with only([(half, who) for who in range(5)]):
+            made, _ = down(ROUTED, h, plan, ZERO, weight, shared, residual, residual, counters)
+        rows = np.asarray(h).reshape(5, 1536)
+        outs = [rows[i] @ block(weight, 0, int(plan.owners[i]), column).T * float(plan.weights[i]) for i in range(4)]
+        here = slice(half * 32, half * 32 + 32)
+        expected = sum([*outs, rows[4] @ block(shared, 0, column).T])[32:] + np.asarray(residual)[0, here]
+        assert_close(np.asarray(made.out)[0, here], expected)
+
+
+@pytest.mark.parametrize("length", [pytest.param(2048, marks=pytest.mark.soak), 4097])
+def test_attention(length):
+    rng = np.random.default_rng(length)
+    att = Attention(heads=20, nope=192, rope=64, latent=512, value=256, query_latent=768, interleave=True, eps=1e-6)
+    cache, query = Cache(normal(rng, 1, 1, 4352, 576)), normal(rng, 1, 20, 576)
+    positions = jnp.full(1, length - 1, jnp.int32)
+    parts = attend(att, query, cache, ZERO, positions, shape=AttendShape(splits=8))
+    v_b = random_tiles(rng, (1, 20), 256, 512, "int8")
+    expected = values_ref(att, attend_ref(att, query, cache, ZERO, positions), ZERO, v_b, dtype=jnp.float32)
+    assert_close(values_ref(att, parts, ZERO, v_b, dtype=jnp.float32), expected)
+    with only([(0, 0, 0), (19, 3, 0)]):
+        found = values(att, parts, ZERO, v_b, dtype=jnp.float32)
+    for head, column in ((0, 0), (19, 3)):
+        here = slice(head * 256 + column * 64, head * 256 + column * 64 + 64)
+        assert_close(np.asarray(found)[:, here], np.asarray(expected)[:, here])
+
+
+@pytest.mark.parametrize(("kind", "group"), [("int4", 64), ("int8", 0)])
+def test_many_rows(kind, group):
+    rng = np.random.default_rng(group)
+    gate, up = (random_tiles(rng, (1,), 1536, 2048, kind, group) for _ in range(2))
+    x = normal(rng, 300, 2048)
+    shape = RowsShape()
+    for column in some(rng, 24)[1:]:
+        here = slice(256, 300), slice(column * 64, column * 64 + 64)
+        one, two = (np.asarray(x)[here[0]] @ block(w, 0, column).T for w in (gate, up))
+        with only([(2, column)]):
+            assert_close(np.asarray(matmul(x, gate, ZERO, shape=shape))[here], one)
+            made = np.asarray(gated(x, gate, up, ZERO, shape=shape))[here]
+        assert_close(made, one / (1 + np.exp(-one)) * two)

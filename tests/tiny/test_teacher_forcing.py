@@ -1,0 +1,23 @@
+"""The quick look at answers against answers that are really written."""
+
+from random import Random
+
+import pytest
+
+from examples.tiny_recipe import held_out_tasks as heldout
+from examples.tiny_recipe.conversations import held_out_conversations
+from examples.tiny_recipe.evaluate import marks
+from examples.tiny_recipe.teacher_forcing import answered_rightly
+from glm_jax.checkpoint import load
+from glm_jax.text import render_chat
+
+pytestmark = pytest.mark.usefixtures("lenient")
+
+
+def test_it_says_what_greedy_decoding_does(tiny_tokenizer, monkeypatch):
+    items = [item for item in held_out_conversations(Random(5), 2, 4) if not item.thinking]
+    cfg, params, _ = load("tiny", dtype="float32")
+    monkeypatch.setattr(heldout, "conversations", lambda: items)
+    written = [mark.right for mark in marks(cfg, params, tiny_tokenizer, render_chat)]
+    assert answered_rightly(cfg, params, tiny_tokenizer, items, render_chat) == written
+    assert {True, False} <= set(written)  # else neither side would have been tested
