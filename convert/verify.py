@@ -87,7 +87,7 @@ def main(args: Sequence[str] | None = None) -> int:
     check(options)
     texts = [read_text(name) for name in options.text]
     report, positions = run(options, texts)
-    from convert.quality.report import markdown
+    from convert.quality.report_tables import markdown
 
     text = markdown(report)
     print(text, end="")
@@ -132,7 +132,7 @@ def run(options: Options, texts: Sequence[str]) -> tuple[dict[str, Any], Positio
         GlmError: for what is wrong with the models, the text or the tasks.
     """
     from convert.quality import models
-    from convert.quality.weights import sizes, weight_errors
+    from convert.quality.weight_errors import sizes, weight_errors
     from glm_jax.checkpoint.sources.open import open_source
     from glm_jax.engine.compile_cache import use_compile_cache
 
@@ -174,7 +174,8 @@ class _Inputs:
 
 def _inputs(options: Options, reference: WeightSource, other: WeightSource, texts: Sequence[str]) -> _Inputs:
     """What the models are to read, checked before the weights are."""
-    from convert.quality import chat, models, task_scoring
+    from convert.quality import chat_tasks as chat
+    from convert.quality import models, task_scoring
     from glm_jax.checkpoint.sources.open import tiny_folder
     from glm_jax.engine.assets import Companions
 
@@ -188,7 +189,8 @@ def _inputs(options: Options, reference: WeightSource, other: WeightSource, text
 def _predictions(
     options: Options, reference: WeightSource, model: WeightSource, inputs: _Inputs, report: dict[str, Any]
 ) -> Positions | None:
-    from convert.quality import chat, divergence, models
+    from convert.quality import chat_tasks as chat
+    from convert.quality import divergence, models
 
     ours, theirs = inputs.companions
     exact = models.load(reference, ours, dtype=options.dtype, progress=True)

@@ -24,12 +24,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from convert.pipeline import convert  # noqa: E402
-from convert.quality import chat, divergence  # noqa: E402
+from convert.quality import chat_tasks as chat  # noqa: E402
+from convert.quality import divergence
 from convert.quality.divergence import Positions  # noqa: E402
 from convert.quality.models import Side, load, requantised  # noqa: E402
-from convert.quality.report import error, nats, table  # noqa: E402
+from convert.quality.report_tables import error, nats, table  # noqa: E402
 from convert.quality.statistics import paired_bootstrap  # noqa: E402
-from convert.quality.weights import sizes, weight_errors  # noqa: E402
+from convert.quality.weight_errors import sizes, weight_errors  # noqa: E402
 from examples.tiny_recipe import corpus  # noqa: E402
 from examples.tiny_recipe import held_out_tasks as heldout
 from glm_jax.cache.latent import bytes_per_token  # noqa: E402

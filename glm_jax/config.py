@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from glm_jax.config_checks import impossible, is_number, wrong_types
+from glm_jax.config_validation import impossible, is_number, wrong_types
 from glm_jax.errors import ConfigError
 
 LayerKind = Literal["dense", "sparse"]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels._folders import private_folder
+from pallas_kernels._cache_dirs import private_folder
 
 
 class LaunchError(Exception):

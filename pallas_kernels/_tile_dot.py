@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels._unpack import plane
+from pallas_kernels._dequantize import plane
 
 
 @triton.jit

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 from pallas_kernels import LaunchError, available, interpreted, timing
-from pallas_kernels.machine import describe, slug
-from pallas_kernels.report import sizes, table, write
+from pallas_kernels.machine_info import describe, slug
+from pallas_kernels.report_format import sizes, table, write
 from pallas_kernels.specs import OPS, Case, Sweep, cases
 from pallas_kernels.tiles import BITS
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from pallas_kernels import LaunchError, timing, tuned
 from pallas_kernels.bench import chosen, obstacle, reason, sweep_options
-from pallas_kernels.machine import describe
-from pallas_kernels.report import write
+from pallas_kernels.machine_info import describe
+from pallas_kernels.report_format import write
 from pallas_kernels.specs import Case, difference
 
 DESCRIPTION = """\

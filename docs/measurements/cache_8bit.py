@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 FILES = (
     "glm_jax/engine/request.py",
     "glm_jax/ops/mla.py",
-    "glm_jax/text/parse.py",
+    "glm_jax/text/output_parser.py",
     "glm_jax/checkpoint/sources/hub.py",
     "README.md",
 )

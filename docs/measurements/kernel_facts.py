@@ -17,7 +17,7 @@ import triton
 from pallas_kernels import compiling_for
 from pallas_kernels._launch import recording
 from pallas_kernels.aot import cards
-from pallas_kernels.report import table
+from pallas_kernels.report_format import table
 from pallas_kernels.specs import Sweep, cases
 
 CARDS = {"sm_89": "rtx6000-ada", "sm_90": "h200", "sm_100": "b200", "sm_120": "rtxpro6000"}

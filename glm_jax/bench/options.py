@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from glm_jax.errors import GlmError
-from pallas_kernels.report import sizes
+from pallas_kernels.report_format import sizes
 
 Peer = Literal["transformers", "reference", "unquantised"]
 

@@ -19,7 +19,7 @@ from glm_jax.memory import MemoryPlan, find_gpus, gpus, plan
 from glm_jax.sharding import MESH_AXES, preset
 from glm_jax.weights import QuantRules
 from glm_jax.weights.storage import plan_storage
-from pallas_kernels.report import short, table
+from pallas_kernels.report_format import short, table
 
 Report = Mapping[str, Any]
 _NEEDED = ("model", "dtype", "cache_dtype", "quantize", "machine", "results")

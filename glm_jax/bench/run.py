@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 
-from glm_jax.bench import machine
-from glm_jax.bench.measure import compare, of_decoding, of_prompts, prompts
-from glm_jax.bench.operations import profiled
+from glm_jax.bench import hardware as machine
+from glm_jax.bench.glm_jax_backend import Ours, slots
 from glm_jax.bench.options import Decode, Prefill, check, numbers
-from glm_jax.bench.ours import Ours, slots
-from glm_jax.bench.peer import Transformers
-from glm_jax.bench.report import markdown
+from glm_jax.bench.profiler import profiled
+from glm_jax.bench.report_tables import markdown
+from glm_jax.bench.timing import compare, of_decoding, of_prompts, prompts
+from glm_jax.bench.transformers_backend import Transformers
 from glm_jax.checkpoint.sources.synthetic import PREFIX
 from glm_jax.cli.common import FAILURE, OK, set_memory_fraction
 from glm_jax.engine.compile_cache import use_compile_cache
@@ -25,12 +25,12 @@ from glm_jax.engine.runner import PREFILL_TOKENS
 from glm_jax.engine.steps import bucket
 from glm_jax.errors import GlmError
 from glm_jax.memory import PREFILL_CHUNK, MemoryPlan, bandwidth_of, device_limit, in_gb, plan
-from glm_jax.memory.sizes import workspace
+from glm_jax.memory.estimates import workspace
 from glm_jax.model.kernel_selection import wants_kernels
 from pallas_kernels import LaunchError
-from pallas_kernels.machine import describe, slug
-from pallas_kernels.report import short
-from pallas_kernels.report import write as write_file
+from pallas_kernels.machine_info import describe, slug
+from pallas_kernels.report_format import short
+from pallas_kernels.report_format import write as write_file
 
 Report = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """Compiled programs: kept in a private folder of the user's, and said on stderr while they are made.
 
 Whoever can write a program into JAX's persistent cache can run code in this process, so a folder that others own or can
-write to, or that lies where anybody may replace it, is not used (:mod:`pallas_kernels._folders`).
+write to, or that lies where anybody may replace it, is not used (:mod:`pallas_kernels._cache_dirs`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels._folders import private_folder
+from pallas_kernels._cache_dirs import private_folder
 
 _MAX_BYTES = 4 << 30  # also turns on JAX's file locks
 _NOTICE_AFTER_S = 1.0

@@ -1,10 +1,10 @@
 """Memory: what a model needs on its devices, planned before anything is loaded."""
 
 from glm_jax.memory.devices import Gpu, bandwidth_of, device_limit, find_gpus, gpus
+from glm_jax.memory.estimates import PREDICTION_LAYER, PREFILL_CHUNK, Part, Workspace, chunk_length, distinct_experts
 from glm_jax.memory.memory_model import Need, Setup
 from glm_jax.memory.oom_message import counted, in_gb
 from glm_jax.memory.planner import MemoryPlan, plan, plan_on
-from glm_jax.memory.sizes import PREDICTION_LAYER, PREFILL_CHUNK, Part, Workspace, chunk_length, distinct_experts
 
 __all__ = [
     "PREDICTION_LAYER",

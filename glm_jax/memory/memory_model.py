@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 from glm_jax.cache.latent import EIGHT_BITS
 from glm_jax.config import Config
 from glm_jax.errors import MemoryPlanError, ShardingError
-from glm_jax.memory.sizes import PREDICTION_LAYER, Part, Placement, Workspace, cache_bytes, weights, workspace
+from glm_jax.memory.estimates import PREDICTION_LAYER, Part, Placement, Workspace, cache_bytes, weights, workspace
 from glm_jax.ops.mla import KEY_BLOCK
 from glm_jax.sharding import MESH_AXES, Rules, preset
 from glm_jax.weights import PRESETS

@@ -13,9 +13,9 @@ from glm_jax.cache.latent import bytes_per_token, cache_kind
 from glm_jax.config import Config
 from glm_jax.errors import MemoryPlanError
 from glm_jax.memory import devices as hardware
+from glm_jax.memory.estimates import PREDICTION_LAYER, Part, Placement, Workspace, decode_bytes
 from glm_jax.memory.memory_model import Need, Setup, axis_sizes
 from glm_jax.memory.oom_message import refusal
-from glm_jax.memory.sizes import PREDICTION_LAYER, Part, Placement, Workspace, decode_bytes
 from glm_jax.sharding import Rules
 from glm_jax.weights.storage import Storage
 

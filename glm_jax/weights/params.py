@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from glm_jax.config import Config
 from glm_jax.sharding import LogicalAxis, Rules
 from glm_jax.weights.bf16_bits import Bfloat16Bits
-from pallas_kernels.noise import mix
+from pallas_kernels.random_arrays import mix
 
 _DRAW_BLOCK = 1 << 16
 Tree = dict[str, Any]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pallas_kernels._dequantize import planes
 from pallas_kernels._tile_dot import product
-from pallas_kernels._unpack import planes
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import noise
+from pallas_kernels import random_arrays as noise
 from pallas_kernels.quant_matmul import Made, Squares
 from pallas_kernels.tiles import BITS, WIDTH, Kind, Tiles
 from pallas_kernels.tuned import Problem

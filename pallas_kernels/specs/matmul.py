@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import noise
+from pallas_kernels import random_arrays as noise
 from pallas_kernels.quant_matmul import Made, Squares, linear
 from pallas_kernels.quant_matmul.op import problem
 from pallas_kernels.quant_matmul.reference import linear_ref

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import noise
+from pallas_kernels import random_arrays as noise
 from pallas_kernels.mla_decode import Attention, Cache, Parts, attend, queries, values
 from pallas_kernels.mla_decode.op import attend_problem, queries_problem, values_problem
 from pallas_kernels.mla_decode.reference import attend_ref, latents_ref, queries_ref, values_ref

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import noise
+from pallas_kernels import random_arrays as noise
 from pallas_kernels.moe import Plan, Routed, down, gate_up, sort_pairs
 from pallas_kernels.moe.op import problem
 from pallas_kernels.moe.reference import choose_ref, down_ref, gate_up_ref

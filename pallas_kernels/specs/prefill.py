@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import noise
+from pallas_kernels import random_arrays as noise
 from pallas_kernels.grouped_matmul import Blocks, gated, height, matmul
 from pallas_kernels.grouped_matmul.op import problem
 from pallas_kernels.grouped_matmul.reference import gated_ref, matmul_ref

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import noise
+from pallas_kernels import random_arrays as noise
 from pallas_kernels.quant_matmul.reference import linear_ref
 from pallas_kernels.sample import Drawn, Rows, Vocabulary, head
 from pallas_kernels.sample.op import head_problem

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from pallas_kernels import _device
 from pallas_kernels._compile import LaunchError
-from pallas_kernels.machine import slug
+from pallas_kernels.machine_info import slug
 
 FOLDER = "GLM_JAX_TUNED"
 S = TypeVar("S")

@@ -11,14 +11,14 @@ import pytest
 
 from glm_jax.bench import run
 from glm_jax.bench.__main__ import main
-from glm_jax.bench.machine import PeakMemory, resident
-from glm_jax.bench.measure import compare, of_decoding, spread
-from glm_jax.bench.operations import operations
+from glm_jax.bench.glm_jax_backend import Ours, active_bytes
+from glm_jax.bench.hardware import PeakMemory, resident
 from glm_jax.bench.options import Decode, check, numbers
-from glm_jax.bench.ours import Ours, active_bytes
-from glm_jax.bench.report import markdown
+from glm_jax.bench.profiler import operations
+from glm_jax.bench.random_weights import random_params
+from glm_jax.bench.report_tables import markdown
 from glm_jax.bench.short import sets
-from glm_jax.bench.weights import random_params
+from glm_jax.bench.timing import compare, of_decoding, spread
 from glm_jax.checkpoint import load
 from glm_jax.config import Config
 from glm_jax.errors import GlmError
@@ -27,17 +27,17 @@ from glm_jax.weights import PRESETS, QuantizedTensor, TiledWeight
 from glm_jax.weights.params import leaves
 from glm_jax.weights.storage import quantised_bytes
 from pallas_kernels import LaunchError
-from pallas_kernels.report import short
+from pallas_kernels.report_format import short
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXPERTS = [("moe", name) for name in ("gate", "up", "down")]
 QUICK = ["--repeats", "2", "--batch", "1,2"]
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glm_jax.bench.measure._PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr("glm_jax.bench.machine._READ_BYTES", 1 << 20)
+    monkeypatch.setattr("glm_jax.bench.timing._PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("glm_jax.bench.hardware._READ_BYTES", 1 << 20)
 
 
 def test_decode_prints_a_table_and_writes_the_report(tmp_path, capsys):

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from glm_jax.checkpoint.formats.gguf.types import TYPES
+from glm_jax.checkpoint.formats.gguf.ggml_types import TYPES
 from tests.builders.hf_configs import odd
 
 ARCHITECTURE = "deepseek2"

@@ -12,7 +12,7 @@ import pytest
 from glm_jax.cli import common
 from glm_jax.errors import PromptError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 

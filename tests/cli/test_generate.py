@@ -22,7 +22,7 @@ from glm_jax.cli.common import finish
 from glm_jax.llm import LLM
 from glm_jax.text import render_chat
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DIM, PLAIN = "\033[2m", "\033[0m"
 GREEDY = ("--temperature", "0", "--max-tokens", "8")
 NUMBER = r"[\d,]+(\.\d+)?"

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from convert import compare, verify
-from convert.quality import chat, divergence, models, task_scoring
+from convert.quality import chat_tasks as chat
+from convert.quality import divergence, models, task_scoring
 from convert.quality.divergence import Positions
-from convert.quality.weights import KINDS, kind_of, sizes, weight_errors
+from convert.quality.weight_errors import KINDS, kind_of, sizes, weight_errors
 from glm_jax import checkpoint
 from glm_jax.checkpoint.sources.base import build
 from glm_jax.checkpoint.sources.open import open_source

@@ -14,7 +14,7 @@ from jax._src.monitoring import get_event_listeners
 from glm_jax.engine import compile_cache
 from glm_jax.engine.compile_cache import compile_notice, use_compile_cache
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = (
     "jax_compilation_cache_dir",
     "jax_compilation_cache_max_size",

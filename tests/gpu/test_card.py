@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax.bench.ours import Ours
-from pallas_kernels import _launch_backends, noise
+from glm_jax.bench.glm_jax_backend import Ours
+from pallas_kernels import _launch_backends
+from pallas_kernels import random_arrays as noise
 from pallas_kernels._launch import recording
 from pallas_kernels.mla_decode import Cache
 from pallas_kernels.specs import Sweep, cases, difference

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from glm_jax.sampling import SamplerFeatures, SamplerState, SamplingParams, sample
-from pallas_kernels import interpreted, noise
+from pallas_kernels import interpreted
+from pallas_kernels import random_arrays as noise
 from pallas_kernels.sample import Rows, Vocabulary, draw, head
 from pallas_kernels.tiles import from_tiles
 

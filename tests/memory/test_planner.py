@@ -17,7 +17,7 @@ from glm_jax.config import Config
 from glm_jax.errors import MemoryPlanError, ShardingError
 from glm_jax.memory import PREDICTION_LAYER, MemoryPlan, distinct_experts, find_gpus, gpus, plan, plan_on
 from glm_jax.memory import devices as hardware
-from glm_jax.memory.sizes import Placement, cache_bytes, chunk_length, part_of, workspace
+from glm_jax.memory.estimates import Placement, cache_bytes, chunk_length, part_of, workspace
 from glm_jax.sharding import Rules, make_mesh, preset
 from glm_jax.weights.params import leaves, param_specs
 from glm_jax.weights.storage import abstract_params

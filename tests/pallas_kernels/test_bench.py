@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from glm_jax.config import Config
-from pallas_kernels import LaunchError, bench, machine, noise, timing
-from pallas_kernels.report import sizes, table, write
+from pallas_kernels import LaunchError, bench, timing
+from pallas_kernels import machine_info as machine
+from pallas_kernels import random_arrays as noise
+from pallas_kernels.report_format import sizes, table, write
 from pallas_kernels.specs import OPS, Sweep, Widths, cases, difference
 from pallas_kernels.tiles import BITS, from_tiles
 

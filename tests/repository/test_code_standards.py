@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = [
     path for package in ("glm_jax", "convert", "pallas_kernels") for path in sorted((ROOT / package).rglob("*.py"))
 ]

@@ -29,7 +29,7 @@ from glm_jax.weights.storage import Storage, abstract_params, plan_storage
 from tests.builders.tiny_overrides import SMALLER
 from tests.repository.test_layers import FILES, LEVELS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "glm_jax" / "tiny"
 DOCUMENTS = sorted(
     path for at in ("*.md", "docs/**/*.md", "examples/*.md", "glm_jax/tiny/*.md") for path in ROOT.glob(at)

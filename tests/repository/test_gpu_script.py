@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FAKE = """#!/usr/bin/env bash
 case "$*" in
   -) exit ${LACKS:-0} ;;

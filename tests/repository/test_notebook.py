@@ -7,7 +7,7 @@ import nbclient
 import nbformat
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 CELL_SECONDS = 900  # what stops a hung kernel, not a measure of speed
 PNG = b"\x89PNG\r\n"

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_jax.text import Delta, Message, OutputParser, parse, parse_output, render_chat
+from glm_jax.text import Delta, Message, OutputParser, parse_output, render_chat
+from glm_jax.text import output_parser as parse
 from tests.text.fixtures import TOOLS
 
 TAGS = [f"<{slash}{name}>" for name in ("think", "tool_call", "arg_key", "arg_value") for slash in ("", "/")]

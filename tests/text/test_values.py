@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_jax.text.values import schema_types, typed
+from glm_jax.text.schema_coercion import schema_types, typed
 
 TYPES = {
     "string": [{"type": "string"}, {}, None, True, {"type": 5}, {"enum": ["a", "b"]}, {"const": 1}, {"$ref": "#/x"}],

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import convert.calibrate
-from convert.calibrate.text import _LIBRARY as calibration_library_files
+from convert.calibrate.calibration_data import _LIBRARY as calibration_library_files
 from examples.tiny_recipe.conversations import draw_conversation
 from examples.tiny_recipe.corpus import LibraryFile
 from examples.tiny_recipe.held_out_tasks import conversations, mark, more_conversations, to_record
@@ -25,7 +25,7 @@ SUM = re.compile(r"(?:What is|Add|Compute) (\d+) (?:\+|and) (\d)[.?]")
 seeds = st.integers(0, 2**32)
 DIGEST = """
 import hashlib; from random import Random
-from convert.calibrate.text import _LIBRARY as calibration_library_files
+from convert.calibrate.calibration_data import _LIBRARY as calibration_library_files
 from examples.tiny_recipe.conversations import draw_conversation
 from glm_jax.text import render_chat
 rng = Random(7)

@@ -13,7 +13,7 @@ import safetensors.numpy
 from glm_jax.checkpoint.formats import read_formats
 from glm_jax.checkpoint.safetensors.reader import Reader, Shard
 
-FOLDER = Path(__file__).parent.parent / "golden"
+FOLDER = Path(__file__).parent / "golden"
 MODULE = "model.layers.1.self_attn.o_proj"
 
 

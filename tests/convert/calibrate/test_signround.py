@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from convert.calibrate import CalibratedSource, Calibration
+from convert.calibrate.calibrated_source import LEAST_TOKENS
 from convert.calibrate.signround import Settings, can_learn, start_from, tune
-from convert.calibrate.source import LEAST_TOKENS
 from convert.pipeline import convert
 from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.config import Config
@@ -181,7 +181,7 @@ def test_another_text_is_another_conversion(source, tmp_path):
 
 
 def test_too_little_memory_is_said_before_the_first_layer(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.calibrate.source.device_limit", lambda device: 1000)
+    monkeypatch.setattr("convert.calibrate.calibrated_source.device_limit", lambda device: 1000)
     with pytest.raises(MemoryPlanError, match=r"learned rounding needs about .* use --method mse"):
         convert(source, tmp_path / "out", quantize="int4", method="signround")
 
@@ -219,7 +219,7 @@ def test_conversations_are_rendered(source, tmp_path):
 
 
 def test_the_miniature_s_own_text_holds_nothing_that_was_held_out():
-    from convert.calibrate.text import _LIBRARY
+    from convert.calibrate.calibration_data import _LIBRARY
     from examples.tiny_recipe.corpus import LibraryFile
 
     assert not any(LibraryFile(name, "", "").held_out for name in _LIBRARY)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.checkpoint.formats.gguf.types import TensorType
+from glm_jax.checkpoint.formats.gguf.ggml_types import TensorType
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import QuantizedTensor, QuantSpec
 from glm_jax.weights.codes import pack_nibbles

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax.checkpoint.formats.base import Stored
-from glm_jax.checkpoint.formats.gguf.config import model_config
+from glm_jax.checkpoint.formats.gguf.hf_config import model_config
 from glm_jax.checkpoint.formats.gguf.split_files import Part, open_parts, tensors_of
 from glm_jax.checkpoint.formats.gguf.tokenizer import companion_files
 from glm_jax.checkpoint.formats.gguf.weights import named_weights

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from glm_jax.checkpoint.formats.gguf.types import TYPES, TensorType
+from glm_jax.checkpoint.formats.gguf.ggml_types import TYPES, TensorType
 from glm_jax.checkpoint.safetensors.header import printable
 from glm_jax.errors import CheckpointError
 

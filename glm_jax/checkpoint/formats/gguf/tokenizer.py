@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.checkpoint.formats.gguf.config import token_id
 from glm_jax.checkpoint.formats.gguf.header import Value
+from glm_jax.checkpoint.formats.gguf.hf_config import token_id
 from glm_jax.checkpoint.safetensors.header import printable
 from glm_jax.errors import CheckpointError
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from glm_jax.checkpoint.formats.base import Array, Stored
 from glm_jax.checkpoint.formats.gguf.blocks import EXPANDED, REPACKED, expand, repack
+from glm_jax.checkpoint.formats.gguf.ggml_types import TensorType
 from glm_jax.checkpoint.formats.gguf.header import Entry
 from glm_jax.checkpoint.formats.gguf.split_files import Placed
-from glm_jax.checkpoint.formats.gguf.types import TensorType
 from glm_jax.checkpoint.safetensors.header import printable
 from glm_jax.checkpoint.safetensors.reader import listing
 from glm_jax.errors import CheckpointError
@@ -113,7 +113,7 @@ def named_weights(tensors: Mapping[str, Placed], config: Mapping[str, Any]) -> t
 
     Args:
         tensors: by their names in the file.
-        config: that :func:`~glm_jax.checkpoint.formats.gguf.config.model_config` made of the same file.
+        config: that :func:`~glm_jax.checkpoint.formats.gguf.hf_config.model_config` made of the same file.
 
     Raises:
         CheckpointError: for tensors that this model does not have, and for types that cannot be read.

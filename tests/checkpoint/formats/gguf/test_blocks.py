@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from glm_jax.checkpoint.formats.gguf.blocks import EXPANDED, REPACKED, expand, repack
-from glm_jax.checkpoint.formats.gguf.types import TYPES
+from glm_jax.checkpoint.formats.gguf.ggml_types import TYPES
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import dequantize
 from tests.builders.gguf_files import HALVES, random_blocks, theirs

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from glm_jax.checkpoint.formats.gguf.config import model_config
+from glm_jax.checkpoint.formats.gguf.hf_config import model_config
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from tests.builders.gguf_files import architecture_fields, small

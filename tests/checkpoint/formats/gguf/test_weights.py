@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from glm_jax.checkpoint.formats.gguf import open_gguf
-from glm_jax.checkpoint.formats.gguf.types import TYPES
+from glm_jax.checkpoint.formats.gguf.ggml_types import TYPES
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import QuantizedTensor

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.bench.side import Side
+from glm_jax.bench.backend import Side
 
 # Threads of the side that ran last may still be spinning.
 _PAUSE_SECONDS = 0.3

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from pallas_kernels import timing
-from pallas_kernels.machine import cores
+from pallas_kernels.machine_info import cores
 
 _READ_BYTES, _READ_WIDTH = 1 << 30, 4096
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pallas_kernels import report as reports
-from pallas_kernels.report import short
+from pallas_kernels import report_format as reports
+from pallas_kernels.report_format import short
 
 Report = dict[str, Any]
 _MOST_OPERATIONS = 12

@@ -22,8 +22,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 from glm_jax.errors import PromptError
-from glm_jax.text.builders import CallBuilder, TextBuilder
-from glm_jax.text.output import Delta, FinishReason, Message, ToolCall, ToolCallDelta, join_deltas
+from glm_jax.text.output_builders import CallBuilder, TextBuilder
+from glm_jax.text.output_types import Delta, FinishReason, Message, ToolCall, ToolCallDelta, join_deltas
 from glm_jax.text.tools import callable_tools, named_tool, read_tools
 
 

@@ -85,7 +85,7 @@ def run(text, first, second):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_code_in_every_place(kind):
     """Each beside random neighbours, which must not be seen."""
-    from pallas_kernels._unpack import assembly
+    from pallas_kernels._dequantize import assembly
 
     bits, rng = BITS[kind], np.random.default_rng(0)
     codes = np.arange(1 << bits, dtype=np.uint32)

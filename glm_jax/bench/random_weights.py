@@ -15,7 +15,7 @@ from glm_jax.weights import QuantRules, QuantSpec, TiledWeight, untile
 from glm_jax.weights.params import ParamSpec, Path, Tree, init_leaf, map_specs, param_specs
 from glm_jax.weights.storage import plan_storage
 from glm_jax.weights.tiling import TURNED, lies_in_tiles, tiled
-from pallas_kernels import noise
+from pallas_kernels import random_arrays as noise
 from pallas_kernels.tiles import WIDTH
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from glm_jax import checkpoint
-from glm_jax.bench.machine import PeakMemory
-from glm_jax.bench.side import Loaded
-from glm_jax.bench.weights import random_params
+from glm_jax.bench.backend import Loaded
+from glm_jax.bench.hardware import PeakMemory
+from glm_jax.bench.random_weights import random_params
 from glm_jax.cache.latent import EIGHT_BITS, LatentCache, bytes_per_token
 from glm_jax.checkpoint.sources.synthetic import PREFIX, SyntheticSpec
 from glm_jax.config import Config
@@ -29,7 +29,7 @@ from glm_jax.weights import QuantRules
 from glm_jax.weights.params import Tree, leaves
 from glm_jax.weights.storage import Storage, plan_storage
 from glm_jax.weights.tiling import has_tiles
-from pallas_kernels import noise
+from pallas_kernels import random_arrays as noise
 
 
 @dataclasses.dataclass(slots=True)
@@ -106,7 +106,7 @@ class Ours:
         self._warm: set[Any] = set()
 
     def prefill(self, prompts: np.ndarray) -> tuple[float, Any]:
-        """As :meth:`glm_jax.bench.side.Side.prefill`."""
+        """As :meth:`glm_jax.bench.backend.Side.prefill`."""
         rows = prompts.tolist()
         self._first(("prefill", prompts.shape), lambda: self._runner.prefill(rows, prompts.shape[1]))
         started = time.perf_counter()
@@ -115,7 +115,7 @@ class Ours:
         return seconds, np.asarray(jnp.argmax(logits[: len(rows)], axis=-1))
 
     def start(self, prompts: np.ndarray, tokens: int) -> Started:
-        """As :meth:`glm_jax.bench.side.Side.start`."""
+        """As :meth:`glm_jax.bench.backend.Side.start`."""
         count, length = prompts.shape
         cache, logits, lengths = self._runner.prefill(prompts.tolist(), length + tokens + 1)
         rows = len(lengths)  # a power of two
@@ -143,7 +143,7 @@ class Ours:
         return Started.of(state)
 
     def decode(self, state: Started, tokens: int) -> tuple[float, np.ndarray]:
-        """As :meth:`glm_jax.bench.side.Side.decode`."""
+        """As :meth:`glm_jax.bench.backend.Side.decode`."""
         self._first(("decode", state.cache.data.shape), lambda: self._steps(state, 1))
         fresh = jax.block_until_ready(state.state())
         started = time.perf_counter()

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from glm_jax.bench.machine import PeakMemory
-from glm_jax.bench.side import Loaded
+from glm_jax.bench.backend import Loaded
+from glm_jax.bench.hardware import PeakMemory
 from glm_jax.errors import GlmError
-from pallas_kernels.machine import cores
+from pallas_kernels.machine_info import cores
 
 
 class Transformers:
@@ -56,7 +56,7 @@ class Transformers:
             )
 
     def prefill(self, prompts: np.ndarray) -> tuple[float, Any]:
-        """As :meth:`glm_jax.bench.side.Side.prefill`."""
+        """As :meth:`glm_jax.bench.backend.Side.prefill`."""
         if prompts.shape not in self._warm:
             self._forward(self._ids(prompts), self._cache())
             self._warm.add(prompts.shape)
@@ -66,14 +66,14 @@ class Transformers:
         return time.perf_counter() - started, following.numpy()
 
     def start(self, prompts: np.ndarray, tokens: int) -> tuple[Any, Any, int]:
-        """As :meth:`glm_jax.bench.side.Side.start`."""
+        """As :meth:`glm_jax.bench.backend.Side.start`."""
         cache = self._cache()
         following = self._forward(self._ids(prompts), cache)
         self._forward(following, cache)  # warm
         return cache, following, prompts.shape[1]
 
     def decode(self, state: tuple[Any, Any, int], tokens: int) -> tuple[float, np.ndarray]:
-        """As :meth:`glm_jax.bench.side.Side.decode`."""
+        """As :meth:`glm_jax.bench.backend.Side.decode`."""
         cache, following, length = state
         cache.crop(length - cache.get_seq_length())  # a negative number: that many tokens go
         written = []

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.calibrate.blocks import Block, Prediction
+from convert.calibrate.block_forward import Block, Prediction
+from convert.calibrate.calibration_data import Calibration
+from convert.calibrate.saved_state import State, latest_notes, load_state, save_state
 from convert.calibrate.signround import Settings, can_learn, start_from, tune
-from convert.calibrate.state import State, latest_notes, load_state, save_state
-from convert.calibrate.text import Calibration
 from glm_jax.checkpoint.folder.layout import MTP, REST, Leaf, layout
 from glm_jax.checkpoint.sources.base import Array, Piece, WeightSource, plain
 from glm_jax.checkpoint.sources.quantized import Requantised, refuse_not_finite

@@ -7,8 +7,8 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from glm_jax.text.output import ToolCall
-from glm_jax.text.values import schema_types, typed
+from glm_jax.text.output_types import ToolCall
+from glm_jax.text.schema_coercion import schema_types, typed
 
 
 class TextBuilder:
