@@ -14,7 +14,7 @@ from glm_jax.errors import GlmError
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ConvertOptions:
     """Convert a checkpoint. Run the same command again after a kill to go on; the result is the same."""
 
     source: Annotated[str, tyro.conf.Positional]
@@ -41,22 +41,22 @@ class Options:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0 done, 2 for bad input, 130 stopped from the keyboard."""
-    options = tyro.cli(Options, args=arguments, prog="python -m convert")
+    options = tyro.cli(ConvertOptions, args=arguments, prog="python -m convert")
     # Conversion is the host's work: leave accelerators, and most of their memory, to others.
     if options.method != "signround":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from convert.calibrate import Calibration
-    from convert.pipeline import convert
+    from convert.calibrate import CalibrationConfig
+    from convert.pipeline import convert_checkpoint
 
     try:
-        report = convert(
+        report = convert_checkpoint(
             options.source,
             options.destination,
             to=options.to,
             dtype=options.dtype,
             quantize=options.quantize,
             method=options.method,
-            calibration=None if options.calibration is None else Calibration(path=options.calibration),
+            calibration=None if options.calibration is None else CalibrationConfig(path=options.calibration),
             check=options.check,
             force=options.force,
             progress=True,

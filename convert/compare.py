@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from glm_jax.cli.common import OK, finish
+from glm_jax.cli.common import OK, run_and_exit
 from glm_jax.errors import PromptError
 
 DESCRIPTION = """\
@@ -29,7 +29,7 @@ Exit codes: 0 done, 2 bad usage or input, 1 failure, 130 interrupted.
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class CompareOptions:
     """Options of the command."""
 
     first: Annotated[Path, Positional, arg(metavar="A.npz")]
@@ -47,28 +47,32 @@ class Options:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     options = tyro.cli(
-        Options, prog="python -m convert.compare", description=DESCRIPTION, args=args, config=(FlagCreatePairsOff,)
+        CompareOptions,
+        prog="python -m convert.compare",
+        description=DESCRIPTION,
+        args=args,
+        config=(FlagCreatePairsOff,),
     )
     if options.resamples < 100 or options.seed < 0:
         raise PromptError("--resamples must be at least 100, and --seed 0 or more")
-    found = compare(options.first, options.second, options.resamples, options.seed)
+    found = compare_models(options.first, options.second, options.resamples, options.seed)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"A {options.first}, B {options.second}: {found['tokens']:,} tokens in {found['windows']:,} windows")
-    for name, words in _FIGURES.items():
+    for name, words in _METRICS.items():
         figure = found[name]
         low, high = figure["difference_95"]
         print(
             f"{words}: A {figure['a']:.6g}, B {figure['b']:.6g}, "
-            f"A - B {figure['difference']:+.3g} (95 % {low:+.3g} to {high:+.3g}){_verdict(low, high)}"
+            f"A - B {figure['difference']:+.3g} (95 % {low:+.3g} to {high:+.3g}){_significance_note(low, high)}"
         )
     return OK
 
 
-_FIGURES = {"kl": "mean KL in nats", "nll": "log perplexity", "agree": "same most likely token"}
+_METRICS = {"kl": "mean KL in nats", "nll": "log perplexity", "agree": "same most likely token"}
 
 
-def compare(first: Path, second: Path, resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
+def compare_models(first: Path, second: Path, resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
     """Means of both files, and their differences with 95 % intervals.
 
     Raises:
@@ -77,14 +81,14 @@ def compare(first: Path, second: Path, resamples: int = 10_000, seed: int = 0) -
     """
     import numpy as np
 
-    from convert.quality.divergence import Positions
+    from convert.quality.divergence import PositionMetrics
     from convert.quality.statistics import paired_bootstrap
 
-    a, b = Positions.load(first), Positions.load(second)
+    a, b = PositionMetrics.load(first), PositionMetrics.load(second)
     if a.text != b.text or a.kl.shape != b.kl.shape:
         raise PromptError(f"{first} and {second} are about different tokens: give both the same --text and --window")
     found: dict[str, Any] = {"windows": len(a.kl), "tokens": int((~np.isnan(a.kl)).sum())}
-    for name in _FIGURES:
+    for name in _METRICS:
         ours, theirs = getattr(a, name), getattr(b, name)
         difference, *ends = paired_bootstrap(ours, theirs, resamples, seed)
         means = [float(np.nanmean(values, dtype=np.float64)) for values in (ours, theirs)]
@@ -92,9 +96,9 @@ def compare(first: Path, second: Path, resamples: int = 10_000, seed: int = 0) -
     return found
 
 
-def _verdict(low: float, high: float) -> str:
+def _significance_note(low: float, high: float) -> str:
     return "" if low > 0 or high < 0 else ", no difference that this text shows"
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_and_exit(main)

@@ -6,31 +6,31 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from convert.calibrate import CalibratedSource, Calibration
-from convert.calibrate.signround import Settings
+from convert.calibrate import CalibratedSource, CalibrationConfig
+from convert.calibrate.signround import SignRoundConfig
 from glm_jax.checkpoint.sources.base import WeightSource
 from glm_jax.checkpoint.sources.open import open_source
-from glm_jax.checkpoint.sources.quantized import Requantised
-from glm_jax.checkpoint.write.conversion import Form, Report, resolve_destination, write_checkpoint
-from glm_jax.checkpoint.write.pack_quantized import NOT_LINEAR
+from glm_jax.checkpoint.sources.quantized import RequantizedSource
+from glm_jax.checkpoint.write.conversion import ConversionReport, OutputFormat, resolve_destination, write_checkpoint
+from glm_jax.checkpoint.write.pack_quantized import NON_LINEAR_PARAMS
 from glm_jax.errors import CheckpointError, QuantError
 from glm_jax.weights import QuantRules
-from glm_jax.weights.quantization import Method
+from glm_jax.weights.quantization import QuantMethod
 
 
-def convert(
+def convert_checkpoint(
     source: str | Path | WeightSource,
     destination: str | Path,
     *,
-    to: Form = "orbax",
+    to: OutputFormat = "orbax",
     dtype: Literal["bfloat16", "float32"] | None = None,
     quantize: str | QuantRules | None = None,
     method: Literal["rtn", "mse", "signround"] = "mse",
-    calibration: Calibration | None = None,
+    calibration: CalibrationConfig | None = None,
     check: bool = False,
     force: bool = False,
     progress: bool = False,
-) -> Report:
+) -> ConversionReport:
     """Converts a checkpoint; the same call after a kill goes on with the part that was being written.
 
     Args:
@@ -39,7 +39,7 @@ def convert(
             one what is missing or of the wrong size is written again.
         to: "orbax" (parts that load fast and in slices) or "safetensors" (a Hugging Face folder).
         dtype: of the weights that are not quantised; ``None`` keeps every array's own.
-        quantize: a preset (:data:`glm_jax.weights.PRESETS`) or rules; ``None`` keeps every value.
+        quantize: a preset (:data:`glm_jax.weights.QUANT_PRESETS`) or rules; ``None`` keeps every value.
         method: "rtn" rounds to nearest, "mse" searches scales for the least squared error, "signround" also learns
             from text how to round (one layer in memory at a time, about 24 bytes per weight of it).
         calibration: the text for "signround"; the miniature's own data unless given.
@@ -57,10 +57,10 @@ def convert(
     weights = source if isinstance(source, WeightSource) else open_source(source, dtype=dtype)
     if weights.info.folder and weights.info.folder.resolve() == folder:
         raise CheckpointError(f"{folder} is the source: choose another destination")
-    if rules := QuantRules.named(quantize):
+    if rules := QuantRules.resolve(quantize):
         # What the folder cannot hold quantised is not rounded in vain.
-        keep = NOT_LINEAR if to == "safetensors" else ()
-        weights = _requantised(weights, rules, method, calibration, dtype or weights.info.dtype, keep)
+        keep = NON_LINEAR_PARAMS if to == "safetensors" else ()
+        weights = _quantize_source(weights, rules, method, calibration, dtype or weights.info.dtype, keep)
     elif calibration is not None:
         raise QuantError("a calibration text is for quantising: say to what, with quantize (--quantize)")
     elif method != "mse":
@@ -71,19 +71,19 @@ def convert(
     )
 
 
-def _requantised(
+def _quantize_source(
     source: WeightSource,
     rules: QuantRules,
     method: str,
-    calibration: Calibration | None,
+    calibration: CalibrationConfig | None,
     dtype: str,
     keep: Collection[tuple[str, ...]],
 ) -> WeightSource:
     if method == "signround":
-        text = calibration or Calibration()
-        return CalibratedSource(source, rules, text, Settings(steps=text.steps), dtype=dtype, keep=keep)
+        text = calibration or CalibrationConfig()
+        return CalibratedSource(source, rules, text, SignRoundConfig(steps=text.steps), dtype=dtype, exclude=keep)
     if calibration is not None:
         raise QuantError(f"the method {method} uses no calibration text: say signround, or leave the text out")
-    if method not in get_args(Method):
-        raise QuantError(f"no method {method!r}; there are {', '.join(get_args(Method))}, signround")
-    return Requantised(source, rules, cast(Method, method), dtype=dtype, keep=keep)
+    if method not in get_args(QuantMethod):
+        raise QuantError(f"no method {method!r}; there are {', '.join(get_args(QuantMethod))}, signround")
+    return RequantizedSource(source, rules, cast(QuantMethod, method), dtype=dtype, exclude=keep)

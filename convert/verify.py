@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
-from glm_jax.cli.common import OK, finish, read_text
+from glm_jax.cli.common import OK, read_prompt_text, run_and_exit
 from glm_jax.errors import PromptError
 
 if TYPE_CHECKING:
-    from convert.quality.divergence import Positions
+    from convert.quality.divergence import PositionMetrics
     from glm_jax.checkpoint.sources.base import WeightSource
 
 _Flag = Annotated[bool, arg(help_behavior_hint="")]
@@ -44,7 +44,7 @@ Exit codes: 0 done, 2 bad usage or input, 1 failure, 130 interrupted.
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class VerifyOptions:
     """Options of the command."""
 
     destination: Annotated[str, Positional, arg(metavar="DST")]
@@ -82,14 +82,14 @@ class Options:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     options = tyro.cli(
-        Options, prog="python -m convert.verify", description=DESCRIPTION, args=args, config=(FlagCreatePairsOff,)
+        VerifyOptions, prog="python -m convert.verify", description=DESCRIPTION, args=args, config=(FlagCreatePairsOff,)
     )
-    check(options)
-    texts = [read_text(name) for name in options.text]
-    report, positions = run(options, texts)
-    from convert.quality.report_tables import markdown
+    validate_options(options)
+    texts = [read_prompt_text(name) for name in options.text]
+    report, positions = run_verification(options, texts)
+    from convert.quality.report_tables import render_quality_report
 
-    text = markdown(report)
+    text = render_quality_report(report)
     print(text, end="")
     if options.markdown:
         options.markdown.write_text(text, encoding="utf-8")
@@ -100,7 +100,7 @@ def main(args: Sequence[str] | None = None) -> int:
     return OK
 
 
-def check(options: Options) -> None:
+def validate_options(options: VerifyOptions) -> None:
     """What is wrong with the call, before anything is read.
 
     Raises:
@@ -125,90 +125,92 @@ def check(options: Options) -> None:
             raise PromptError(f"cannot write {path}: there is no folder {path.parent}")
 
 
-def run(options: Options, texts: Sequence[str]) -> tuple[dict[str, Any], Positions | None]:
+def run_verification(options: VerifyOptions, texts: Sequence[str]) -> tuple[dict[str, Any], PositionMetrics | None]:
     """Measures; returns the report, and what was found at each position where there was a text.
 
     Raises:
         GlmError: for what is wrong with the models, the text or the tasks.
     """
     from convert.quality import models
-    from convert.quality.weight_errors import sizes, weight_errors
+    from convert.quality.weight_errors import model_sizes, weight_errors
     from glm_jax.checkpoint.sources.open import open_source
-    from glm_jax.engine.compile_cache import use_compile_cache
+    from glm_jax.engine.compile_cache import enable_compile_cache
 
-    use_compile_cache()
+    enable_compile_cache()
     reference = open_source(options.against, dtype=options.dtype)
     stored = open_source(options.destination, dtype=options.dtype)
-    models.check_same_network(reference.cfg, stored.cfg)
-    model = models.requantised(stored, options.quantize, options.method or "mse")
+    models.check_same_architecture(reference.cfg, stored.cfg)
+    model = models.quantize_by_preset(stored, options.quantize, options.method or "mse")
     if not 2 <= options.window <= (longest := reference.cfg.max_position_embeddings):
         raise PromptError(f"--window must be 2 to {longest:,}, the longest context of this model, not {options.window}")
     inputs = None
     if not options.weights_only:
-        inputs = _inputs(options, reference, stored, texts)
-        models.require_room(reference, model, dtype=options.dtype, window=options.window)
+        inputs = _read_inputs(options, reference, stored, texts)
+        models.require_device_memory(reference, model, dtype=options.dtype, window=options.window)
     report: dict[str, Any] = {
-        "source": {"name": options.against, "kind": reference.info.kind, "size": sizes(reference)},
+        "source": {"name": options.against, "kind": reference.info.kind, "size": model_sizes(reference)},
         "model": {
             "name": options.destination,
             "kind": stored.info.kind,
             "quantize": options.quantize,
             "method": (options.method or "mse") if options.quantize else None,
             "cache_dtype": options.cache_dtype,
-            "size": sizes(model),
+            "size": model_sizes(model),
         },
         "dtype": options.dtype,
         "weights": weight_errors(reference, model, progress=True),
     }
-    positions = None if inputs is None else _predictions(options, reference, model, inputs, report)
+    positions = None if inputs is None else _compare_predictions(options, reference, model, inputs, report)
     return report, positions
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Inputs:
-    companions: tuple[Any, Any]
-    ids: list[list[int]]
+    assets: tuple[Any, Any]
+    token_ids: list[list[int]]
     tasks: list[dict[str, Any]]
     prompts: tuple[list[str], list[str]]
 
 
-def _inputs(options: Options, reference: WeightSource, other: WeightSource, texts: Sequence[str]) -> _Inputs:
+def _read_inputs(options: VerifyOptions, reference: WeightSource, other: WeightSource, texts: Sequence[str]) -> _Inputs:
     """What the models are to read, checked before the weights are."""
     from convert.quality import chat_tasks as chat
     from convert.quality import models, task_scoring
     from glm_jax.checkpoint.sources.open import tiny_folder
-    from glm_jax.engine.assets import Companions
+    from glm_jax.engine.assets import ModelAssets
 
-    ours, theirs = (Companions.read(source.cfg, source.info.folder) for source in (reference, other))
-    ids = models.encode(texts, ours, theirs) if texts else []
+    ours, theirs = (ModelAssets.load(source.cfg, source.info.folder) for source in (reference, other))
+    ids = models.encode_texts(texts, ours, theirs) if texts else []
     file = tiny_folder() / "heldout_chat.jsonl" if options.chat == "tiny" else Path(options.chat or "")
-    tasks = task_scoring.read_tasks(file) if options.chat else []
-    return _Inputs((ours, theirs), ids, tasks, (chat.prompts(tasks, ours), chat.prompts(tasks, theirs)))
+    tasks = task_scoring.read_chat_tasks(file) if options.chat else []
+    return _Inputs((ours, theirs), ids, tasks, (chat.render_prompts(tasks, ours), chat.render_prompts(tasks, theirs)))
 
 
-def _predictions(
-    options: Options, reference: WeightSource, model: WeightSource, inputs: _Inputs, report: dict[str, Any]
-) -> Positions | None:
+def _compare_predictions(
+    options: VerifyOptions, reference: WeightSource, model: WeightSource, inputs: _Inputs, report: dict[str, Any]
+) -> PositionMetrics | None:
     from convert.quality import chat_tasks as chat
     from convert.quality import divergence, models
 
-    ours, theirs = inputs.companions
-    exact = models.load(reference, ours, dtype=options.dtype, progress=True)
-    other = models.load(model, theirs, dtype=options.dtype, cache_dtype=options.cache_dtype, progress=True)
+    ours, theirs = inputs.assets
+    exact = models.load_compared_model(reference, ours, dtype=options.dtype, progress=True)
+    other = models.load_compared_model(
+        model, theirs, dtype=options.dtype, cache_dtype=options.cache_dtype, progress=True
+    )
     positions = None
-    if inputs.ids:
-        (positions,) = divergence.measure(
-            exact, [other], inputs.ids, window=options.window, tokens=options.tokens, progress=True
+    if inputs.token_ids:
+        (positions,) = divergence.measure_divergence(
+            exact, [other], inputs.token_ids, window=options.window, max_tokens=options.tokens, progress=True
         )
         report["text"] = {"files": list(options.text), **positions.summary()}
     if inputs.tasks:
         answers = [
-            chat.answer(side, inputs.tasks, given, tokens=options.answer_tokens, progress=True)
+            chat.answer_tasks(side, inputs.tasks, given, max_tokens=options.answer_tokens, progress=True)
             for side, given in zip((exact, other), inputs.prompts, strict=True)
         ]
-        report["chat"] = {"file": options.chat, **chat.compared(*answers)}
+        report["chat"] = {"file": options.chat, **chat.summarize_comparison(*answers)}
     return positions
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_and_exit(main)

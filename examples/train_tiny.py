@@ -23,8 +23,8 @@ from examples.tiny_recipe import corpus, prepare, publish  # noqa: E402
 from examples.tiny_recipe.batches import Batches  # noqa: E402
 from examples.tiny_recipe.bits_per_byte import bits_per_byte  # noqa: E402
 from examples.tiny_recipe.conversations import held_out_conversations  # noqa: E402
-from examples.tiny_recipe.schedule import Plan, tiny_config  # noqa: E402
-from examples.tiny_recipe.teacher_forcing import answered_rightly  # noqa: E402
+from examples.tiny_recipe.schedule import TrainingSchedule, tiny_config  # noqa: E402
+from examples.tiny_recipe.teacher_forcing import teacher_forced_correct  # noqa: E402
 from examples.tiny_recipe.training_loop import RunFiles, train  # noqa: E402
 from glm_jax.text import render_chat  # noqa: E402
 
@@ -39,16 +39,16 @@ def main() -> None:
         return
     plan = _plan(args)
     cfg = tiny_config()
-    training, held_out = corpus.split(corpus.library_files())
-    tokenizer = prepare.tokenizer_in(args.out, training, render_chat)
+    training, held_out = corpus.split_held_out(corpus.library_files())
+    tokenizer = prepare.load_or_train_tokenizer(args.out, training, render_chat)
     batches = Batches(plan, tokenizer, [f.text for f in training], render_chat)
-    passed = f"one pass of the library has {batches.pass_tokens / 1e6:.1f}M"
-    print(f"{plan.tokens(plan.steps) / 1e6:.1f}M tokens in {plan.steps} steps; {passed}")
+    passed = f"one pass of the library has {batches.epoch_tokens / 1e6:.1f}M"
+    print(f"{plan.tokens_before(plan.steps) / 1e6:.1f}M tokens in {plan.steps} steps; {passed}")
     facts = {
         "training_files": len(training),
         "training_bytes": sum(len(f.text.encode()) for f in training),
         "command": shlex.join(["python", "examples/train_tiny.py", *_replayed(plan)]),
-        "tokens": plan.tokens(plan.steps),
+        "tokens": plan.tokens_before(plan.steps),
         **dataclasses.asdict(plan),
     }
     files = RunFiles(folder=args.out)
@@ -57,19 +57,19 @@ def main() -> None:
     asked = held_out_conversations(Random("probe"), PROBE_TASKS, PROBE_TASKS)
 
     def probe(params: Any) -> dict[str, float]:
-        right = answered_rightly(cfg, params, tokenizer, asked, render_chat)
+        right = teacher_forced_correct(cfg, params, tokenizer, asked, render_chat)
         bits = bits_per_byte(cfg, params, tokenizer, texts, window=512, stride=256)
         return {"bpb": bits, "right": sum(right) / len(right)}
 
     train(cfg, plan, batches, files, probe)
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def _plan(args: argparse.Namespace) -> TrainingSchedule:
     decay = args.steps // 3 if args.decay_steps is None else args.decay_steps
-    return Plan(steps=args.steps, decay_steps=decay, seed=args.seed)
+    return TrainingSchedule(steps=args.steps, decay_steps=decay, seed=args.seed)
 
 
-def _replayed(plan: Plan) -> list[str]:
+def _replayed(plan: TrainingSchedule) -> list[str]:
     names = ("steps", "decay_steps", "seed")
     return [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(plan, name)))]
 

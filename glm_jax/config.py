@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from glm_jax.config_validation import impossible, is_number, wrong_types
+from glm_jax.config_validation import is_number, type_problems, value_problems
 from glm_jax.errors import ConfigError
 
 LayerKind = Literal["dense", "sparse"]
@@ -40,7 +40,7 @@ _DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _NULLABLE = frozenset({"q_lora_rank"})  # null is a value of its own
-_MOST_LAYERS = 1000
+_MAX_LAYERS = 1000
 # Keys that may only have the value this architecture has.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -62,7 +62,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class LayerRun:
+class LayerGroup:
     """A stretch of ``count`` consecutive layers of one kind, the first of which is layer ``start``."""
 
     kind: LayerKind
@@ -116,7 +116,7 @@ class Config:
     run_starts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        problems = wrong_types(self) or impossible(self)
+        problems = type_problems(self) or value_problems(self)
         if problems:
             raise ConfigError("impossible config: " + "; ".join(problems))
 
@@ -136,14 +136,14 @@ class Config:
         return self.n_shared_experts * self.moe_intermediate_size
 
     @property
-    def runs(self) -> tuple[LayerRun, ...]:
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
         """The layers as runs of one kind and storage, in order; each run's parameters are stacked."""
-        runs: list[LayerRun] = []
+        runs: list[LayerGroup] = []
         for layer, kind in enumerate(self.mlp_layer_types):
             if runs and runs[-1].kind == kind and layer not in self.run_starts:
                 runs[-1] = dataclasses.replace(runs[-1], count=runs[-1].count + 1)
             else:
-                runs.append(LayerRun(kind, layer, 1))
+                runs.append(LayerGroup(kind, layer, 1))
         return tuple(runs)
 
     def replace(self, **changes: Any) -> Config:
@@ -186,7 +186,7 @@ class Config:
         Raises:
             ConfigError: for another architecture, a key that is not understood, keys that disagree, or rope scaling.
         """
-        config = _without_aliases(config)
+        config = _resolve_aliases(config)
         _check_keys(config)
         values = {key: config[key] for key in _REQUIRED}
         for key, default in _DEFAULTS.items():
@@ -227,7 +227,7 @@ class Config:
         }
 
 
-def _without_aliases(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _resolve_aliases(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The same with transformers' second name of ``n_routed_experts`` read as the first."""
     alias, experts = config.get("num_local_experts"), config.get("n_routed_experts")
     if alias is None:
@@ -270,8 +270,8 @@ def _check_head_dims(config: Mapping[str, Any]) -> None:
 def _layer_types(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
     layers, kinds = config["num_hidden_layers"], config.get("mlp_layer_types")
     leading = config.get("first_k_dense_replace")
-    if layers > _MOST_LAYERS:
-        raise ConfigError(f"num_hidden_layers is {layers:,}; at most {_MOST_LAYERS:,} are understood")
+    if layers > _MAX_LAYERS:
+        raise ConfigError(f"num_hidden_layers is {layers:,}; at most {_MAX_LAYERS:,} are understood")
     if leading is not None:
         _require_int("first_k_dense_replace", leading)
     dense = 1 if leading is None else leading

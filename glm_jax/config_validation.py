@@ -16,7 +16,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def wrong_types(cfg: Any) -> list[str]:
+def type_problems(cfg: Any) -> list[str]:
     """Fields of a config whose values are not of their type, in words."""
     problems = []
     for field in dataclasses.fields(cfg):
@@ -41,7 +41,7 @@ def wrong_types(cfg: Any) -> list[str]:
     return problems
 
 
-def impossible(cfg: Any) -> list[str]:
+def value_problems(cfg: Any) -> list[str]:
     """Values of a config that cannot go together, in words."""
     checks = [(getattr(cfg, name) > 0, f"{name} is {getattr(cfg, name)}, must be positive") for name in _POSITIVE]
     checks += [

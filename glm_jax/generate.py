@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from glm_jax.cli import terminal
-from glm_jax.cli.common import OK, finish, peak_memory, read_text, set_memory_fraction, text_option
+from glm_jax.cli.common import OK, optional_text, peak_memory, read_prompt_text, run_and_exit, set_memory_fraction
 from glm_jax.errors import PromptError, SamplingError
 from glm_jax.sampling import SamplingParams
 
@@ -39,18 +39,18 @@ Exit codes: 0 done, 2 bad usage or input, 1 failure, 130 interrupted.
 
 
 @dataclasses.dataclass
-class Options:
+class GenerateOptions:
     """Options of the command."""
 
-    prompt: Positional[Annotated[str | None, text_option("PROMPT"), arg(help_behavior_hint="")]] = None
+    prompt: Positional[Annotated[str | None, optional_text("PROMPT"), arg(help_behavior_hint="")]] = None
     """Text to continue or, with --chat, the message. Without one it is read from stdin, if something is piped in."""
     model: Annotated[str, arg(metavar="MODEL")] = "tiny"
     """Folder (Hugging Face, quantised or not; converted), .gguf file, hub id, "tiny", "synthetic:flash?layers=4"."""
-    prompt_file: Annotated[str | None, text_option("FILE"), arg(help_behavior_hint="")] = None
+    prompt_file: Annotated[str | None, optional_text("FILE"), arg(help_behavior_hint="")] = None
     """Read the prompt from this file ("-" for stdin)."""
     chat: _Flag = False
     """Answer the prompt as a message; without a prompt, hold a conversation."""
-    system: Annotated[str | None, text_option("TEXT"), arg(help_behavior_hint="")] = None
+    system: Annotated[str | None, optional_text("TEXT"), arg(help_behavior_hint="")] = None
     """With --chat: what the model is told before the first message."""
     no_thinking: _Flag = False
     """With --chat: answer at once, without thinking first."""
@@ -66,7 +66,7 @@ class Options:
     """How many completions, with seeds that count up."""
     stop: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="TEXT")] = ()
     """Ends a completion before this text."""
-    sampling: Annotated[str | None, text_option("JSON"), arg(help_behavior_hint="")] = None
+    sampling: Annotated[str | None, optional_text("JSON"), arg(help_behavior_hint="")] = None
     """Other sampling options: '{"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1, "logprobs": 5}'."""
     json: _Flag = False
     """Print one JSON object per completion instead of the text."""
@@ -87,23 +87,27 @@ class Options:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     options = tyro.cli(
-        Options, prog="python -m glm_jax.generate", description=DESCRIPTION, args=args, config=(FlagCreatePairsOff,)
+        GenerateOptions,
+        prog="python -m glm_jax.generate",
+        description=DESCRIPTION,
+        args=args,
+        config=(FlagCreatePairsOff,),
     )
     # What is wrong with the call is said before JAX is imported and weights are read.
-    sampling = _sampling(options)
-    prompt = _prompt(options)
+    sampling = _sampling_options(options)
+    prompt = _resolve_prompt(options)
     if prompt is None and sampling.get("n", 1) > 1:
         raise SamplingError("a conversation has one answer at a time: --n must be 1")
     set_memory_fraction(options.memory_fraction)
     llm = _load(options)
     if prompt is None:
-        return terminal.talk(lambda turns: _reply(llm, options, sampling, turns), _system(options))
-    code = _once(llm, options, sampling, prompt)
-    _closing_line(llm)
+        return terminal.run_conversation(lambda turns: _reply(llm, options, sampling, turns), _system_messages(options))
+    code = _run_once(llm, options, sampling, prompt)
+    _print_stats(llm)
     return code
 
 
-def _load(options: Options) -> LLM:
+def _load(options: GenerateOptions) -> LLM:
     from glm_jax.llm import LLM
 
     return LLM.load(
@@ -116,7 +120,7 @@ def _load(options: Options) -> LLM:
     )
 
 
-def _sampling(options: Options) -> dict[str, Any]:
+def _sampling_options(options: GenerateOptions) -> dict[str, Any]:
     """The sampling options that were given, checked."""
     flags = {name: getattr(options, name) for name in ("max_tokens", "temperature", "top_p", "seed", "n")}
     given = {name: value for name, value in flags.items() if value is not None}
@@ -140,7 +144,7 @@ def _json_object(text: str) -> dict[str, Any]:
     return read
 
 
-def _prompt(options: Options) -> str | None:
+def _resolve_prompt(options: GenerateOptions) -> str | None:
     """The prompt; None for a conversation."""
     if not options.chat and (options.system is not None or options.no_thinking):
         raise PromptError("--system and --no-thinking shape an answer: give --chat too")
@@ -151,7 +155,7 @@ def _prompt(options: Options) -> str | None:
             return None
         raise PromptError('no prompt: give one, as in `python -m glm_jax.generate "def fib(n):"`, or --chat to talk')
     file = "-" if options.prompt_file is None else options.prompt_file
-    prompt = read_text(file) if options.prompt is None else options.prompt
+    prompt = read_prompt_text(file) if options.prompt is None else options.prompt
     if not prompt:
         raise PromptError("the prompt is empty: give at least one character")
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python shows bytes that are no UTF-8
@@ -159,41 +163,49 @@ def _prompt(options: Options) -> str | None:
     return prompt
 
 
-def _system(options: Options) -> list[terminal.Turn]:
+def _system_messages(options: GenerateOptions) -> list[terminal.MessageDict]:
     return [] if options.system is None else [{"role": "system", "content": options.system}]
 
 
-def _once(llm: LLM, options: Options, sampling: dict[str, Any], prompt: str) -> int:
-    turns = [*_system(options), {"role": "user", "content": prompt}]
+def _run_once(llm: LLM, options: GenerateOptions, sampling: dict[str, Any], prompt: str) -> int:
+    turns = [*_system_messages(options), {"role": "user", "content": prompt}]
     if options.json or sampling.get("n", 1) > 1:
         done = _chat(llm, options, sampling, turns) if options.chat else llm.generate(prompt, **sampling)
-        terminal.show_whole(done, as_json=options.json)
+        terminal.print_completions(done, as_json=options.json)
         return OK
     if options.chat:
-        return terminal.Answer(_chat(llm, options, sampling, turns, stream=True)).show()
-    return terminal.show_text(piece.text for piece in llm.stream(prompt, **sampling))
+        return terminal.ChatPrinter(_chat(llm, options, sampling, turns, stream=True)).print_all()
+    return terminal.print_stream(piece.text for piece in llm.stream(prompt, **sampling))
 
 
-def _chat(llm: LLM, options: Options, sampling: dict[str, Any], turns: list[terminal.Turn], **how: Any) -> Any:
+def _chat(
+    llm: LLM,
+    options: GenerateOptions,
+    sampling: dict[str, Any],
+    messages: list[terminal.MessageDict],
+    **chat_options: Any,
+) -> Any:
     switches = {"enable_thinking": False} if options.no_thinking else {}
-    return llm.chat(turns, **switches, **sampling, **how)
+    return llm.chat(messages, **switches, **sampling, **chat_options)
 
 
-def _reply(llm: LLM, options: Options, sampling: dict[str, Any], turns: list[terminal.Turn]) -> str | None:
+def _reply(
+    llm: LLM, options: GenerateOptions, sampling: dict[str, Any], messages: list[terminal.MessageDict]
+) -> str | None:
     """Prints the answer to a conversation; returns its content."""
     if options.json:
-        done = _chat(llm, options, sampling, turns)
-        terminal.show_whole(done, as_json=True)
+        done = _chat(llm, options, sampling, messages)
+        terminal.print_completions(done, as_json=True)
         content = done.content
     else:
-        answer = terminal.Answer(_chat(llm, options, sampling, turns, stream=True))
-        answer.show()
+        answer = terminal.ChatPrinter(_chat(llm, options, sampling, messages, stream=True))
+        answer.print_all()
         content = answer.content
-    _closing_line(llm)
+    _print_stats(llm)
     return content
 
 
-def _closing_line(llm: LLM) -> None:
+def _print_stats(llm: LLM) -> None:
     timing = llm.timing
     peak, where = peak_memory()
     parts = [
@@ -207,4 +219,4 @@ def _closing_line(llm: LLM) -> None:
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_and_exit(main)

@@ -13,29 +13,29 @@ import numpy as np
 from jax.sharding import Mesh
 
 from glm_jax import checkpoint
-from glm_jax.cache.latent import cache_kind
-from glm_jax.checkpoint.loader import Form, SourceInfo
+from glm_jax.cache.latent import canonical_cache_dtype
+from glm_jax.checkpoint.loader import OutputFormat, SourceInfo
 from glm_jax.config import Config
 from glm_jax.engine import inputs as prompts
 from glm_jax.engine import steps
-from glm_jax.engine.assets import Companions
-from glm_jax.engine.chat import AnswerFormat, ChatStream
-from glm_jax.engine.compile_cache import use_compile_cache
-from glm_jax.engine.input_processor import Requests
+from glm_jax.engine.assets import ModelAssets
+from glm_jax.engine.chat import ChatResponseFormat, ChatStream
+from glm_jax.engine.compile_cache import enable_compile_cache
+from glm_jax.engine.input_processor import InputProcessor
 from glm_jax.engine.inputs import Prompt
-from glm_jax.engine.outputs import Completion, Piece, Score, Timing
-from glm_jax.engine.request import Row
-from glm_jax.engine.runner import Runner, plain_cache_dtype
+from glm_jax.engine.outputs import Completion, Score, StreamChunk, Timing
+from glm_jax.engine.request import Request
+from glm_jax.engine.runner import ModelRunner, default_cache_dtype
 from glm_jax.errors import GlmError, PromptError, SamplingError, ShardingError
-from glm_jax.memory import Setup, in_gb, plan_on
+from glm_jax.memory import MemoryModel, format_bytes, plan_memory_on_devices
 from glm_jax.model.glm import GLM
-from glm_jax.model.kernel_selection import by_kernels, wants_kernels
+from glm_jax.model.kernel_selection import prefer_kernels, select_kernels
 from glm_jax.sampling import SamplingParams
-from glm_jax.sharding import Rules, make_mesh, preset
+from glm_jax.sharding import Rules, get_sharding_preset, make_mesh
 from glm_jax.text import render_chat
 from glm_jax.weights import QuantRules
 
-_MAX_ROWS = 64
+_MAX_BATCH_SIZE = 64
 _DTYPES = ("bfloat16", "float32")
 
 
@@ -58,7 +58,7 @@ class LLM:
         self,
         cfg: Config,
         params: steps.Params,
-        companions: Companions,
+        assets: ModelAssets,
         *,
         info: SourceInfo | None = None,
         rules: Rules = Rules(),
@@ -66,18 +66,20 @@ class LLM:
         cache_dtype: Any = None,
         max_model_len: int | None = None,
         seed: int | None = None,
-        setup: Setup | None = None,
+        memory_model: MemoryModel | None = None,
     ) -> None:
         self.config, self.mesh = cfg, mesh
         self.model = GLM(cfg, rules)
-        self.tokenizer, self.defaults, self.eos_ids = companions.tokenizer, companions.defaults, companions.eos_ids
+        self.tokenizer, self.defaults, self.eos_ids = assets.tokenizer, assets.default_sampling_params, assets.eos_ids
         self.max_model_len = min(max_model_len or cfg.max_position_embeddings, cfg.max_position_embeddings)
         self.timing = Timing()
         self._params: steps.Params | None = params
-        self._cache_dtype = cache_kind(cache_dtype or plain_cache_dtype(mesh, params["embed"].dtype))
-        self._template, self._info, self._setup = companions.template, info, setup
+        self._cache_dtype = canonical_cache_dtype(cache_dtype or default_cache_dtype(mesh, params["embed"].dtype))
+        self._chat_template, self._source_info, self._memory_model = assets.chat_template, info, memory_model
         seeds = random.SystemRandom() if seed is None else random.Random(seed)
-        self._requests = Requests(companions=companions, vocab=cfg.vocab_size, max_len=self.max_model_len, seeds=seeds)
+        self._input_processor = InputProcessor(
+            assets=assets, vocab_size=cfg.vocab_size, max_model_len=self.max_model_len, seed_rng=seeds
+        )
 
     @classmethod
     def load(
@@ -123,20 +125,20 @@ class LLM:
             CheckpointError, ConfigError, ShardingError: what is wrong with the source or the mesh.
             MemoryPlanError: if it cannot fit, with the arithmetic.
         """
-        use_compile_cache()
+        enable_compile_cache()
         if dtype not in _DTYPES:
             raise GlmError(f"dtype must be {' or '.join(_DTYPES)}, not {dtype!r}")
-        cache_dtype = None if cache_dtype is None else cache_kind(cache_dtype)
+        cache_dtype = None if cache_dtype is None else canonical_cache_dtype(cache_dtype)
         weights = checkpoint.open_source(source, dtype=dtype)
-        asked = _context_limit(weights.cfg, max_model_len)
-        companions = Companions.read(weights.cfg, weights.info.folder)  # cheap, and may be what is missing
-        rules, devices = _layout(mesh, sharding)
-        wants_kernels(kernels, dtype)  # refuses what cannot be, before anything takes time
-        weights = checkpoint.quantised(weights, quantize, dtype, rules, devices)
-        storage = checkpoint.storage_of(weights)
-        tiles = by_kernels(weights.cfg, storage, kernels, dtype, rules, devices)
-        cache_dtype = cache_dtype or plain_cache_dtype(devices, dtype)
-        planned = plan_on(
+        asked = _parse_max_model_len(weights.cfg, max_model_len)
+        companions = ModelAssets.load(weights.cfg, weights.info.folder)  # cheap, and may be what is missing
+        rules, devices = _resolve_sharding(mesh, sharding)
+        prefer_kernels(kernels, dtype)  # refuses what cannot be, before anything takes time
+        weights = checkpoint.quantize_source(weights, quantize, dtype, rules, devices)
+        storage = checkpoint.source_storage(weights)
+        tiles = select_kernels(weights.cfg, storage, kernels, dtype, rules, devices)
+        cache_dtype = cache_dtype or default_cache_dtype(devices, dtype)
+        planned = plan_memory_on_devices(
             weights.cfg,
             devices or jax.devices()[:1],
             dtype=dtype,
@@ -144,10 +146,10 @@ class LLM:
             cache_dtype=cache_dtype,
             rules=rules,
             context=asked,
-        ).require()
+        ).require_fits()
         show = weights.total_bytes() > 1 << 30 if progress is None else progress
         for note in weights.info.notes:
-            print(f"note: {note}; {in_gb(weights.total_bytes())} of weights in all", file=sys.stderr)
+            print(f"note: {note}; {format_bytes(weights.total_bytes())} of weights in all", file=sys.stderr)
         cfg, params, info = checkpoint.load(
             weights, dtype=dtype, rules=rules, mesh=devices, tiles=tiles, check=check, progress=show
         )
@@ -161,7 +163,7 @@ class LLM:
             cache_dtype=cache_dtype,
             max_model_len=asked or planned.max_context,
             seed=seed,
-            setup=planned.setup,
+            memory_model=planned.memory_model,
         )
 
     @property
@@ -196,29 +198,35 @@ class LLM:
             PromptError: if a prompt is empty or longer than the context.
             SamplingError: if an option is impossible.
         """
-        many, ids = self._requests.ids(prompts)
-        chosen = self._requests.sampling(params, options)
-        rows = [row for order, prompt in enumerate(ids) for row in self._requests.rows(prompt, chosen, order)]
-        self._finish(rows)
+        many, ids = self._input_processor.tokenize(prompts)
+        chosen = self._input_processor.resolve_sampling_params(params, options)
+        rows = [
+            row
+            for order, prompt in enumerate(ids)
+            for row in self._input_processor.make_requests(prompt, chosen, order)
+        ]
+        self._run_to_completion(rows)
         results: list[list[Completion]] = [[] for _ in ids]
         for row in rows:
-            results[row.order].append(row.completion())
+            results[row.prompt_index].append(row.to_completion())
         shaped = [r if chosen.n > 1 else r[0] for r in results]
         return shaped if many else shaped[0]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[Piece]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[StreamChunk]:
         """Completes one prompt piece by piece; leaving the loop, or Ctrl-C, ends it and leaves the model usable.
 
         Arguments as in :meth:`generate`. With ``n > 1`` the pieces of all completions come as they are written; their
         ``index`` tells them apart.
         """
-        many, ids = self._requests.ids(prompt)
+        many, ids = self._input_processor.tokenize(prompt)
         if many:
             raise PromptError("a stream has one prompt; generate takes a list")
-        rows = self._requests.rows(ids[0], self._requests.sampling(params, options))
+        rows = self._input_processor.make_requests(
+            ids[0], self._input_processor.resolve_sampling_params(params, options)
+        )
         self.timing = Timing()
-        runner, timing = self._runner(), self.timing
-        batches = prompts.batches(rows, _MAX_ROWS, runner.fits)
+        runner, timing = self._make_runner(), self.timing
+        batches = prompts.make_batches(rows, _MAX_BATCH_SIZE, runner.fits)
         return (piece for batch in batches for _, piece in runner.run(batch, timing, stream=True))
 
     def chat(
@@ -250,19 +258,19 @@ class LLM:
             PromptError: if the conversation, a tool or a switch is malformed, or the prompt too long.
             SamplingError: if an option is impossible.
         """
-        sampling = {name: value for name, value in options.items() if name in prompts.SAMPLING_OPTIONS}
+        sampling = {name: value for name, value in options.items() if name in prompts.SAMPLING_PARAM_NAMES}
         switches = {name: value for name, value in options.items() if name not in sampling}
         if reserved := sorted(switches.keys() & {"template", "add_generation_prompt"}):
             raise PromptError(f"{reserved[0]} is not a switch of the chat template: answers use the model's own")
-        prompt = render_chat(messages, tools, template=self._template, **switches)
-        answer = AnswerFormat.of(prompt, tools, tool_choice)
-        chosen = self._requests.sampling(params, sampling)
+        prompt = render_chat(messages, tools, template=self._chat_template, **switches)
+        answer = ChatResponseFormat.from_prompt(prompt, tools, tool_choice)
+        chosen = self._input_processor.resolve_sampling_params(params, sampling)
         if stream:
             if chosen.n > 1:
                 raise SamplingError("a streamed chat has one answer: n must be 1")
-            return ChatStream(self.stream(prompt, chosen), answer.parser())
+            return ChatStream(self.stream(prompt, chosen), answer.make_parser())
         done = self.generate(prompt, chosen)
-        return [answer.whole(each) for each in done] if chosen.n > 1 else answer.whole(done)
+        return [answer.to_chat_completion(each) for each in done] if chosen.n > 1 else answer.to_chat_completion(done)
 
     def logits(
         self,
@@ -283,11 +291,11 @@ class LLM:
             float32 ``[T, V]``; for a batch ``[B, T, V]``, or a list of ``[T, V]`` when the lengths differ. With
             ``trace`` or ``edit`` a pair: the logits, and a dictionary of activations.
         """
-        many, ids = self._requests.ids(tokens, room=0)
+        many, ids = self._input_processor.tokenize(tokens, reserved_tokens=0)
         if not (trace or edit):
-            return _together(self._runner().all_logits(ids), many)
-        batch, changes = prompts.rectangle(ids), tuple(sorted((edit or {}).items()))
-        with self._runner().placed():
+            return _stack_equal_shapes(self._make_runner().prompt_logits(ids), many)
+        batch, changes = prompts.stack_token_ids(ids), tuple(sorted((edit or {}).items()))
+        with self._make_runner().mesh_context():
             logits, recorded = steps.traced_logits(self.model, self.params, batch, tuple(trace), changes)
         host = {name: np.asarray(value) for name, value in recorded.items()}
         if many:
@@ -295,28 +303,31 @@ class LLM:
         return np.asarray(logits)[0], {name: value[0] for name, value in host.items()}
 
     def mtp_logits(self, tokens: Prompt | Sequence[Prompt]) -> Any:
-        """Logits of the prediction layer, shaped like those of :meth:`logits`.
+        """Logits of the prediction layer, shaped like those of :meth:`compute_logits`.
 
         Entry ``p`` pairs the model's state at position ``p`` with token ``p + 1`` (the last with the model's argmax)
         and predicts token ``p + 2``.
         """
-        many, ids = self._requests.ids(tokens, room=0)
-        return _together([self._runner().mtp_logits(row) for row in ids], many)
+        many, ids = self._input_processor.tokenize(tokens, reserved_tokens=0)
+        return _stack_equal_shapes([self._make_runner().mtp_logits(row) for row in ids], many)
 
     def score(self, prompt: Prompt, continuation: Prompt) -> Score:
         """Log-probability of a continuation after a prompt, in the model's own distribution.
 
         The two are encoded apart, and their tokens joined.
         """
-        (before,), (after,) = self._requests.ids(prompt, room=1)[1], self._requests.ids(continuation, room=1)[1]
-        _, (joined,) = self._requests.ids([*before, *after], room=0)
-        logits = self._runner().all_logits([joined], first=len(before) - 1)[0][:-1]
+        (before,), (after,) = (
+            self._input_processor.tokenize(prompt, reserved_tokens=1)[1],
+            self._input_processor.tokenize(continuation, reserved_tokens=1)[1],
+        )
+        _, (joined,) = self._input_processor.tokenize([*before, *after], reserved_tokens=0)
+        logits = self._make_runner().prompt_logits([joined], start_position=len(before) - 1)[0][:-1]
         top = logits.max(axis=-1, keepdims=True)
         logprobs = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
         each = logprobs[np.arange(len(after)), list(after)]
         return Score(float(each.sum()), tuple(each.tolist()), tuple(after))
 
-    def save(self, path: str | Path, *, to: Form = "orbax", force: bool = False) -> None:
+    def save(self, path: str | Path, *, to: OutputFormat = "orbax", force: bool = False) -> None:
         """Writes the model as a converted folder, or with ``to="safetensors"`` as a Hugging Face folder.
 
         Raises:
@@ -324,7 +335,7 @@ class LLM:
         """
         if to not in ("orbax", "safetensors"):
             raise GlmError(f'to must be "orbax" or "safetensors", not {to!r}')
-        checkpoint.save(path, self.config, self.params, origin=self._info, to=to, force=force)
+        checkpoint.save(path, self.config, self.params, origin=self._source_info, to=to, force=force)
 
     def release(self) -> None:
         """Frees the parameters' memory at once; the object cannot be used afterwards."""
@@ -332,44 +343,44 @@ class LLM:
             leaf.delete()
         self._params = None
 
-    def _runner(self) -> Runner:
-        return Runner(
+    def _make_runner(self) -> ModelRunner:
+        return ModelRunner(
             model=self.model,
             params=self.params,
             mesh=self.mesh,
             cache_dtype=self._cache_dtype,
-            valid_vocab=prompts.valid_vocab(self.tokenizer),
+            valid_vocab_size=prompts.valid_vocab_size(self.tokenizer),
             unused_ids=self.tokenizer.unused_ids,
             eos_ids=self.eos_ids,
-            max_len=self.max_model_len,
-            setup=self._setup,
+            max_model_len=self.max_model_len,
+            memory_model=self._memory_model,
         )
 
-    def _finish(self, rows: Sequence[Row]) -> None:
+    def _run_to_completion(self, requests: Sequence[Request]) -> None:
         self.timing = Timing()
-        runner = self._runner()
-        for batch in prompts.batches(rows, _MAX_ROWS, runner.fits):
+        runner = self._make_runner()
+        for batch in prompts.make_batches(requests, _MAX_BATCH_SIZE, runner.fits):
             for _ in runner.run(batch, self.timing):
                 pass
 
 
-def _layout(mesh: int | Mesh | None, sharding: str | None) -> tuple[Rules, Mesh | None]:
+def _resolve_sharding(mesh: int | Mesh | None, sharding: str | None) -> tuple[Rules, Mesh | None]:
     devices = None if mesh is None else make_mesh(mesh)
-    rules = preset(sharding or ("replicated" if mesh in (None, 1) else "latency"))
+    rules = get_sharding_preset(sharding or ("replicated" if mesh in (None, 1) else "latency"))
     if devices is None and rules.mesh_axes:
         raise ShardingError(f"sharding={sharding!r} needs devices to split over: give mesh=, the number of them")
     return rules, devices
 
 
-def _context_limit(cfg: Config, asked: int | str) -> int | None:
-    if asked == "auto":
+def _parse_max_model_len(cfg: Config, max_model_len: int | str) -> int | None:
+    if max_model_len == "auto":
         return None
-    if not isinstance(asked, int) or not 1 < asked <= cfg.max_position_embeddings:
-        raise GlmError(f'max_model_len must be "auto" or 2 to {cfg.max_position_embeddings:,}, not {asked!r}')
-    return asked
+    if not isinstance(max_model_len, int) or not 1 < max_model_len <= cfg.max_position_embeddings:
+        raise GlmError(f'max_model_len must be "auto" or 2 to {cfg.max_position_embeddings:,}, not {max_model_len!r}')
+    return max_model_len
 
 
-def _together(rows: list[np.ndarray], many: bool) -> Any:
+def _stack_equal_shapes(rows: list[np.ndarray], many: bool) -> Any:
     if not many:
         return rows[0]
     return np.stack(rows) if len({row.shape for row in rows}) == 1 else rows

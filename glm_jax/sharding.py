@@ -16,7 +16,7 @@ from glm_jax.config import Config
 from glm_jax.errors import ShardingError
 
 LogicalAxis = Literal["batch", "seq", "embed", "heads", "latent", "ffn", "experts", "vocab"]
-Preset = Literal["replicated", "latency"]
+ShardingPreset = Literal["replicated", "latency"]
 
 MESH_AXES = ("data", "model")
 
@@ -40,7 +40,7 @@ class Rules:
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
         return tuple(dict.fromkeys(axis for axis in values if axis))
 
-    def spec(self, *axes: LogicalAxis | None) -> jax.P:
+    def partition_spec(self, *axes: LogicalAxis | None) -> jax.P:
         """The partition spec of an array whose dimensions have these logical axes.
 
         Raises:
@@ -57,7 +57,7 @@ class Rules:
         names = tuple(dict.fromkeys(name for axis in axes if (name := getattr(self, axis))))
         return jax.lax.psum(x, names) if names else x
 
-    def index(self, axis: LogicalAxis) -> jax.Array | int:
+    def axis_index(self, axis: LogicalAxis) -> jax.Array | int:
         """Position of this device along a logical axis; 0 where it is not split."""
         name = getattr(self, axis)
         return jax.lax.axis_index(name) if name else 0
@@ -96,7 +96,7 @@ _PRESETS: dict[str, Rules] = {
 }
 
 
-def preset(name: str) -> Rules:
+def get_sharding_preset(name: str) -> Rules:
     """The rules of a named layout.
 
     Raises:
@@ -124,10 +124,10 @@ def make_mesh(devices: int | Mesh, axis_sizes: tuple[int, int] | None = None) ->
 
 def vary_like(x: jax.Array, like: jax.Array) -> jax.Array:
     """Marks a constant as differing between devices wherever ``like`` does, so that both can be a loop's carry."""
-    axes = tuple(_varying(like) - _varying(x))
+    axes = tuple(_varying_axes(like) - _varying_axes(x))
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
-def _varying(x: jax.Array) -> frozenset[str]:
+def _varying_axes(x: jax.Array) -> frozenset[str]:
     kind = jax.typeof(x)  # the attribute was renamed between JAX releases
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying

@@ -7,8 +7,8 @@ as part of the program around them; see ``_launch.py``. Importing any of this ne
 
 from pallas_kernels._device import Target as Target
 from pallas_kernels._device import compiling_for as compiling_for
-from pallas_kernels._launch import GRAPH_OPTIONS as GRAPH_OPTIONS
-from pallas_kernels._launch import GRAPH_OPTIONS_OF_SEVERAL as GRAPH_OPTIONS_OF_SEVERAL
+from pallas_kernels._launch import CUDA_GRAPH_OPTIONS as CUDA_GRAPH_OPTIONS
+from pallas_kernels._launch import MULTI_GPU_CUDA_GRAPH_OPTIONS as MULTI_GPU_CUDA_GRAPH_OPTIONS
 from pallas_kernels._launch import LaunchError as LaunchError
-from pallas_kernels._launch import available as available
-from pallas_kernels._launch import interpreted as interpreted
+from pallas_kernels._launch import is_interpreted as is_interpreted
+from pallas_kernels._launch import kernels_available as kernels_available

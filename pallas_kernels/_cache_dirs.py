@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 
 
-def private_folder(name: str) -> Path:
+def private_cache_dir(name: str) -> Path:
     """A folder of the user's for this project, made if it is not there.
 
     Args:
@@ -20,7 +20,7 @@ def private_folder(name: str) -> Path:
         OSError: if there can be none, or someone else could put a file there.
     """
     folder = _cache_home() / "glm_jax" / name
-    _make_private(folder)
+    _ensure_private(folder)
     return folder
 
 
@@ -34,7 +34,7 @@ def _cache_home() -> Path:
         raise OSError(str(error)) from None
 
 
-def _make_private(folder: Path) -> None:
+def _ensure_private(folder: Path) -> None:
     """Makes the folder, and the one it is in, for this user alone."""
     try:
         folder.parent.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels._cache_dirs import private_folder
+from pallas_kernels._cache_dirs import private_cache_dir
 
 
 class LaunchError(Exception):
@@ -21,7 +21,7 @@ class LaunchError(Exception):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class CompileOptions:
     """How a kernel is compiled.
 
     Attributes:
@@ -34,7 +34,7 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Compiled:
+class CompiledKernel:
     """A kernel for one kind of GPU.
 
     Attributes:
@@ -52,39 +52,45 @@ class Compiled:
     cubin: bytes
 
 
-_SETTINGS = threading.RLock()  # Triton's are the process's
-_RECORD: contextvars.ContextVar[list[Compiled] | None] = contextvars.ContextVar("glm_jax_kernels", default=None)
+_TRITON_LOCK = threading.RLock()  # Triton's are the process's
+_RECORDED_KERNELS: contextvars.ContextVar[list[CompiledKernel] | None] = contextvars.ContextVar(
+    "glm_jax_kernels", default=None
+)
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Compiled]]:
+def record_kernels() -> Iterator[list[CompiledKernel]]:
     """Collects the kernels of every launch that is traced meanwhile."""
-    made: list[Compiled] = []
-    token = _RECORD.set(made)
+    made: list[CompiledKernel] = []
+    token = _RECORDED_KERNELS.set(made)
     try:
         yield made
     finally:
-        _RECORD.reset(token)
+        _RECORDED_KERNELS.reset(token)
 
 
-def record(kernel: Compiled) -> None:
-    """Hands a kernel to :func:`recording`, if that is on."""
-    if (made := _RECORD.get()) is not None:
+def record_kernel(kernel: CompiledKernel) -> None:
+    """Hands a kernel to :func:`record_kernels`, if that is on."""
+    if (made := _RECORDED_KERNELS.get()) is not None:
         made.append(kernel)
 
 
 @functools.cache
 def compile_kernel(
-    kernel: Any, types: tuple[str, ...], constants: tuple[tuple[str, Any], ...], capability: int, shape: Shape
-) -> Compiled:
+    kernel: Any,
+    element_types: tuple[str, ...],
+    constants: tuple[tuple[str, Any], ...],
+    capability: int,
+    options: CompileOptions,
+) -> CompiledKernel:
     """Compiles a kernel for a compute capability; needs no GPU.
 
     Args:
         kernel: decorated with ``triton.jit``.
-        types: element types of its pointers, as Triton names them.
+        element_types: element types of its pointers, as Triton names them.
         constants: its other parameters.
         capability: 89 for 8.9.
-        shape: warps and stages.
+        options: warps and stages.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -92,24 +98,24 @@ def compile_kernel(
 
     given = dict(constants)
     pointers = [name for name in kernel.arg_names if name not in given]
-    kinds = dict(zip(pointers, (f"*{kind}" for kind in types), strict=True))
+    kinds = dict(zip(pointers, (f"*{kind}" for kind in element_types), strict=True))
     signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
     # XLA places every array at a multiple of 128 bytes or more.
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}
-    with kept_in_private():
+    with private_triton_cache():
         made = triton.compile(
             ASTSource(fn=kernel, signature=signature, constexprs=given, attrs=attributes),
             target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": shape.num_warps, "num_stages": shape.num_stages},
+            options={"num_warps": options.num_warps, "num_stages": options.num_stages},
         )
     facts = made.metadata
     if facts.global_scratch_size:
         raise LaunchError(f"{facts.name} asks for scratch memory, which nothing here provides")
-    return Compiled(facts.name, made.asm["ptx"], facts.num_warps, facts.shared, made.asm["cubin"])
+    return CompiledKernel(facts.name, made.asm["ptx"], facts.num_warps, facts.shared, made.asm["cubin"])
 
 
 @contextlib.contextmanager
-def kept_in_private() -> Iterator[Path | None]:
+def private_triton_cache() -> Iterator[Path | None]:
     """Triton keeps what it compiles in a folder of the user's that nobody else can write to, and in none without one.
 
     A place that the environment names (TRITON_CACHE_DIR, TRITON_HOME) is the user's choice, and stays.
@@ -120,9 +126,9 @@ def kept_in_private() -> Iterator[Path | None]:
         yield None
         return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_SETTINGS)
+        stack.enter_context(_TRITON_LOCK)
         try:
-            folder = private_folder("triton")
+            folder = private_cache_dir("triton")
         except OSError:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(triton.knobs.cache.scope())

@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 @triton.jit
-def value_of(code, KIND: tl.constexpr, DT: tl.constexpr):
+def decode_qvalue(code, KIND: tl.constexpr, DT: tl.constexpr):
     """The values of codes, in the dtype that products are computed in.
 
     Integers of 4 bits take the low bits of the bfloat16 128, whose unit they are, and those of 8 bits the low bits of
@@ -42,7 +42,7 @@ def value_of(code, KIND: tl.constexpr, DT: tl.constexpr):
 
 # Triton's cache of compiled kernels takes account of these functions, all marked for it.
 @triton.constexpr_function
-def assembly(kind: str, i: int) -> str:
+def dequant_ptx(kind: str, i: int) -> str:
     """PTX that makes ``$0``, two bfloat16 values, of the i-th codes of the words ``$1`` and ``$2``.
 
     Where codes are to be numbers, they become the low bits of a number whose unit they are, which is then subtracted:
@@ -50,71 +50,71 @@ def assembly(kind: str, i: int) -> str:
     exponent and mantissa, are too small by a power of two, subnormal numbers too.
     """
     if kind == "bfloat16":
-        return _block([_halves("$0", i)])
+        return _ptx_block([_select_halves("$0", i)])
     if kind in ("int8", "uint8"):
         flip, less = ("0x80808080", "0fCB000080") if kind == "int8" else ("0", "0fCB000000")
         lines = ["mov.b32 one, 0x4B000000"]
         for name, word in (("a", "$1"), ("b", "$2")):
             lines += [f"xor.b32 {name}, {word}, {flip}", f"prmt.b32 {name}, one, {name}, 0x300{4 + i}"]
             lines += [f"mov.b32 f{name}, {name}", f"add.f32 f{name}, f{name}, {less}"]
-        return _block([*lines, "cvt.rn.bf16x2.f32 $0, fb, fa"])
+        return _ptx_block([*lines, "cvt.rn.bf16x2.f32 $0, fb, fa"])
     if kind == "fp8":
         both = f"0x{4 + i}{4 + i}{i}{i}"
-        return _block(
-            [f"prmt.b32 a, $1, $2, {both}", "shr.u32 b, a, 4", "and.b32 b, b, 0x07F007F0", *_signed("a", 120)]
+        return _ptx_block(
+            [f"prmt.b32 a, $1, $2, {both}", "shr.u32 b, a, 4", "and.b32 b, b, 0x07F007F0", *_apply_sign("a", 120)]
         )
     place = 4 * (i % 4)
     if kind == "fp4":
         move = f"shl.b32 b, a, {6 - place}" if place <= 6 else f"shr.u32 b, a, {place - 6}"
         sign = f"shl.b32 a, a, {12 - place}"
-        return _block([_halves("a", i // 4), move, "and.b32 b, b, 0x01C001C0", sign, *_signed("a", 126)])
+        return _ptx_block([_select_halves("a", i // 4), move, "and.b32 b, b, 0x01C001C0", sign, *_apply_sign("a", 126)])
     less = {"int4": "0xC308C308", "uint4": "0xC300C300"}[kind]
-    return _block(
+    return _ptx_block(
         [
-            _halves("a", i // 4),
+            _select_halves("a", i // 4),
             f"shr.u32 a, a, {place}",
             "lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA",  # (a & 15) | 128.0
-            *_fma("a", "0x3F803F80", less),
+            *_ptx_fma("a", "0x3F803F80", less),
         ]
     )
 
 
 @triton.constexpr_function
-def _block(lines: list[str]) -> str:
+def _ptx_block(lines: list[str]) -> str:
     return "{ .reg .b32 a, b, one, two; .reg .f32 fa, fb; " + "".join(f"{line}; " for line in lines) + "}"
 
 
 @triton.constexpr_function
-def _halves(to: str, which: int) -> str:
+def _select_halves(to: str, which: int) -> str:
     """The low or the high halves of both words."""
     return f"prmt.b32 {to}, $1, $2, {('0x5410', '0x7632')[which]}"
 
 
 @triton.constexpr_function
-def _signed(signs: str, power: int) -> list[str]:
+def _apply_sign(signs: str, power: int) -> list[str]:
     """Magnitudes in b, with these signs, times a power of two."""
     factor = (127 + power) << 7
-    return [f"lop3.b32 b, {signs}, 0x80008000, b, 0xEA", *_fma("b", f"0x{factor:04X}{factor:04X}", "0x80008000")]
+    return [f"lop3.b32 b, {signs}, 0x80008000, b, 0xEA", *_ptx_fma("b", f"0x{factor:04X}{factor:04X}", "0x80008000")]
 
 
 @triton.constexpr_function
-def _fma(name: str, factor: str, add: str) -> list[str]:
+def _ptx_fma(name: str, factor: str, add: str) -> list[str]:
     return [f"mov.b32 one, {factor}", f"mov.b32 two, {add}", f"fma.rn.bf16x2 $0, {name}, one, two"]
 
 
 @triton.jit
-def plane(words, i: tl.constexpr, KIND: tl.constexpr, PER_WORD: tl.constexpr, DT: tl.constexpr):
+def dequant_plane(words, i: tl.constexpr, KIND: tl.constexpr, PER_WORD: tl.constexpr, DT: tl.constexpr):
     """The values of the i-th codes of words, of which each holds so many."""
     if PER_WORD > 1 and DT == tl.bfloat16:
-        text: tl.constexpr = assembly(KIND, i)
+        text: tl.constexpr = dequant_ptx(KIND, i)
         return tl.inline_asm_elementwise(text, "=r,r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
-    return planes(words, i, KIND, PER_WORD, DT)
+    return dequant_planes(words, i, KIND, PER_WORD, DT)
 
 
 @triton.jit
-def planes(words, i, KIND: tl.constexpr, PER_WORD: tl.constexpr, DT: tl.constexpr):
+def dequant_planes(words, i, KIND: tl.constexpr, PER_WORD: tl.constexpr, DT: tl.constexpr):
     """The same for any i, which may be known to the kernel only, or several."""
     if PER_WORD == 1:
-        return value_of(words, KIND, DT)
+        return decode_qvalue(words, KIND, DT)
     bits: tl.constexpr = 32 // PER_WORD
-    return value_of((words >> (bits * i)) & ((1 << bits) - 1), KIND, DT)
+    return decode_qvalue((words >> (bits * i)) & ((1 << bits) - 1), KIND, DT)

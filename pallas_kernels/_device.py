@@ -13,7 +13,15 @@ import jax
 
 # Shared memory that one block may ask for, by compute capability (CUDA C++ programming guide, "Technical
 # specifications per compute capability").
-_SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
+_SHARED_MEMORY_PER_BLOCK = {
+    80: 166_912,
+    86: 101_376,
+    89: 101_376,
+    90: 232_448,
+    100: 232_448,
+    103: 232_448,
+    120: 101_376,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,34 +41,34 @@ class Target:
     @property
     def shared_memory(self) -> int:
         """Bytes of shared memory that one block may have; the least of all known ones for an unknown card."""
-        return _SHARED_MEMORY.get(self.capability, min(_SHARED_MEMORY.values()))
+        return _SHARED_MEMORY_PER_BLOCK.get(self.capability, min(_SHARED_MEMORY_PER_BLOCK.values()))
 
 
-_CHOSEN: contextvars.ContextVar[Target | None] = contextvars.ContextVar("glm_jax_target", default=None)
+_TARGET_OVERRIDE: contextvars.ContextVar[Target | None] = contextvars.ContextVar("glm_jax_target", default=None)
 
 
-def target() -> Target | None:
+def current_target() -> Target | None:
     """The GPU to trace for: the one chosen by :func:`compiling_for`, else JAX's default device if that is one."""
-    return _CHOSEN.get() or _present()
+    return _TARGET_OVERRIDE.get() or _detect_target()
 
 
-def chosen() -> bool:
+def is_cross_compiling() -> bool:
     """Whether the target was chosen by :func:`compiling_for`, and need not be here."""
-    return _CHOSEN.get() is not None
+    return _TARGET_OVERRIDE.get() is not None
 
 
 @contextlib.contextmanager
-def compiling_for(chosen: Target) -> Iterator[None]:
+def compiling_for(override: Target) -> Iterator[None]:
     """Traces for a GPU that need not be here. Functions that were traced before keep the kernels of their time."""
-    token = _CHOSEN.set(chosen)
+    token = _TARGET_OVERRIDE.set(override)
     try:
         yield
     finally:
-        _CHOSEN.reset(token)
+        _TARGET_OVERRIDE.reset(token)
 
 
 @functools.cache
-def _present() -> Target | None:
+def _detect_target() -> Target | None:
     if jax.default_backend() not in ("gpu", "cuda"):
         return None
     device = jax.devices()[0]

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-TYPES = {  # as Triton names them
+TRITON_DTYPES = {  # as Triton names them
     "float32": "fp32",
     "float16": "fp16",
     "bfloat16": "bf16",
@@ -29,9 +29,9 @@ TYPES = {  # as Triton names them
 }
 
 
-_ONE_AT_A_TIME = threading.Lock()
-Programs = Sequence[tuple[int, ...]]
-_CHOSEN: contextvars.ContextVar[Programs | None] = contextvars.ContextVar("glm_jax_programs", default=None)
+_INTERPRETER_LOCK = threading.Lock()
+ProgramIds = Sequence[tuple[int, ...]]
+_SELECTED_PROGRAMS: contextvars.ContextVar[ProgramIds | None] = contextvars.ContextVar("glm_jax_programs", default=None)
 
 
 class _Storage:
@@ -50,11 +50,11 @@ class _Storage:
         """The interpreter works in the array itself, so there is nothing to bring back."""
 
 
-class Tensor:
+class NumpyTensor:
     """A contiguous NumPy array with the methods of a torch tensor that the interpreter uses."""
 
     def __init__(self, array: np.ndarray) -> None:
-        self.array, self.dtype = array, TYPES[array.dtype.name]
+        self.array, self.dtype = array, TRITON_DTYPES[array.dtype.name]
 
     def data_ptr(self) -> int:
         return self.array.ctypes.data
@@ -62,11 +62,11 @@ class Tensor:
     def untyped_storage(self) -> _Storage:
         return _Storage(self.array)
 
-    def new_empty(self, *_: Any, **__: Any) -> Tensor:
-        return Tensor.__new__(Tensor)
+    def new_empty(self, *_: Any, **__: Any) -> NumpyTensor:
+        return NumpyTensor.__new__(NumpyTensor)
 
     def set_(self, storage: _Storage, *_: Any) -> None:
-        self.array, self.dtype = storage.array, TYPES[storage.array.dtype.name]
+        self.array, self.dtype = storage.array, TRITON_DTYPES[storage.array.dtype.name]
 
     def storage_offset(self) -> int:
         return 0
@@ -91,49 +91,51 @@ def interpret(
     *inputs: jax.Array,
 ) -> list[jax.Array]:
     """Runs a kernel program by program, also where it is part of a compiled function."""
-    run = functools.partial(_run, kernel, tuple(outputs), grid, dict(constants), dict(aliases), _CHOSEN.get())
+    run = functools.partial(
+        _run_interpreter, kernel, tuple(outputs), grid, dict(constants), dict(aliases), _SELECTED_PROGRAMS.get()
+    )
     return list(jax.pure_callback(run, list(outputs), *inputs, vmap_method="sequential"))
 
 
-def _run(
+def _run_interpreter(
     kernel: Any,
     outputs: tuple[jax.ShapeDtypeStruct, ...],
     grid: tuple[int, ...],
     constants: dict[str, Any],
     aliases: dict[int, int],
-    chosen: Programs | None,
+    program_ids: ProgramIds | None,
     *inputs: Any,
 ) -> list[np.ndarray]:
     arrays = [np.array(x, order="C") for x in inputs]
-    made = [_undefined(output) for output in outputs]
+    made = [_poisoned_output(output) for output in outputs]
     for source, destination in aliases.items():
         made[destination] = arrays[source]
     # The interpreter's state is the process's own, and devices of a CPU are threads of it.
-    with _ONE_AT_A_TIME, warnings.catch_warnings():
+    with _INTERPRETER_LOCK, warnings.catch_warnings():
         # Triton's own: it takes the number out of an array of one element in a way that NumPy will not always allow,
         # and computes what a mask then drops.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", RuntimeWarning)
-        with contextlib.nullcontext(grid) if chosen is None else _cut(grid, chosen) as cut:
-            kernel[cut](*map(Tensor, arrays), *map(Tensor, made), **constants)
+        with contextlib.nullcontext(grid) if program_ids is None else _restricted_grid(grid, program_ids) as cut:
+            kernel[cut](*map(NumpyTensor, arrays), *map(NumpyTensor, made), **constants)
     return made
 
 
 @contextlib.contextmanager
-def only(programs: Programs) -> Iterator[None]:
+def restrict_programs(programs: ProgramIds) -> Iterator[None]:
     """Kernels that are traced meanwhile run these programs alone; what others would have written stays undefined.
 
     A kernel at its real size takes minutes otherwise.
     """
-    token = _CHOSEN.set(tuple(programs))
+    token = _SELECTED_PROGRAMS.set(tuple(programs))
     try:
         yield
     finally:
-        _CHOSEN.reset(token)
+        _SELECTED_PROGRAMS.reset(token)
 
 
 @contextlib.contextmanager
-def _cut(grid: tuple[int, ...], programs: Programs) -> Iterator[tuple[int, ...]]:
+def _restricted_grid(grid: tuple[int, ...], programs: ProgramIds) -> Iterator[tuple[int, ...]]:
     """A grid of so many programs, each of which takes itself for one of the whole grid."""
     from triton.runtime.interpreter import interpreter_builder
 
@@ -148,7 +150,7 @@ def _cut(grid: tuple[int, ...], programs: Programs) -> Iterator[tuple[int, ...]]
         builder.set_grid_idx, builder.set_grid_dim = set_idx, set_dim
 
 
-def _undefined(output: jax.ShapeDtypeStruct) -> np.ndarray:
+def _poisoned_output(output: jax.ShapeDtypeStruct) -> np.ndarray:
     """Contents that no kernel may count on: NaN, or a large number."""
     dtype = np.dtype(output.dtype)
     worst = np.iinfo(dtype).max if dtype.kind in "iu" else np.nan

@@ -21,30 +21,30 @@ import jax
 import numpy as np
 
 from pallas_kernels import _device
+from pallas_kernels._compile import CompileOptions as CompileOptions
 from pallas_kernels._compile import LaunchError as LaunchError
-from pallas_kernels._compile import Shape as Shape
-from pallas_kernels._compile import compile_kernel, record
-from pallas_kernels._compile import recording as recording
-from pallas_kernels._interpreter import TYPES, interpret
-from pallas_kernels._launch_backends import Launch, launched
+from pallas_kernels._compile import compile_kernel, record_kernel
+from pallas_kernels._compile import record_kernels as record_kernels
+from pallas_kernels._interpreter import TRITON_DTYPES, interpret
+from pallas_kernels._launch_backends import KernelLaunch, dispatch_launch
 
-LEAST_CAPABILITY = 80
+MIN_CAPABILITY = 80
 
 # A loop as one CUDA graph, its condition evaluated on the device: the host starts it and hears of it when it is done.
 # Without WHILE in the list the host would be asked after every round whether to go on.
-GRAPH_OPTIONS = {
+CUDA_GRAPH_OPTIONS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
     "xla_gpu_graph_min_graph_size": 1,
 }
 # On several GPUs a round is a graph with the sums over devices in it, and the host goes round: what the library of
 # these sums captures is not known to be allowed in the body of a loop.
-GRAPH_OPTIONS_OF_SEVERAL = {
-    **GRAPH_OPTIONS,
+MULTI_GPU_CUDA_GRAPH_OPTIONS = {
+    **CUDA_GRAPH_OPTIONS,
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,COLLECTIVES",
 }
 
 
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -55,12 +55,12 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def available() -> bool:
+def kernels_available() -> bool:
     """Whether a program traced now can contain kernels: they need tensor cores that take bfloat16."""
     if not has_triton():
         return False
-    target = None if interpreted() else _device.target()
-    return interpreted() or (target is not None and target.capability >= LEAST_CAPABILITY)
+    target = None if is_interpreted() else _device.current_target()
+    return is_interpreted() or (target is not None and target.capability >= MIN_CAPABILITY)
 
 
 def launch(
@@ -69,7 +69,7 @@ def launch(
     outputs: Sequence[jax.ShapeDtypeStruct],
     *,
     grid: tuple[int, ...],
-    shape: Shape = Shape(),
+    options: CompileOptions = CompileOptions(),
     aliases: Mapping[int, int] | None = None,
     **constants: Any,
 ) -> list[jax.Array]:
@@ -80,7 +80,7 @@ def launch(
         inputs: arrays, in the order of its parameters.
         outputs: shapes and dtypes of the parameters behind these; their contents are undefined before the kernel.
         grid: programs along each of up to three axes.
-        shape: warps and stages.
+        options: warps and stages.
         aliases: index of an input to that of the output that takes its place.
         **constants: the ``tl.constexpr`` parameters.
 
@@ -89,31 +89,31 @@ def launch(
     """
     if not has_triton():
         raise LaunchError("kernels need the package triton: install glm-jax[cuda]")
-    if interpreted():
+    if is_interpreted():
         run = functools.partial(interpret, kernel, tuple(outputs), grid, constants, dict(aliases or {}))
-        return list(_not_differentiable(run)(*inputs))
-    target = _device.target()
+        return list(_forbid_differentiation(run)(*inputs))
+    target = _device.current_target()
     if target is None:
         raise LaunchError("kernels are compiled for a GPU, and JAX's default device is none")
-    types = [TYPES[np.dtype(x.dtype).name] for x in (*inputs, *outputs)]
-    compiled = compile_kernel(kernel, tuple(types), tuple(constants.items()), target.capability, shape)
+    types = [TRITON_DTYPES[np.dtype(x.dtype).name] for x in (*inputs, *outputs)]
+    compiled = compile_kernel(kernel, tuple(types), tuple(constants.items()), target.capability, options)
     if compiled.shared_memory > target.shared_memory:
         raise LaunchError(
             f"{compiled.name} needs {compiled.shared_memory} bytes of shared memory, {target.name} has "
             f"{target.shared_memory}"
         )
-    record(compiled)
-    what = Launch(
+    record_kernel(compiled)
+    what = KernelLaunch(
         kernel=kernel,
         compiled=compiled,
         capability=target.capability,
-        shape=shape,
+        options=options,
         outputs=tuple(outputs),
         grid=(*grid, 1, 1)[:3],
         aliases=dict(aliases or {}),
         constants=constants,
     )
-    return list(_not_differentiable(functools.partial(launched, what))(*inputs))
+    return list(_forbid_differentiation(functools.partial(dispatch_launch, what))(*inputs))
 
 
 def check_counters(counters: jax.Array, needed: int) -> None:
@@ -126,7 +126,7 @@ def check_counters(counters: jax.Array, needed: int) -> None:
         raise LaunchError(f"{needed} blocks cannot be counted by {counters.size} counters")
 
 
-def _not_differentiable(run: Callable[..., Any]) -> Callable[..., Any]:
+def _forbid_differentiation(run: Callable[..., Any]) -> Callable[..., Any]:
     call: Any = jax.custom_jvp(run)
 
     @call.defjvp

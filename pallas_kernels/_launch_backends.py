@@ -18,22 +18,22 @@ import jax
 import numpy as np
 
 from pallas_kernels import _device
-from pallas_kernels._compile import Compiled, LaunchError, Shape, compile_kernel
+from pallas_kernels._compile import CompiledKernel, CompileOptions, LaunchError, compile_kernel
 
-PTX_CALL = "__gpu$xla.gpu.ptx"
+PTX_CUSTOM_CALL = "__gpu$xla.gpu.ptx"
 # More than the 48 KB that a program has without asking: attention needs it, so it must be granted.
-_TRIED_MEMORY, _TRIED_VALUES = 64 << 10, 256
+_PROBE_SHARED_MEMORY, _PROBE_SIZE = 64 << 10, 256
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
+class KernelLaunch:
     """A kernel and how it is started.
 
     Attributes:
         kernel: decorated with ``triton.jit``.
         compiled: for the target.
         capability: of the target.
-        shape: warps and stages.
+        options: warps and stages.
         outputs: shapes and dtypes.
         grid: programs along three axes.
         aliases: index of an input to that of the output that takes its place.
@@ -41,32 +41,32 @@ class Launch:
     """
 
     kernel: Any
-    compiled: Compiled
+    compiled: CompiledKernel
     capability: int
-    shape: Shape
+    options: CompileOptions
     outputs: Sequence[jax.ShapeDtypeStruct]
     grid: tuple[int, ...]
     aliases: Mapping[int, int]
     constants: Mapping[str, Any]
 
 
-def launched(what: Launch, *inputs: jax.Array) -> list[jax.Array]:
+def dispatch_launch(launch: KernelLaunch, *inputs: jax.Array) -> list[jax.Array]:
     """The outputs of a kernel, by the route that works here."""
-    return _ROUTES[route()](what, *inputs)
+    return _BACKENDS[select_backend()](launch, *inputs)
 
 
-def route() -> str:
+def select_backend() -> str:
     """Name of the route for the target at hand: nothing is tried for a card that is not here.
 
     Raises:
         LaunchError: if none works.
     """
-    return "ptx" if _device.chosen() else _found()
+    return "ptx" if _device.is_cross_compiling() else _find_backend()
 
 
-def _by_ptx(what: Launch, *inputs: jax.Array) -> list[jax.Array]:
+def _launch_ptx(what: KernelLaunch, *inputs: jax.Array) -> list[jax.Array]:
     compiled, number = what.compiled, np.int32
-    call = jax.ffi.ffi_call(PTX_CALL, list(what.outputs), input_output_aliases=dict(what.aliases))
+    call = jax.ffi.ffi_call(PTX_CUSTOM_CALL, list(what.outputs), input_output_aliases=dict(what.aliases))
     made = call(
         *inputs,
         # Triton adds two pointers to scratch memory, which no kernel here uses.
@@ -87,14 +87,14 @@ def _by_ptx(what: Launch, *inputs: jax.Array) -> list[jax.Array]:
     return list(made)
 
 
-def _by_jax_triton(what: Launch, *inputs: jax.Array) -> list[jax.Array]:
-    made = _jax_triton().triton_call(
+def _launch_jax_triton(what: KernelLaunch, *inputs: jax.Array) -> list[jax.Array]:
+    made = _import_jax_triton().triton_call(
         *inputs,
         kernel=what.kernel,
         out_shape=list(what.outputs),
         grid=what.grid,
-        num_warps=what.shape.num_warps,
-        num_stages=what.shape.num_stages,
+        num_warps=what.options.num_warps,
+        num_stages=what.options.num_stages,
         compute_capability=what.capability,
         input_output_aliases=dict(what.aliases),
         **what.constants,
@@ -102,12 +102,12 @@ def _by_jax_triton(what: Launch, *inputs: jax.Array) -> list[jax.Array]:
     return list(made)
 
 
-_ROUTES: dict[str, Callable[..., list[jax.Array]]] = {"ptx": _by_ptx, "jax-triton": _by_jax_triton}
+_BACKENDS: dict[str, Callable[..., list[jax.Array]]] = {"ptx": _launch_ptx, "jax-triton": _launch_jax_triton}
 
 
-def _jax_triton() -> Any:
+def _import_jax_triton() -> Any:
     """The package, which sets an empty TRITON_CACHE_DIR when it is imported."""
-    with _environment_kept("TRITON_CACHE_DIR"):
+    with _preserve_env("TRITON_CACHE_DIR"):
         try:
             import jax_triton  # pyright: ignore[reportMissingImports]
         except ImportError as error:
@@ -116,7 +116,7 @@ def _jax_triton() -> Any:
 
 
 @contextlib.contextmanager
-def _environment_kept(name: str) -> Iterator[None]:
+def _preserve_env(name: str) -> Iterator[None]:
     before = os.environ.get(name)
     try:
         yield
@@ -127,7 +127,7 @@ def _environment_kept(name: str) -> Iterator[None]:
 
 
 @functools.cache
-def _found() -> str:
+def _find_backend() -> str:
     """The first route that works on the device at hand."""
     if os.environ.get("CUDA_CACHE_DISABLE") == "1":
         warnings.warn(
@@ -136,8 +136,8 @@ def _found() -> str:
             stacklevel=2,
         )
     problems: dict[str, str] = {}
-    for name in _ROUTES:
-        problem = _problem(name)
+    for name in _BACKENDS:
+        problem = _probe_failure(name)
         if problem is None:
             if problems:
                 warnings.warn(
@@ -155,35 +155,35 @@ def _found() -> str:
     )
 
 
-def _problem(name: str) -> str | None:
+def _probe_failure(name: str) -> str | None:
     """Why a route does not work here; None if it does."""
     try:
-        found = _add_one(name)
+        found = _run_add_one(name)
     except Exception as error:  # whatever XLA, the driver or a package raise
         return str(error).strip().partition("\n")[0] or type(error).__name__
-    wrong = not np.array_equal(found, np.arange(_TRIED_VALUES, dtype=np.float32) + 1)
+    wrong = not np.array_equal(found, np.arange(_PROBE_SIZE, dtype=np.float32) + 1)
     return "a kernel that adds one gave something else" if wrong else None
 
 
-def _add_one(name: str) -> np.ndarray:
+def _run_add_one(name: str) -> np.ndarray:
     """What a kernel that adds one makes of 0, 1, …; also while another program is being traced."""
     from pallas_kernels._self_test.triton import add_one_kernel
 
-    target = _device.target()
+    target = _device.current_target()
     if target is None:
         raise LaunchError("JAX's default device is no GPU")
-    constants, shape = {"N": _TRIED_VALUES}, Shape(num_warps=1, num_stages=1)
+    constants, shape = {"N": _PROBE_SIZE}, CompileOptions(num_warps=1, num_stages=1)
     compiled = compile_kernel(add_one_kernel, ("fp32", "fp32"), tuple(constants.items()), target.capability, shape)
-    what = Launch(
+    what = KernelLaunch(
         kernel=add_one_kernel,
-        compiled=dataclasses.replace(compiled, shared_memory=_TRIED_MEMORY),
+        compiled=dataclasses.replace(compiled, shared_memory=_PROBE_SHARED_MEMORY),
         capability=target.capability,
-        shape=shape,
-        outputs=[jax.ShapeDtypeStruct((_TRIED_VALUES,), np.float32)],
+        options=shape,
+        outputs=[jax.ShapeDtypeStruct((_PROBE_SIZE,), np.float32)],
         grid=(1, 1, 1),
         aliases={},
         constants=constants,
     )
     with jax.ensure_compile_time_eval():
-        (made,) = jax.jit(functools.partial(_ROUTES[name], what))(np.arange(_TRIED_VALUES, dtype=np.float32))
+        (made,) = jax.jit(functools.partial(_BACKENDS[name], what))(np.arange(_PROBE_SIZE, dtype=np.float32))
         return np.asarray(made)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels._dequantize import plane
+from pallas_kernels._dequantize import dequant_plane
 
 
 @triton.jit
-def product(a, b, acc, DT: tl.constexpr):
+def dot_accumulate(a, b, acc, DT: tl.constexpr):
     """``acc + a @ b``; float32 means float32, and not the 19 bits of TF32."""
     if tl.float32 == DT:
         return tl.dot(a, b, acc, input_precision="ieee")
@@ -17,7 +17,7 @@ def product(a, b, acc, DT: tl.constexpr):
 
 
 @triton.jit
-def scales_at(pointer, tile, first, GROUPS: tl.constexpr, BN: tl.constexpr):
+def scale_pointers(pointer, tile, first, GROUPS: tl.constexpr, BN: tl.constexpr):
     """Places ``[BN]`` of the scales of the first group."""
     n = first + tl.arange(0, BN)
     if BN > 64:
@@ -26,7 +26,7 @@ def scales_at(pointer, tile, first, GROUPS: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def group_of(c, run, GROUP: tl.constexpr, SIZE: tl.constexpr, SUB: tl.constexpr):
+def group_index(c, run, GROUP: tl.constexpr, SIZE: tl.constexpr, SUB: tl.constexpr):
     """Group of a run of a chunk's inputs; so that the compiler sees how groups follow each other."""
     if SIZE % GROUP == 0:
         return c * (SIZE // GROUP) + run * SUB // GROUP
@@ -34,16 +34,16 @@ def group_of(c, run, GROUP: tl.constexpr, SIZE: tl.constexpr, SUB: tl.constexpr)
 
 
 @triton.jit
-def scales_of(at, c, stop, GROUP: tl.constexpr, SIZE: tl.constexpr, SUB: tl.constexpr):
+def load_scales(at, c, stop, GROUP: tl.constexpr, SIZE: tl.constexpr, SUB: tl.constexpr):
     """The scales of a chunk, one ``[BN]`` for each run of SUB inputs; of a chunk that is not there, anything."""
     held = ()
     for run in tl.static_range(SIZE // SUB):
-        held = held + (tl.load(at + group_of(c, run, GROUP, SIZE, SUB) * 64, mask=c < stop),)
+        held = held + (tl.load(at + group_index(c, run, GROUP, SIZE, SUB) * 64, mask=c < stop),)
     return held
 
 
 @triton.jit
-def fetch_scales(
+def prefetch_scales(
     pointer, tile, start, GROUPS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     """Asks for the scales from some chunk on to be brought near.
@@ -60,7 +60,7 @@ def fetch_scales(
 
 
 @triton.jit
-def words_at(tile, first, CHUNKS: tl.constexpr, BN: tl.constexpr):
+def packed_offsets(tile, first, CHUNKS: tl.constexpr, BN: tl.constexpr):
     """Places ``[16, BN]`` of the first chunk's words; for more than 64 outputs over tiles that follow each other."""
     r, n = tl.arange(0, 16), tl.arange(0, BN)
     if BN > 64:
@@ -115,12 +115,12 @@ def dot_tile(
     runs: tl.constexpr = size // SUB
     planes: tl.constexpr = SUB // 16
     total = tl.zeros((BM,), tl.float32)
-    at = words + words_at(tile, first, CHUNKS, BN)
+    at = words + packed_offsets(tile, first, CHUNKS, BN)
     if GROUP:
         if tl.bfloat16 == DT:
-            fetch_scales(scales, tile, start, GROUPS, GROUP, size, BN)
-        held_at = scales_at(scales, tile, first, GROUPS, BN)
-        held = scales_of(held_at, start, stop, GROUP, size, SUB)
+            prefetch_scales(scales, tile, start, GROUPS, GROUP, size, BN)
+        held_at = scale_pointers(scales, tile, first, GROUPS, BN)
+        held = load_scales(held_at, start, stop, GROUP, size, SUB)
     for c in range(start, stop):
         w = tl.load(at + c * (16 * 64), eviction_policy="evict_first")
         following = ()
@@ -132,26 +132,26 @@ def dot_tile(
                 xs = tl.load(x + rows[:, None] * STRIDE + k[None, :], mask=inside, other=0.0).to(tl.float32)
                 if NORM:
                     xs = xs * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-                part = product(xs.to(DT), plane(w, run * planes + j, KIND, PER_WORD, DT), part, DT)
+                part = dot_accumulate(xs.to(DT), dequant_plane(w, run * planes + j, KIND, PER_WORD, DT), part, DT)
                 if OFFSET:
                     total += tl.sum(xs, axis=1)
             if GROUP:
                 acc += part * held[run].to(tl.float32)[None, :]
                 # Behind its use, so that it takes its predecessor's register and nobody waits for it to be moved.
-                place = group_of(c + 1, run, GROUP, size, SUB) * 64
+                place = group_index(c + 1, run, GROUP, size, SUB) * 64
                 following = following + (tl.load(held_at + place, mask=c + 1 < stop),)
                 if OFFSET:
-                    place = group_of(c, run, GROUP, size, SUB) * 64
-                    acc += total[:, None] * tl.load(scales_at(offsets, tile, first, GROUPS, BN) + place)[None, :]
+                    place = group_index(c, run, GROUP, size, SUB) * 64
+                    acc += total[:, None] * tl.load(scale_pointers(offsets, tile, first, GROUPS, BN) + place)[None, :]
                     total = tl.zeros((BM,), tl.float32)
             else:
                 acc = part
         if GROUP:
             held = following
     if SCALED and not GROUP:
-        acc = acc * tl.load(scales_at(scales, tile, first, 1, BN)).to(tl.float32)[None, :]
+        acc = acc * tl.load(scale_pointers(scales, tile, first, 1, BN)).to(tl.float32)[None, :]
         if OFFSET:
-            acc += total[:, None] * tl.load(scales_at(offsets, tile, first, 1, BN))[None, :]
+            acc += total[:, None] * tl.load(scale_pointers(offsets, tile, first, 1, BN))[None, :]
     return acc
 
 
@@ -170,15 +170,15 @@ def dot_pair(
     one = tl.zeros((BM, BN), tl.float32)
     two = tl.zeros((BM, BN), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    at = words_at(tile, first, CHUNKS, BN)
+    at = packed_offsets(tile, first, CHUNKS, BN)
     if GROUP:
         if tl.bfloat16 == DT:
-            fetch_scales(scales, tile, 0, GROUPS, GROUP, size, BN)
-            fetch_scales(other_scales, tile, 0, GROUPS, GROUP, size, BN)
-        held_at = scales_at(scales, tile, first, GROUPS, BN)
-        other_held_at = scales_at(other_scales, tile, first, GROUPS, BN)
-        held = scales_of(held_at, 0, stop, GROUP, size, SUB)
-        other_held = scales_of(other_held_at, 0, stop, GROUP, size, SUB)
+            prefetch_scales(scales, tile, 0, GROUPS, GROUP, size, BN)
+            prefetch_scales(other_scales, tile, 0, GROUPS, GROUP, size, BN)
+        held_at = scale_pointers(scales, tile, first, GROUPS, BN)
+        other_held_at = scale_pointers(other_scales, tile, first, GROUPS, BN)
+        held = load_scales(held_at, 0, stop, GROUP, size, SUB)
+        other_held = load_scales(other_held_at, 0, stop, GROUP, size, SUB)
     for c in range(stop):
         v = tl.load(words + at + c * (16 * 64), eviction_policy="evict_first")
         w = tl.load(other_words + at + c * (16 * 64), eviction_policy="evict_first")
@@ -190,36 +190,39 @@ def dot_pair(
                 k = c * size + (run * planes + j) * 16 + r
                 inside = here[:, None] & (k < K)[None, :] if K % size else here[:, None]
                 xs = tl.load(x + rows[:, None] * STRIDE + k[None, :], mask=inside, other=0.0)
-                a = product(xs.to(DT), plane(v, run * planes + j, KIND, PER_WORD, DT), a, DT)
-                b = product(xs.to(DT), plane(w, run * planes + j, KIND, PER_WORD, DT), b, DT)
+                a = dot_accumulate(xs.to(DT), dequant_plane(v, run * planes + j, KIND, PER_WORD, DT), a, DT)
+                b = dot_accumulate(xs.to(DT), dequant_plane(w, run * planes + j, KIND, PER_WORD, DT), b, DT)
                 if OFFSET:
                     total += tl.sum(xs.to(tl.float32), axis=1)
             if GROUP:
                 one += a * held[run].to(tl.float32)[None, :]
                 two += b * other_held[run].to(tl.float32)[None, :]
-                place = group_of(c + 1, run, GROUP, size, SUB) * 64
+                place = group_index(c + 1, run, GROUP, size, SUB) * 64
                 following = following + (tl.load(held_at + place, mask=c + 1 < stop),)
                 other_following = other_following + (tl.load(other_held_at + place, mask=c + 1 < stop),)
                 if OFFSET:
-                    place = group_of(c, run, GROUP, size, SUB) * 64
-                    one += total[:, None] * tl.load(scales_at(offsets, tile, first, GROUPS, BN) + place)[None, :]
-                    two += total[:, None] * tl.load(scales_at(other_offsets, tile, first, GROUPS, BN) + place)[None, :]
+                    place = group_index(c, run, GROUP, size, SUB) * 64
+                    one += total[:, None] * tl.load(scale_pointers(offsets, tile, first, GROUPS, BN) + place)[None, :]
+                    two += (
+                        total[:, None]
+                        * tl.load(scale_pointers(other_offsets, tile, first, GROUPS, BN) + place)[None, :]
+                    )
                     total = tl.zeros((BM,), tl.float32)
             else:
                 one, two = a, b
         if GROUP:
             held, other_held = following, other_following
     if SCALED and not GROUP:
-        one = one * tl.load(scales_at(scales, tile, first, 1, BN)).to(tl.float32)[None, :]
-        two = two * tl.load(scales_at(other_scales, tile, first, 1, BN)).to(tl.float32)[None, :]
+        one = one * tl.load(scale_pointers(scales, tile, first, 1, BN)).to(tl.float32)[None, :]
+        two = two * tl.load(scale_pointers(other_scales, tile, first, 1, BN)).to(tl.float32)[None, :]
         if OFFSET:
-            one += total[:, None] * tl.load(scales_at(offsets, tile, first, 1, BN))[None, :]
-            two += total[:, None] * tl.load(scales_at(other_offsets, tile, first, 1, BN))[None, :]
+            one += total[:, None] * tl.load(scale_pointers(offsets, tile, first, 1, BN))[None, :]
+            two += total[:, None] * tl.load(scale_pointers(other_offsets, tile, first, 1, BN))[None, :]
     return one, two
 
 
 @triton.jit
-def squares_of(
+def load_sum_sq(
     squares, rows, here, FIRST: tl.constexpr, PARTS: tl.constexpr, ALL_PARTS: tl.constexpr
 ):  # fmt: skip
     """Sums of squares of rows by block of columns; what is read before a loop is there when it ends."""
@@ -229,6 +232,6 @@ def squares_of(
 
 
 @triton.jit
-def rms_factor(parts, eps, D: tl.constexpr):
-    """``1 / rms`` of rows of D values, from :func:`squares_of`."""
+def inv_rms(parts, eps, D: tl.constexpr):
+    """``1 / rms`` of rows of D values, from :func:`load_sum_sq`."""
     return tl.rsqrt(tl.sum(parts, axis=1) / D + eps)

@@ -35,11 +35,11 @@ from pallas_kernels._device import Target
 
 _PLUGIN = "jax_plugins.xla_cuda13"
 # Kinds of thunks that start something on the device by themselves.
-_CONTAINERS = frozenset(["kWhile", "kCommandBuffer", "kConditional", "kSequential"])
+_CONTAINER_THUNKS = frozenset(["kWhile", "kCommandBuffer", "kConditional", "kSequential"])
 _COLLECTIVES = re.compile(r"k(AllReduce|AllGather|ReduceScatter|AllToAll|CollectivePermute|CollectiveKernel)\w*")
 _THUNK = re.compile(r"(?P<indent> *)\d+: (?P<kind>k\w+) *\[[^\]]*\] *(?P<rest>.*)")
-_BODY = re.compile(r"(?P<indent> *)body:")
-_SETTINGS = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+_LOOP_BODY = re.compile(r"(?P<indent> *)body:")
+_CHILD_ENV = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 class AotError(Exception):
@@ -47,7 +47,7 @@ class AotError(Exception):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
+class GpuSpec:
     """What XLA must know of a GPU; sizes in bytes.
 
     Attributes:
@@ -85,7 +85,7 @@ class Card:
         """For the kernels."""
         return Target(self.name, self.capability, self.multiprocessors)
 
-    def config(self) -> str:
+    def target_config_text(self) -> str:
         """XLA's ``GpuTargetConfigProto`` as text."""
         major, minor = divmod(self.capability, 10)
         extension = "ACCELERATED_FEATURES" if self.accelerated else "NONE"
@@ -107,48 +107,48 @@ class Card:
 
 
 @functools.cache
-def cards() -> dict[str, Card]:
+def load_gpu_specs() -> dict[str, GpuSpec]:
     """Every card that programs can be compiled for, by its short name."""
     described = json.loads((Path(__file__).parent / "targets.json").read_text(encoding="utf-8"))
-    return {name: Card(**fields) for name, fields in described.items()}
+    return {name: GpuSpec(**fields) for name, fields in described.items()}
 
 
-def card(name: str) -> Card:
+def find_gpu_spec(name: str) -> GpuSpec:
     """A card by its short name.
 
     Raises:
         AotError: listing those there are.
     """
-    if name not in cards():
-        raise AotError(f"no description of a GPU called {name!r}; there are {', '.join(cards())}")
-    return cards()[name]
+    if name not in load_gpu_specs():
+        raise AotError(f"no description of a GPU called {name!r}; there are {', '.join(load_gpu_specs())}")
+    return load_gpu_specs()[name]
 
 
-def missing() -> str | None:
+def missing_requirement() -> str | None:
     """What must be installed before anything can be compiled; None if it is there."""
-    beside = _beside().joinpath(*_PLUGIN.split(".")).is_dir()
-    absent = [name for name in ("triton", _PLUGIN) if not _is_there(name) and not (name == _PLUGIN and beside)]
+    beside = _plugin_dir().joinpath(*_PLUGIN.split(".")).is_dir()
+    absent = [name for name in ("triton", _PLUGIN) if not _is_installed(name) and not (name == _PLUGIN and beside)]
     return f"compiling for a GPU needs {' and '.join(absent)}: install glm-jax[aot]" if absent else None
 
 
-def _beside() -> Path:
+def _plugin_dir() -> Path:
     """Where ``make venv`` puts the plugin: beside the packages, since JAX loads it wherever it finds it."""
     return Path(sys.prefix) / "aot"
 
 
-def _is_there(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
 
 
-def devices(card: Card, count: int = 1) -> Sequence[Any]:
-    """Devices to compile for, which cannot run anything; only in a child (:func:`in_child`)."""
+def topology_devices(gpu: GpuSpec, count: int = 1) -> Sequence[Any]:
+    """Devices to compile for, which cannot run anything; only in a child (:func:`run_in_child`)."""
     from jax.experimental import topologies
 
     described: Any = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=card.config(), topology=f"1x1x{count}"
+        platform="cuda", topology_name="", target_config=gpu.target_config_text(), topology=f"1x1x{count}"
     )
     return described.devices
 
@@ -160,18 +160,18 @@ class Thunk:
     Attributes:
         kind: such as ``kCustomKernel`` or ``kCopy``.
         name: of a kernel.
-        loops: how many loops it is in the body of.
-        graphs: in how many CUDA graphs it is (one of them, where it is part of one).
+        loop_depth: how many loops it is in the body of.
+        graph_depth: in how many CUDA graphs it is (one of them, where it is part of one).
     """
 
     kind: str
     name: str
-    loops: int
-    graphs: int
+    loop_depth: int
+    graph_depth: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class CompileReport:
     """What became of a program.
 
     Attributes:
@@ -188,19 +188,21 @@ class Report:
     alias_bytes: int
     temp_bytes: int
 
-    def launches(self, loops: int = 1) -> list[Thunk]:
+    def launches(self, loop_depth: int = 1) -> list[Thunk]:
         """What is started on the device in the bodies of so many nested loops: kernels, copies, collectives."""
-        return [thunk for thunk in self.thunks if thunk.loops == loops and thunk.kind not in _CONTAINERS]
+        return [
+            thunk for thunk in self.thunks if thunk.loop_depth == loop_depth and thunk.kind not in _CONTAINER_THUNKS
+        ]
 
     @property
-    def graphs(self) -> int:
+    def num_cuda_graphs(self) -> int:
         """CUDA graphs."""
         return sum(thunk.kind == "kCommandBuffer" for thunk in self.thunks)
 
     @property
-    def outside(self) -> int:
+    def num_ungraphed_launches(self) -> int:
         """Launches in no graph."""
-        return sum(not thunk.graphs and thunk.kind not in _CONTAINERS for thunk in self.thunks)
+        return sum(not thunk.graph_depth and thunk.kind not in _CONTAINER_THUNKS for thunk in self.thunks)
 
     @property
     def collectives(self) -> list[str]:
@@ -208,14 +210,14 @@ class Report:
         return [thunk.kind for thunk in self.thunks if _COLLECTIVES.fullmatch(thunk.kind)]
 
 
-def compile_traced(traced: Any, options: Mapping[str, Any] | None = None) -> Report:
-    """Compiles what ``jax.jit(f).trace(...)`` gave, its arguments lying on :func:`devices` or on a device at hand."""
-    with tempfile.TemporaryDirectory() as folder, _compiled_anew():
+def compile_traced(traced: Any, options: Mapping[str, Any] | None = None) -> CompileReport:
+    """Compiles what ``jax.jit(f).trace(...)`` gave, its arguments lying on :func:`topology_devices` or on a device at hand."""
+    with tempfile.TemporaryDirectory() as folder, _compilation_cache_disabled():
         lowered = traced.lower(lowering_platforms=("cuda",))
         compiled = lowered.compile(compiler_options={**(options or {}), "xla_dump_to": folder})
         sizes = compiled.memory_analysis()
-        return Report(
-            thunks=tuple(read_thunks(_thunk_file(Path(folder)))),
+        return CompileReport(
+            thunks=tuple(parse_thunks(_thunk_file(Path(folder)))),
             argument_bytes=sizes.argument_size_in_bytes,
             output_bytes=sizes.output_size_in_bytes,
             alias_bytes=sizes.alias_size_in_bytes,
@@ -224,7 +226,7 @@ def compile_traced(traced: Any, options: Mapping[str, Any] | None = None) -> Rep
 
 
 @contextlib.contextmanager
-def _compiled_anew() -> Iterator[None]:
+def _compilation_cache_disabled() -> Iterator[None]:
     """Without JAX's persistent cache: a program that is found there is not compiled, and leaves no list of launches."""
     config: Any = jax.config  # its options are made at run time
     before = config.jax_enable_compilation_cache
@@ -246,12 +248,12 @@ def _thunk_file(folder: Path) -> str:
     raise AotError("XLA left no list of launches; this version of JAX is not one that is known to work")
 
 
-def read_thunks(text: str) -> Iterator[Thunk]:
+def parse_thunks(text: str) -> Iterator[Thunk]:
     """XLA's list of what it will do. Deeper lines belong to the ``body:`` or the container above them."""
     bodies: list[int] = []
     graphs: list[int] = []
     for line in text.splitlines():
-        if match := _BODY.fullmatch(line.rstrip()):
+        if match := _LOOP_BODY.fullmatch(line.rstrip()):
             # A body is written at the depth of its loop or one further; what is in it comes deeper still.
             indent = len(match["indent"])
             bodies = [depth for depth in bodies if depth < indent] + [indent]
@@ -267,19 +269,19 @@ def read_thunks(text: str) -> Iterator[Thunk]:
             graphs.append(indent)
 
 
-def in_child(function: str, argument: Mapping[str, Any], timeout: float = 900) -> Any:
+def run_in_child(function: str, argument: Mapping[str, Any], timeout: float = 900) -> Any:
     """Calls ``module:function`` with plain values in a process that has XLA's plugin, and gives back what it returns.
 
     Raises:
         AotError: if something is not installed, or the call fails.
     """
-    if problem := missing():
+    if problem := missing_requirement():
         raise AotError(problem)
-    paths = [str(_beside()), os.environ.get("PYTHONPATH")]
+    paths = [str(_plugin_dir()), os.environ.get("PYTHONPATH")]
     done = subprocess.run(
         [sys.executable, "-m", __name__, function],
         input=json.dumps(argument),
-        env={**os.environ, **_SETTINGS, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env={**os.environ, **_CHILD_ENV, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -297,7 +299,7 @@ def _last_line(text: str) -> str:
 
 
 def main() -> None:
-    """The child's side of :func:`in_child`."""
+    """The child's side of :func:`run_in_child`."""
     function = pkgutil.resolve_name(sys.argv[1])
     print(json.dumps(function(json.load(sys.stdin))))
 

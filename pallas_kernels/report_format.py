@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-def sizes(text: str) -> tuple[int, ...]:
+def parse_sizes(text: str) -> tuple[int, ...]:
     """Reads ``1,8k``: positive numbers with commas, k for 1,024 of them.
 
     Raises:
@@ -22,18 +22,18 @@ def sizes(text: str) -> tuple[int, ...]:
     return tuple(int(part.removesuffix("k")) * (1024 if part.endswith("k") else 1) for part in parts)
 
 
-def short(number: int) -> str:
+def format_size(number: int) -> str:
     """A length as people write it: 8,192 as ``8k``."""
     return f"{number // 1024}k" if number >= 1024 and number % 1024 == 0 else f"{number:,}"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 0) -> str:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 0) -> str:
     """A Markdown table of numbers, the first columns of which may hold words."""
-    rule = ["---"] * words + ["---:"] * (len(columns) - words)
+    rule = ["---"] * text_columns + ["---:"] * (len(columns) - text_columns)
     return "\n".join(f"| {' | '.join(line)} |" for line in (columns, rule, *rows))
 
 
-def write(path: Path, content: str | dict[str, Any]) -> None:
+def write_report(path: Path, content: str | dict[str, Any]) -> None:
     """Writes text, or an object as JSON, so that whoever stops the program finds a whole file."""
     text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
     made = path.with_name(f".{path.name}.new")

@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels._launch import GRAPH_OPTIONS
-from pallas_kernels.specs.base import Case
+from pallas_kernels._launch import CUDA_GRAPH_OPTIONS
+from pallas_kernels.specs.base import KernelSpec
 
 _COPY_BYTES, _COPIES = 1 << 30, 10
 # What is read between two uses of the same weights, so that none is found in a cache: twice the largest known.
-_CACHES_BYTES = 2 * (128 << 20)
-_FEWEST_CALLS, _MOST_CALLS, _MOST_BYTES = 32, 128, 6 << 30
+_CACHE_FLUSH_BYTES = 2 * (128 << 20)
+_MIN_CALLS, _MAX_CALLS, _MAX_BYTES = 32, 128, 6 << 30
 
 
-def copy_bandwidth(repeats: int = 5) -> float:
+def measure_copy_bandwidth(repeats: int = 5) -> float:
     """Bytes per second, read and written, of copies of a GiB on the default device: the best of ``repeats``.
 
     It is what kernels are compared with: how fast this memory is on this day, and not by a data sheet.
@@ -41,74 +41,74 @@ def copy_bandwidth(repeats: int = 5) -> float:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Loop:
+class TimedLoop:
     """An operation many times over, with other weights each time.
 
     Attributes:
-        rounds: ``rounds(n)`` runs n rounds, and waits for them.
-        calls: of the operation in a round.
+        run_rounds: ``run_rounds(n)`` runs n rounds, and waits for them.
+        calls_per_round: of the operation in a round.
     """
 
-    rounds: Callable[[int], None]
-    calls: int
+    run_rounds: Callable[[int], None]
+    calls_per_round: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Made:
+class SpecArrays:
     """The arrays of a case, in enough layers that the card's caches do not hold what is read again.
 
     Attributes:
-        case: the operation.
-        given: what it reads.
+        spec: the operation.
+        inputs: what it reads.
         state: what it takes over.
         layers: their number.
         nbytes: that one call must read and write.
         cached: whether a card's cache may hold all that the calls read.
     """
 
-    case: Case
-    given: Any
+    spec: KernelSpec
+    inputs: Any
     state: Any
     layers: int
     nbytes: int
     cached: bool = False
 
 
-def made(case: Case) -> Made:
+def make_arrays(spec: KernelSpec) -> SpecArrays:
     """Makes the arrays of a case on the default device."""
-    make = jax.jit(case.make, static_argnums=0)
+    make = jax.jit(spec.make_inputs, static_argnums=0)
     given, state = make(1)
-    nbytes, held = case.nbytes(given, state), sum(x.nbytes for x in jax.tree.leaves((given, state)))
-    most = max(2, min(_MOST_CALLS, _MOST_BYTES // held))
-    layers = int(np.clip(-(-_CACHES_BYTES // nbytes), 2, most))
+    nbytes, held = spec.bytes_accessed(given, state), sum(x.nbytes for x in jax.tree.leaves((given, state)))
+    most = max(2, min(_MAX_CALLS, _MAX_BYTES // held))
+    layers = int(np.clip(-(-_CACHE_FLUSH_BYTES // nbytes), 2, most))
     given, state = make(layers)
-    return Made(case, given, state, layers, nbytes, cached=layers * nbytes < _CACHES_BYTES // 2)
+    return SpecArrays(spec, given, state, layers, nbytes, cached=layers * nbytes < _CACHE_FLUSH_BYTES // 2)
 
 
-def loop(arrays: Made, shape: Any = None) -> Loop:
+def build_loop(arrays: SpecArrays, config: Any = None) -> TimedLoop:
     """A case as a loop on the device; its state is copied.
 
     Args:
         arrays: of the case.
-        shape: block sizes; chosen unless given.
+        config: block sizes; chosen unless given.
     """
-    calls = arrays.layers * -(-_FEWEST_CALLS // arrays.layers)
+    calls = arrays.layers * -(-_MIN_CALLS // arrays.layers)
     program = jax.jit(
-        rounds_program(arrays.case, shape),
+        build_rounds_program(arrays.spec, config),
         donate_argnums=1,
-        compiler_options=GRAPH_OPTIONS if jax.default_backend() == "gpu" else None,
+        compiler_options=CUDA_GRAPH_OPTIONS if jax.default_backend() == "gpu" else None,
     )
     places = [jnp.full(1, call % arrays.layers, jnp.int32) for call in range(calls)]
     held, zero = [jax.tree.map(jnp.copy, arrays.state)], jnp.zeros((), jnp.int32)
 
     def rounds(count: int) -> None:
-        held[0], outs = program(arrays.given, held[0], places, zero, np.int32(count))
+        held[0], outs = program(arrays.inputs, held[0], places, zero, np.int32(count))
         jax.block_until_ready(outs)
 
-    return Loop(rounds, calls)
+    return TimedLoop(rounds, calls)
 
 
-def rounds_program(case: Case, shape: Any) -> Callable[..., Any]:
+def build_rounds_program(spec: KernelSpec, config: Any) -> Callable[..., Any]:
     """``(given, state, places, zero, count)`` to the state and the last results: rounds of a call for each place.
 
     Nothing may keep XLA from making every call, and nothing else may cost time: ``zero`` is added to an array
@@ -117,13 +117,13 @@ def rounds_program(case: Case, shape: Any) -> Callable[..., Any]:
     """
 
     def call(given: Any, moved: Any, state: Any, place: jax.Array) -> tuple[list[jax.Array], Any]:
-        given = {**given, case.moves: moved}
-        out, state = case.run(given, state, place, shape)
+        given = {**given, spec.activation_key: moved}
+        out, state = spec.run(given, state, place, config)
         read = {id(x) for x in jax.tree.leaves(given)}  # an argument handed on would be copied to be kept
         return list({id(x): x for x in jax.tree.leaves(out) if id(x) not in read}.values()), state
 
     def run(given: Any, state: Any, places: list[jax.Array], zero: jax.Array, count: jax.Array) -> Any:
-        made = jax.eval_shape(lambda place: call(given, given[case.moves], state, place)[0], places[0])
+        made = jax.eval_shape(lambda place: call(given, given[spec.activation_key], state, place)[0], places[0])
         nothing = [[jnp.zeros(x.shape, x.dtype) for x in made] for _ in places]
 
         def one(_: jax.Array, carry: Any) -> Any:
@@ -136,22 +136,22 @@ def rounds_program(case: Case, shape: Any) -> Callable[..., Any]:
             moved = jax.tree.unflatten(tree, [first + zero.astype(first.dtype), *others])
             return moved, state, outs
 
-        _, state, outs = jax.lax.fori_loop(0, count, one, (given[case.moves], state, nothing))
+        _, state, outs = jax.lax.fori_loop(0, count, one, (given[spec.activation_key], state, nothing))
         return state, outs
 
     return run
 
 
-def seconds_per_call(work: Loop, *, repeats: int = 7, least: float = 0.02) -> float:
+def measure_seconds_per_call(timed_loop: TimedLoop, *, repeats: int = 7, min_seconds: float = 0.02) -> float:
     """Median of some runs, each of at least so many seconds."""
-    work.rounds(1)
+    timed_loop.run_rounds(1)
     started = time.perf_counter()
-    work.rounds(1)
+    timed_loop.run_rounds(1)
     once = max(time.perf_counter() - started, 1e-6)
-    count = min(max(1, math.ceil(least / once)), 100_000)
+    count = min(max(1, math.ceil(min_seconds / once)), 100_000)
     taken = []
     for _ in range(repeats):
         started = time.perf_counter()
-        work.rounds(count)
+        timed_loop.run_rounds(count)
         taken.append((time.perf_counter() - started) / count)
-    return statistics.median(taken) / work.calls
+    return statistics.median(taken) / timed_loop.calls_per_round

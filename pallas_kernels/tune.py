@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import LaunchError, timing, tuned
-from pallas_kernels.bench import chosen, obstacle, reason, sweep_options
-from pallas_kernels.machine_info import describe
-from pallas_kernels.report_format import write
-from pallas_kernels.specs import Case, difference
+from pallas_kernels.bench import add_sweep_options, format_error, select_specs, unsupported_reason
+from pallas_kernels.machine_info import describe_machine
+from pallas_kernels.report_format import write_report
+from pallas_kernels.specs import KernelSpec, relative_errors
 
-DESCRIPTION = """\
+TUNE_DESCRIPTION = """\
 Finds the block sizes with which each kernel is fastest on the card at hand, one size after the other, from those of the
 rule on. Every candidate must give what the rule's give; one that does not compile or needs too much shared memory is
 passed over. What is found goes into a JSON file for this card, and is used from the next start on. What is in the file
@@ -33,8 +33,8 @@ Examples:
   GLM_JAX_TUNED=mine python -m pallas_kernels.tune --out mine --ops linear --kinds int4
 """
 # Less than this is noise.
-_GAIN = 0.02
-_MOST_PASSES = 3
+_MIN_GAIN = 0.02
+_MAX_PASSES = 3
 
 
 class Unfit(Exception):
@@ -42,72 +42,72 @@ class Unfit(Exception):
 
 
 @dataclasses.dataclass(slots=True)
-class Found:
+class SearchResult:
     """What a search has come to.
 
     Attributes:
-        shape: the fastest block sizes.
+        config: the fastest block sizes.
         seconds: of a call with them.
-        rule_seconds: with those of the rule.
-        tried: candidates that were timed, the rule's included.
-        unfit: why others were not, and how many.
+        heuristic_seconds: with those of the rule.
+        num_tried: candidates that were timed, the rule's included.
+        rejections: why others were not, and how many.
     """
 
-    shape: Any
+    config: Any
     seconds: float
-    rule_seconds: float
-    tried: int
-    unfit: Counter[str]
+    heuristic_seconds: float
+    num_tried: int
+    rejections: Counter[str]
 
     def to_json(self) -> dict[str, Any]:
         """As it is kept."""
         return {
-            "shape": dataclasses.asdict(self.shape),
+            "shape": dataclasses.asdict(self.config),
             "us": round(self.seconds * 1e6, 3),
-            "rule_us": round(self.rule_seconds * 1e6, 3),
-            "tried": self.tried,
-            "unfit": dict(self.unfit),
+            "rule_us": round(self.heuristic_seconds * 1e6, 3),
+            "tried": self.num_tried,
+            "unfit": dict(self.rejections),
         }
 
 
-def search(problem: tuned.Problem[Any], seconds: Callable[[Any], float]) -> Found:
+def search_config(tuning_key: tuned.TuningKey[Any], measure: Callable[[Any], float]) -> SearchResult:
     """Changes one block size after the other for the better, until none does.
 
     Args:
-        problem: where to begin, and what to try.
-        seconds: of a call with some block sizes.
+        tuning_key: where to begin, and what to try.
+        measure: of a call with some block sizes.
 
     Raises:
         Unfit: where not even the rule's can be used.
     """
-    rule = seconds(problem.rule)
-    found = Found(problem.rule, rule, rule, 1, Counter())
-    seen = {problem.rule}
-    for _ in range(_MOST_PASSES):
-        before = found.shape
-        for name, values in problem.axes.items():
+    rule = measure(tuning_key.heuristic)
+    found = SearchResult(tuning_key.heuristic, rule, rule, 1, Counter())
+    seen = {tuning_key.heuristic}
+    for _ in range(_MAX_PASSES):
+        before = found.config
+        for name, values in tuning_key.search_space.items():
             for value in values:
-                _consider(found, dataclasses.replace(found.shape, **{name: value}), seen, seconds)
-        if found.shape == before:
+                _try_candidate(found, dataclasses.replace(found.config, **{name: value}), seen, measure)
+        if found.config == before:
             break
     return found
 
 
-def _consider(found: Found, candidate: Any, seen: set[Any], seconds: Callable[[Any], float]) -> None:
+def _try_candidate(found: SearchResult, candidate: Any, seen: set[Any], seconds: Callable[[Any], float]) -> None:
     if candidate in seen:
         return
     seen.add(candidate)
     try:
         taken = seconds(candidate)
     except Unfit as why:
-        found.unfit[str(why)] += 1
+        found.rejections[str(why)] += 1
         return
-    found.tried += 1
-    if taken < found.seconds * (1 - _GAIN):
-        found.shape, found.seconds = candidate, taken
+    found.num_tried += 1
+    if taken < found.seconds * (1 - _MIN_GAIN):
+        found.config, found.seconds = candidate, taken
 
 
-class Trial:
+class CandidateTimer:
     """Runs a case with one choice of block sizes after the other, and compares what it gives with the rule's.
 
     Args:
@@ -115,46 +115,50 @@ class Trial:
         clock: seconds of a call of a loop.
     """
 
-    def __init__(self, arrays: timing.Made, clock: Callable[[timing.Loop], float] = timing.seconds_per_call) -> None:
+    def __init__(
+        self, arrays: timing.SpecArrays, clock: Callable[[timing.TimedLoop], float] = timing.measure_seconds_per_call
+    ) -> None:
         self._arrays, self._clock = arrays, clock
         self._expected: list[np.ndarray] | None = None
 
-    def __call__(self, shape: Any) -> float:
+    def __call__(self, config: Any) -> float:
         """Seconds of a call.
 
         Raises:
             Unfit: if it cannot be compiled, or gives something else.
         """
         try:
-            results = self._results(shape)
-            work = timing.loop(self._arrays, shape)
-            work.rounds(1)
+            results = self._run_candidate(config)
+            work = timing.build_loop(self._arrays, config)
+            work.run_rounds(1)
         except LaunchError as error:
-            raise Unfit("too much shared memory" if "shared memory" in str(error) else reason(error)) from None
+            raise Unfit("too much shared memory" if "shared memory" in str(error) else format_error(error)) from None
         except Exception as error:  # of Triton's compiler, and of XLA
             raise Unfit(f"does not compile or run ({type(error).__name__})") from None
         if self._expected is None:
             self._expected = results
-        allowed = [self._arrays.case.tolerance(x.dtype) for x in self._expected]
-        errors = difference(results, self._expected)
+        allowed = [self._arrays.spec.tolerance(x.dtype) for x in self._expected]
+        errors = relative_errors(results, self._expected)
         if not all(error <= most for error, most in zip(errors, allowed, strict=True)):
             raise Unfit("gives something else")
         return self._clock(work)
 
-    def _results(self, shape: Any) -> list[np.ndarray]:
-        case, place = self._arrays.case, jnp.ones(1, jnp.int32)
-        run = jax.jit(lambda given, state, place: case.view(given, *case.run(given, state, place, shape), place))
-        return [np.asarray(x) for x in run(self._arrays.given, self._arrays.state, place)]
+    def _run_candidate(self, shape: Any) -> list[np.ndarray]:
+        case, place = self._arrays.spec, jnp.ones(1, jnp.int32)
+        run = jax.jit(
+            lambda given, state, place: case.comparable_outputs(given, *case.run(given, state, place, shape), place)
+        )
+        return [np.asarray(x) for x in run(self._arrays.inputs, self._arrays.state, place)]
 
 
-def parser() -> argparse.ArgumentParser:
+def build_tune_parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(
         prog="python -m pallas_kernels.tune",
-        description=DESCRIPTION,
+        description=TUNE_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sweep_options(made)
+    add_sweep_options(made)
     # Caches have powers of two of slots: these are for up to 2k, 16k and 64k tokens.
     made.set_defaults(context=(2048, 16_384, 65_536))
     made.add_argument("--out", type=Path, help="folder for the file; beside those shipped unless given")
@@ -165,76 +169,76 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    options = parser().parse_args(args)
-    if problem := obstacle(options.out):
+    options = build_tune_parser().parse_args(args)
+    if problem := unsupported_reason(options.out):
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    folder = options.out or tuned.folders()[-1]
+    folder = options.out or tuned.tuned_dirs()[-1]
     device = jax.devices()[0].device_kind
-    path = folder / tuned.file_name(device)
+    path = folder / tuned.tuned_filename(device)
     try:
-        kept = tuned.read(path, device)
+        kept = tuned.load_tuned(path, device)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    failed = tune(chosen(options), path, device, kept, again=options.again, minutes=options.minutes)
+    failed = tune(select_specs(options), path, device, kept, retune=options.again, minutes=options.minutes)
     print(f"{sum(map(len, kept.values()))} choices of block sizes in {path}")
     return 1 if failed else 0
 
 
 def tune(
-    wanted: Sequence[Case],
+    specs: Sequence[KernelSpec],
     path: Path,
     device: str,
-    kept: dict[str, dict[str, Any]],
+    entries: dict[str, dict[str, Any]],
     *,
-    again: bool = False,
+    retune: bool = False,
     minutes: float | None = None,
-    found_by: Callable[[Case, tuned.Problem[Any]], Found] | None = None,
+    search_spec: Callable[[KernelSpec, tuned.TuningKey[Any]], SearchResult] | None = None,
 ) -> int:
     """Searches for every case, and writes the file after each.
 
     Args:
-        wanted: cases.
+        specs: cases.
         path: of the file.
         device: name of the card.
-        kept: what is in the file, which is added to.
-        again: search even where something is kept.
+        entries: what is in the file, which is added to.
+        retune: search even where something is kept.
         minutes: begin no further case after so many.
-        found_by: searches; by running on the card unless given.
+        search_spec: searches; by running on the card unless given.
 
     Returns:
         How many cases failed.
     """
     begun, failed = time.monotonic(), 0
-    for case in wanted:
+    for case in specs:
         if minutes is not None and time.monotonic() - begun > 60 * minutes:
             print(f"stopped after {minutes:g} minutes: the same command goes on", file=sys.stderr)
             break
         try:
-            problem = case.problem(jax.eval_shape(lambda case=case: case.make(1))[0])
-            if problem.key in kept.get(problem.op, {}) and not again:
+            problem = case.tuning_key(jax.eval_shape(lambda case=case: case.make(1))[0])
+            if problem.key in entries.get(problem.op, {}) and not retune:
                 continue
-            found = (found_by or _on_card)(case, problem)
+            found = (search_spec or _search_on_device)(case, problem)
         except Exception as error:  # one case must not take the others with it
             failed += 1
-            print(f"{case.full_name}: failed, {reason(error)}", file=sys.stderr, flush=True)
+            print(f"{case.full_name}: failed, {format_error(error)}", file=sys.stderr, flush=True)
             continue
-        kept.setdefault(problem.op, {})[problem.key] = found.to_json()
-        write(path, {"device": device, "machine": describe(), "ops": kept})
-        print(_line(case, found), file=sys.stderr, flush=True)
+        entries.setdefault(problem.op, {})[problem.key] = found.to_json()
+        write_report(path, {"device": device, "machine": describe_machine(), "ops": entries})
+        print(_format_result(case, found), file=sys.stderr, flush=True)
     return failed
 
 
-def _on_card(case: Case, problem: tuned.Problem[Any]) -> Found:
-    return search(problem, Trial(timing.made(case)))
+def _search_on_device(case: KernelSpec, problem: tuned.TuningKey[Any]) -> SearchResult:
+    return search_config(problem, CandidateTimer(timing.make_arrays(case)))
 
 
-def _line(case: Case, found: Found) -> str:
-    unfit = f", {sum(found.unfit.values())} unfit" if found.unfit else ""
-    sizes = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(found.shape).items())
+def _format_result(case: KernelSpec, found: SearchResult) -> str:
+    unfit = f", {sum(found.rejections.values())} unfit" if found.rejections else ""
+    sizes = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(found.config).items())
     return (
-        f"{case.full_name}: {found.seconds * 1e6:,.2f} µs, by rule {found.rule_seconds * 1e6:,.2f} ({found.tried} tried"
+        f"{case.full_name}: {found.seconds * 1e6:,.2f} µs, by rule {found.heuristic_seconds * 1e6:,.2f} ({found.num_tried} tried"
         f"{unfit}): {sizes}"
     )
 

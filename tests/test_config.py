@@ -15,25 +15,33 @@ from glm_jax.cache import LatentCache
 from glm_jax.cache.latent import bytes_per_token
 from glm_jax.config import Config
 from glm_jax.errors import ConfigError, GlmError
-from glm_jax.weights.params import leaves, param_specs
+from glm_jax.weights.params import leaves_with_path, param_specs
 from glm_jax.weights.storage import abstract_params
 from tests.builders.hf_checkpoints import random_tensors, to_params
-from tests.builders.hf_configs import ODD_SIZES, HfConfig, from_scratch, layer_kinds, odd, original, resaved
+from tests.builders.hf_configs import (
+    ODD_SIZES,
+    HfConfig,
+    from_scratch_config,
+    layer_kinds,
+    odd_size_config,
+    original_config,
+    resaved_config,
+)
 
-ALL_SPELLINGS = [original, resaved, from_scratch]
+ALL_SPELLINGS = [original_config, resaved_config, from_scratch_config]
 DENSE, SPARSE = "dense", "sparse"
 
 
 # -- the real files -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spelling", [original, resaved])
+@pytest.mark.parametrize("spelling", [original_config, resaved_config])
 def test_flash_in_both_spellings(spelling: Any) -> None:
     assert Config.from_hf(spelling()) == Config.flash()
 
 
 def test_flash_from_scratch_has_no_prediction_layer() -> None:
-    assert Config.from_hf(from_scratch()) == Config.flash().replace(num_nextn_predict_layers=0)
+    assert Config.from_hf(from_scratch_config()) == Config.flash().replace(num_nextn_predict_layers=0)
 
 
 @pytest.mark.parametrize("spelling", ALL_SPELLINGS)
@@ -50,11 +58,11 @@ def test_every_field_comes_from_the_file(spelling: Any) -> None:
 
 
 def test_latent_eps_is_chosen_by_the_caller() -> None:
-    assert Config.from_hf(original(), latent_eps=1e-5).latent_eps == 1e-5
+    assert Config.from_hf(original_config(), latent_eps=1e-5).latent_eps == 1e-5
 
 
 def test_pruned_relative() -> None:
-    cfg = Config.from_hf(original(n_routed_experts=48, num_nextn_predict_layers=0))
+    cfg = Config.from_hf(original_config(n_routed_experts=48, num_nextn_predict_layers=0))
     assert (cfg.n_routed_experts, cfg.num_nextn_predict_layers) == (48, 0)
     assert "mtp" not in param_specs(cfg)
 
@@ -72,11 +80,11 @@ def test_pruned_relative() -> None:
     ids=lambda extra: next(iter(extra)),
 )
 def test_keys_of_derivatives_change_nothing(extra: HfConfig) -> None:
-    assert Config.from_hf(original(**extra)) == Config.flash()
+    assert Config.from_hf(original_config(**extra)) == Config.flash()
 
 
 def test_theta_of_transformers_without_any_rope_key() -> None:
-    config = original()
+    config = original_config()
     del config["rope_theta"], config["rope_scaling"]
     assert Config.from_hf(config).rope_theta == 10_000.0
 
@@ -88,24 +96,24 @@ def test_theta_of_transformers_without_any_rope_key() -> None:
 )
 def test_an_absent_key_has_the_value_of_the_real_model(key: str) -> None:
     """Which is also transformers' default (tests/parity)."""
-    assert Config.from_hf({k: v for k, v in original().items() if k != key}) == Config.flash()
+    assert Config.from_hf({k: v for k, v in original_config().items() if k != key}) == Config.flash()
 
 
 def test_the_other_name_of_the_number_of_experts() -> None:
-    config = original()
+    config = original_config()
     config["num_local_experts"] = config.pop("n_routed_experts")
     assert Config.from_hf(config) == Config.flash()
 
 
 def test_a_file_without_the_dense_keys_has_one_dense_layer() -> None:
-    config = odd(num_hidden_layers=4)
+    config = odd_size_config(num_hidden_layers=4)
     del config["first_k_dense_replace"]
     assert Config.from_hf(config).mlp_layer_types == (DENSE, SPARSE, SPARSE, SPARSE)
 
 
 @pytest.mark.parametrize(("value", "ids"), [(5, (5,)), ([5], (5,)), ([2, 7, 9], (2, 7, 9)), (None, ())])
 def test_end_tokens_as_number_or_list(value: Any, ids: tuple[int, ...]) -> None:
-    assert Config.from_hf(odd(eos_token_id=value)).eos_token_ids == ids
+    assert Config.from_hf(odd_size_config(eos_token_id=value)).eos_token_ids == ids
 
 
 # -- which layers are dense ------------------------------------------------------------------------------------------
@@ -113,8 +121,8 @@ def test_end_tokens_as_number_or_list(value: Any, ids: tuple[int, ...]) -> None:
 
 @given(st.lists(st.sampled_from([DENSE, SPARSE]), min_size=1, max_size=9))
 def test_runs_cover_the_layers_in_order(kinds: list[str]) -> None:
-    config = from_scratch(**{**ODD_SIZES, "num_hidden_layers": len(kinds)}, mlp_layer_types=kinds)
-    runs = Config.from_hf(config).runs
+    config = from_scratch_config(**{**ODD_SIZES, "num_hidden_layers": len(kinds)}, mlp_layer_types=kinds)
+    runs = Config.from_hf(config).layer_groups
     assert [run.kind for run in runs for _ in range(run.count)] == kinds
     assert [run.start for run in runs] == [sum(r.count for r in runs[:i]) for i in range(len(runs))]
     assert all(a.kind != b.kind for a, b in pairwise(runs))
@@ -123,7 +131,7 @@ def test_runs_cover_the_layers_in_order(kinds: list[str]) -> None:
 @given(st.lists(st.sampled_from([DENSE, SPARSE]), min_size=1, max_size=6), st.integers(0, 6))
 def test_layer_types_and_first_dense_must_agree(kinds: list[str], first: int) -> None:
     sizes = {**ODD_SIZES, "num_hidden_layers": len(kinds), "first_k_dense_replace": first}
-    config = original(**sizes, mlp_layer_types=kinds)
+    config = original_config(**sizes, mlp_layer_types=kinds)
     if kinds == [DENSE] * min(first, len(kinds)) + [SPARSE] * (len(kinds) - first):
         assert list(Config.from_hf(config).mlp_layer_types) == kinds
     else:
@@ -190,14 +198,14 @@ REFUSED: dict[str, tuple[HfConfig, str]] = {
 @pytest.mark.parametrize(("changes", "word"), REFUSED.values(), ids=REFUSED)
 def test_refusals_name_the_key(changes: HfConfig, word: str) -> None:
     with pytest.raises(ConfigError, match=word) as caught:
-        Config.from_hf(original(**changes))
+        Config.from_hf(original_config(**changes))
     assert isinstance(caught.value, GlmError)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "kv_lora_rank", "num_experts_per_tok", "v_head_dim"])
 def test_missing_keys_are_named(key: str) -> None:
-    config = original()
+    config = original_config()
     del config[key]
     with pytest.raises(ConfigError, match=key):
         Config.from_hf(config)
@@ -207,9 +215,9 @@ JSON = st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-2, 2) | st.te
 JSON = JSON | st.lists(JSON, max_size=2) | st.dictionaries(st.text(max_size=3), JSON, max_size=2)
 
 
-@given(st.sampled_from(sorted(resaved())), JSON)
+@given(st.sampled_from(sorted(resaved_config())), JSON)
 def test_any_value_under_any_key_is_read_or_refused(key: str, value: Any) -> None:
-    config = resaved(**ODD_SIZES) | {key: value}
+    config = resaved_config(**ODD_SIZES) | {key: value}
     with suppress(ConfigError):
         assert hash(Config.from_hf(config)) is not None
 
@@ -228,19 +236,19 @@ def test_direct_construction_is_checked_too() -> None:
 
 def test_frozen_and_hashable() -> None:
     cfg = Config.flash()
-    assert {cfg: 1}[Config.from_hf(original())] == 1
+    assert {cfg: 1}[Config.from_hf(original_config())] == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         cfg.vocab_size = 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
 ROUND_TRIPS = {
-    "flash": original(),
-    "scratch": from_scratch(),
-    "odd": odd(),
-    "alternating": from_scratch(
+    "flash": original_config(),
+    "scratch": from_scratch_config(),
+    "odd": odd_size_config(),
+    "alternating": from_scratch_config(
         **{**ODD_SIZES, "num_hidden_layers": 4}, mlp_layer_types=[SPARSE, DENSE, DENSE, SPARSE]
     ),
-    "variants": resaved(
+    "variants": resaved_config(
         **{**ODD_SIZES, "n_routed_experts": 12, "num_experts_per_tok": 4, "q_lora_rank": None},
         n_group=3,
         topk_group=2,
@@ -266,7 +274,9 @@ def test_to_hf_round_trip(config: HfConfig) -> None:
 
 def test_to_hf_of_the_original_keeps_its_values() -> None:
     written = Config.flash().to_hf()
-    unchanged = {k: v for k, v in original().items() if k not in ("rope_scaling", "dtype", "transformers_version")}
+    unchanged = {
+        k: v for k, v in original_config().items() if k not in ("rope_scaling", "dtype", "transformers_version")
+    }
     assert {key: written.get(key) for key in unchanged} == unchanged
 
 
@@ -274,7 +284,7 @@ def test_to_hf_of_the_original_keeps_its_values() -> None:
 
 
 def count(tree: Any) -> int:
-    return sum(spec.size for _, spec in leaves(tree))
+    return sum(spec.size for _, spec in leaves_with_path(tree))
 
 
 def test_parameter_counts_of_flash() -> None:
@@ -293,7 +303,7 @@ def test_cache_bytes_of_flash() -> None:
 
 
 def odd_config(**changes: Any) -> Config:
-    return Config.from_hf(odd(**changes))
+    return Config.from_hf(odd_size_config(**changes))
 
 
 @pytest.mark.parametrize(
@@ -311,13 +321,13 @@ def odd_config(**changes: Any) -> Config:
 )
 @pytest.mark.parametrize("own", [False, True], ids=["shared_table", "own_table"])
 def test_specs_are_the_shapes_of_a_checkpoint(changes: HfConfig, own: bool) -> None:
-    config = odd(**changes)
+    config = odd_size_config(**changes)
     cfg = Config.from_hf(config).replace(mtp_own_embeddings=own and config["num_nextn_predict_layers"] == 1)
     params = to_params(random_tensors(config, 0, own_mtp=own), cfg)
-    specs = dict(leaves(param_specs(cfg)))
-    assert {path: spec.shape for path, spec in specs.items()} == {path: a.shape for path, a in leaves(params)}
+    specs = dict(leaves_with_path(param_specs(cfg)))
+    assert {path: spec.shape for path, spec in specs.items()} == {path: a.shape for path, a in leaves_with_path(params)}
     assert all(len(spec.axes) == len(spec.shape) for spec in specs.values())
-    abstract = dict(leaves(abstract_params(cfg, "bfloat16")))
+    abstract = dict(leaves_with_path(abstract_params(cfg, "bfloat16")))
     assert {path: a.shape for path, a in abstract.items()} == {path: spec.shape for path, spec in specs.items()}
     wide = {path for path, a in abstract.items() if a.dtype == np.float32}
     assert wide == {path for path in specs if path[-1] == "router_bias"}

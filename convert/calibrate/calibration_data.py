@@ -18,30 +18,30 @@ from glm_jax.text import read_template, render_chat
 from glm_jax.text.tokenizer import load_tokenizer
 
 # Modules of Python's library that the miniature was trained on; none is among its held-out files.
-_LIBRARY = """argparse.py ast.py calendar.py configparser.py csv.py difflib.py fractions.py functools.py heapq.py
+_STDLIB_FILES = """argparse.py ast.py calendar.py configparser.py csv.py difflib.py fractions.py functools.py heapq.py
     inspect.py ipaddress.py logging/__init__.py random.py shutil.py statistics.py subprocess.py tarfile.py textwrap.py
     threading.py typing.py unittest/mock.py urllib/request.py""".split()
-_LEAST_WINDOWS = 8
+_MIN_WINDOWS = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
+class CalibrationConfig:
     """What to calibrate on.
 
     Attributes:
         path: a text file, or ``.jsonl`` with ``{"text": …}`` or ``{"messages": […], "tools": […]}`` on each line; None
             for the miniature's own data: conversations, and modules of Python's library.
-        windows: of text, at most.
-        length: tokens in each.
+        max_windows: of text, at most.
+        window_tokens: tokens in each.
         steps: of the descent, for each layer.
     """
 
     path: Path | None = None
-    windows: int = 256
-    length: int = 256
+    max_windows: int = 256
+    window_tokens: int = 256
     steps: int = 200
 
-    def tokens(self, cfg: Config, folder: Path | None) -> np.ndarray:
+    def load_windows(self, cfg: Config, folder: Path | None) -> np.ndarray:
         """Windows int32 ``[N, T]``, spread evenly over the text.
 
         Raises:
@@ -49,29 +49,29 @@ class Calibration:
         """
         tokenizer = load_tokenizer(cfg, folder)
         template = None if folder is None else read_template(folder)
-        texts = list(_own() if self.path is None else _in_file(self.path, template))
+        texts = list(_builtin_texts() if self.path is None else _read_texts(self.path, template))
         ids = [token for text in texts for token in tokenizer.encode(text)]
-        count = len(ids) // self.length
-        if count < _LEAST_WINDOWS:
+        count = len(ids) // self.window_tokens
+        if count < _MIN_WINDOWS:
             raise CheckpointError(
                 f"{'the calibration text' if self.path is None else self.path} has {len(ids):,} tokens: calibrating "
-                f"takes at least {_LEAST_WINDOWS * self.length:,}, and does better with {self.windows * self.length:,}"
+                f"takes at least {_MIN_WINDOWS * self.window_tokens:,}, and does better with {self.max_windows * self.window_tokens:,}"
             )
-        whole = np.asarray(ids[: count * self.length], np.int32).reshape(count, self.length)
-        chosen = np.linspace(0, count - 1, min(count, self.windows)).astype(int)
+        whole = np.asarray(ids[: count * self.window_tokens], np.int32).reshape(count, self.window_tokens)
+        chosen = np.linspace(0, count - 1, min(count, self.max_windows)).astype(int)
         return whole[np.unique(chosen)]
 
 
-def _own() -> Iterator[str]:
+def _builtin_texts() -> Iterator[str]:
     # Drawn by the miniature's recipe (examples/tiny_recipe/conversations.py), as its training data was.
-    yield from _in_file(Path(__file__).parent / "conversations.jsonl", None)
+    yield from _read_texts(Path(__file__).parent / "conversations.jsonl", None)
     library = Path(sysconfig.get_path("stdlib"))
-    for name in _LIBRARY:
+    for name in _STDLIB_FILES:
         if (library / name).is_file():
             yield (library / name).read_text(encoding="utf-8")
 
 
-def _in_file(path: Path, template: str | None) -> Iterator[str]:
+def _read_texts(path: Path, template: str | None) -> Iterator[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -84,10 +84,10 @@ def _in_file(path: Path, template: str | None) -> Iterator[str]:
     # JSON may hold line separators of its own, which splitlines would take for ends of lines.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _of_line(line, f"{path}, line {number}", template)
+            yield _parse_line(line, f"{path}, line {number}", template)
 
 
-def _of_line(line: str, where: str, template: str | None) -> str:
+def _parse_line(line: str, where: str, template: str | None) -> str:
     try:
         record: Any = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -22,154 +22,160 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.weights import QuantizedTensor, QuantSpec, dequantize, quantize
-from glm_jax.weights.params import Path
-from glm_jax.weights.quantization import code_range, finish, from_blocks, to_blocks
-from glm_jax.weights.quantized_tensor import scale_values
+from glm_jax.weights.params import ParamPath
+from glm_jax.weights.quantization import from_blocks, pack_components, qvalue_range, to_blocks
+from glm_jax.weights.quantized_tensor import decode_scales
 
 if TYPE_CHECKING:
     import optax
 
 Forward = Callable[[Any, jax.Array], jax.Array]  # (weights by path, inputs [B, T, D]) -> outputs [B, T, D]
-_LEAST_FACTOR, _LARGEST_FACTOR = 0.5, 1.25
+_MIN_SCALE_FACTOR, _MAX_SCALE_FACTOR = 0.5, 1.25
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Settings:
+class SignRoundConfig:
     """How long and how fast to learn.
 
     Attributes:
         steps: of the descent.
-        rows: windows of text per step.
+        batch_size: windows of text per step.
         seed: of the order of windows.
     """
 
     steps: int = 200
-    rows: int = 4
+    batch_size: int = 4
     seed: int = 0
 
 
-class Tuned(NamedTuple):
-    """What is learnt of one weight: ``offset`` shaped like its blocks, ``factor`` like its scales."""
+class RoundingParams(NamedTuple):
+    """What is learnt of one weight: ``offset`` shaped like its blocks, ``scale_factor`` like its scales."""
 
     offset: jax.Array
-    factor: jax.Array
+    scale_factor: jax.Array
 
 
-def can_learn(spec: QuantSpec) -> bool:
+def supports_signround(spec: QuantSpec) -> bool:
     """Whether rounding to this storage can be learnt; small floats and zero points are left to the search."""
     return spec.kind in ("int4", "int8") and spec.zero == "none" and spec.outer == "none" and not spec.permuted
 
 
-def tune(
+def tune_block(
     forward: Forward,
-    plain: Mapping[Path, jax.Array],
-    start: Mapping[Path, QuantizedTensor],
-    learn: Mapping[Path, jax.Array],
+    weights: Mapping[ParamPath, jax.Array],
+    initial: Mapping[ParamPath, QuantizedTensor],
+    learn_mask: Mapping[ParamPath, jax.Array],
     inputs: np.ndarray,
     targets: np.ndarray,
-    settings: Settings,
+    config: SignRoundConfig,
     advance: Callable[[int], None],
-) -> tuple[dict[Path, QuantizedTensor], float, float]:
+) -> tuple[dict[ParamPath, QuantizedTensor], float, float]:
     """Tunes the quantised weights of one block.
 
     Args:
         forward: the block.
-        plain: every weight of it in float32, quantised ones included, ``[*stack, O, I]`` or of any shape.
-        start: the quantised weights as the search left them.
-        learn: float32 0 or 1 for each matrix of each stack ``[*stack]`` of the weights to tune; the others stay.
+        weights: every weight of it in float32, quantised ones included, ``[*stack, O, I]`` or of any shape.
+        initial: the quantised weights as the search left them.
+        learn_mask: float32 0 or 1 for each matrix of each stack ``[*stack]`` of the weights to tune; the others stay.
         inputs: float32 ``[N, T, D]``, what the block will see: outputs of the layers before it, quantised.
         targets: float32 ``[N, T, D]``, what the unquantised model has after the block.
-        settings: of the descent.
+        config: of the descent.
         advance: called with 1 after each step.
 
     Returns:
         The weights, and the mean squared errors before and after (the start is kept where learning did not help).
     """
-    fixed = {path: value for path, value in plain.items() if path not in start}
-    fixed |= {path: dequantize(weight) for path, weight in start.items() if path not in learn}
-    tuned = {path: _begin(plain[path], start[path]) for path in learn}
-    scales = {path: scale_values(start[path])[..., None, None] for path in learn}
-    specs = tuple(sorted((path, start[path].spec) for path in learn))
-    wanted = {path: plain[path] for path in learn}
-    optimiser = _optimiser(settings.steps)
+    fixed = {path: value for path, value in weights.items() if path not in initial}
+    fixed |= {path: dequantize(weight) for path, weight in initial.items() if path not in learn_mask}
+    tuned = {path: _init_params(weights[path], initial[path]) for path in learn_mask}
+    scales = {path: decode_scales(initial[path])[..., None, None] for path in learn_mask}
+    specs = tuple(sorted((path, initial[path].spec) for path in learn_mask))
+    wanted = {path: weights[path] for path in learn_mask}
+    optimiser = _make_optimizer(config.steps)
     state = optimiser.init(tuned)
     step = functools.partial(_step, forward, optimiser, specs)
-    order = np.random.default_rng(settings.seed)
-    for _ in range(settings.steps):
-        rows = np.sort(order.choice(len(inputs), min(settings.rows, len(inputs)), replace=False))
-        tuned, state = step(tuned, state, wanted, scales, fixed, learn, inputs[rows], targets[rows])
+    order = np.random.default_rng(config.seed)
+    for _ in range(config.steps):
+        rows = np.sort(order.choice(len(inputs), min(config.batch_size, len(inputs)), replace=False))
+        tuned, state = step(tuned, state, wanted, scales, fixed, learn_mask, inputs[rows], targets[rows])
         advance(1)
-    before = _error(forward, {**fixed, **{path: dequantize(start[path]) for path in learn}}, inputs, targets, settings)
-    rounded = {path: _finish(tuned[path], wanted[path], start[path], learn[path]) for path in learn}
+    before = _mean_squared_error(
+        forward, {**fixed, **{path: dequantize(initial[path]) for path in learn_mask}}, inputs, targets, config
+    )
+    rounded = {
+        path: _quantize_learned(tuned[path], wanted[path], initial[path], learn_mask[path]) for path in learn_mask
+    }
     held = {path: dequantize(weight) for path, weight in rounded.items()}
-    after = _error(forward, {**fixed, **held}, inputs, targets, settings)
-    return {**start, **(rounded if after < before else {})}, before, after
+    after = _mean_squared_error(forward, {**fixed, **held}, inputs, targets, config)
+    return {**initial, **(rounded if after < before else {})}, before, after
 
 
 @functools.cache
-def _optimiser(steps: int) -> optax.GradientTransformation:
+def _make_optimizer(steps: int) -> optax.GradientTransformation:
     """One object for all layers, which then share a compilation."""
     import optax  # takes half a second, and only learning needs it
 
     return optax.sign_sgd(optax.linear_schedule(1.0 / steps, 0.0, steps))
 
 
-def _begin(plain: jax.Array, start: QuantizedTensor) -> Tuned:
+def _init_params(plain: jax.Array, start: QuantizedTensor) -> RoundingParams:
     blocks = jax.eval_shape(lambda w: to_blocks(w, start.spec), plain)
-    return Tuned(jnp.zeros(blocks.shape, jnp.float32), jnp.ones((*blocks.shape[:-2], 1, 1), jnp.float32))
+    return RoundingParams(jnp.zeros(blocks.shape, jnp.float32), jnp.ones((*blocks.shape[:-2], 1, 1), jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
 def _step(
     forward: Forward,
     optimiser: optax.GradientTransformation,
-    specs: tuple[tuple[Path, QuantSpec], ...],
-    tuned: dict[Path, Tuned],
+    specs: tuple[tuple[ParamPath, QuantSpec], ...],
+    tuned: dict[ParamPath, RoundingParams],
     state: Any,
-    plain: dict[Path, jax.Array],
-    scales: dict[Path, jax.Array],
-    fixed: dict[Path, jax.Array],
-    learn: dict[Path, jax.Array],
+    plain: dict[ParamPath, jax.Array],
+    scales: dict[ParamPath, jax.Array],
+    fixed: dict[ParamPath, jax.Array],
+    learn: dict[ParamPath, jax.Array],
     inputs: jax.Array,
     targets: jax.Array,
-) -> tuple[dict[Path, Tuned], Any]:
-    def loss(tuned: dict[Path, Tuned]) -> jax.Array:
-        made = {path: _soft(tuned[path], plain[path], scales[path], spec) for path, spec in specs}
+) -> tuple[dict[ParamPath, RoundingParams], Any]:
+    def loss(tuned: dict[ParamPath, RoundingParams]) -> jax.Array:
+        made = {path: _fake_quantize(tuned[path], plain[path], scales[path], spec) for path, spec in specs}
         return jnp.mean(jnp.square(forward({**fixed, **made}, inputs) - targets))
 
     import optax
 
     gradients = jax.grad(loss)(tuned)
-    gradients = {path: _masked(gradient, learn[path]) for path, gradient in gradients.items()}
+    gradients = {path: _mask_gradient(gradient, learn[path]) for path, gradient in gradients.items()}
     updates, state = optimiser.update(gradients, state, tuned)
     moved = optax.apply_updates(tuned, updates)
-    return {path: _limited(value) for path, value in cast(dict[Path, Tuned], moved).items()}, state
+    return {path: _clip_params(value) for path, value in cast(dict[ParamPath, RoundingParams], moved).items()}, state
 
 
-def _masked(gradient: Tuned, learn: jax.Array) -> Tuned:
+def _mask_gradient(gradient: RoundingParams, learn: jax.Array) -> RoundingParams:
     wide = learn.reshape(*learn.shape, *[1] * 4)
-    return Tuned(gradient.offset * wide, gradient.factor * wide)
+    return RoundingParams(gradient.offset * wide, gradient.scale_factor * wide)
 
 
-def _limited(tuned: Tuned) -> Tuned:
-    return Tuned(jnp.clip(tuned.offset, -0.5, 0.5), jnp.clip(tuned.factor, _LEAST_FACTOR, _LARGEST_FACTOR))
+def _clip_params(tuned: RoundingParams) -> RoundingParams:
+    return RoundingParams(
+        jnp.clip(tuned.offset, -0.5, 0.5), jnp.clip(tuned.scale_factor, _MIN_SCALE_FACTOR, _MAX_SCALE_FACTOR)
+    )
 
 
-def _soft(tuned: Tuned, plain: jax.Array, scales: jax.Array, spec: QuantSpec) -> jax.Array:
+def _fake_quantize(tuned: RoundingParams, plain: jax.Array, scales: jax.Array, spec: QuantSpec) -> jax.Array:
     """The weight that the stored one will be, with a gradient."""
     scale = _stored_scale(tuned, scales, spec)
-    codes = _codes(tuned, to_blocks(plain, spec), scale, spec)
+    codes = _round_codes(tuned, to_blocks(plain, spec), scale, spec)
     return from_blocks(codes * scale, plain.shape)
 
 
-def _stored_scale(tuned: Tuned, scales: jax.Array, spec: QuantSpec) -> jax.Array:
-    scale = scales * tuned.factor
+def _stored_scale(tuned: RoundingParams, scales: jax.Array, spec: QuantSpec) -> jax.Array:
+    scale = scales * tuned.scale_factor
     return _straight_through(scale, scale.astype(jnp.dtype(spec.scale)).astype(jnp.float32))
 
 
-def _codes(tuned: Tuned, blocks: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Array:
+def _round_codes(tuned: RoundingParams, blocks: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Array:
     shifted = blocks / scale + tuned.offset
-    return jnp.clip(_straight_through(shifted, jnp.round(shifted)), *code_range(spec))
+    return jnp.clip(_straight_through(shifted, jnp.round(shifted)), *qvalue_range(spec))
 
 
 def _straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
@@ -177,11 +183,13 @@ def _straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _finish(tuned: Tuned, plain: jax.Array, start: QuantizedTensor, learn: jax.Array) -> QuantizedTensor:
+def _quantize_learned(
+    tuned: RoundingParams, plain: jax.Array, start: QuantizedTensor, learn: jax.Array
+) -> QuantizedTensor:
     spec = start.spec
-    scale = _stored_scale(tuned, scale_values(start)[..., None, None], spec)
-    codes, scales, _ = finish(
-        _codes(tuned, to_blocks(plain, spec), scale, spec), scale, jnp.zeros_like(scale), spec, plain.shape
+    scale = _stored_scale(tuned, decode_scales(start)[..., None, None], spec)
+    codes, scales, _ = pack_components(
+        _round_codes(tuned, to_blocks(plain, spec), scale, spec), scale, jnp.zeros_like(scale), spec, plain.shape
     )
     made = {"codes": codes, "scales": scales}
 
@@ -189,27 +197,33 @@ def _finish(tuned: Tuned, plain: jax.Array, start: QuantizedTensor, learn: jax.A
         # Matrices that were not to be learnt keep the codes of the search, to the bit.
         return jnp.where(learn.reshape(*learn.shape, 1, 1) > 0, made[name], array)
 
-    return start.map(choose)
+    return start.map_components(choose)
 
 
-def _error(
-    forward: Forward, weights: dict[Path, jax.Array], inputs: np.ndarray, targets: np.ndarray, settings: Settings
+def _mean_squared_error(
+    forward: Forward,
+    weights: dict[ParamPath, jax.Array],
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    settings: SignRoundConfig,
 ) -> float:
     total = 0.0
-    for at in range(0, len(inputs), settings.rows):
-        part = slice(at, at + settings.rows)
-        total += float(_squared(forward, weights, inputs[part], targets[part]))
+    for at in range(0, len(inputs), settings.batch_size):
+        part = slice(at, at + settings.batch_size)
+        total += float(_squared_error_sum(forward, weights, inputs[part], targets[part]))
     return total / targets.size
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _squared(forward: Forward, weights: dict[Path, jax.Array], inputs: jax.Array, targets: jax.Array) -> jax.Array:
+def _squared_error_sum(
+    forward: Forward, weights: dict[ParamPath, jax.Array], inputs: jax.Array, targets: jax.Array
+) -> jax.Array:
     return jnp.sum(jnp.square(forward(weights, inputs) - targets))
 
 
-def start_from(plain: jax.Array, spec: QuantSpec, dtype: Any) -> QuantizedTensor:
+def quantize_by_search(weight: jax.Array, spec: QuantSpec, dtype: Any) -> QuantizedTensor:
     """The weight with the scales of the search, one matrix of a stack at a time."""
-    if plain.ndim == 2:
-        return quantize(plain, spec, "mse", dtype)
-    parts = [quantize(plain[i : i + 1], spec, "mse", dtype) for i in range(len(plain))]
+    if weight.ndim == 2:
+        return quantize(weight, spec, "mse", dtype)
+    parts = [quantize(weight[i : i + 1], spec, "mse", dtype) for i in range(len(weight))]
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)

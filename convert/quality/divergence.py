@@ -12,22 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.quality.models import Side
-from convert.quality.statistics import mean_interval, quantiles
+from convert.quality.models import ComparedModel
+from convert.quality.statistics import bootstrap_mean, summarize_distribution
 from glm_jax.cache.latent import LatentCache
 from glm_jax.checkpoint.progress import progress_bar
-from glm_jax.engine.steps import chunk_logits
+from glm_jax.engine.steps import prefill_chunk_logits
 from glm_jax.errors import GlmError, PromptError
 
-SURE_NATS = 0.5
-_LOGITS_TOGETHER = 1 << 23  # of one model: 32 MB, and a few times that while they are compared
-_FIELDS = ("kl", "reference_nll", "nll", "agree", "gap")
+CONFIDENT_GAP_NATS = 0.5
+_LOGITS_PER_BATCH = 1 << 23  # of one model: 32 MB, and a few times that while they are compared
+_METRIC_NAMES = ("kl", "reference_nll", "nll", "agree", "gap")
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Positions:
+class PositionMetrics:
     """What was found at every position of every window; float32 ``[windows, positions]``, NaN where a window is short.
 
     Attributes:
@@ -49,17 +49,17 @@ class Positions:
     def summary(self) -> dict[str, Any]:
         """The figures of the report; the interval of the mean is from windows drawn anew."""
         there = ~np.isnan(self.kl)
-        sure = there & (self.gap > SURE_NATS)
-        _, low, high = mean_interval(self.kl)
+        sure = there & (self.gap > CONFIDENT_GAP_NATS)
+        _, low, high = bootstrap_mean(self.kl)
         return {
             "tokens": int(there.sum()),
             "windows": len(self.kl),
             "window": self.kl.shape[1],
-            "kl": {**quantiles(self.kl), "mean_95": [low, high]},
+            "kl": {**summarize_distribution(self.kl), "mean_95": [low, high]},
             "perplexity": {"reference": _perplexity(self.reference_nll), "model": _perplexity(self.nll)},
             "top1": {
                 "agreement": float(self.agree[there].mean(dtype=np.float64)),
-                "sure_nats": SURE_NATS,
+                "sure_nats": CONFIDENT_GAP_NATS,
                 "sure_positions": int(sure.sum()),
                 "sure_agreement": float(self.agree[sure].mean(dtype=np.float64)) if sure.any() else None,
             },
@@ -68,18 +68,20 @@ class Positions:
     def save(self, path: Path) -> None:
         """Writes the arrays as one compressed ``.npz`` file."""
         with path.open("wb") as file:  # given a name, NumPy would add a suffix
-            np.savez_compressed(file, text=np.asarray(self.text), **{name: getattr(self, name) for name in _FIELDS})
+            np.savez_compressed(
+                file, text=np.asarray(self.text), **{name: getattr(self, name) for name in _METRIC_NAMES}
+            )
 
     @classmethod
-    def load(cls, path: Path) -> Positions:
-        """Reads what :meth:`save` wrote.
+    def load(cls, path: Path) -> PositionMetrics:
+        """Reads what :meth:`save_cases` wrote.
 
         Raises:
             GlmError: if it is something else.
         """
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                fields = {name: stored[name] for name in _FIELDS}
+                fields = {name: stored[name] for name in _METRIC_NAMES}
                 text = str(stored["text"])
         except OSError as error:
             raise GlmError(f"cannot read {path}: {error.strerror or error}") from None
@@ -91,7 +93,7 @@ class Positions:
         return cls(**fields, text=text)
 
 
-def windows(texts: Sequence[Sequence[int]], window: int, tokens: int | None = None) -> tuple[Array, Array]:
+def split_windows(texts: Sequence[Sequence[int]], window: int, max_tokens: int | None = None) -> tuple[Array, Array]:
     """Token ids cut into windows, each of which predicts the tokens after its first.
 
     The last token of a window is the first of the next, so that every token of a text but its first is predicted once.
@@ -99,7 +101,7 @@ def windows(texts: Sequence[Sequence[int]], window: int, tokens: int | None = No
     Args:
         texts: token ids of each text.
         window: positions of a window.
-        tokens: predict about this many, in whole windows spread evenly over the texts; all unless given.
+        max_tokens: predict about this many, in whole windows spread evenly over the texts; all unless given.
 
     Returns:
         int32 ``[W, window + 1]`` padded on the right, and int32 ``[W]``, how many positions of each predict a token.
@@ -110,8 +112,8 @@ def windows(texts: Sequence[Sequence[int]], window: int, tokens: int | None = No
     parts = [ids[i : i + window + 1] for ids in texts for i in range(0, len(ids) - 1, window)]
     if not parts:
         raise PromptError("the text is too short: at least two tokens are needed")
-    if tokens is not None:
-        count = min(len(parts), -(-tokens // window))
+    if max_tokens is not None:
+        count = min(len(parts), -(-max_tokens // window))
         parts = [parts[i] for i in np.linspace(0, len(parts) - 1, count).round().astype(int)]
     rows = np.zeros((len(parts), window + 1), np.int32)
     for row, part in zip(rows, parts, strict=True):
@@ -119,15 +121,15 @@ def windows(texts: Sequence[Sequence[int]], window: int, tokens: int | None = No
     return rows, np.asarray([len(part) - 1 for part in parts], np.int32)
 
 
-def measure(
-    reference: Side,
-    others: Sequence[Side],
+def measure_divergence(
+    reference: ComparedModel,
+    others: Sequence[ComparedModel],
     texts: Sequence[Sequence[int]],
     *,
     window: int = 512,
-    tokens: int | None = None,
+    max_tokens: int | None = None,
     progress: bool = False,
-) -> list[Positions]:
+) -> list[PositionMetrics]:
     """Compares models with a reference on a text, a few windows of logits at a time.
 
     Args:
@@ -135,7 +137,7 @@ def measure(
         others: with its vocabulary.
         texts: token ids of each text; a window never spans two.
         window: positions of a window.
-        tokens: about how many to look at; all unless given.
+        max_tokens: about how many to look at; all unless given.
         progress: show it on stderr.
 
     Returns:
@@ -145,8 +147,8 @@ def measure(
         GlmError: if a model's logits are NaN or infinite.
         PromptError: if the texts are too short.
     """
-    rows, lengths = windows(texts, window, tokens)
-    batch = int(np.clip(_LOGITS_TOGETHER // (window * reference.cfg.vocab_size), 1, len(rows)))
+    rows, lengths = split_windows(texts, window, max_tokens)
+    batch = int(np.clip(_LOGITS_PER_BATCH // (window * reference.cfg.vocab_size), 1, len(rows)))
     found: list[list[Array]] = [[] for _ in others]
     total = int(lengths.sum())
     with progress_bar("comparing predictions", total, unit="tokens", show=progress) as advance:
@@ -158,21 +160,21 @@ def measure(
             advance(int(lengths[start : start + batch].sum()))
     text = hashlib.sha256(rows.tobytes() + lengths.tobytes()).hexdigest()
     padding = np.arange(window)[None] >= lengths[:, None]
-    return [_positions(np.concatenate(each, axis=1)[:, : len(rows)], padding, text) for each in found]
+    return [_make_position_metrics(np.concatenate(each, axis=1)[:, : len(rows)], padding, text) for each in found]
 
 
-def _positions(fields: Array, padding: Array, text: str) -> Positions:
+def _make_position_metrics(fields: Array, padding: Array, text: str) -> PositionMetrics:
     if not np.isfinite(fields[:, ~padding]).all():
         raise GlmError("a model's logits are NaN or infinite: `python -m convert SRC DST --check` finds bad weights")
     fields = np.where(padding, np.float32(np.nan), fields)
-    return Positions(**dict(zip(_FIELDS, fields, strict=True)), text=text)
+    return PositionMetrics(**dict(zip(_METRIC_NAMES, fields, strict=True)), text=text)
 
 
-def _logits(side: Side, tokens: Array) -> jax.Array:
+def _logits(side: ComparedModel, tokens: Array) -> jax.Array:
     """float32 ``[B, T, V]``, by way of the cache that the model would write with."""
     rows, length = tokens.shape
     cache = LatentCache.create(side.cfg, rows, length, side.cache_dtype)
-    return chunk_logits(side.llm.model, side.llm.params, cache, tokens, np.int32(0))[1]
+    return prefill_chunk_logits(side.llm.model, side.llm.params, cache, tokens, np.int32(0))[1]
 
 
 @jax.jit

@@ -11,25 +11,25 @@ import jax
 
 from glm_jax import checkpoint
 from glm_jax.checkpoint.sources.base import WeightSource
-from glm_jax.checkpoint.sources.quantized import Requantised
+from glm_jax.checkpoint.sources.quantized import RequantizedSource
 from glm_jax.config import Config
-from glm_jax.engine.assets import Companions
+from glm_jax.engine.assets import ModelAssets
 from glm_jax.errors import CheckpointError, MemoryPlanError, PromptError
 from glm_jax.llm import LLM
-from glm_jax.memory import plan_on
+from glm_jax.memory import plan_memory_on_devices
 from glm_jax.weights import QuantRules
-from glm_jax.weights.quantization import Method
+from glm_jax.weights.quantization import QuantMethod
 
 # Of a config, what may differ between two forms of one model: how its weights are stored, what a reader allows, and
 # what the measurement shows.
-_INCIDENTAL = frozenset(
+_IGNORED_CONFIG_FIELDS = frozenset(
     """run_starts num_nextn_predict_layers mtp_own_embeddings max_position_embeddings eos_token_ids pad_token_id
     latent_eps""".split()
 )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
+class ComparedModel:
     """A loaded model.
 
     Attributes:
@@ -46,17 +46,17 @@ class Side:
         return self.llm.config
 
 
-def requantised(source: WeightSource, quantize: str | None, method: Method = "mse") -> WeightSource:
+def quantize_by_preset(source: WeightSource, quantize: str | None, method: QuantMethod = "mse") -> WeightSource:
     """A source with its matrices quantised by a preset; itself without one.
 
     Raises:
         QuantError: for a preset that does not exist.
     """
-    rules = QuantRules.named(quantize)
-    return source if rules is None else Requantised(source, rules, method, dtype="float32")
+    rules = QuantRules.resolve(quantize)
+    return source if rules is None else RequantizedSource(source, rules, method, dtype="float32")
 
 
-def check_same_network(reference: Config, other: Config) -> None:
+def check_same_architecture(reference: Config, other: Config) -> None:
     """That two models can be compared at all.
 
     Raises:
@@ -67,7 +67,7 @@ def check_same_network(reference: Config, other: Config) -> None:
             f"the vocabularies differ: {reference.vocab_size:,} tokens in the source and {other.vocab_size:,} here; "
             "only models with the same tokens can be compared"
         )
-    names = [field.name for field in dataclasses.fields(Config) if field.name not in _INCIDENTAL]
+    names = [field.name for field in dataclasses.fields(Config) if field.name not in _IGNORED_CONFIG_FIELDS]
     different = [name for name in names if _differs(reference, other, name)]
     changed = [f"{name} {getattr(reference, name)!r} and {getattr(other, name)!r}" for name in different]
     if changed:
@@ -84,7 +84,7 @@ def _differs(reference: Config, other: Config, name: str) -> bool:
     return ours != theirs
 
 
-def encode(texts: Sequence[str], reference: Companions, other: Companions) -> list[list[int]]:
+def encode_texts(texts: Sequence[str], reference: ModelAssets, other: ModelAssets) -> list[list[int]]:
     """Token ids of texts.
 
     Raises:
@@ -99,29 +99,29 @@ def encode(texts: Sequence[str], reference: Companions, other: Companions) -> li
     return ids
 
 
-def load(
-    source: WeightSource, companions: Companions, *, dtype: str, cache_dtype: str = "float32", progress: bool = False
-) -> Side:
+def load_compared_model(
+    source: WeightSource, assets: ModelAssets, *, dtype: str, cache_dtype: str = "float32", progress: bool = False
+) -> ComparedModel:
     """The model of an open source, on the default device, without its prediction layer.
 
     Args:
         source: the weights.
-        companions: tokenizer and template.
+        assets: tokenizer and template.
         dtype: of activations and of weights that are not quantised.
         cache_dtype: of the latent cache.
         progress: show it on stderr.
     """
     cfg, params, info = checkpoint.load(source, dtype=dtype, mtp=False, progress=progress)
-    return Side(llm=LLM(cfg, params, companions, info=info, cache_dtype=cache_dtype), cache_dtype=cache_dtype)
+    return ComparedModel(llm=LLM(cfg, params, assets, info=info, cache_dtype=cache_dtype), cache_dtype=cache_dtype)
 
 
-def require_room(reference: WeightSource, other: WeightSource, *, dtype: str, window: int) -> None:
+def require_device_memory(reference: WeightSource, other: WeightSource, *, dtype: str, window: int) -> None:
     """That both models fit on the device together.
 
     Raises:
         MemoryPlanError: with the arithmetic, and what else can be done.
     """
-    plans = [_plan(source, dtype, window) for source in (reference, other)]
+    plans = [_memory_plan(source, dtype, window) for source in (reference, other)]
     logits = 8 * 4 * window * reference.cfg.vocab_size
     need = plans[0].need.total + plans[1].weight_bytes + logits
     if need > plans[0].device_bytes:
@@ -133,8 +133,10 @@ def require_room(reference: WeightSource, other: WeightSource, *, dtype: str, wi
         )
 
 
-def _plan(source: WeightSource, dtype: str, window: int) -> Any:
-    storage = checkpoint.storage_of(source)
+def _memory_plan(source: WeightSource, dtype: str, window: int) -> Any:
+    storage = checkpoint.source_storage(source)
     # The sequence must not be refused as longer than the model's context.
     context = min(window, source.cfg.max_position_embeddings)
-    return plan_on(source.cfg, jax.devices()[:1], dtype=dtype, storage=storage, context=context, mtp=False)
+    return plan_memory_on_devices(
+        source.cfg, jax.devices()[:1], dtype=dtype, storage=storage, context=context, mtp=False
+    )

@@ -8,31 +8,31 @@ from typing import Any
 Rows = list[list[str]]
 
 
-def markdown(report: dict[str, Any]) -> str:
+def render_quality_report(report: dict[str, Any]) -> str:
     """The report of ``python -m convert.verify``: a heading and a table for each thing that was measured."""
     model = report["model"]
     made = f", quantised to {model['quantize']} by {model['method']}" if model["quantize"] else ""
-    parts = [f"### {model['name']}{made}, against {report['source']['name']}", _sizes(report), _kinds(report)]
+    parts = [f"### {model['name']}{made}, against {report['source']['name']}", _sizes(report), _errors_by_kind(report)]
     if "text" in report:
         parts.append(_text(report))
     if "chat" in report:
         parts.append(_chat(report["chat"]))
-    return "\n\n".join([*parts, _layers(report)]) + "\n"
+    return "\n\n".join([*parts, _errors_by_layer(report)]) + "\n"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first row is its head, the first column left-aligned and the others right."""
     head, *body = rows
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *body])
 
 
-def error(value: float | None) -> str:
+def format_relative_error(value: float | None) -> str:
     """A relative error in per cent."""
     return "undefined" if value is None else f"{value:.3%}" if value else "0"
 
 
-def nats(value: float) -> str:
+def format_nats(value: float) -> str:
     """A divergence with three digits."""
     return f"{value:.3g}" if value else "0"
 
@@ -46,20 +46,28 @@ def _sizes(report: dict[str, Any]) -> str:
             ratio = f"{held[1] / held[0]:.3f}" if all(held) else ""
             rows.append([f"bytes, {words}", *(f"{n:,}" for n in held), ratio])
     bits = [side["bits_per_weight"] for side in (source, model)]
-    return table([*rows, ["bits per weight", *(f"{n:.2f}" for n in bits), f"{bits[1] / bits[0]:.3f}"]])
+    return markdown_table([*rows, ["bits per weight", *(f"{n:.2f}" for n in bits), f"{bits[1] / bits[0]:.3f}"]])
 
 
-def _kinds(report: dict[str, Any]) -> str:
+def _errors_by_kind(report: dict[str, Any]) -> str:
     errors = report["weights"]["by_kind"]
-    return table([["weights", "relative error"], *([kind, error(value)] for kind, value in errors.items())])
+    return markdown_table(
+        [["weights", "relative error"], *([kind, format_relative_error(value)] for kind, value in errors.items())]
+    )
 
 
-def _layers(report: dict[str, Any]) -> str:
+def _errors_by_layer(report: dict[str, Any]) -> str:
     kinds = list(report["weights"]["by_kind"])
     rows = [["part", "all", *kinds]]
     for part, errors in report["weights"]["by_layer"].items():
-        rows.append([part, error(errors["all"]), *(error(errors[k]) if k in errors else "" for k in kinds)])
-    return "Relative error by part:\n\n" + table(rows)
+        rows.append(
+            [
+                part,
+                format_relative_error(errors["all"]),
+                *(format_relative_error(errors[k]) if k in errors else "" for k in kinds),
+            ]
+        )
+    return "Relative error by part:\n\n" + markdown_table(rows)
 
 
 def _text(report: dict[str, Any]) -> str:
@@ -69,17 +77,17 @@ def _text(report: dict[str, Any]) -> str:
     low, high = kl["mean_95"]
     rows = [
         [f"{text['tokens']:,} tokens, cache in {model['cache_dtype']}", ""],
-        ["KL(source, model), mean", f"{nats(kl['mean'])} nats"],
-        ["95 % interval of the mean", f"{nats(low)} – {nats(high)}"],
-        ["median", nats(kl["median"])],
-        ["99th percentile", nats(kl["p99"])],
-        ["largest", nats(kl["max"])],
+        ["KL(source, model), mean", f"{format_nats(kl['mean'])} nats"],
+        ["95 % interval of the mean", f"{format_nats(low)} – {format_nats(high)}"],
+        ["median", format_nats(kl["median"])],
+        ["99th percentile", format_nats(kl["p99"])],
+        ["largest", format_nats(kl["max"])],
         ["perplexity of the source", f"{perplexity['reference']:.4f}"],
         ["perplexity of the model", f"{perplexity['model']:.4f}"],
         ["same most likely token", f"{top['agreement']:.3%}"],
         [f"the same, at {top['sure_positions']:,} positions with a lead over {top['sure_nats']} nats", sure],
     ]
-    return f"Windows of {text['window']:,} tokens, activations in {report['dtype']}.\n\n{table(rows)}"
+    return f"Windows of {text['window']:,} tokens, activations in {report['dtype']}.\n\n{markdown_table(rows)}"
 
 
 def _chat(chat: dict[str, Any]) -> str:
@@ -95,4 +103,4 @@ def _chat(chat: dict[str, Any]) -> str:
     if chat["ratio"] is not None:
         low, high = chat["ratio_95"]
         found += f", ratio {chat['ratio']:.4f} ({low:.4f} to {high:.4f})"
-    return f"{table(rows)}\n\n{found}; tasks drawn anew for both models together."
+    return f"{markdown_table(rows)}\n\n{found}; tasks drawn anew for both models together."

@@ -11,8 +11,8 @@ from glm_jax.errors import GlmError
 Array = np.ndarray[Any, np.dtype[Any]]
 Interval = tuple[float, float, float]
 
-_LEVEL = 0.95
-_DRAWN_TOGETHER = 1 << 22  # numbers of units drawn at once
+_CONFIDENCE_LEVEL = 0.95
+_DRAWS_PER_BATCH = 1 << 22  # numbers of units drawn at once
 
 
 def paired_bootstrap(a: Any, b: Any, resamples: int = 10_000, seed: int = 0) -> Interval:
@@ -34,30 +34,30 @@ def paired_bootstrap(a: Any, b: Any, resamples: int = 10_000, seed: int = 0) -> 
         GlmError: if the shapes or the paddings differ, or nothing but padding is there.
     """
     a, b = _pair(a, b)
-    return mean_interval(a - b, resamples, seed)
+    return bootstrap_mean(a - b, resamples, seed)
 
 
-def mean_interval(values: Any, resamples: int = 10_000, seed: int = 0) -> Interval:
+def bootstrap_mean(values: Any, resamples: int = 10_000, seed: int = 0) -> Interval:
     """Mean of ``[units, ...]`` (NaN is padding) with its 95 % interval, by drawing units anew."""
-    sums, counts = _totals(np.asarray(values, np.float64))
-    means = np.concatenate([w @ sums / (w @ counts) for w in _weights(counts, resamples, seed)])
-    return float(sums.sum() / counts.sum()), *_ends(means)
+    sums, counts = _unit_totals(np.asarray(values, np.float64))
+    means = np.concatenate([w @ sums / (w @ counts) for w in _resample_counts(counts, resamples, seed)])
+    return float(sums.sum() / counts.sum()), *_interval_bounds(means)
 
 
 def paired_ratio(a: Any, b: Any, resamples: int = 10_000, seed: int = 0) -> Interval | None:
     """Ratio of the means ``a / b`` with its 95 % interval, as :func:`paired_bootstrap`; None if b's mean can be 0."""
     a, b = _pair(a, b)
-    (above, counts), (below, _) = _totals(a), _totals(b)
+    (above, counts), (below, _) = _unit_totals(a), _unit_totals(b)
     ratios = []
-    for weights in _weights(counts, resamples, seed):
+    for weights in _resample_counts(counts, resamples, seed):
         bottom = weights @ below
         if not bottom.all():
             return None
         ratios.append(weights @ above / bottom)
-    return float(above.sum() / below.sum()), *_ends(np.concatenate(ratios))
+    return float(above.sum() / below.sum()), *_interval_bounds(np.concatenate(ratios))
 
 
-def quantiles(values: Array) -> dict[str, float]:
+def summarize_distribution(values: Array) -> dict[str, float]:
     """Mean, median, 99th percentile and maximum of the numbers that are not NaN."""
     there = values[~np.isnan(values)].astype(np.float64)
     median, high = np.quantile(there, (0.5, 0.99))
@@ -71,7 +71,7 @@ def _pair(a: Any, b: Any) -> tuple[Array, Array]:
     return a, b
 
 
-def _totals(values: Array) -> tuple[Array, Array]:
+def _unit_totals(values: Array) -> tuple[Array, Array]:
     """Sum and count of each unit, without those that have nothing."""
     flat = values.reshape(len(values), -1)
     counts = (~np.isnan(flat)).sum(axis=1)
@@ -80,14 +80,14 @@ def _totals(values: Array) -> tuple[Array, Array]:
     return np.nansum(flat, axis=1)[counts > 0], counts[counts > 0].astype(np.float64)
 
 
-def _weights(counts: Array, resamples: int, seed: int) -> list[Array]:
+def _resample_counts(counts: Array, resamples: int, seed: int) -> list[Array]:
     """How often each unit is drawn, ``[resamples, units]`` in parts."""
     units, rng = len(counts), np.random.default_rng(seed)
-    together = max(1, _DRAWN_TOGETHER // units)
+    together = max(1, _DRAWS_PER_BATCH // units)
     parts = [min(together, resamples - start) for start in range(0, resamples, together)]
     return [rng.multinomial(units, np.full(units, 1 / units), size=part).astype(np.float64) for part in parts]
 
 
-def _ends(values: Array) -> tuple[float, float]:
-    low, high = np.quantile(values, ((1 - _LEVEL) / 2, (1 + _LEVEL) / 2))
+def _interval_bounds(values: Array) -> tuple[float, float]:
+    low, high = np.quantile(values, ((1 - _CONFIDENCE_LEVEL) / 2, (1 + _CONFIDENCE_LEVEL) / 2))
     return float(low), float(high)

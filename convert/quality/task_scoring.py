@@ -9,22 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glm_jax.cli.common import read_text
+from glm_jax.cli.common import read_prompt_text
 from glm_jax.errors import GlmError, PromptError
 from glm_jax.text import parse_output
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Mark:
+class TaskScore:
     """One answer: whether it is right to the letter, and whether its tool call (if one was due) is well formed."""
 
     kind: str
     thinking: bool
-    right: bool
-    well_formed: bool
+    is_correct: bool
+    is_well_formed: bool
 
 
-def read_tasks(path: Path) -> list[dict[str, Any]]:
+def read_chat_tasks(path: Path) -> list[dict[str, Any]]:
     """The tasks of a file, one JSON object per line.
 
     Each has ``messages`` to send with ``tools`` and ``thinking`` on or off, the ``answer`` or the ``calls`` that are
@@ -33,14 +33,16 @@ def read_tasks(path: Path) -> list[dict[str, Any]]:
     Raises:
         PromptError: if the file cannot be read, or a line is something else.
     """
-    lines = enumerate(read_text(str(path)).split("\n"), 1)  # not splitlines: JSON may hold other line ends in its texts
-    records = [_record(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    lines = enumerate(
+        read_prompt_text(str(path)).split("\n"), 1
+    )  # not splitlines: JSON may hold other line ends in its texts
+    records = [_parse_task(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if not records:
         raise PromptError(f"{path} holds no task")
     return records
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
+def _parse_task(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -54,30 +56,30 @@ def _record(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def mark(record: dict[str, Any], text: str, end: str | None) -> Mark:
+def score_answer(task: dict[str, Any], text: str, end: str | None) -> TaskScore:
     """Marks an answer.
 
     Args:
-        record: of the task.
+        task: of the task.
         text: what the model wrote after the prompt, without the token that ended it.
         end: that token, or None if the model did not stop.
     """
     try:
-        message = parse_output(text, tools=record["tools"] or None, thinking=record["thinking"])
+        message = parse_output(text, tools=task["tools"] or None, thinking=task["thinking"])
     except GlmError:
-        return Mark(record["kind"], record["thinking"], right=False, well_formed=False)
+        return TaskScore(task["kind"], task["thinking"], is_correct=False, is_well_formed=False)
     got = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
     content = message.content or ""
-    if record["calls"]:
-        well_formed = end == "<|observation|>" and len(got) == 1 and _fits(got[0], record["tools"])
-        return Mark(
-            record["kind"], record["thinking"], well_formed and got == record["calls"] and not content, well_formed
+    if task["calls"]:
+        well_formed = end == "<|observation|>" and len(got) == 1 and _matches_schema(got[0], task["tools"])
+        return TaskScore(
+            task["kind"], task["thinking"], well_formed and got == task["calls"] and not content, well_formed
         )
-    right = end == "<|user|>" and content == record["answer"] and not got
-    return Mark(record["kind"], record["thinking"], right, well_formed=True)
+    right = end == "<|user|>" and content == task["answer"] and not got
+    return TaskScore(task["kind"], task["thinking"], right, is_well_formed=True)
 
 
-def _fits(call: dict[str, Any], tools: Sequence[dict[str, Any]]) -> bool:
+def _matches_schema(call: dict[str, Any], tools: Sequence[dict[str, Any]]) -> bool:
     schemas = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in tools}
     if call["name"] not in schemas:
         return False
@@ -85,16 +87,16 @@ def _fits(call: dict[str, Any], tools: Sequence[dict[str, Any]]) -> bool:
     return set(schema.get("required", ())) <= given <= set(schema.get("properties", ()))
 
 
-def summary(marks: Sequence[Mark]) -> dict[str, Any]:
+def summarize_scores(scores: Sequence[TaskScore]) -> dict[str, Any]:
     """Shares of right answers, in all, by kind and by thinking, and of well-formed calls (None where none was due)."""
     by_kind, by_thinking = defaultdict(list), defaultdict(list)
-    for m in marks:
-        by_kind[m.kind].append(m.right)
-        by_thinking["on" if m.thinking else "off"].append(m.right)
-    calls = [m.well_formed for m in marks if m.kind == "tool_call"]
+    for m in scores:
+        by_kind[m.kind].append(m.is_correct)
+        by_thinking["on" if m.thinking else "off"].append(m.is_correct)
+    calls = [m.is_well_formed for m in scores if m.kind == "tool_call"]
     return {
-        "tasks": len(marks),
-        "exact_match": _share([m.right for m in marks]),
+        "tasks": len(scores),
+        "exact_match": _share([m.is_correct for m in scores]),
         "by_kind": {kind: _share(rights) for kind, rights in sorted(by_kind.items())},
         "by_thinking": {state: _share(rights) for state, rights in sorted(by_thinking.items())},
         "well_formed_calls": _share(calls),

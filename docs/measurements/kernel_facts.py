@@ -15,29 +15,29 @@ import jax.numpy as jnp
 import triton
 
 from pallas_kernels import compiling_for
-from pallas_kernels._launch import recording
-from pallas_kernels.aot import cards
-from pallas_kernels.report_format import table
-from pallas_kernels.specs import Sweep, cases
+from pallas_kernels._launch import record_kernels
+from pallas_kernels.aot import load_gpu_specs
+from pallas_kernels.report_format import markdown_table
+from pallas_kernels.specs import Sweep, list_specs
 
 CARDS = {"sm_89": "rtx6000-ada", "sm_90": "h200", "sm_100": "b200", "sm_120": "rtxpro6000"}
-SWEEP = Sweep(rows=(1,), kinds=("int4",), contexts=(8192,), caches=("bfloat16",))
+SWEEP = Sweep(batch_sizes=(1,), weight_kinds=("int4",), context_lengths=(8192,), cache_kinds=("bfloat16",))
 
 
 def main() -> None:
     """Compiles and prints."""
     rows = []
-    for case in cases(SWEEP):
+    for case in list_specs(SWEEP):
         given, state = jax.eval_shape(lambda case=case: case.make(2))
         cells = [case.full_name]
         for card in CARDS.values():
-            with compiling_for(cards()[card].target), recording() as made:
+            with compiling_for(load_gpu_specs()[card].target), record_kernels() as made:
                 jax.eval_shape(lambda g, s, case=case: case.run(g, s, jnp.ones(1, jnp.int32), None)[0], given, state)
             (kernel,) = made
             registers, stack = usage(kernel.cubin)
             cells.append(f"{registers} / {stack} / {kernel.num_warps} / {kernel.shared_memory / 1024:.1f} KB")
         rows.append(cells)
-    print(table(["kernel", *CARDS], rows, words=1))
+    print(markdown_table(["kernel", *CARDS], rows, text_columns=1))
 
 
 def usage(cubin: bytes) -> tuple[int, int]:

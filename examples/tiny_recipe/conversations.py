@@ -7,8 +7,8 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from examples.tiny_recipe.tasks import KINDS, Task, draw_task
-from examples.tiny_recipe.tools import SCHEMAS, ToolTask, draw_tool_task
+from examples.tiny_recipe.tasks import KINDS, Task, sample_task
+from examples.tiny_recipe.tools import SCHEMAS, ToolTask, sample_tool_task
 
 Json = dict[str, Any]
 Render = Callable[..., str]
@@ -45,7 +45,7 @@ class Conversation:
         return render(messages, list(self.tools) or None, add_generation_prompt=True, enable_thinking=self.thinking)
 
 
-def draw_conversation(rng: Random, tool_share: float = 0.06, hard_share: float = 0.0) -> Conversation:
+def sample_conversation(rng: Random, tool_share: float = 0.06, hard_share: float = 0.0) -> Conversation:
     """A random training conversation: about tools or not, and with questions of the hard kinds more often or not."""
     return _tool_conversation(rng) if rng.random() < tool_share else _plain_conversation(rng, hard_share)
 
@@ -56,12 +56,12 @@ def held_out_conversations(rng: Random, per_kind: int, tool_tasks: int) -> list[
         _finish(task.kind, [_user(task.question)], task.reasoning, task.answer, bool(i % 2))
         for kind in KINDS
         for i in range(per_kind)
-        for task in [draw_task(rng, held_out=True, kind=kind)]
+        for task in [sample_task(rng, held_out=True, kind=kind)]
     ]
     calls = []
     for i in range(tool_tasks):
         names = next(names for names in iter(lambda: _tool_names(rng), None) if names != ["list_files"])
-        task = draw_tool_task(rng, names, held_out=True)
+        task = sample_tool_task(rng, names, held_out=True)
         calls.append(_finish_call([_user(task.request)], task, names, bool(i % 2)))
     return tasks + calls
 
@@ -116,17 +116,17 @@ def _plain_turn(rng: Random, hard_share: float) -> Task:
     if rng.random() < 0.02:
         question, answer = rng.choice(SMALL_TALK)
         return Task("small_talk", question, "A short answer will do.", answer)
-    return draw_task(rng, held_out=False, hard_share=hard_share)
+    return sample_task(rng, held_out=False, hard_share=hard_share)
 
 
 def _tool_conversation(rng: Random) -> Conversation:
     messages, names, thinking = _opening(rng), _tool_names(rng), rng.random() < 0.5
     for _ in range(rng.choice((0, 0, 1))):
-        messages += _served(draw_tool_task(rng, names, held_out=False), thinking=False)
+        messages += _served(sample_tool_task(rng, names, held_out=False), thinking=False)
     if rng.random() < 0.2:
-        task = draw_task(rng, held_out=False)
+        task = sample_task(rng, held_out=False)
         return _finish(task.kind, [*messages, _user(task.question)], task.reasoning, task.answer, thinking, names)
-    request = draw_tool_task(rng, names, held_out=False)
+    request = sample_tool_task(rng, names, held_out=False)
     if rng.random() < 0.5:
         return _finish_call([*messages, _user(request.request)], request, names, thinking)
     served = _served(request, thinking)[:-1]

@@ -44,7 +44,7 @@ def library_files(root: Path | None = None) -> list[LibraryFile]:
     return files
 
 
-def split(files: list[LibraryFile]) -> tuple[list[LibraryFile], list[LibraryFile]]:
+def split_held_out(files: list[LibraryFile]) -> tuple[list[LibraryFile], list[LibraryFile]]:
     """The files to train on and the held-out ones."""
     return [f for f in files if not f.held_out], [f for f in files if f.held_out]
 

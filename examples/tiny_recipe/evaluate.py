@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from examples.tiny_recipe import held_out_tasks as heldout
+from examples.tiny_recipe import held_out_tasks
 from examples.tiny_recipe.bits_per_byte import bits_per_byte
-from examples.tiny_recipe.conversations import Render, draw_conversation
+from examples.tiny_recipe.conversations import Render, sample_conversation
 from examples.tiny_recipe.corpus import LibraryFile
-from examples.tiny_recipe.greedy_decode import continue_greedily
+from examples.tiny_recipe.greedy_decode import generate_greedy
 from examples.tiny_recipe.loss import forward
 from examples.tiny_recipe.tokenizer import SPECIAL_TOKENS
 from glm_jax.config import Config
@@ -40,7 +40,7 @@ def evaluate(
     texts = [file.text for file in held_out]
     rows = _rows(tokenizer, texts)
     on_text, loads = _inspect(cfg, params, rows)
-    on_own, _ = _inspect(cfg, params, _written(cfg, params, rows))
+    on_own, _ = _inspect(cfg, params, _greedy_continuations(cfg, params, rows))
     _, chat_loads = _inspect(cfg, params, _rows(tokenizer, _conversations(render)))
     return {
         "python": platform.python_version(),
@@ -49,12 +49,15 @@ def evaluate(
         "window": WINDOW,
         "bits_per_byte": round(bits_per_byte(cfg, params, tokenizer, texts, window=WINDOW, stride=WINDOW // 2), 4),
         "bits_per_byte_xz": round(xz_bits_per_byte(texts), 4),
-        "chat": heldout.summary(marks(cfg, params, tokenizer, render)),
+        "chat": held_out_tasks.summarize_scores(score_held_out_tasks(cfg, params, tokenizer, render)),
         "mtp_acceptance": {
             "held_out_text": round(float(on_text.mean()), 4),
             "own_text": round(float(on_own[:, PROMPT_TOKENS:].mean()), 4),
         },
-        "expert_load": {"library": _balance(cfg, loads), "conversations": _balance(cfg, chat_loads)},
+        "expert_load": {
+            "library": _expert_load_extremes(cfg, loads),
+            "conversations": _expert_load_extremes(cfg, chat_loads),
+        },
     }
 
 
@@ -65,12 +68,17 @@ def xz_bits_per_byte(texts: Sequence[str]) -> float:
     return 8 * packed / sum(map(len, data))
 
 
-def marks(cfg: Config, params: Any, tokenizer: Tokenizer, render: Render) -> list[heldout.Mark]:
+def score_held_out_tasks(
+    cfg: Config, params: Any, tokenizer: Tokenizer, render: Render
+) -> list[held_out_tasks.TaskScore]:
     """The marks of greedy answers to the held-out chat tasks."""
-    items = heldout.conversations()
+    items = held_out_tasks.evaluation_conversations()
     prompts = [tokenizer.encode(item.prompt(render)).ids for item in items]
-    answers = continue_greedily(cfg, params, prompts, ANSWER_TOKENS, cfg.eos_token_ids)
-    return [heldout.mark(heldout.to_record(i), *_text(cfg, tokenizer, a)) for i, a in zip(items, answers, strict=True)]
+    answers = generate_greedy(cfg, params, prompts, ANSWER_TOKENS, cfg.eos_token_ids)
+    return [
+        held_out_tasks.score_answer(held_out_tasks.to_record(i), *_text(cfg, tokenizer, a))
+        for i, a in zip(items, answers, strict=True)
+    ]
 
 
 def _text(cfg: Config, tokenizer: Tokenizer, ids: list[int]) -> tuple[str, str | None]:
@@ -89,12 +97,12 @@ def _rows(tokenizer: Tokenizer, texts: Sequence[str], length: int = 513) -> np.n
 
 def _conversations(render: Render) -> list[str]:
     rng = Random("expert load")
-    return [draw_conversation(rng).text(render) for _ in range(500)]
+    return [sample_conversation(rng).text(render) for _ in range(500)]
 
 
-def _written(cfg: Config, params: Any, rows: np.ndarray) -> np.ndarray:
+def _greedy_continuations(cfg: Config, params: Any, rows: np.ndarray) -> np.ndarray:
     prompts = rows[:PROMPTS, :PROMPT_TOKENS]
-    written = continue_greedily(cfg, params, prompts.tolist(), ANSWER_TOKENS, ends=())
+    written = generate_greedy(cfg, params, prompts.tolist(), ANSWER_TOKENS, stop_ids=())
     return np.concatenate([prompts, np.asarray(written, np.int32)], axis=1)
 
 
@@ -113,11 +121,11 @@ def _inspect_part(cfg: Config, params: Any, tokens: jax.Array) -> tuple[jax.Arra
     return jnp.argmax(out.draft[:, :-1], -1) == jnp.argmax(out.logits[:, 1:], -1), out.loads
 
 
-def _balance(cfg: Config, loads: dict[str, np.ndarray]) -> dict[str, Any]:
+def _expert_load_extremes(cfg: Config, loads: dict[str, np.ndarray]) -> dict[str, Any]:
     """Each router's busiest and idlest expert, as multiples of the mean load."""
     named = {
         f"layer {run.start + i}": loads[f"runs/{r}"][i]
-        for r, run in enumerate(cfg.runs)
+        for r, run in enumerate(cfg.layer_groups)
         for i in range(run.count)
         if run.kind == "sparse"
     }

@@ -19,7 +19,7 @@ from glm_jax.config import Config
 WEIGHTS = "model.safetensors"
 
 
-def as_stored(params: Any) -> Any:
+def cast_to_stored_dtypes(params: Any) -> Any:
     """The parameters with the values that the folder will hold: bfloat16, router biases float32."""
 
     def cast(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
@@ -28,12 +28,12 @@ def as_stored(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def export(folder: Path, cfg: Config, params: Any, tokenizer: Tokenizer) -> None:
+def export_hf_folder(folder: Path, cfg: Config, params: Any, tokenizer: Tokenizer) -> None:
     """Writes config, generation settings, tokenizer and weights; what else lies in the folder stays."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         sharded = Path(scratch) / "model"
-        save(sharded, cfg, as_stored(params), to="safetensors")
+        save(sharded, cfg, cast_to_stored_dtypes(params), to="safetensors")
         tensors = {}
         for path in sorted(sharded.glob("*.safetensors")):
             with safe_open(path, framework="numpy") as file:

@@ -14,28 +14,28 @@ from glm_jax.cache import LatentCache
 from glm_jax.config import Config
 from glm_jax.model import GLM
 
-ROWS = 32
+BATCH_SIZE = 32
 # Prompts are padded to one of these, so that little is compiled.
-WIDTHS = (128, 512, 1024)
+PADDED_LENGTHS = (128, 512, 1024)
 
 
-def continue_greedily(
-    cfg: Config, params: Any, prompts: Sequence[Sequence[int]], new_tokens: int, ends: Collection[int]
+def generate_greedy(
+    cfg: Config, params: Any, prompts: Sequence[Sequence[int]], new_tokens: int, stop_ids: Collection[int]
 ) -> list[list[int]]:
-    """Continues each prompt (token ids) until a token of ``ends``, which is kept, or for ``new_tokens``."""
+    """Continues each prompt (token ids) until a token of ``stop_ids``, which is kept, or for ``new_tokens``."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), ROWS):
-        part = order[start : start + ROWS]
+    for start in range(0, len(order), BATCH_SIZE):
+        part = order[start : start + BATCH_SIZE]
         for i, written in zip(part, _batch(cfg, params, [prompts[i] for i in part], new_tokens), strict=True):
-            results[i] = _until(ends, written)
+            results[i] = _truncate_at_stop(stop_ids, written)
     return results
 
 
 def _batch(cfg: Config, params: Any, prompts: list[Sequence[int]], new_tokens: int) -> list[list[int]]:
-    width = next(width for width in WIDTHS if width >= max(map(len, prompts)))
-    tokens = np.zeros((ROWS, width), np.int32)
-    lengths = np.ones(ROWS, np.int32)
+    width = next(width for width in PADDED_LENGTHS if width >= max(map(len, prompts)))
+    tokens = np.zeros((BATCH_SIZE, width), np.int32)
+    lengths = np.ones(BATCH_SIZE, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
     written = _decode(cfg, params, jnp.asarray(tokens), jnp.asarray(lengths), new_tokens)
@@ -60,6 +60,6 @@ def _decode(cfg: Config, params: Any, tokens: jax.Array, lengths: jax.Array, new
     return written.T
 
 
-def _until(ends: Collection[int], tokens: list[int]) -> list[int]:
+def _truncate_at_stop(ends: Collection[int], tokens: list[int]) -> list[int]:
     found = [i for i, token in enumerate(tokens) if token in ends]
     return tokens[: found[0] + 1] if found else tokens

@@ -8,9 +8,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from convert.quality.task_scoring import Mark as Mark
-from convert.quality.task_scoring import mark as mark
-from convert.quality.task_scoring import summary as summary
+from convert.quality.task_scoring import TaskScore as TaskScore
+from convert.quality.task_scoring import score_answer as score_answer
+from convert.quality.task_scoring import summarize_scores as summarize_scores
 from examples.tiny_recipe.conversations import Conversation, held_out_conversations
 
 PER_KIND = 25
@@ -18,15 +18,15 @@ TOOL_TASKS = 100
 SEED = "held-out tasks"
 
 
-def conversations() -> list[Conversation]:
+def evaluation_conversations() -> list[Conversation]:
     """The held-out conversations, always the same."""
     return held_out_conversations(Random(SEED), PER_KIND, TOOL_TASKS)
 
 
-def more_conversations(per_kind: int = 60, tool_tasks: int = 200) -> list[Conversation]:
+def large_evaluation_conversations(per_kind: int = 60, tool_tasks: int = 200) -> list[Conversation]:
     """A larger set for comparing models that differ little: over 1,000 tasks, always the same, each prompt once.
 
-    They are drawn as :func:`conversations` are, from another seed: every instance is one that its own hash holds out
+    They are drawn as :func:`evaluation_conversations` are, from another seed: every instance is one that its own hash holds out
     (:func:`examples.tiny_recipe.tasks.is_held_out`), and neither the training conversations nor the calibration text,
     which are drawn from the other instances, hold any of them in whatever words. Kinds with few held-out instances
     give fewer than ``per_kind``, for repetitions are left out.

@@ -10,7 +10,7 @@ import optax
 
 from glm_jax.config import Config
 from glm_jax.model import GLM, mtp
-from glm_jax.model.block import Context, Taps
+from glm_jax.model.block import ActivationHooks, ForwardContext
 from glm_jax.ops.linear import linear
 from glm_jax.sharding import Rules
 
@@ -18,7 +18,7 @@ Tree = dict[str, Any]
 MTP_ROUTER = "mtp.moe.router"
 
 
-class Outputs(NamedTuple):
+class ForwardOutputs(NamedTuple):
     """Logits float32 [B, T, V] of the next token and of the one after it (if asked for); loads [l, E] by block."""
 
     logits: jax.Array
@@ -36,36 +36,36 @@ class Losses(NamedTuple):
     loads: dict[str, jax.Array]
 
 
-def forward(cfg: Config, params: Tree, tokens: jax.Array, *, with_mtp: bool) -> Outputs:
+def forward(cfg: Config, params: Tree, tokens: jax.Array, *, with_mtp: bool) -> ForwardOutputs:
     """Runs the model over ``tokens`` int32 [B, T+1]; the last one serves the prediction layer only."""
     routers = {i: f"block.{i}.moe.router" for i, kind in enumerate(cfg.mlp_layer_types) if kind == "sparse"}
     here, after = tokens[:, :-1], tokens[:, 1:]
     logits, _, seen = GLM(cfg).apply({"params": params}, here, trace=(*routers.values(), "norm"), attention="expanded")  # pyright: ignore[reportAssignmentType]
     loads = {
-        f"runs/{r}": jnp.stack([_load(seen[routers[i]]) for i in range(run.start, run.start + run.count)])
-        for r, run in enumerate(cfg.runs)
+        f"runs/{r}": jnp.stack([_expert_load(seen[routers[i]]) for i in range(run.start, run.start + run.count)])
+        for r, run in enumerate(cfg.layer_groups)
         if run.kind == "sparse"
     }
     if not with_mtp:
-        return Outputs(logits, None, loads)
+        return ForwardOutputs(logits, None, loads)
     draft, loads["mtp"] = _draft(cfg, params, seen["norm"], after)
-    return Outputs(logits, draft, loads)
+    return ForwardOutputs(logits, draft, loads)
 
 
 def _draft(cfg: Config, params: Tree, hidden: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
     # GLM.draft does the same, but keeps no record of its router.
     positions = jnp.broadcast_to(jnp.arange(after.shape[1], dtype=jnp.int32)[None], after.shape)
-    ctx = Context(cfg, Rules(), positions, "expanded", Taps(frozenset({MTP_ROUTER}), {}))
-    state, _ = mtp.draft_hidden(ctx, hidden, after, None, params["mtp"], params["embed"])
+    ctx = ForwardContext(cfg, Rules(), positions, "expanded", ActivationHooks(frozenset({MTP_ROUTER}), {}))
+    state, _ = mtp.draft_hidden_states(ctx, hidden, after, None, params["mtp"], params["embed"])
     logits = linear(state, params["head"], dtype=jnp.dtype(jnp.float32))
-    return logits, _load(ctx.taps.recorded[MTP_ROUTER])[None]
+    return logits, _expert_load(ctx.hooks.recorded[MTP_ROUTER])[None]
 
 
-def _load(weights: jax.Array) -> jax.Array:
+def _expert_load(weights: jax.Array) -> jax.Array:
     return jnp.sum(weights > 0, axis=(0, 1)).astype(jnp.float32)
 
 
-def losses(cfg: Config, params: Tree, tokens: jax.Array, weights: jax.Array, *, with_mtp: bool) -> Losses:
+def compute_losses(cfg: Config, params: Tree, tokens: jax.Array, weights: jax.Array, *, with_mtp: bool) -> Losses:
     """Sums over one group of rows, ``tokens`` int32 and ``weights`` float32 [B, T+2]."""
     out = forward(cfg, params, tokens[:, :-1], with_mtp=with_mtp)
     main, weight = _cross_entropy(out.logits, tokens[:, 1:-1], weights[:, 1:-1])

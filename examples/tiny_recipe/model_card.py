@@ -10,7 +10,7 @@ from typing import Any
 from examples.tiny_recipe.corpus import LibraryFile
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-METRICS, CARD, CURVE, TASKS = "metrics.json", "README.md", "training.png", "heldout_chat.jsonl"
+METRICS_FILE, CARD_FILE, CURVE_FILE, TASKS_FILE = "metrics.json", "README.md", "training.png", "heldout_chat.jsonl"
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
@@ -35,7 +35,7 @@ def write_curve(path: Path, log: Sequence[dict[str, float]]) -> None:
     figure.savefig(path, dpi=90)
 
 
-def card(metrics: dict[str, Any], held_out: Sequence[LibraryFile]) -> str:
+def render_card(metrics: dict[str, Any], held_out: Sequence[LibraryFile]) -> str:
     """The card's text."""
     return TEMPLATE.read_text(encoding="utf-8").format(
         **metrics,
@@ -43,8 +43,8 @@ def card(metrics: dict[str, Any], held_out: Sequence[LibraryFile]) -> str:
         loads=_loads(metrics["expert_load"]),
         stages="\n".join(map(_stage, metrics["run"]["stages"])),
         files="\n".join(f"{file.sha256}  {file.name}" for file in held_out),
-        tasks_file=TASKS,
-        curve_file=CURVE,
+        tasks_file=TASKS_FILE,
+        curve_file=CURVE_FILE,
     )
 
 

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from examples.tiny_recipe.schedule import Plan
+from examples.tiny_recipe.schedule import TrainingSchedule
 
 Tree = dict[str, Any]
 # Tables of rows, not maps between spaces: orthogonalising them would make no sense.
-NOT_MATRICES = frozenset({"embed", "head", "router", "router_bias"})
+ADAM_PARAMETERS = frozenset({"embed", "head", "router", "router_bias"})
 
 
-def optimizer(plan: Plan) -> optax.GradientTransformation:
+def make_optimizer(plan: TrainingSchedule) -> optax.GradientTransformation:
     """Updates at the plan's highest rates; the caller multiplies by ``plan.rate(step)``.
 
     Muon (Jordan 2024) in optax's form with AOL preconditioning, which saves one of five Newton-Schulz steps.
@@ -36,7 +36,7 @@ def optimizer(plan: Plan) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), rule, embeddings)
 
 
-def balanced(params: Tree, loads: dict[str, jax.Array], rate: jax.Array) -> Tree:
+def update_router_biases(params: Tree, loads: dict[str, jax.Array], rate: jax.Array) -> Tree:
     """Moves each router bias by ``rate`` towards equal load, without an auxiliary loss (arXiv 2408.15664).
 
     Args:
@@ -61,7 +61,7 @@ def _dimensions(params: Tree) -> Tree:
 
 def _leaf_dimensions(path: tuple[Any, ...], value: jax.Array) -> MuonDimensionNumbers | None:
     names = [key.key for key in path]
-    if names[-1] in NOT_MATRICES or names[-1].endswith("norm"):
+    if names[-1] in ADAM_PARAMETERS or names[-1].endswith("norm"):
         return None
     last = value.ndim - 1
     # The heads of k_b and v_b [l, N, H, R] are rows of one matrix.

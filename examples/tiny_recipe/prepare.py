@@ -8,20 +8,20 @@ from random import Random
 
 from tokenizers import Tokenizer
 
-from examples.tiny_recipe.conversations import Render, draw_conversation
+from examples.tiny_recipe.conversations import Render, sample_conversation
 from examples.tiny_recipe.corpus import LibraryFile
 from examples.tiny_recipe.tokenizer import train_tokenizer
 
-CONVERSATIONS = 4000
+TOKENIZER_CONVERSATIONS = 4000
 
 
-def tokenizer_in(folder: Path, training: Sequence[LibraryFile], render: Render) -> Tokenizer:
+def load_or_train_tokenizer(folder: Path, training: Sequence[LibraryFile], render: Render) -> Tokenizer:
     """The tokenizer of a run's folder, learnt from the training data the first time."""
     path = folder / "tokenizer.json"
     if path.exists():
         return Tokenizer.from_file(str(path))
     rng = Random("tokenizer")
-    chat = [draw_conversation(rng).text(render) for _ in range(CONVERSATIONS)]
+    chat = [sample_conversation(rng).text(render) for _ in range(TOKENIZER_CONVERSATIONS)]
     tokenizer = train_tokenizer([f.text for f in training] + chat)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path))

@@ -10,12 +10,10 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
-from examples.tiny_recipe import corpus
-from examples.tiny_recipe import held_out_tasks as heldout
-from examples.tiny_recipe import model_card as card
+from examples.tiny_recipe import corpus, held_out_tasks, model_card
 from examples.tiny_recipe.evaluate import evaluate
-from examples.tiny_recipe.export import as_stored, export
-from examples.tiny_recipe.schedule import Plan, tiny_config
+from examples.tiny_recipe.export import cast_to_stored_dtypes, export_hf_folder
+from examples.tiny_recipe.schedule import TrainingSchedule, tiny_config
 from examples.tiny_recipe.train_step import initial_state
 from examples.tiny_recipe.training_checkpoint import load_state
 from examples.tiny_recipe.training_loop import RunFiles
@@ -26,18 +24,18 @@ def publish(files: RunFiles, folder: Path) -> None:
     """Exports a run's checkpoint to ``folder``, measures what was exported, and writes the card beside it."""
     cfg = tiny_config()
     facts = json.loads(files.plan.read_text())
-    shape_only = Plan(steps=1, decay_steps=1)
+    shape_only = TrainingSchedule(steps=1, decay_steps=1)
     step, state = load_state(files.state, initial_state(cfg, shape_only))
     tokenizer = Tokenizer.from_file(str(files.folder / "tokenizer.json"))
-    export(folder, cfg, state.params, tokenizer)
-    held_out = corpus.split(corpus.library_files())[1]
-    stored = jax.tree.map(lambda a: a.astype(jnp.float32), as_stored(state.params))
+    export_hf_folder(folder, cfg, state.params, tokenizer)
+    held_out = corpus.split_held_out(corpus.library_files())[1]
+    stored = jax.tree.map(lambda a: a.astype(jnp.float32), cast_to_stored_dtypes(state.params))
     metrics = evaluate(cfg, stored, tokenizer, held_out, render_chat)
     metrics["run"] = _run_facts(facts, step, state.params, tokenizer)
-    heldout.write_tasks(folder / card.TASKS, heldout.conversations())
-    (folder / card.METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
-    card.write_curve(folder / card.CURVE, card.read_log(files.log))
-    (folder / card.CARD).write_text(card.card(metrics, held_out), encoding="utf-8")
+    held_out_tasks.write_tasks(folder / model_card.TASKS_FILE, held_out_tasks.evaluation_conversations())
+    (folder / model_card.METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n")
+    model_card.write_curve(folder / model_card.CURVE_FILE, model_card.read_log(files.log))
+    (folder / model_card.CARD_FILE).write_text(model_card.render_card(metrics, held_out), encoding="utf-8")
     print(json.dumps(metrics, indent=2))
 
 

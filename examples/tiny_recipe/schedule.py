@@ -35,7 +35,7 @@ def tiny_config() -> Config:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Rows:
+class BatchShape:
     """Rows of a batch and the positions of each."""
 
     count: int
@@ -61,8 +61,8 @@ class Stage:
     """
 
     start: int
-    code: Rows
-    chat: Rows
+    code: BatchShape
+    chat: BatchShape
     mtp: bool = True
     tool_share: float = 0.06
     hard_share: float = 0.0
@@ -75,16 +75,18 @@ class Stage:
 
 
 STAGES = (
-    Stage(start=0, code=Rows(6, 256), chat=Rows(4, 384), mtp=False),
-    Stage(start=1000, code=Rows(6, 256), chat=Rows(4, 384)),
-    Stage(start=1400, code=Rows(3, 512), chat=Rows(4, 384)),
-    Stage(start=1500, code=Rows(2, 512), chat=Rows(6, 384), tool_share=0.1, chat_weight=0.7),
-    Stage(start=1850, code=Rows(2, 512), chat=Rows(6, 384), tool_share=0.1, chat_weight=0.7, hard_share=0.6),
+    Stage(start=0, code=BatchShape(6, 256), chat=BatchShape(4, 384), mtp=False),
+    Stage(start=1000, code=BatchShape(6, 256), chat=BatchShape(4, 384)),
+    Stage(start=1400, code=BatchShape(3, 512), chat=BatchShape(4, 384)),
+    Stage(start=1500, code=BatchShape(2, 512), chat=BatchShape(6, 384), tool_share=0.1, chat_weight=0.7),
+    Stage(
+        start=1850, code=BatchShape(2, 512), chat=BatchShape(6, 384), tool_share=0.1, chat_weight=0.7, hard_share=0.6
+    ),
 )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class TrainingSchedule:
     """The schedule: the rate warms up, stays, and falls to zero over the last ``decay_steps``.
 
     Nothing before the decay depends on ``steps``, so a resumed run may still be given another length.
@@ -107,12 +109,12 @@ class Plan:
         """What a step is made of."""
         return next(stage for stage in reversed(self.stages) if stage.start <= step)
 
-    def code_rows(self, step: int) -> int:
+    def code_rows_before(self, step: int) -> int:
         """Rows of library code, of the length of this step, read before it."""
         length = self.stage(step).code.length
         return sum(stage.code.count * steps for stage, steps in self._before(step) if stage.code.length == length)
 
-    def tokens(self, step: int) -> int:
+    def tokens_before(self, step: int) -> int:
         """Tokens seen before a step, of both kinds."""
         return sum(stage.tokens * steps for stage, steps in self._before(step))
 
@@ -121,6 +123,6 @@ class Plan:
         ends = [*(stage.start for stage in self.stages[1:]), step]
         return [(s, max(0, min(end, step) - s.start)) for s, end in zip(self.stages, ends, strict=True)]
 
-    def rate(self, step: int) -> float:
+    def learning_rate_scale(self, step: int) -> float:
         """The learning rate of a step as a share of the highest."""
         return max(0.0, min(1.0, (step + 1) / self.warmup_steps, (self.steps - step) / self.decay_steps))

@@ -38,17 +38,17 @@ def is_held_out(key: str) -> bool:
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % HELD_OUT_MODULUS == 0
 
 
-def draw_task(rng: Random, *, held_out: bool, kind: str | None = None, hard_share: float = 0.0) -> Task:
+def sample_task(rng: Random, *, held_out: bool, kind: str | None = None, hard_share: float = 0.0) -> Task:
     """A random task of one kind (default: any), from the training or the held-out instances.
 
     Args:
         rng: decides.
         held_out: from which of the two.
-        kind: one of :data:`KINDS`.
-        hard_share: how often to take one of :data:`HARD` instead of any.
+        kind: one of :data:`WEIGHT_KINDS`.
+        hard_share: how often to take one of :data:`HARD_KINDS` instead of any.
     """
-    kinds = HARD if hard_share and rng.random() < hard_share else KINDS
-    make = TASKS[kind or rng.choice(kinds)]
+    kinds = HARD_KINDS if hard_share and rng.random() < hard_share else KINDS
+    make = TASK_SAMPLERS[kind or rng.choice(kinds)]
     while True:
         task = make(rng)
         if task.held_out == held_out:
@@ -197,13 +197,13 @@ def _function(rng: Random) -> Task:
     )
 
 
-TASKS: dict[str, Callable[[Random], Task]] = {
+TASK_SAMPLERS: dict[str, Callable[[Random], Task]] = {
     make.__name__.removeprefix("_"): make
     for make in (
         *(_add, _subtract, _after, _compare, _largest, _parity, _reverse, _pick, _count, _occurrences, _sort),
         *(_member, _replace, _join, _repeat, _echo, _word, _swap, _length, _index, _function),
     )
 }
-KINDS = tuple(TASKS)
+KINDS = tuple(TASK_SAMPLERS)
 # Those that take longest to learn.
-HARD = ("add", "subtract", "compare", "occurrences", "sort", "member", "replace", "index")
+HARD_KINDS = ("add", "subtract", "compare", "occurrences", "sort", "member", "replace", "index")

@@ -18,7 +18,7 @@ from glm_jax.model import GLM
 BATCH, MULTIPLE = 32, 128
 
 
-def answered_rightly(
+def teacher_forced_correct(
     cfg: Config, params: Any, tokenizer: Tokenizer, items: Sequence[Conversation], render: Render
 ) -> list[bool]:
     """Whether each token of the right last turn is the greedy choice after those before it, by conversation.

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-LEARNT = 1996
+LEARNED_VOCAB = 1996
 MODEL_VOCAB = 2048
 # A line break with the indentation after it is one piece, a digit always is; the rest is as in cl100k.
-PIECES = r"\n+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[ \t]+(?!\S)|\s"
+PRETOKENIZER_PATTERN = r"\n+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[ \t]+(?!\S)|\s"
 # In the order of the original, whose ids start at 154820.
 SPECIAL_TOKENS = tuple(
     """<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|>
@@ -20,24 +20,28 @@ SPECIAL_TOKENS = tuple(
     <arg_value> </arg_value> /nothink <|begin_of_box|> <|end_of_box|> <|image|> <|video|>""".split()
 )
 # Added tokens that belong to the text: they survive a decoding that drops special tokens.
-VISIBLE = frozenset(t for t in SPECIAL_TOKENS if t[:1] == "<" and t[1:2] != "|" and t not in ("<sop>", "<eop>"))
-SPECIAL_IDS = {token: LEARNT + i for i, token in enumerate(SPECIAL_TOKENS)}
+NON_SPECIAL_TOKENS = frozenset(
+    t for t in SPECIAL_TOKENS if t[:1] == "<" and t[1:2] != "|" and t not in ("<sop>", "<eop>")
+)
+SPECIAL_IDS = {token: LEARNED_VOCAB + i for i, token in enumerate(SPECIAL_TOKENS)}
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """A tokenizer learnt from the texts; the same texts in the same order give the same one."""
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(PRETOKENIZER_PATTERN), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=LEARNT, initial_alphabet=alphabet, show_progress=False, max_token_length=24
+        vocab_size=LEARNED_VOCAB, initial_alphabet=alphabet, show_progress=False, max_token_length=24
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(t, special=t not in VISIBLE, normalized=False) for t in SPECIAL_TOKENS])
-    if tokenizer.token_to_id(SPECIAL_TOKENS[0]) != LEARNT or tokenizer.get_vocab_size() != LEARNT + len(SPECIAL_TOKENS):
-        raise RuntimeError(f"the texts are too small for a vocabulary of {LEARNT} learnt tokens")
+    tokenizer.add_tokens([AddedToken(t, special=t not in NON_SPECIAL_TOKENS, normalized=False) for t in SPECIAL_TOKENS])
+    if tokenizer.token_to_id(SPECIAL_TOKENS[0]) != LEARNED_VOCAB or tokenizer.get_vocab_size() != LEARNED_VOCAB + len(
+        SPECIAL_TOKENS
+    ):
+        raise RuntimeError(f"the texts are too small for a vocabulary of {LEARNED_VOCAB} learnt tokens")
     return tokenizer

@@ -112,7 +112,7 @@ def _files(rng: Random) -> ToolTask:
     return ToolTask(ask[0].upper() + ask[1:], "list_files", {}, json.dumps(names), f"The files are {', '.join(names)}.")
 
 
-MAKERS: dict[str, Callable[[Random], ToolTask]] = {
+TOOL_TASK_SAMPLERS: dict[str, Callable[[Random], ToolTask]] = {
     "get_weather": _weather,
     "get_time": _time,
     "calculator": _calculator,
@@ -132,7 +132,7 @@ SCHEMAS: dict[str, Json] = {
 }
 
 
-def draw_tool_task(rng: Random, names: list[str], *, held_out: bool) -> ToolTask:
+def sample_tool_task(rng: Random, names: list[str], *, held_out: bool) -> ToolTask:
     """A request that one of the named tools serves, from the training or the held-out instances.
 
     Raises:
@@ -141,6 +141,6 @@ def draw_tool_task(rng: Random, names: list[str], *, held_out: bool) -> ToolTask
     if held_out and not any(SCHEMAS[name]["function"]["parameters"]["required"] for name in names):
         raise ValueError(f"no call of {', '.join(names)} is held out: without arguments nothing is unseen")
     while True:
-        task = MAKERS[rng.choice(names)](rng)
+        task = TOOL_TASK_SAMPLERS[rng.choice(names)](rng)
         if task.held_out == held_out:
             return task

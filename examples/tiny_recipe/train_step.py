@@ -10,57 +10,64 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from examples.tiny_recipe.batches import Group
-from examples.tiny_recipe.loss import Losses, losses
-from examples.tiny_recipe.optimizer import balanced, optimizer
-from examples.tiny_recipe.schedule import Plan
+from examples.tiny_recipe.batches import TokenBatch
+from examples.tiny_recipe.loss import Losses, compute_losses
+from examples.tiny_recipe.optimizer import make_optimizer, update_router_biases
+from examples.tiny_recipe.schedule import TrainingSchedule
 from glm_jax.config import Config
 from glm_jax.weights.params import init_params
 
 Tree = dict[str, Any]
 Metrics = dict[str, jax.Array]
-StepFn = Callable[["State", tuple[Group, Group], jax.Array, jax.Array], tuple["State", Metrics]]
+TrainStep = Callable[["TrainState", tuple[TokenBatch, TokenBatch], jax.Array, jax.Array], tuple["TrainState", Metrics]]
 
 
-class State(NamedTuple):
+class TrainState(NamedTuple):
     """Parameters (float32) and the optimizer's state."""
 
     params: Tree
     optimizer: Any
 
 
-def initial_state(cfg: Config, plan: Plan) -> State:
+def initial_state(cfg: Config, plan: TrainingSchedule) -> TrainState:
     """Random parameters from the plan's seed."""
     params = init_params(cfg, plan.seed, jnp.float32)
     # Smaller rows let the first blocks' outputs count from the start.
     params["embed"] = params["embed"] * 0.3
-    return State(params, optimizer(plan).init(params))
+    return TrainState(params, make_optimizer(plan).init(params))
 
 
 @functools.cache
-def make_step(cfg: Config, plan: Plan, *, with_mtp: bool, chat_weight: float) -> StepFn:
+def make_train_step(cfg: Config, plan: TrainingSchedule, *, with_mtp: bool, chat_weight: float) -> TrainStep:
     """The compiled step: ``(state, groups, rate, bias_rate) -> (state, metrics)``; the state is donated."""
-    rule = optimizer(plan)
+    rule = make_optimizer(plan)
 
-    def step(state: State, groups: tuple[Group, Group], rate: jax.Array, bias_rate: jax.Array) -> tuple[State, Metrics]:
+    def step(
+        state: TrainState, groups: tuple[TokenBatch, TokenBatch], rate: jax.Array, bias_rate: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         gradient, metrics, loads = _gradient(cfg, plan, state.params, groups, with_mtp, chat_weight)
         updates, optimizer_state = rule.update(gradient, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, jax.tree.map(lambda u: u * rate, updates))
         metrics["grad_norm"] = optax.tree.norm(gradient)
-        return State(balanced(params, loads, bias_rate), optimizer_state), metrics
+        return TrainState(update_router_biases(params, loads, bias_rate), optimizer_state), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
 def _gradient(
-    cfg: Config, plan: Plan, params: Tree, groups: tuple[Group, Group], with_mtp: bool, chat_weight: float
+    cfg: Config,
+    plan: TrainingSchedule,
+    params: Tree,
+    groups: tuple[TokenBatch, TokenBatch],
+    with_mtp: bool,
+    chat_weight: float,
 ) -> tuple[Tree, Metrics, dict[str, jax.Array]]:
     def mixed(code: jax.Array, chat: jax.Array) -> jax.Array:
         return (1 - chat_weight) * code + chat_weight * chat
 
     def objective(params: Tree) -> tuple[jax.Array, tuple[Losses, Losses]]:
         code, chat = (
-            losses(cfg, params, jnp.asarray(tokens), jnp.asarray(weights), with_mtp=with_mtp)
+            compute_losses(cfg, params, jnp.asarray(tokens), jnp.asarray(weights), with_mtp=with_mtp)
             for tokens, weights in groups
         )
         loss = mixed(code.main / code.weight, chat.main / chat.weight)
@@ -74,10 +81,10 @@ def _gradient(
         "code": code.main / code.weight,
         "chat": chat.main / chat.weight,
         "draft": mixed(code.draft / code.draft_weight, chat.draft / chat.draft_weight),
-        "worst_load": jnp.max(jnp.stack([jnp.max(_share(load)) for load in loads.values()])),
+        "worst_load": jnp.max(jnp.stack([jnp.max(_relative_load(load)) for load in loads.values()])),
     }
     return gradient, metrics, loads
 
 
-def _share(load: jax.Array) -> jax.Array:
+def _relative_load(load: jax.Array) -> jax.Array:
     return load / jnp.mean(load, axis=-1, keepdims=True)

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from examples.tiny_recipe.train_step import State
+from examples.tiny_recipe.train_step import TrainState
 
 
-def save_state(path: Path, step: int, state: State) -> None:
+def save_state(path: Path, step: int, state: TrainState) -> None:
     """Writes the state before ``step``, replacing an earlier file at once."""
     leaves: dict[str, Any] = {f"leaf_{i:03}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
     partial = path.with_suffix(".partial")
@@ -23,13 +23,13 @@ def save_state(path: Path, step: int, state: State) -> None:
     partial.replace(path)
 
 
-def load_state(path: Path, like: State) -> tuple[int, State]:
-    """The next step and the state, in the structure of ``like``.
+def load_state(path: Path, template: TrainState) -> tuple[int, TrainState]:
+    """The next step and the state, in the structure of ``template``.
 
     Raises:
         ValueError: if the file belongs to another model or optimizer.
     """
-    expected, structure = jax.tree.flatten(like)
+    expected, structure = jax.tree.flatten(template)
     with np.load(path) as file:
         leaves = [file[name] for name in sorted(file.files) if name.startswith("leaf_")]
         step = int(file["step"])

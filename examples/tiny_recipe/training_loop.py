@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from examples.tiny_recipe.batches import Batches
-from examples.tiny_recipe.schedule import Plan
-from examples.tiny_recipe.train_step import State, initial_state, make_step
+from examples.tiny_recipe.schedule import TrainingSchedule
+from examples.tiny_recipe.train_step import TrainState, initial_state, make_train_step
 from examples.tiny_recipe.training_checkpoint import load_state, save_state
 from glm_jax.config import Config
 
-Log = Callable[[str], None]
+LineWriter = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,38 +48,38 @@ class RunFiles:
 
 def train(
     cfg: Config,
-    plan: Plan,
+    plan: TrainingSchedule,
     batches: Batches,
     files: RunFiles,
     probe: Callable[[Any], dict[str, float]],
-    say: Log = print,
-    stop: int | None = None,
-) -> State:
-    """Trains from the checkpoint, or from the start, to the end of the plan (or to step ``stop``).
+    write_line: LineWriter = print,
+    stop_step: int | None = None,
+) -> TrainState:
+    """Trains from the checkpoint, or from the start, to the end of the plan (or to step ``stop_step``).
 
     Args:
         probe: figures of parameters on a little held-out data ("bpb": bits per byte, "right": share of right answers).
-        say: where progress lines go.
+        write_line: where progress lines go.
     """
     files.folder.mkdir(parents=True, exist_ok=True)
     state, first = initial_state(cfg, plan), 0
     if files.state.exists():
         first, state = load_state(files.state, state)
-        _forget_after(files.log, first)
-        say(f"resuming at step {first}")
+        _truncate_log(files.log, first)
+        write_line(f"resuming at step {first}")
     meter = _Meter(plan, first)
-    last = plan.steps if stop is None else min(stop, plan.steps)
+    last = plan.steps if stop_step is None else min(stop_step, plan.steps)
     for step in range(first, last):
-        stage, rate = plan.stage(step), plan.rate(step)
-        function = make_step(cfg, plan, with_mtp=stage.mtp, chat_weight=stage.chat_weight)
+        stage, rate = plan.stage(step), plan.learning_rate_scale(step)
+        function = make_train_step(cfg, plan, with_mtp=stage.mtp, chat_weight=stage.chat_weight)
         state, metrics = function(state, batches(step), jnp.float32(rate), jnp.float32(plan.bias_rate * rate))
         done = step + 1
         if done % files.log_every == 0 or done == last:
             record = meter.record(done, metrics)
             if done % files.probe_every == 0 or done == plan.steps:
                 record |= probe(state.params)
-            _write(files.log, record)
-            say(_line(record))
+            _append_record(files.log, record)
+            write_line(_progress_line(record))
         if done % files.save_every == 0 or done == last:
             save_state(files.state, done, state)
     return state
@@ -88,31 +88,37 @@ def train(
 class _Meter:
     """Tokens per second since the last record, and the time left at that rate."""
 
-    def __init__(self, plan: Plan, step: int) -> None:
+    def __init__(self, plan: TrainingSchedule, step: int) -> None:
         self.plan, self.step, self.time = plan, step, time.monotonic()
 
     def record(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
         values = {name: float(value) for name, value in metrics.items()}
         now = time.monotonic()
-        rate = (self.plan.tokens(step) - self.plan.tokens(self.step)) / (now - self.time)
+        rate = (self.plan.tokens_before(step) - self.plan.tokens_before(self.step)) / (now - self.time)
         self.step, self.time = step, now
-        left = (self.plan.tokens(self.plan.steps) - self.plan.tokens(step)) / rate
-        return {"step": step, "tokens": self.plan.tokens(step), **values, "tokens_per_s": rate, "seconds_left": left}
+        left = (self.plan.tokens_before(self.plan.steps) - self.plan.tokens_before(step)) / rate
+        return {
+            "step": step,
+            "tokens": self.plan.tokens_before(step),
+            **values,
+            "tokens_per_s": rate,
+            "seconds_left": left,
+        }
 
 
-def _line(record: dict[str, float]) -> str:
+def _progress_line(record: dict[str, float]) -> str:
     names = ("loss", "code", "chat", "draft", "worst_load", "grad_norm", "bpb", "right")
     shown = " ".join(f"{name} {record[name]:.3f}" for name in names if name in record)
     speed = f"{record['tokens_per_s']:.0f} tokens/s, {record['seconds_left'] / 60:.0f} min left"
     return f"step {record['step']} {record['tokens'] / 1e6:.2f}M {shown} | {speed}"
 
 
-def _write(path: Path, record: dict[str, float]) -> None:
+def _append_record(path: Path, record: dict[str, float]) -> None:
     with path.open("a") as file:
         file.write(json.dumps({k: round(v, 5) for k, v in record.items()}) + "\n")
 
 
-def _forget_after(path: Path, step: int) -> None:
+def _truncate_log(path: Path, step: int) -> None:
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
         path.write_text("".join(line + "\n" for line in kept))

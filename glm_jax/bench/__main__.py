@@ -6,25 +6,25 @@ from collections.abc import Sequence
 
 import tyro
 
-from glm_jax.bench.options import Decode, Prefill
-from glm_jax.bench.projection import Project, project
-from glm_jax.cli.common import OK, finish
+from glm_jax.bench.options import DecodeOptions, PrefillOptions
+from glm_jax.bench.projection import ProjectOptions, project_report
+from glm_jax.cli.common import OK, run_and_exit
 
-COMMANDS = {"decode": Decode, "prefill": Prefill, "project": Project}
+COMMANDS = {"decode": DecodeOptions, "prefill": PrefillOptions, "project": ProjectOptions}
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    options: Decode | Prefill | Project = tyro.extras.subcommand_cli_from_dict(
+    options: DecodeOptions | PrefillOptions | ProjectOptions = tyro.extras.subcommand_cli_from_dict(
         COMMANDS, prog="python -m glm_jax.bench", args=args, config=(tyro.conf.UseAppendAction,)
     )
-    if isinstance(options, Project):
-        print(project(options))
+    if isinstance(options, ProjectOptions):
+        print(project_report(options))
         return OK
-    from glm_jax.bench.run import measure
+    from glm_jax.bench.run import measure_and_print
 
-    return measure(options)
+    return measure_and_print(options)
 
 
 if __name__ == "__main__":
-    finish(main)
+    run_and_exit(main)

@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
+class LoadStats:
     """How a side was loaded.
 
     Attributes:
@@ -23,7 +23,7 @@ class Loaded:
     peak_bytes: int | None
 
 
-class Side(Protocol):
+class BenchBackend(Protocol):
     """A model that can be timed.
 
     Attributes:
@@ -33,7 +33,7 @@ class Side(Protocol):
     """
 
     name: str
-    loaded: Loaded
+    loaded: LoadStats
     compile_seconds: float
 
     def prefill(self, prompts: np.ndarray) -> tuple[float, Any]:

@@ -11,26 +11,26 @@ from typing import Any, Self
 import numpy as np
 
 from pallas_kernels import timing
-from pallas_kernels.machine_info import cores
+from pallas_kernels.machine_info import num_cpu_cores
 
 _READ_BYTES, _READ_WIDTH = 1 << 30, 4096
 
 
-def bandwidth() -> dict[str, Any]:
+def measure_bandwidth() -> dict[str, Any]:
     """Bytes per second that the memory of JAX's default device gives, and how that was found."""
     import jax
 
     if jax.default_backend() == "cpu":
-        return {"bytes_per_s": read_bandwidth(), "of": "reads by all cores"}
-    return {"bytes_per_s": timing.copy_bandwidth(), "of": "copies, read and written"}
+        return {"bytes_per_s": measure_read_bandwidth(), "of": "reads by all cores"}
+    return {"bytes_per_s": timing.measure_copy_bandwidth(), "of": "copies, read and written"}
 
 
-def read_bandwidth(repeats: int = 5) -> float:
+def measure_read_bandwidth(repeats: int = 5) -> float:
     """Bytes per second at which all cores together read one GiB from memory (the best of ``repeats``).
 
     They multiply a matrix and a vector, which keeps up with memory better than anything else in NumPy.
     """
-    parts = np.array_split(np.ones((_READ_BYTES // 4 // _READ_WIDTH, _READ_WIDTH), np.float32), cores())
+    parts = np.array_split(np.ones((_READ_BYTES // 4 // _READ_WIDTH, _READ_WIDTH), np.float32), num_cpu_cores())
     vector = np.ones(_READ_WIDTH, np.float32)
     best = float("inf")
     with ThreadPoolExecutor(len(parts)) as pool:
@@ -41,7 +41,7 @@ def read_bandwidth(repeats: int = 5) -> float:
     return _READ_BYTES / best
 
 
-class PeakMemory:
+class PeakMemoryMonitor:
     """The most memory a ``with`` block used above what was in use at its start, sampled every 5 ms.
 
     Counts anonymous and shared pages, not those of mapped files (RssAnon + RssShmem of ``/proc/self/status``).
@@ -53,7 +53,7 @@ class PeakMemory:
     peak: int | None = None
 
     def __enter__(self) -> Self:
-        self._start = resident()
+        self._start = resident_bytes()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -65,12 +65,12 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while self._start is not None:
-            self.peak = max(self.peak or 0, (resident() or 0) - self._start)
+            self.peak = max(self.peak or 0, (resident_bytes() or 0) - self._start)
             if self._ended.wait(0.005):
                 return
 
 
-def resident() -> int | None:
+def resident_bytes() -> int | None:
     """Bytes of this process's own pages, or ``None`` where that is not known."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from glm_jax.errors import GlmError
-from pallas_kernels.report_format import sizes
+from pallas_kernels.report_format import parse_sizes
 
 Peer = Literal["transformers", "reference", "unquantised"]
 
 
 @dataclasses.dataclass(kw_only=True)
-class Common:
+class BenchOptions:
     """Options of both kinds."""
 
     model: str = "tiny"
@@ -45,7 +45,7 @@ class Common:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Decode(Common):
+class DecodeOptions(BenchOptions):
     """Greedy tokens after a context."""
 
     context: str = "128"
@@ -56,44 +56,44 @@ class Decode(Common):
 
 
 @dataclasses.dataclass(kw_only=True)
-class Prefill(Common):
+class PrefillOptions(BenchOptions):
     """Prompts into a new cache."""
 
     lengths: str = "128,512"
     """Prompt lengths, one case each: "1k,8k"."""
 
 
-def numbers(text: str, name: str) -> tuple[int, ...]:
+def parse_size_option(text: str, name: str) -> tuple[int, ...]:
     """Reads ``1,8k``: positive numbers with commas, k for 1,024 of them.
 
     Raises:
         GlmError: naming the option.
     """
     try:
-        return sizes(text)
+        return parse_sizes(text)
     except ValueError as error:
         raise GlmError(f"{name} must be {error}") from None
 
 
-def check(options: Decode | Prefill) -> None:
+def validate_bench_options(options: DecodeOptions | PrefillOptions) -> None:
     """Refuses what is impossible before anything is loaded.
 
     Raises:
         GlmError: saying what.
     """
     counts = {"--repeats": options.repeats}
-    numbers(options.batch, "--batch")
-    if isinstance(options, Decode):
-        numbers(options.context, "--context")
+    parse_size_option(options.batch, "--batch")
+    if isinstance(options, DecodeOptions):
+        parse_size_option(options.context, "--context")
         counts["--tokens"] = options.tokens
     else:
-        numbers(options.lengths, "--lengths")
+        parse_size_option(options.lengths, "--lengths")
     for name, count in counts.items():
         if count < 1:
             raise GlmError(f"{name} must be at least 1, not {count}")
     from glm_jax.weights import QuantRules
 
-    QuantRules.named(options.quantize)
+    QuantRules.resolve(options.quantize)
     if "unquantised" in options.peer and options.quantize is None:
         raise GlmError("--peer unquantised compares with --quantize, which is not given")
     for path in (options.json, options.markdown):

@@ -13,10 +13,10 @@ import jax
 
 _DEVICE = "/device:GPU:"
 _STREAM = "Stream #"
-_NUMBER = re.compile(r"([._]\d+)+$")
+_NUMERIC_SUFFIX = re.compile(r"([._]\d+)+$")
 
 
-def profiled(run: Callable[[], object], steps: int) -> dict[str, Any] | None:
+def profile_operations(run: Callable[[], object], steps: int) -> dict[str, Any] | None:
     """Operations of a run by the time they take; None where the profiler does not tell.
 
     Args:
@@ -31,13 +31,13 @@ def profiled(run: Callable[[], object], steps: int) -> dict[str, Any] | None:
             with jax.profiler.trace(folder, profiler_options=options):
                 run()
             files = sorted(Path(folder).rglob("*.xplane.pb"))
-            return operations(jax.profiler.ProfileData.from_file(str(files[-1])), steps) if files else None
+            return summarize_operations(jax.profiler.ProfileData.from_file(str(files[-1])), steps) if files else None
     except (RuntimeError, OSError, ValueError) as error:  # no library for it, or no right to use it
         print(f"no operations: the profiler failed ({str(error).partition(chr(10))[0]})", file=sys.stderr)
         return None
 
 
-def operations(data: Any, steps: int) -> dict[str, Any] | None:
+def summarize_operations(data: Any, steps: int) -> dict[str, Any] | None:
     """What the streams of the first GPU ran.
 
     Args:
@@ -56,7 +56,7 @@ def operations(data: Any, steps: int) -> dict[str, Any] | None:
             # Other lines sum up what is in these.
             if line.name.startswith(_STREAM):
                 for event in line.events:
-                    found.setdefault(_NUMBER.sub("", event.name), []).append(event.duration_ns / 1e3)
+                    found.setdefault(_NUMERIC_SUFFIX.sub("", event.name), []).append(event.duration_ns / 1e3)
     if not found:
         return None
     rows = [{"name": name, "count": len(us) / steps, "us": round(sum(us) / steps, 3)} for name, us in found.items()]

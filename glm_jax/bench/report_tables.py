@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from pallas_kernels import report_format as reports
-from pallas_kernels.report_format import short
+from pallas_kernels import report_format
+from pallas_kernels.report_format import format_size
 
-Report = dict[str, Any]
-_MOST_OPERATIONS = 12
+BenchReport = dict[str, Any]
+_MAX_OPERATIONS = 12
 
 
-def markdown(report: Report) -> str:
+def bench_report_markdown(report: BenchReport) -> str:
     """The report as a short Markdown section: what was run on what, a table of cases, what the device ran."""
-    parts = [heading(report), table(report), *_footnotes(report), *_operations(report)]
+    parts = [bench_report_heading(report), bench_results_table(report), *_footnotes(report), *_operations(report)]
     return "\n\n".join(parts) + "\n"
 
 
-def heading(report: Report) -> str:
+def bench_report_heading(report: BenchReport) -> str:
     """What was run, on what."""
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -40,7 +40,7 @@ def heading(report: Report) -> str:
     return "\n\n".join(lines)
 
 
-def _gpu(machine: Report) -> str:
+def _gpu(machine: BenchReport) -> str:
     gpu = machine.get("gpu")
     if gpu is None:
         return ""
@@ -50,7 +50,7 @@ def _gpu(machine: Report) -> str:
     )
 
 
-def table(report: Report) -> str:
+def bench_results_table(report: BenchReport) -> str:
     """The cases as a Markdown table."""
     decoding, peers = report["kind"] == "decode", report["peers"]
     columns = ["batch", "context" if decoding else "length"]
@@ -62,12 +62,12 @@ def table(report: Report) -> str:
     for peer in peers:
         columns += [f"{peer}: {'ms per token' if decoding else 'ms'}", "times as long", "same tokens"]
     columns += ["compile s"]
-    return reports.table(columns, [_row(report, result, len(columns)) for result in report["results"]])
+    return report_format.markdown_table(columns, [_row(report, result, len(columns)) for result in report["results"]])
 
 
-def _row(report: Report, result: Report, width: int) -> list[str]:
+def _row(report: BenchReport, result: BenchReport, width: int) -> list[str]:
     decoding = report["kind"] == "decode"
-    cells = [f"{result['batch']:,}", short(result["context" if decoding else "length"])]
+    cells = [f"{result['batch']:,}", format_size(result["context" if decoding else "length"])]
     if "glm_jax" not in result:
         cells += ["skipped" if "skipped" in result else "failed"]
         return cells + [""] * (width - len(cells))
@@ -85,7 +85,7 @@ def _row(report: Report, result: Report, width: int) -> list[str]:
     return [*cells, f"{ours['compile_s']:.1f}"]
 
 
-def _read(result: Report) -> list[str]:
+def _read(result: BenchReport) -> list[str]:
     read = result["read"]
     about = "" if result["batch"] == 1 else "~"
     cells = [f"{about}{read['bytes_per_step'] / 1e9:.3f}", f"{about}{read['bytes_per_s'] / 1e9:,.1f}"]
@@ -94,15 +94,15 @@ def _read(result: Report) -> list[str]:
     return [*cells, str(result["compiled"]["launches_per_token"]) if "compiled" in result else ""]
 
 
-def _spread(values: Report, digits: int) -> str:
+def _spread(values: BenchReport, digits: int) -> str:
     return f"{values['median']:,.{digits}f} ({values['min']:,.{digits}f} – {values['max']:,.{digits}f})"
 
 
-def _footnotes(report: Report) -> list[str]:
+def _footnotes(report: BenchReport) -> list[str]:
     """What did not run, and what a number with a wave before it is."""
     kind = "context" if report["kind"] == "decode" else "length"
     lines = [
-        f"* batch {result['batch']:,}, {kind} {short(result[kind])}: {word}, {result[word]}"
+        f"* batch {result['batch']:,}, {kind} {format_size(result[kind])}: {word}, {result[word]}"
         for result in report["results"]
         for word in ("skipped", "failed")
         if word in result
@@ -112,7 +112,7 @@ def _footnotes(report: Report) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-def _operations(report: Report) -> list[str]:
+def _operations(report: BenchReport) -> list[str]:
     """Of every case that was profiled, what took longest."""
     found = []
     for result in report["results"]:
@@ -121,10 +121,12 @@ def _operations(report: Report) -> list[str]:
         ran, length = result["profiled"], result["context" if "context" in result else "length"]
         rows = [
             [row["name"], f"{row['count']:,.1f}", f"{row['us']:,.1f}", f"{row['us'] / ran['us']:.0%}"]
-            for row in ran["operations"][:_MOST_OPERATIONS]
+            for row in ran["operations"][:_MAX_OPERATIONS]
         ]
         of = "a step" if report["kind"] == "decode" else "all prompts"
-        where = f"Batch {result['batch']:,}, {short(length)} tokens"
+        where = f"Batch {result['batch']:,}, {format_size(length)} tokens"
         title = f"{where}: {ran['us']:,.0f} µs of the device for {of}, by JAX's profiler"
-        found.append(f"{title}\n\n{reports.table(['operation', 'times', 'µs', 'share'], rows, words=1)}")
+        found.append(
+            f"{title}\n\n{report_format.markdown_table(['operation', 'times', 'µs', 'share'], rows, text_columns=1)}"
+        )
     return found

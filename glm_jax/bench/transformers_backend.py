@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from glm_jax.bench.backend import Loaded
-from glm_jax.bench.hardware import PeakMemory
+from glm_jax.bench.backend import LoadStats
+from glm_jax.bench.hardware import PeakMemoryMonitor
 from glm_jax.errors import GlmError
-from pallas_kernels.machine_info import cores
+from pallas_kernels.machine_info import num_cpu_cores
 
 
-class Transformers:
+class TransformersBackend:
     """``AutoModelForCausalLM`` with its key-value cache, sdpa attention and its default experts.
 
     On the GPU where JAX is on one.
@@ -31,25 +31,25 @@ class Transformers:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        torch.set_num_threads(cores())
+        torch.set_num_threads(num_cpu_cores())
         self._torch, self._transformers = torch, transformers
         self._device = "cpu" if jax.default_backend() == "cpu" else "cuda"
         if self._device == "cuda" and not torch.cuda.is_available():
             raise GlmError("JAX runs on a GPU, and torch has none: install torch for CUDA, or run without its peer")
         started = time.perf_counter()
-        with PeakMemory() as memory:
+        with PeakMemoryMonitor() as memory:
             load = transformers.AutoModelForCausalLM.from_pretrained
-            model = load(_folder(source), dtype=getattr(torch, dtype), attn_implementation="sdpa")
+            model = load(_hf_folder(source), dtype=getattr(torch, dtype), attn_implementation="sdpa")
             self._model: Any = model.to(self._device).eval()
         size = sum(p.numel() * p.element_size() for p in model.parameters())
-        self.loaded = Loaded(seconds=time.perf_counter() - started, weight_bytes=size, peak_bytes=memory.peak)
+        self.loaded = LoadStats(seconds=time.perf_counter() - started, weight_bytes=size, peak_bytes=memory.peak)
         self.compile_seconds = 0.0
-        self._warm: set[Any] = set()
+        self._warm_shapes: set[Any] = set()
 
     @staticmethod
     def require(source: str) -> None:
         """Raises :class:`~glm_jax.errors.GlmError` if this side cannot run here, or not on this source."""
-        _folder(source)
+        _hf_folder(source)
         if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
             raise GlmError(
                 "--peer transformers needs torch and transformers: pip install 'glm-jax[parity]', or run without"
@@ -57,18 +57,18 @@ class Transformers:
 
     def prefill(self, prompts: np.ndarray) -> tuple[float, Any]:
         """As :meth:`glm_jax.bench.backend.Side.prefill`."""
-        if prompts.shape not in self._warm:
-            self._forward(self._ids(prompts), self._cache())
-            self._warm.add(prompts.shape)
-        ids, cache = self._ids(prompts), self._cache()
+        if prompts.shape not in self._warm_shapes:
+            self._forward(self._to_tensor(prompts), self._new_cache())
+            self._warm_shapes.add(prompts.shape)
+        ids, cache = self._to_tensor(prompts), self._new_cache()
         started = time.perf_counter()
         following = self._forward(ids, cache)[:, 0].cpu()  # waits for the device
         return time.perf_counter() - started, following.numpy()
 
     def start(self, prompts: np.ndarray, tokens: int) -> tuple[Any, Any, int]:
         """As :meth:`glm_jax.bench.backend.Side.start`."""
-        cache = self._cache()
-        following = self._forward(self._ids(prompts), cache)
+        cache = self._new_cache()
+        following = self._forward(self._to_tensor(prompts), cache)
         self._forward(following, cache)  # warm
         return cache, following, prompts.shape[1]
 
@@ -90,14 +90,14 @@ class Transformers:
             out = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return out.logits[:, -1:].argmax(-1)
 
-    def _cache(self) -> Any:
+    def _new_cache(self) -> Any:
         return self._transformers.DynamicCache(config=self._model.config)
 
-    def _ids(self, prompts: np.ndarray) -> Any:
+    def _to_tensor(self, prompts: np.ndarray) -> Any:
         return self._torch.from_numpy(prompts.astype(np.int64)).to(self._device)
 
 
-def _folder(source: str) -> str:
+def _hf_folder(source: str) -> str:
     """The Hugging Face folder (or hub id) of a source, which transformers can read as well."""
     if source == "tiny":
         return str(Path(__file__).resolve().parents[1] / "tiny")

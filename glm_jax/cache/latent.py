@@ -30,43 +30,43 @@ from glm_jax.config import Config
 from glm_jax.errors import ConfigError
 from glm_jax.sharding import LogicalAxis, Rules
 
-AXES: tuple[LogicalAxis | None, ...] = (None, "batch", None, None)  # of the codes, and of the scales
+CACHE_AXES: tuple[LogicalAxis | None, ...] = (None, "batch", None, None)  # of the codes, and of the scales
 CACHE_DTYPES = ("bfloat16", "float32", "int8", "fp8")
-EIGHT_BITS = {"int8": 127.0, "fp8": 448.0}  # and their largest values
-_PARTS = 2  # of a row: latent and rope key, each with a scale
+QUANTIZED_CACHE_MAX = {"int8": 127.0, "fp8": 448.0}  # and their largest values
+_SCALES_PER_SLOT = 2  # of a row: latent and rope key, each with a scale
 # XLA:CPU would convert a whole cache of float8 to read or write one row of it; bits it leaves alone.
-_STORED = {"fp8": jnp.uint8}
+_STORAGE_DTYPES = {"fp8": jnp.uint8}
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["reads_as"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["dequant_dtype"])
 @dataclasses.dataclass(frozen=True, slots=True)
-class Rows:
+class LayerCache:
     """Rows of one layer as they are stored.
 
     Attributes:
         codes: ``[B, S, R + P]``: values, or int8 ones or the bits of fp8 ones (uint8) with scales.
         scales: float32 ``[B, S, 2]``, of the latents and of the rope keys; None where the codes are the values.
-        reads_as: see :class:`LatentCache`.
+        dequant_dtype: see :class:`LatentCache`.
     """
 
     codes: jax.Array
     scales: jax.Array | None = None
-    reads_as: str | None = None
+    dequant_dtype: str | None = None
 
     @property
-    def slots(self) -> int:
+    def num_slots(self) -> int:
         """Slots per row of the batch."""
         return self.codes.shape[1]
 
-    def part(self, first: jax.Array | int, slots: int) -> Rows:
+    def slice_slots(self, first: jax.Array | int, slots: int) -> LayerCache:
         """``slots`` of the slots, from ``first`` on."""
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, slots, axis=1), self)
 
-    def padded(self, slots: int) -> Rows:
+    def pad_slots(self, slots: int) -> LayerCache:
         """The same with rows of zeros behind them, ``slots`` in all."""
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, slots - x.shape[1]), (0, 0))), self)
 
-    def values(self, latent: int, dtype: Any) -> jax.Array:
+    def dequantize(self, latent: int, dtype: Any) -> jax.Array:
         """``[B, S, R + P]`` to compute with.
 
         Args:
@@ -78,11 +78,11 @@ class Rows:
         codes = self.codes
         if codes.dtype == jnp.uint8:
             codes = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
-        values = codes.astype(jnp.float32) * _per_value(self.scales, latent, codes.shape[-1])
-        return values.astype(self.reads_as or dtype)
+        values = codes.astype(jnp.float32) * _expand_scales(self.scales, latent, codes.shape[-1])
+        return values.astype(self.dequant_dtype or dtype)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["data", "scales"], meta_fields=["reads_as"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["data", "scales"], meta_fields=["dequant_dtype"])
 @dataclasses.dataclass(frozen=True, slots=True)
 class LatentCache:
     """Contiguous cache: the slot of a token is its position.
@@ -94,12 +94,12 @@ class LatentCache:
         data: ``[L, B, S, R + P]``, layers, rows, slots, latent and rope widths; bfloat16 or float32 values, int8 codes,
             or uint8 with the bits of float8_e4m3fn.
         scales: float32 ``[L, B, S, 2]`` of 8-bit codes, else None.
-        reads_as: dtype that attention reads 8-bit rows as; that of the activations unless given.
+        dequant_dtype: dtype that attention reads 8-bit rows as; that of the activations unless given.
     """
 
     data: jax.Array
     scales: jax.Array | None = None
-    reads_as: str | None = None
+    dequant_dtype: str | None = None
 
     @property
     def capacity(self) -> int:
@@ -107,51 +107,51 @@ class LatentCache:
         return self.data.shape[2]
 
     @property
-    def batch(self) -> int:
+    def batch_size(self) -> int:
         """Rows."""
         return self.data.shape[1]
 
     @property
-    def kind(self) -> str:
+    def cache_dtype(self) -> str:
         """Name of what is stored: one of :data:`CACHE_DTYPES`."""
         name = self.data.dtype.name
-        return next((kind for kind, stored in _STORED.items() if jnp.dtype(stored).name == name), name)
+        return next((kind for kind, stored in _STORAGE_DTYPES.items() if jnp.dtype(stored).name == name), name)
 
     @classmethod
     def create(
         cls,
         cfg: Config,
-        batch: int,
+        batch_size: int,
         capacity: int,
         dtype: Any = jnp.bfloat16,
         *,
         layers: int | None = None,
         rules: Rules = Rules(),
         mesh: Mesh | None = None,
-        reads_as: str | None = None,
+        dequant_dtype: str | None = None,
     ) -> LatentCache:
-        """An empty cache for ``batch`` rows of up to ``capacity`` tokens.
+        """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens.
 
         Args:
             cfg: the model.
-            batch: rows.
+            batch_size: rows.
             capacity: slots per row.
             dtype: one of :data:`CACHE_DTYPES`.
             layers: the model's unless given.
             rules: mesh axis of each logical axis.
             mesh: where the cache lives; on the default device unless given.
-            reads_as: dtype that attention reads 8-bit rows as; that of the activations unless given.
+            dequant_dtype: dtype that attention reads 8-bit rows as; that of the activations unless given.
 
         Raises:
             ConfigError: for any other dtype.
         """
-        kind = cache_kind(dtype)
-        slots = (cfg.num_hidden_layers if layers is None else layers, batch, capacity)
-        place = None if mesh is None else NamedSharding(mesh, rules.spec(*AXES))
-        data = jnp.zeros((*slots, cfg.cache_width), _STORED.get(kind, kind), device=place)
-        if kind not in EIGHT_BITS:
+        kind = canonical_cache_dtype(dtype)
+        slots = (cfg.num_hidden_layers if layers is None else layers, batch_size, capacity)
+        place = None if mesh is None else NamedSharding(mesh, rules.partition_spec(*CACHE_AXES))
+        data = jnp.zeros((*slots, cfg.cache_width), _STORAGE_DTYPES.get(kind, kind), device=place)
+        if kind not in QUANTIZED_CACHE_MAX:
             return cls(data)
-        return cls(data, jnp.zeros((*slots, _PARTS), jnp.float32, device=place), reads_as)
+        return cls(data, jnp.zeros((*slots, _SCALES_PER_SLOT), jnp.float32, device=place), dequant_dtype)
 
     def write(self, layer: jax.Array | int, positions: jax.Array, rows: jax.Array, latent: int) -> LatentCache:
         """The cache with new rows in it; those past its capacity (padding may lie there) are dropped.
@@ -162,7 +162,7 @@ class LatentCache:
             rows: ``[B, T, R + P]``.
             latent: R.
         """
-        codes, scales = encode(rows, latent, self.kind)
+        codes, scales = quantize_cache_rows(rows, latent, self.cache_dtype)
         batch = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
 
         def put(all_: jax.Array, new: jax.Array) -> jax.Array:
@@ -171,61 +171,65 @@ class LatentCache:
         new_scales = None if self.scales is None or scales is None else put(self.scales, scales)
         return dataclasses.replace(self, data=put(self.data, codes), scales=new_scales)
 
-    def layer(self, index: jax.Array | int) -> Rows:
+    def get_layer(self, index: jax.Array | int) -> LayerCache:
         """The rows of one layer."""
 
         def of_layer(x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
 
-        return Rows(of_layer(self.data), None if self.scales is None else of_layer(self.scales), self.reads_as)
+        return LayerCache(
+            of_layer(self.data), None if self.scales is None else of_layer(self.scales), self.dequant_dtype
+        )
 
-    def take(self, rows: np.ndarray) -> LatentCache:
+    def select_rows(self, rows: np.ndarray) -> LatentCache:
         """The rows of the batch with these indices, as a new cache."""
         return jax.tree.map(lambda x: x[:, rows], self)
 
     def check_scales(self) -> None:
         """Raises ConfigError unless 8-bit codes, and no others, have scales of their shape."""
         found = None if self.scales is None else self.scales.shape
-        expected = (*self.data.shape[:-1], _PARTS) if self.kind in EIGHT_BITS else None
+        expected = (*self.data.shape[:-1], _SCALES_PER_SLOT) if self.cache_dtype in QUANTIZED_CACHE_MAX else None
         if found != expected:
-            raise ConfigError(f"the scales of a cache in {self.kind} {self.data.shape} must be {expected}, not {found}")
+            raise ConfigError(
+                f"the scales of a cache in {self.cache_dtype} {self.data.shape} must be {expected}, not {found}"
+            )
 
 
-def encode(rows: jax.Array, latent: int, kind: str) -> tuple[jax.Array, jax.Array | None]:
+def quantize_cache_rows(rows: jax.Array, latent: int, cache_dtype: str) -> tuple[jax.Array, jax.Array | None]:
     """Rows as a cache of this kind stores them.
 
     Args:
         rows: ``[..., R + P]``.
         latent: R.
-        kind: one of :data:`CACHE_DTYPES`.
+        cache_dtype: one of :data:`CACHE_DTYPES`.
 
     Returns:
         Codes ``[..., R + P]`` and scales float32 ``[..., 2]``; the rows themselves and None where nothing is rounded
         to 8 bits.
     """
-    if kind not in EIGHT_BITS:
+    if cache_dtype not in QUANTIZED_CACHE_MAX:
         return rows, None
-    largest, values = EIGHT_BITS[kind], rows.astype(jnp.float32)
+    largest, values = QUANTIZED_CACHE_MAX[cache_dtype], rows.astype(jnp.float32)
     parts = jnp.split(values, [latent], axis=-1)
     scales = jnp.stack([jnp.max(jnp.abs(part), axis=-1) for part in parts], axis=-1) / largest
     # Not `>=`: a NaN must stay one.
     scales = jnp.where(scales < jnp.finfo(jnp.float32).tiny, 0.0, scales)
-    units = values / _per_value(jnp.where(scales == 0, 1.0, scales), latent, values.shape[-1])
+    units = values / _expand_scales(jnp.where(scales == 0, 1.0, scales), latent, values.shape[-1])
     units = jnp.clip(units, -largest, largest)
-    if kind == "int8":
+    if cache_dtype == "int8":
         return jnp.round(units).astype(jnp.int8), scales
     return jax.lax.bitcast_convert_type(units.astype(jnp.float8_e4m3fn), jnp.uint8), scales
 
 
-def _per_value(scales: jax.Array, latent: int, width: int) -> jax.Array:
+def _expand_scales(scales: jax.Array, latent: int, width: int) -> jax.Array:
     """The scale of each value, ``[..., R + P]``."""
-    parts = jnp.split(scales, _PARTS, axis=-1)
+    parts = jnp.split(scales, _SCALES_PER_SLOT, axis=-1)
     widths = (latent, width - latent)
     spread = [jnp.broadcast_to(x, (*x.shape[:-1], n)) for x, n in zip(parts, widths, strict=True)]
     return jnp.concatenate(spread, axis=-1)
 
 
-def cache_kind(dtype: Any) -> str:
+def canonical_cache_dtype(dtype: Any) -> str:
     """The name of a cache's dtype, given as that name or as JAX has it.
 
     Raises:
@@ -242,13 +246,13 @@ def cache_kind(dtype: Any) -> str:
     return name
 
 
-def bytes_per_row(cfg: Config, dtype: Any) -> int:
+def bytes_per_token_and_layer(cfg: Config, dtype: Any) -> int:
     """Bytes that one token keeps in one layer: 584 for GLM-4.7-Flash in 8 bits, 8 of them the scales."""
-    kind = cache_kind(dtype)
-    scales = _PARTS * 4 if kind in EIGHT_BITS else 0
-    return cfg.cache_width * jnp.dtype(_STORED.get(kind, kind)).itemsize + scales
+    kind = canonical_cache_dtype(dtype)
+    scales = _SCALES_PER_SLOT * 4 if kind in QUANTIZED_CACHE_MAX else 0
+    return cfg.cache_width * jnp.dtype(_STORAGE_DTYPES.get(kind, kind)).itemsize + scales
 
 
 def bytes_per_token(cfg: Config, dtype: Any = jnp.bfloat16, layers: int | None = None) -> int:
     """Bytes that one token keeps in all layers (for GLM-4.7-Flash 54,144 in bfloat16, 27,448 in int8 and fp8)."""
-    return (cfg.num_hidden_layers if layers is None else layers) * bytes_per_row(cfg, dtype)
+    return (cfg.num_hidden_layers if layers is None else layers) * bytes_per_token_and_layer(cfg, dtype)

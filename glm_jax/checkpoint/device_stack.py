@@ -24,7 +24,7 @@ _ALIGNMENT = 64  # JAX takes host buffers over without a copy if they begin at a
 _BLOCK_BYTES = 32 << 20
 
 
-class Stack:
+class StackBuilder:
     """One parameter being filled.
 
     Args:
@@ -38,51 +38,51 @@ class Stack:
         self, shape: tuple[int, ...], dtype: np.dtype[Any], sharding: Sharding | None, *, as_bits: bool = False
     ) -> None:
         self._shape, self._sharding = shape, sharding
-        self._regions: dict[Box, _Host | _Device] = {}
-        self._homes: list[tuple[Box, Device | None]] = [(tuple((0, n) for n in shape), None)]
+        self._regions: dict[Box, _HostRegion | _DeviceRegion] = {}
+        self._placements: list[tuple[Box, Device | None]] = [(tuple((0, n) for n in shape), None)]
         if sharding is not None:
             places = sharding.addressable_devices_indices_map(shape)
-            self._homes = [(_box(index or (), shape), device) for device, index in places.items()]
-        for box, device in self._homes:
+            self._placements = [(_slices_to_box(index or (), shape), device) for device, index in places.items()]
+        for box, device in self._placements:
             # Devices that hold the same values share one region.
             if box not in self._regions:
-                self._regions[box] = _region(tuple(b - a for a, b in box), dtype, device, as_bits)
+                self._regions[box] = _create_region(tuple(b - a for a, b in box), dtype, device, as_bits)
 
-    def add(self, slot: int | None, row: int, piece: Array) -> None:
+    def add(self, stack_index: int | None, row: int, chunk: Array) -> None:
         """Writes rows of one layer.
 
         Args:
-            slot: layer within the stack; ``None`` if the parameter has no layer axis.
+            stack_index: layer within the stack; ``None`` if the parameter has no layer axis.
             row: first row of the piece.
-            piece: rows, in any dtype.
+            chunk: rows, in any dtype.
         """
         if not self._shape:  # one number for the one matrix of a parameter
             for region in self._regions.values():
-                _add(region, (), (), piece)
+                _write_overlap(region, (), (), chunk)
             return
-        if not piece.ndim:  # one number for a whole matrix
-            if slot is None:
+        if not chunk.ndim:  # one number for a whole matrix
+            if stack_index is None:
                 for region in self._regions.values():
-                    region.write((), piece)
+                    region.write((), chunk)
                 return
-            piece, slot, row = piece.reshape(1), None, slot
-        for at, block in _blocks(piece):
+            chunk, stack_index, row = chunk.reshape(1), None, stack_index
+        for at, block in _blocks(chunk):
             start = (row + at,) + (0,) * (block.ndim - 1)
-            if slot is not None:
-                start, block = (slot, *start), block[None]
+            if stack_index is not None:
+                start, block = (stack_index, *start), block[None]
             for box, region in self._regions.items():
-                _add(region, box, start, block)
+                _write_overlap(region, box, start, block)
 
     def finish(self) -> jax.Array:
         """The array; the stack must not be used again."""
-        arrays = [self._regions[box].on(device) for box, device in self._homes]
+        arrays = [self._regions[box].to_array(device) for box, device in self._placements]
         self._regions.clear()
         if self._sharding is None:
             return arrays[0]
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, arrays)
 
 
-class _Host:
+class _HostRegion:
     """A region in host memory, for CPU devices."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], as_bits: bool) -> None:
@@ -95,34 +95,34 @@ class _Host:
         """Copies a block, cast to the region's dtype."""
         self._buffer[tuple(slice(a, a + n) for a, n in zip(start, block.shape, strict=True))] = block
 
-    def on(self, device: Device | None) -> jax.Array:
+    def to_array(self, device: Device | None) -> jax.Array:
         """The region as an array that shares its memory."""
         shared = self._buffer.view(np.uint16) if self._as_bits else self._buffer
         return jax.device_put(shared, device, may_alias=True)
 
 
-class _Device:
+class _DeviceRegion:
     """A region in an accelerator's memory."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> None:
         self._device = device
         zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=SingleDeviceSharding(device))
-        with alone(device):
+        with use_single_device_mesh(device):
             self._array = zeros(shape, dtype)
 
     def write(self, start: tuple[int, ...], block: Array) -> None:
         """Sends a block and writes it in place."""
         sent = jax.device_put(block.astype(self._array.dtype, copy=False), self._device)
-        with alone(self._device):
+        with use_single_device_mesh(self._device):
             self._array = _update(self._array, sent, np.asarray(start, np.int32))
 
-    def on(self, device: Device | None) -> jax.Array:
+    def to_array(self, device: Device | None) -> jax.Array:
         """The region, sent to another device if it is not the one it was made on."""
         return self._array if device in (None, self._device) else jax.device_put(self._array, device)
 
 
 @contextlib.contextmanager
-def alone(device: Device) -> Iterator[None]:
+def use_single_device_mesh(device: Device) -> Iterator[None]:
     """For work on one device's arrays: a mesh that the caller has set would refuse them."""
     with jax.set_mesh(Mesh(np.asarray([device]), ("alone",))):
         yield
@@ -133,13 +133,15 @@ def _update(stack: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(stack, block, [start[i] for i in range(stack.ndim)])
 
 
-def _region(shape: tuple[int, ...], dtype: np.dtype[Any], device: Device | None, as_bits: bool) -> _Host | _Device:
+def _create_region(
+    shape: tuple[int, ...], dtype: np.dtype[Any], device: Device | None, as_bits: bool
+) -> _HostRegion | _DeviceRegion:
     if (device or jax.devices()[0]).platform == "cpu":
-        return _Host(shape, dtype, as_bits)
-    return _Device(shape, dtype, device or jax.devices()[0])
+        return _HostRegion(shape, dtype, as_bits)
+    return _DeviceRegion(shape, dtype, device or jax.devices()[0])
 
 
-def _add(region: _Host | _Device, box: Box, start: tuple[int, ...], block: Array) -> None:
+def _write_overlap(region: _HostRegion | _DeviceRegion, box: Box, start: tuple[int, ...], block: Array) -> None:
     """Writes what a block and a region have in common."""
     lows = [max(a, s) for (a, _), s in zip(box, start, strict=True)]
     highs = [min(b, s + n) for (_, b), s, n in zip(box, start, block.shape, strict=True)]
@@ -148,7 +150,7 @@ def _add(region: _Host | _Device, box: Box, start: tuple[int, ...], block: Array
         region.write(tuple(low - a for low, (a, _) in zip(lows, box, strict=True)), block[common])
 
 
-def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+def _slices_to_box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
     slices = [*index, *[slice(None)] * (len(shape) - len(index))]
     return tuple(piece.indices(n)[:2] for piece, n in zip(slices, shape, strict=True))
 

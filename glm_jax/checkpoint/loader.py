@@ -17,34 +17,34 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from glm_jax.checkpoint.device_stack import Stack
+from glm_jax.checkpoint.device_stack import StackBuilder
 from glm_jax.checkpoint.folder.layout import Leaf
-from glm_jax.checkpoint.progress import Advance, progress_bar
-from glm_jax.checkpoint.sources.base import Piece, SourceInfo, WeightSource, plain, storage_of
+from glm_jax.checkpoint.progress import ProgressCallback, progress_bar
+from glm_jax.checkpoint.sources.base import SourceInfo, WeightChunk, WeightSource, source_storage, to_plain_array
 from glm_jax.checkpoint.sources.memory import MemorySource
 from glm_jax.checkpoint.sources.open import open_source
-from glm_jax.checkpoint.sources.quantized import Requantised
+from glm_jax.checkpoint.sources.quantized import RequantizedSource
 from glm_jax.checkpoint.sources.synthetic import SyntheticSource
-from glm_jax.checkpoint.validation import Checker
-from glm_jax.checkpoint.write.conversion import Form, Report, write_checkpoint
+from glm_jax.checkpoint.validation import WeightValidator
+from glm_jax.checkpoint.write.conversion import ConversionReport, OutputFormat, write_checkpoint
 from glm_jax.config import Config
-from glm_jax.memory import device_limit
+from glm_jax.memory import available_device_memory
 from glm_jax.sharding import Rules
 from glm_jax.weights import Bfloat16Bits, QuantizedTensor, QuantRules
-from glm_jax.weights.params import Tree, init_params, leaves
+from glm_jax.weights.params import ParamTree, init_params, leaves_with_path
 from glm_jax.weights.storage import abstract_params
-from glm_jax.weights.tiling import Placement, tiled, tiled_by_layers
+from glm_jax.weights.tiling import ModelSharding, tile_param, tile_param_layerwise
 
 __all__ = [
-    "Form",
+    "OutputFormat",
     "SourceInfo",
     "WeightSource",
     "load",
     "load_params",
     "open_source",
-    "quantised",
+    "quantize_source",
     "save",
-    "storage_of",
+    "source_storage",
 ]
 
 
@@ -59,14 +59,14 @@ def load(
     tiles: bool = False,
     check: bool = False,
     progress: bool = False,
-) -> tuple[Config, Tree, SourceInfo]:
+) -> tuple[Config, ParamTree, SourceInfo]:
     """Loads a model's parameters.
 
     Args:
         source: Hugging Face folder, hub id, converted folder, GGUF file, ``"tiny"``,
             ``"synthetic:flash?layers=4&seed=0"``, or what :func:`open_source` returned for one of these.
         dtype: of the parameters that are not quantised (router biases stay float32), and of activations.
-        quantize: a preset (:data:`glm_jax.weights.PRESETS`) or rules to quantise by while loading; unless given, every
+        quantize: a preset (:data:`glm_jax.weights.QUANT_PRESETS`) or rules to quantise by while loading; unless given, every
             weight keeps the values that it has in the source, quantised ones included.
         rules: mesh axis of each logical axis.
         mesh: devices to lay the parameters out on; ``None`` for JAX's default device.
@@ -86,7 +86,7 @@ def load(
         ShardingError: if the mesh does not divide the model.
     """
     weights = source if isinstance(source, WeightSource) else open_source(source, dtype=jnp.dtype(dtype).name)
-    weights = quantised(weights, quantize, dtype, rules, mesh)
+    weights = quantize_source(weights, quantize, dtype, rules, mesh)
     cfg = weights.cfg if mtp else weights.cfg.replace(num_nextn_predict_layers=0, mtp_own_embeddings=False)
     if mesh is not None:
         rules.validate(cfg, mesh)
@@ -94,7 +94,7 @@ def load(
     return cfg, params, weights.info
 
 
-def quantised(
+def quantize_source(
     source: WeightSource,
     quantize: str | QuantRules | None,
     dtype: Any = "bfloat16",
@@ -106,11 +106,11 @@ def quantised(
     Raises:
         QuantError: for a preset that does not exist.
     """
-    quant = QuantRules.named(quantize)
+    quant = QuantRules.resolve(quantize)
     if quant is None:
         return source
     sizes = None if mesh is None else dict(mesh.shape)
-    return Requantised(source, quant, rules=rules, axis_sizes=sizes, dtype=dtype)
+    return RequantizedSource(source, quant, rules=rules, axis_sizes=sizes, dtype=dtype)
 
 
 def load_params(
@@ -123,7 +123,7 @@ def load_params(
     tiles: bool = False,
     check: bool = False,
     progress: bool = False,
-) -> Tree:
+) -> ParamTree:
     """The parameters of an open source, stacked; peak memory is theirs and a few pieces.
 
     In tiles there are two copies of the stack that is laid out, unless a GPU has no room for them: then that stack goes
@@ -143,74 +143,76 @@ def load_params(
         CheckpointError: if bytes are missing or damaged.
         ShardingError: if the mesh would cut through a block that shares a scale.
     """
-    placement = None if mesh is None else Placement(cfg, rules, mesh)
+    placement = None if mesh is None else ModelSharding(cfg, rules, mesh)
     if isinstance(source, SyntheticSource):
         made = init_params(cfg, source.seed, dtype, rules, mesh)
-        return _tiled_in_place(made, placement) if tiles else made
-    abstract = dict(leaves(abstract_params(cfg, dtype, rules, mesh, storage_of(source, cfg))))
-    wanted = [leaf for members in source.layout().values() for leaf in members if leaf.target in abstract]
+        return _tile_params_in_place(made, placement) if tiles else made
+    abstract = dict(leaves_with_path(abstract_params(cfg, dtype, rules, mesh, source_storage(source, cfg))))
+    wanted = [leaf for members in source.layout().values() for leaf in members if leaf.param_path in abstract]
     total = sum(source.nbytes(leaf) for leaf in wanted)
     with progress_bar("loading", total, show=progress) as advance:
-        finish = functools.partial(_laid_out, placement=placement) if tiles else lambda _, weight: weight
-        filled = _fill(source, wanted, abstract, Checker(source) if check else None, advance, finish)
-    return _tree({path: filled[path] for path in abstract})
+        finish = functools.partial(_tile_weight, placement=placement) if tiles else lambda _, weight: weight
+        filled = _load_stacks(source, wanted, abstract, WeightValidator(source) if check else None, advance, finish)
+    return _unflatten_tree({path: filled[path] for path in abstract})
 
 
-def _tiled_in_place(params: Tree, placement: Placement | None, path: tuple[str, ...] = ()) -> Tree:
+def _tile_params_in_place(params: ParamTree, placement: ModelSharding | None, path: tuple[str, ...] = ()) -> ParamTree:
     """Lays parameters out one after the other: a second copy of all need not fit."""
     for name in params:
         inner, here = params[name], (*path, name)
         params[name] = (
-            _tiled_in_place(inner, placement, here) if isinstance(inner, dict) else _laid_out(here, inner, placement)
+            _tile_params_in_place(inner, placement, here)
+            if isinstance(inner, dict)
+            else _tile_weight(here, inner, placement)
         )
     return params
 
 
-def _laid_out(path: tuple[str, ...], weight: Any, placement: Placement | None) -> Any:
+def _tile_weight(path: tuple[str, ...], weight: Any, placement: ModelSharding | None) -> Any:
     """A parameter as kernels read it; for a moment there are two copies of it, where there is room for them."""
-    if placement is None and not _has_room(weight):
-        return tiled_by_layers(path, weight)
-    return tiled(path, weight, placement)
+    if placement is None and not _fits_second_copy(weight):
+        return tile_param_layerwise(path, weight)
+    return tile_param(path, weight, placement)
 
 
-def _has_room(weight: Any) -> bool:
+def _fits_second_copy(weight: Any) -> bool:
     """Whether a GPU has memory for another copy of a weight, and a tenth more for what is on the way."""
     arrays = jax.tree.leaves(weight)
     (device,) = arrays[0].devices()
-    return device.platform == "cpu" or 1.1 * sum(array.nbytes for array in arrays) <= device_limit(device)
+    return device.platform == "cpu" or 1.1 * sum(array.nbytes for array in arrays) <= available_device_memory(device)
 
 
-def _fill(
+def _load_stacks(
     source: WeightSource,
     wanted: list[Leaf],
     abstract: Mapping[Any, Any],
-    checker: Checker | None,
-    advance: Advance,
+    checker: WeightValidator | None,
+    advance: ProgressCallback,
     finish: Callable[[Any, Any], Any],
 ) -> dict[Any, Any]:
-    left = Counter(leaf.target for leaf in wanted)
-    stacks: dict[Any, _Filling] = {}
+    left = Counter(leaf.param_path for leaf in wanted)
+    stacks: dict[Any, _ParamBuilder] = {}
     filled: dict[Any, Any] = {}
     for leaf in wanted:
-        path = leaf.target
+        path = leaf.param_path
         if path not in stacks:
-            stacks[path] = _Filling(abstract[path])
-        for row, piece in source.pieces(leaf):
-            stacks[path].add(leaf.slot, row, piece)
+            stacks[path] = _ParamBuilder(abstract[path])
+        for row, piece in source.iter_chunks(leaf):
+            stacks[path].add(leaf.stack_index, row, piece)
             if checker:
-                checker.piece(leaf, piece)
+                checker.check_chunk(leaf, piece)
         if checker:
-            checker.close(leaf)
+            checker.end_array(leaf)
         advance(source.nbytes(leaf))
         left[path] -= 1
         if not left[path]:
             filled[path] = finish(path, stacks.pop(path).finish())
     if checker:
-        checker.finish()
+        checker.raise_problems()
     return filled
 
 
-class _Filling:
+class _ParamBuilder:
     """A parameter being filled: one stack, or one for each array of a quantised one."""
 
     def __init__(self, goal: Any) -> None:
@@ -218,22 +220,22 @@ class _Filling:
         parts = goal.components() if isinstance(goal, QuantizedTensor) else {"": goal}
         as_bits = isinstance(goal, Bfloat16Bits)
         self._stacks = {
-            name: Stack(part.shape, np.dtype(part.dtype), part.sharding, as_bits=as_bits)
+            name: StackBuilder(part.shape, np.dtype(part.dtype), part.sharding, as_bits=as_bits)
             for name, part in parts.items()
         }
 
-    def add(self, slot: int | None, row: int, piece: Piece) -> None:
+    def add(self, stack_index: int | None, row: int, chunk: WeightChunk) -> None:
         """Writes rows of one layer."""
         if not isinstance(self._goal, QuantizedTensor):
-            self._stacks[""].add(slot, row, plain(piece))
+            self._stacks[""].add(stack_index, row, to_plain_array(chunk))
             return
-        for name, array in cast(QuantizedTensor, piece).components().items():
-            self._stacks[name].add(slot, row, array)
+        for name, array in cast(QuantizedTensor, chunk).components().items():
+            self._stacks[name].add(stack_index, row, array)
 
     def finish(self) -> Any:
         """The parameter."""
         if isinstance(self._goal, QuantizedTensor):
-            return self._goal.map(lambda name, _: self._stacks[name].finish())
+            return self._goal.map_components(lambda name, _: self._stacks[name].finish())
         array = self._stacks[""].finish()
         return Bfloat16Bits(array) if isinstance(self._goal, Bfloat16Bits) else array
 
@@ -241,13 +243,13 @@ class _Filling:
 def save(
     path: str | Path,
     cfg: Config,
-    params: Tree,
+    params: ParamTree,
     *,
     origin: SourceInfo | None = None,
-    to: Form = "orbax",
+    to: OutputFormat = "orbax",
     force: bool = False,
     progress: bool = False,
-) -> Report:
+) -> ConversionReport:
     """Writes parameters as a converted folder, or as a Hugging Face folder.
 
     Args:
@@ -265,8 +267,8 @@ def save(
     return write_checkpoint(MemorySource(cfg, params, origin), path, to=to, force=force, progress=progress)
 
 
-def _tree(flat: Mapping[tuple[str, ...], Any]) -> Tree:
-    tree: Tree = {}
+def _unflatten_tree(flat: Mapping[tuple[str, ...], Any]) -> ParamTree:
+    tree: ParamTree = {}
     for path, value in flat.items():
         node = tree
         for name in path[:-1]:

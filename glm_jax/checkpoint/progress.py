@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-Advance = Callable[[int], None]
+ProgressCallback = Callable[[int], None]
 
 _LINE_SECONDS = 5.0
 _BYTES = "bytes"
@@ -17,7 +17,7 @@ _BYTES = "bytes"
 @contextlib.contextmanager
 def progress_bar(
     label: str, total: int, *, unit: str = _BYTES, show: bool = True, stream: TextIO | None = None
-) -> Iterator[Advance]:
+) -> Iterator[ProgressCallback]:
     """Shows how much is done and the time left while the block runs; yields a function that takes what was just done.
 
     Args:
@@ -35,11 +35,11 @@ def progress_bar(
         with _bar(label, total, unit, out) as advance:
             yield advance
     else:
-        yield _Lines(label, total, unit, out).advance
+        yield _LineProgress(label, total, unit, out).advance
 
 
 @contextlib.contextmanager
-def _bar(label: str, total: int, unit: str, stream: TextIO) -> Iterator[Advance]:
+def _bar(label: str, total: int, unit: str, stream: TextIO) -> Iterator[ProgressCallback]:
     from rich import progress as rich
     from rich.console import Console
 
@@ -51,7 +51,7 @@ def _bar(label: str, total: int, unit: str, stream: TextIO) -> Iterator[Advance]
         yield lambda count: bar.advance(task, count)
 
 
-class _Lines:
+class _LineProgress:
     """A line every few seconds and one at the end."""
 
     def __init__(self, label: str, total: int, unit: str, stream: TextIO) -> None:

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from tyro.constructors import PrimitiveConstructorSpec
 
 OK, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+_MEMORY_FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
-def finish(run: Callable[[], int]) -> NoReturn:
+def run_and_exit(command: Callable[[], int]) -> NoReturn:
     """Runs a command and exits: 0 done, 2 bad usage or input, 1 failure, 130 interrupted."""
     _open_missing_streams()
-    _without_a_gpu()
+    _silence_cuda_check()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a character the terminal lacks must not end the command
     try:
-        code = run()
+        code = command()
         sys.stdout.flush()
     except GlmError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -50,13 +50,13 @@ def _open_missing_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (open to the end)
 
 
-def _without_a_gpu() -> None:
+def _silence_cuda_check() -> None:
     """JAX's plugin for CUDA, which ``plan --compile`` uses, must not complain at every start that there is no CUDA."""
     if not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg")):  # Linux, and Linux within Windows
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 
-def text_option(metavar: str) -> PrimitiveConstructorSpec[str | None]:
+def optional_text(metavar: str) -> PrimitiveConstructorSpec[str | None]:
     """How an optional text is read from the command line: as it is, where tyro would take "None" for no text."""
     from tyro.constructors import PrimitiveConstructorSpec
 
@@ -79,11 +79,11 @@ def set_memory_fraction(fraction: float) -> None:
     """
     if not 0 < fraction <= 1:
         raise PromptError(f"--memory-fraction must be in (0, 1], not {fraction}")
-    if not any(os.environ.get(name) for name in _FRACTIONS):
+    if not any(os.environ.get(name) for name in _MEMORY_FRACTION_VARIABLES):
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(fraction)
 
 
-def read_text(path: str) -> str:
+def read_prompt_text(path: str) -> str:
     """A prompt from a file, or from stdin for "-".
 
     Raises:

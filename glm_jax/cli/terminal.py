@@ -14,26 +14,26 @@ from glm_jax.engine.chat import ChatStream
 from glm_jax.engine.outputs import ChatCompletion, Completion
 from glm_jax.errors import PromptError
 
-_DIM, _PLAIN = "\033[2m", "\033[0m"
+_DIM, _RESET = "\033[2m", "\033[0m"
 
-Turn = dict[str, str]
+MessageDict = dict[str, str]
 
 
-def show_text(pieces: Generator[str]) -> int:
+def print_stream(chunks: Generator[str]) -> int:
     """Prints pieces as they come; Ctrl-C ends them. Returns the exit code."""
     code = OK
     try:
-        for piece in pieces:
+        for piece in chunks:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         code = INTERRUPTED
     finally:
-        pieces.close()
+        chunks.close()
     print(flush=True)
     return code
 
 
-class Answer:
+class ChatPrinter:
     """Prints an answer as it comes: the thinking (dimmed, on a terminal), an empty line, the content.
 
     Attributes:
@@ -43,54 +43,54 @@ class Answer:
     def __init__(self, stream: ChatStream) -> None:
         self.content = ""
         self._stream = stream
-        self._dims = sys.stdout.isatty()
-        self._thinks = False
-        self._dimmed = False
+        self._use_dim = sys.stdout.isatty()
+        self._in_reasoning = False
+        self._is_dimmed = False
 
-    def show(self) -> int:
+    def print_all(self) -> int:
         """Prints all of it, or until Ctrl-C. Returns the exit code."""
-        return show_text(self._pieces())
+        return print_stream(self._iter_text())
 
-    def _pieces(self) -> Generator[str]:
+    def _iter_text(self) -> Generator[str]:
         try:
             for delta in self._stream:
                 if delta.reasoning:
-                    yield self._begin_thinking() + delta.reasoning
+                    yield self._begin_reasoning() + delta.reasoning
                 if delta.content:
                     self.content += delta.content
-                    yield self._end_thinking() + delta.content
+                    yield self._end_reasoning() + delta.content
         finally:
             # Also after Ctrl-C in the middle of printing: the terminal must not stay dim.
-            if self._dimmed:
-                print(_PLAIN, end="", flush=True)
+            if self._is_dimmed:
+                print(_RESET, end="", flush=True)
 
-    def _begin_thinking(self) -> str:
-        mark = _DIM if self._dims and not self._thinks else ""
-        self._thinks, self._dimmed = True, self._dims
+    def _begin_reasoning(self) -> str:
+        mark = _DIM if self._use_dim and not self._in_reasoning else ""
+        self._in_reasoning, self._is_dimmed = True, self._use_dim
         return mark
 
-    def _end_thinking(self) -> str:
-        if not self._thinks:
+    def _end_reasoning(self) -> str:
+        if not self._in_reasoning:
             return ""
-        self._thinks = False
-        return (_PLAIN if self._dims else "") + "\n\n"
+        self._in_reasoning = False
+        return (_RESET if self._use_dim else "") + "\n\n"
 
 
-def show_whole(done: Completion | Sequence[Completion], *, as_json: bool) -> None:
+def print_completions(completions: Completion | Sequence[Completion], *, as_json: bool) -> None:
     """Prints completions: one JSON object a line, or the texts, with a line on stderr before each of several."""
-    several = done if isinstance(done, Sequence) else [done]
+    several = completions if isinstance(completions, Sequence) else [completions]
     for number, completion in enumerate(several, 1):
         if as_json:
             # Escaped where the terminal or file could not hold the characters.
             utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
-            print(json.dumps(record(completion), ensure_ascii=not utf8), flush=True)
+            print(json.dumps(completion_to_json(completion), ensure_ascii=not utf8), flush=True)
             continue
         if len(several) > 1:
             print(f"--- {number} of {len(several)}, seed {completion.seed}", file=sys.stderr, flush=True)
         print(completion.text, flush=True)
 
 
-def record(completion: Completion) -> dict[str, Any]:
+def completion_to_json(completion: Completion) -> dict[str, Any]:
     """A completion as JSON has it."""
     made: dict[str, Any] = {
         "text": completion.text,
@@ -111,26 +111,26 @@ def record(completion: Completion) -> dict[str, Any]:
     return made
 
 
-def talk(answer: Callable[[list[Turn]], str | None], turns: Sequence[Turn]) -> int:
+def run_conversation(reply: Callable[[list[MessageDict]], str | None], messages: Sequence[MessageDict]) -> int:
     """A conversation, until Ctrl-D (or Ctrl-C at the prompt).
 
     Args:
-        answer: prints the answer to a conversation and returns its text; None takes the question back.
-        turns: what comes before the first question.
+        reply: prints the answer to a conversation and returns its text; None takes the question back.
+        messages: what comes before the first question.
     """
     print("Ctrl-C ends an answer, Ctrl-D the conversation.", file=sys.stderr, flush=True)
-    turns = list(turns)
+    messages = list(messages)
     while True:
         try:
-            said = _ask()
+            said = _read_user_input()
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return OK
         if not said.strip():
             continue
-        question: Turn = {"role": "user", "content": said}
+        question: MessageDict = {"role": "user", "content": said}
         try:
-            content = answer([*turns, question])
+            content = reply([*messages, question])
         except PromptError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             continue
@@ -138,10 +138,10 @@ def talk(answer: Callable[[list[Turn]], str | None], turns: Sequence[Turn]) -> i
             print(file=sys.stderr)
             continue
         if content:
-            turns += [question, {"role": "assistant", "content": content}]
+            messages += [question, {"role": "assistant", "content": content}]
 
 
-def _ask() -> str:
+def _read_user_input() -> str:
     try:
         if sys.stdout.isatty():
             return input("> ")

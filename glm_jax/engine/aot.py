@@ -17,61 +17,63 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 
 from glm_jax.cache.latent import LatentCache
 from glm_jax.config import Config
-from glm_jax.engine.steps import DecodeState, bucket, decode_program, prefill_program
+from glm_jax.engine.steps import DecodeState, bucket_size, decode_program, prefill_program
 from glm_jax.model.glm import GLM
 from glm_jax.sampling import SamplerState, SamplingParams
-from glm_jax.sharding import MESH_AXES, Rules, preset
+from glm_jax.sharding import MESH_AXES, Rules, get_sharding_preset
 from glm_jax.weights import Bfloat16Bits, QuantizedTensor, QuantRules
-from glm_jax.weights.params import Tree, leaves, map_specs, param_specs
-from glm_jax.weights.storage import Storage, abstract_params, leaf_specs, plan_storage
-from glm_jax.weights.tiling import tiled_tree
-from pallas_kernels import GRAPH_OPTIONS, GRAPH_OPTIONS_OF_SEVERAL, aot, compiling_for
+from glm_jax.weights.params import ParamTree, leaves_with_path, map_specs, param_specs
+from glm_jax.weights.storage import Storage, abstract_params, partition_specs, plan_storage
+from glm_jax.weights.tiling import tile_params
+from pallas_kernels import CUDA_GRAPH_OPTIONS, MULTI_GPU_CUDA_GRAPH_OPTIONS, aot, compiling_for
 
-_STEPS = 64
+_DECODE_STEPS = 64
 
 
-def decode(argument: Mapping[str, Any]) -> dict[str, Any]:
+def compile_decode(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The generation loop for one card.
 
     Args:
-        argument: ``gpu`` (of ``pallas_kernels.aot.cards``), ``config`` (keywords of :class:`~glm_jax.Config`),
+        spec: ``gpu`` (of ``pallas_kernels.aot.cards``), ``config`` (keywords of :class:`~glm_jax.Config`),
             ``storage`` (of :meth:`glm_jax.weights.storage.Storage.to_json`) or ``quantize`` (a preset), ``batch``,
             ``context``, ``cache_dtype``, ``sampling`` (options of :class:`~glm_jax.SamplingParams`; greedy unless
             given), and ``devices`` (how many of the card; one unless given).
     """
-    cfg = Config(**{key: _frozen(value) for key, value in argument["config"].items()})
-    card = aot.card(argument["gpu"])
-    rules, mesh, place = _devices(card, argument.get("devices", 1))
-    params = _params(cfg, argument.get("quantize"), argument.get("storage"))
-    params = _placed(params, place) if mesh is None else _over(cfg, params, rules, mesh)
-    batch, slots = bucket(argument["batch"]), min(bucket(argument["context"], 256), cfg.max_position_embeddings)
-    state = _placed(_state(cfg, batch, slots, argument["cache_dtype"], argument.get("sampling", {})), place)
+    cfg = Config(**{key: _to_hashable(value) for key, value in spec["config"].items()})
+    card = aot.find_gpu_spec(spec["gpu"])
+    rules, mesh, place = _make_sharding(card, spec.get("devices", 1))
+    params = _abstract_tiled_params(cfg, spec.get("quantize"), spec.get("storage"))
+    params = _with_sharding(params, place) if mesh is None else _shard_params(cfg, params, rules, mesh)
+    batch, slots = bucket_size(spec["batch"]), min(bucket_size(spec["context"], 256), cfg.max_position_embeddings)
+    state = _with_sharding(
+        _abstract_decode_state(cfg, batch, slots, spec["cache_dtype"], spec.get("sampling", {})), place
+    )
     with compiling_for(card.target), contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        found = loop(GLM(cfg, rules), params, state, place)
+        found = compile_decode_loop(GLM(cfg, rules), params, state, place)
     return {**found, "gpu": card.name, "fits": found["argument_bytes"] + found["temp_bytes"] <= card.memory}
 
 
-def loop(model: GLM, params: Tree, state: DecodeState, place: Any) -> dict[str, Any]:
+def compile_decode_loop(model: GLM, params: ParamTree, state: DecodeState, sharding: Any) -> dict[str, Any]:
     """What XLA makes of the generation loop: launches, graphs, memory. Nothing runs.
 
     Args:
         model: the module.
         params: arrays, or their shapes with shardings.
         state: likewise.
-        place: of what is not split.
+        sharding: of what is not split.
     """
     program = jax.jit(decode_program, static_argnames=("model", "steps"), donate_argnames="state")
-    limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=place)
-    options = GRAPH_OPTIONS_OF_SEVERAL if model.rules.mesh_axes else GRAPH_OPTIONS
-    report = aot.compile_traced(program.trace(model, params, state, limit, steps=_STEPS), options)
+    limit = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
+    options = MULTI_GPU_CUDA_GRAPH_OPTIONS if model.rules.mesh_axes else CUDA_GRAPH_OPTIONS
+    report = aot.compile_traced(program.trace(model, params, state, limit, steps=_DECODE_STEPS), options)
     launches = report.launches()
     names = Counter(launch.name or launch.kind for launch in launches)
     return {
         "launches_per_token": len(launches),
         "kernels": dict(names.most_common()),
         "copies_per_token": sum(launch.kind == "kCopy" for launch in launches),
-        "graph_pieces": report.graphs,
-        "launches_outside_graphs": report.outside,
+        "graph_pieces": report.num_cuda_graphs,
+        "launches_outside_graphs": report.num_ungraphed_launches,
         "collectives": report.collectives,
         "argument_bytes": report.argument_bytes,
         "alias_bytes": report.alias_bytes,
@@ -80,21 +82,21 @@ def loop(model: GLM, params: Tree, state: DecodeState, place: Any) -> dict[str, 
     }
 
 
-def _devices(card: aot.Card, count: int) -> tuple[Rules, Mesh | None, Any]:
+def _make_sharding(card: aot.GpuSpec, count: int) -> tuple[Rules, Mesh | None, Any]:
     """How a model lies on so many cards, and where what is not split lies."""
-    devices = aot.devices(card, count)
+    devices = aot.topology_devices(card, count)
     if count == 1:
         return Rules(), None, SingleDeviceSharding(devices[0])
     mesh = Mesh(np.array(devices).reshape(1, count), MESH_AXES, axis_types=(AxisType.Explicit,) * 2)
-    return preset("latency"), mesh, NamedSharding(mesh, jax.P())
+    return get_sharding_preset("latency"), mesh, NamedSharding(mesh, jax.P())
 
 
-def _over(cfg: Config, params: Tree, rules: Rules, mesh: Mesh) -> Tree:
+def _shard_params(cfg: Config, params: ParamTree, rules: Rules, mesh: Mesh) -> ParamTree:
     """Parameters split over a mesh."""
-    held = dict(leaves(params))
+    held = dict(leaves_with_path(params))
 
     def placed(path: Any, param: Any) -> Any:
-        specs = leaf_specs(held[path], param, rules)
+        specs = partition_specs(held[path], param, rules)
         return jax.tree.map(
             lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
             held[path],
@@ -105,30 +107,30 @@ def _over(cfg: Config, params: Tree, rules: Rules, mesh: Mesh) -> Tree:
     return map_specs(placed, {name: known[name] for name in params})
 
 
-def prefill(argument: Mapping[str, Any]) -> dict[str, Any]:
+def compile_prefill(spec: Mapping[str, Any]) -> dict[str, Any]:
     """One chunk of a prompt for one card.
 
     Args:
-        argument: as for :func:`decode`, without ``sampling``, and with ``chunk``, the tokens of it.
+        spec: as for :func:`compile_decode`, without ``sampling``, and with ``chunk``, the tokens of it.
     """
-    cfg = Config(**{key: _frozen(value) for key, value in argument["config"].items()})
-    card = aot.card(argument["gpu"])
-    place = SingleDeviceSharding(aot.devices(card)[0])
-    params = _placed(_params(cfg, argument.get("quantize"), argument.get("storage")), place)
-    batch, slots = bucket(argument["batch"]), min(bucket(argument["context"], 256), cfg.max_position_embeddings)
-    cache = jax.eval_shape(lambda: LatentCache.create(cfg, batch, slots, argument["cache_dtype"]))
-    tokens = jax.ShapeDtypeStruct((batch, argument["chunk"]), jnp.int32)
+    cfg = Config(**{key: _to_hashable(value) for key, value in spec["config"].items()})
+    card = aot.find_gpu_spec(spec["gpu"])
+    place = SingleDeviceSharding(aot.topology_devices(card)[0])
+    params = _with_sharding(_abstract_tiled_params(cfg, spec.get("quantize"), spec.get("storage")), place)
+    batch, slots = bucket_size(spec["batch"]), min(bucket_size(spec["context"], 256), cfg.max_position_embeddings)
+    cache = jax.eval_shape(lambda: LatentCache.create(cfg, batch, slots, spec["cache_dtype"]))
+    tokens = jax.ShapeDtypeStruct((batch, spec["chunk"]), jnp.int32)
     logits = jax.ShapeDtypeStruct((batch, cfg.vocab_size), jnp.float32)
     start, lengths = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
-    given = _placed((cache, logits, tokens, start, lengths), place)
+    given = _with_sharding((cache, logits, tokens, start, lengths), place)
     with compiling_for(card.target):
         program = jax.jit(prefill_program, static_argnames="model", donate_argnames=("cache", "logits"))
-        report = aot.compile_traced(program.trace(GLM(cfg), params, *given), GRAPH_OPTIONS)
+        report = aot.compile_traced(program.trace(GLM(cfg), params, *given), CUDA_GRAPH_OPTIONS)
     names = Counter(thunk.name or thunk.kind for thunk in report.thunks)
     return {
         "gpu": card.name,
         "kernels": dict(names.most_common()),
-        "graph_pieces": report.graphs,
+        "graph_pieces": report.num_cuda_graphs,
         "argument_bytes": report.argument_bytes,
         "alias_bytes": report.alias_bytes,
         "cache_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)),
@@ -137,23 +139,23 @@ def prefill(argument: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _frozen(value: Any) -> Any:
+def _to_hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _params(cfg: Config, quantize: str | None, storage: Any) -> Tree:
+def _abstract_tiled_params(cfg: Config, quantize: str | None, storage: Any) -> ParamTree:
     """Shapes and dtypes of the parameters in tiles, without the prediction layer."""
-    rules = QuantRules.named(quantize)
+    rules = QuantRules.resolve(quantize)
     if rules:
         planned = plan_storage(cfg, rules)[0]
     else:
-        planned = Storage.parse(storage or [])
+        planned = Storage.from_json(storage or [])
     params = abstract_params(cfg, jnp.bfloat16, storage=planned)
     params.pop("mtp", None)
-    return jax.eval_shape(tiled_tree, _as_on_a_gpu(params))
+    return jax.eval_shape(tile_params, _without_bfloat16_bits(params))
 
 
-def _as_on_a_gpu(tree: Tree) -> Tree:
+def _without_bfloat16_bits(tree: ParamTree) -> ParamTree:
     """CPUs hold bfloat16 matrices as integers; GPUs do not."""
 
     def unfolded(leaf: Any) -> Any:
@@ -162,7 +164,9 @@ def _as_on_a_gpu(tree: Tree) -> Tree:
     return jax.tree.map(unfolded, tree, is_leaf=lambda x: isinstance(x, Bfloat16Bits | QuantizedTensor))
 
 
-def _state(cfg: Config, batch: int, slots: int, cache_dtype: str, sampling: Mapping[str, Any]) -> DecodeState:
+def _abstract_decode_state(
+    cfg: Config, batch: int, slots: int, cache_dtype: str, sampling: Mapping[str, Any]
+) -> DecodeState:
     options = SamplingParams(**sampling) if sampling else SamplingParams(temperature=0.0)
     sampler = SamplerState.create(
         [options] * batch,
@@ -179,5 +183,5 @@ def _state(cfg: Config, batch: int, slots: int, cache_dtype: str, sampling: Mapp
     return DecodeState(cache=cache, sampler=sampler, **rows)
 
 
-def _placed(tree: Any, place: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+def _with_sharding(tree: Any, sharding: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

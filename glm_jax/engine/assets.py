@@ -18,23 +18,23 @@ _GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Companions:
+class ModelAssets:
     """The companions of one model's weights.
 
     Attributes:
         tokenizer: text to ids and back.
-        template: its own chat template, or None.
-        defaults: sampling options used where a call gives none.
+        chat_template: its own chat template, or None.
+        default_sampling_params: sampling options used where a call gives none.
         eos_ids: all ids that end an answer, those of config.json and those of generation_config.json.
     """
 
     tokenizer: Tokenizer
-    template: str | None
-    defaults: SamplingParams
+    chat_template: str | None
+    default_sampling_params: SamplingParams
     eos_ids: tuple[int, ...]
 
     @classmethod
-    def read(cls, cfg: Config, folder: Path | None) -> Self:
+    def load(cls, cfg: Config, folder: Path | None) -> Self:
         """Those in a checkpoint's folder; for made-up weights, which have none, the miniature's tokenizer.
 
         Raises:
@@ -44,8 +44,8 @@ class Companions:
         generation = {} if folder is None else _generation_config(folder / _GENERATION_CONFIG)
         return cls(
             tokenizer=load_tokenizer(cfg, folder),
-            template=None if folder is None else read_template(folder),
-            defaults=SamplingParams.from_generation_config(generation),
+            chat_template=None if folder is None else read_template(folder),
+            default_sampling_params=SamplingParams.from_generation_config(generation),
             eos_ids=_eos_ids(cfg, generation.get("eos_token_id")),
         )
 

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
-from glm_jax.engine.outputs import ChatCompletion, Completion, Piece
+from glm_jax.engine.outputs import ChatCompletion, Completion, StreamChunk
 from glm_jax.errors import PromptError
 from glm_jax.text import Delta, Message, OutputParser, opens_thinking
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class AnswerFormat:
+class ChatResponseFormat:
     """How the answers to one prompt are to be read.
 
     Attributes:
@@ -26,7 +26,9 @@ class AnswerFormat:
     thinking: bool
 
     @classmethod
-    def of(cls, prompt: str, tools: Sequence[Mapping[str, Any]] | None, tool_choice: str | Mapping[str, Any]) -> Self:
+    def from_prompt(
+        cls, prompt: str, tools: Sequence[Mapping[str, Any]] | None, tool_choice: str | Mapping[str, Any]
+    ) -> Self:
         """The format of the answers to a rendered prompt.
 
         Raises:
@@ -39,18 +41,18 @@ class AnswerFormat:
             )
         # Without tools, their tags are text.
         found = cls(tools, "none" if tool_choice == "auto" and not tools else tool_choice, opens_thinking(prompt))
-        found.parser()
+        found.make_parser()
         return found
 
-    def parser(self) -> OutputParser:
+    def make_parser(self) -> OutputParser:
         """A parser for one answer."""
         return OutputParser(self.tools, self.tool_choice, self.thinking)
 
-    def whole(self, done: Completion) -> ChatCompletion:
+    def to_chat_completion(self, completion: Completion) -> ChatCompletion:
         """A completion with its parts."""
-        parser = self.parser()
-        parser.feed(done.text)
-        return _with_message(done, parser)
+        parser = self.make_parser()
+        parser.feed(completion.text)
+        return _to_chat_completion(completion, parser)
 
 
 class ChatStream(Iterator[Delta]):
@@ -60,22 +62,22 @@ class ChatStream(Iterator[Delta]):
         completion: the whole answer, once the stream has ended.
     """
 
-    def __init__(self, pieces: Iterator[Piece], parser: OutputParser) -> None:
+    def __init__(self, chunks: Iterator[StreamChunk], parser: OutputParser) -> None:
         self.completion: ChatCompletion | None = None
-        self._deltas = self._read(pieces, parser)
+        self._deltas = self._iter_deltas(chunks, parser)
 
     def __next__(self) -> Delta:
         return next(self._deltas)
 
-    def _read(self, pieces: Iterator[Piece], parser: OutputParser) -> Iterator[Delta]:
+    def _iter_deltas(self, pieces: Iterator[StreamChunk], parser: OutputParser) -> Iterator[Delta]:
         for piece in pieces:
             yield from parser.feed(piece.text)
             if piece.completion:
                 yield from parser.flush()
-                self.completion = _with_message(piece.completion, parser)
+                self.completion = _to_chat_completion(piece.completion, parser)
 
 
-def _with_message(done: Completion, parser: OutputParser) -> ChatCompletion:
+def _to_chat_completion(done: Completion, parser: OutputParser) -> ChatCompletion:
     message: Message = parser.finish("stop" if done.finish_reason == "tool_calls" else done.finish_reason)
     whole = {field.name: getattr(done, field.name) for field in dataclasses.fields(Completion)}
     return ChatCompletion(**{**whole, "finish_reason": message.finish_reason}, message=message)

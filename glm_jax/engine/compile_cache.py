@@ -16,15 +16,18 @@ from typing import Any
 
 import jax
 
-from pallas_kernels._cache_dirs import private_folder
+from pallas_kernels._cache_dirs import private_cache_dir
 
 _MAX_BYTES = 4 << 30  # also turns on JAX's file locks
 _NOTICE_AFTER_S = 1.0
 # Events of jax.monitoring: a program is looked for among those kept, and is there.
-_LOOKED_UP, _FOUND = "/jax/compilation_cache/compile_requests_use_cache", "/jax/compilation_cache/cache_hits"
+_CACHE_REQUEST_EVENT, _CACHE_HIT_EVENT = (
+    "/jax/compilation_cache/compile_requests_use_cache",
+    "/jax/compilation_cache/cache_hits",
+)
 
 
-def use_compile_cache() -> Path | None:
+def enable_compile_cache() -> Path | None:
     """Turns JAX's persistent cache on, unless the program has set one up already.
 
     Returns:
@@ -35,7 +38,7 @@ def use_compile_cache() -> Path | None:
     if current or not config.jax_enable_compilation_cache:
         return Path(current) if current else None
     try:
-        folder = private_folder("compiled")
+        folder = private_cache_dir("compiled")
     except OSError as error:
         print(f"compiled programs are not kept: {error.strerror or error}", file=sys.stderr)
         return None
@@ -45,71 +48,73 @@ def use_compile_cache() -> Path | None:
     return folder
 
 
-class _Notice:
+class _CompileNotice:
     """Says that a program is being made, once that takes longer than a moment; not that a kept one is read."""
 
     def __init__(self, what: str) -> None:
-        self.said = threading.Event()
+        self.announced = threading.Event()
         self._what = what
         self._timer: threading.Timer | None = None
 
-    def begin(self) -> None:
-        self.end()
-        if self.said.is_set():
+    def start_timer(self) -> None:
+        self.cancel_timer()
+        if self.announced.is_set():
             return
-        self._timer = threading.Timer(_NOTICE_AFTER_S, self._say)
+        self._timer = threading.Timer(_NOTICE_AFTER_S, self._announce)
         self._timer.daemon = True
         self._timer.start()
 
-    def end(self) -> None:
+    def cancel_timer(self) -> None:
         if self._timer:
             self._timer.cancel()
 
-    def hear(self, event: str, **_: str | int) -> None:
+    def on_event(self, event: str, **_: str | int) -> None:
         """What JAX tells of its cache."""
-        if event == _LOOKED_UP:
-            self.begin()
-        elif event == _FOUND:
-            self.end()
+        if event == _CACHE_REQUEST_EVENT:
+            self.start_timer()
+        elif event == _CACHE_HIT_EVENT:
+            self.cancel_timer()
 
-    def _say(self) -> None:
-        self.said.set()
+    def _announce(self) -> None:
+        self.announced.set()
         print(f"compiling {self._what} ...", file=sys.stderr, flush=True)
 
 
-_seen: set[Hashable] = set()
+_compiled_keys: set[Hashable] = set()
 
 
 @contextlib.contextmanager
-def compile_notice(what: str, key: Hashable, spent: Callable[[float], None] | None = None) -> Iterator[None]:
+def compile_notice(
+    description: str, key: Hashable, on_compiled: Callable[[float], None] | None = None
+) -> Iterator[None]:
     """Says on stderr that the first call of a shape compiles, if it does and that takes longer than a moment.
 
     Args:
-        what: shown to the user.
+        description: shown to the user.
         key: identifies the compilation; later calls with it say nothing.
-        spent: is told the seconds that a first call took, whether it compiled or found what an earlier run had kept.
+        on_compiled: is told the seconds that a first call took, whether it compiled or found what an earlier run had kept.
     """
-    if key in _seen:
+    if key in _compiled_keys:
         yield
         return
     begun = time.perf_counter()
-    notice = _Notice(what)
-    jax.monitoring.register_event_listener(notice.hear)
-    if not _keeps_programs():
-        notice.begin()  # nothing will be looked up
+    notice = _CompileNotice(description)
+    jax.monitoring.register_event_listener(notice.on_event)
+    if not _is_cache_enabled():
+        notice.start_timer()  # nothing will be looked up
     try:
         yield
-        _seen.add(key)
+        _compiled_keys.add(key)
     finally:
-        notice.end()
-        jax.monitoring.unregister_event_listener(notice.hear)
+        notice.cancel_timer()
+        jax.monitoring.unregister_event_listener(notice.on_event)
         seconds = time.perf_counter() - begun
-        if spent:
-            spent(seconds)
-        if notice.said.is_set():
-            print(f"compiling {what} took {seconds:.1f} s", file=sys.stderr, flush=True)
+        if on_compiled:
+            on_compiled(seconds)
+        if notice.announced.is_set():
+            print(f"compiling {description} took {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
-def _keeps_programs() -> bool:
+def _is_cache_enabled() -> bool:
     config: Any = jax.config
     return bool(config.jax_compilation_cache_dir and config.jax_enable_compilation_cache)

@@ -78,7 +78,7 @@ class ChatCompletion(Completion):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Piece:
+class StreamChunk:
     """A piece of a stream.
 
     Attributes:

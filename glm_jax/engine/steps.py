@@ -1,7 +1,7 @@
 """The ``jit`` boundary: prompt chunks into the cache, many decode steps in one call.
 
 What recompiles: the model, the number of rows and the cache's capacity (both come in powers of two, see
-:func:`bucket`), the chunk length, the step buffer, and the sampler's static features. Everything else is data.
+:func:`bucket_size`), the chunk length, the step buffer, and the sampler's static features. Everything else is data.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 
 from glm_jax.cache.latent import LatentCache
 from glm_jax.model.glm import GLM
-from glm_jax.sampling import SampleResult, SamplerState, is_stop, sample, update
-from pallas_kernels import GRAPH_OPTIONS, GRAPH_OPTIONS_OF_SEVERAL
+from glm_jax.sampling import SampleResult, SamplerState, is_stop, sample, update_state
+from pallas_kernels import CUDA_GRAPH_OPTIONS, MULTI_GPU_CUDA_GRAPH_OPTIONS
 
 Params = dict[str, Any]
 NO_TOKEN = -1
@@ -32,7 +32,7 @@ class DecodeState:
         cache: latents of all tokens but the newest.
         tokens: int32 ``[B]``, the newest token of each row, not yet in the cache.
         positions: int32 ``[B]``, the position that ``tokens`` takes.
-        left: int32 ``[B]``, tokens each row may still write.
+        remaining: int32 ``[B]``, tokens each row may still write.
         done: bool ``[B]``; a row that is done writes :data:`NO_TOKEN`.
         finite: bool ``[B]``; False once a row's logits held NaN or infinity.
         sampler: options and history of the rows.
@@ -41,7 +41,7 @@ class DecodeState:
     cache: LatentCache
     tokens: jax.Array
     positions: jax.Array
-    left: jax.Array
+    remaining: jax.Array
     done: jax.Array
     finite: jax.Array
     sampler: SamplerState
@@ -49,7 +49,7 @@ class DecodeState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
+class DecodeOutput:
     """What a call wrote, in step order; a row that was done has :data:`NO_TOKEN`.
 
     Attributes:
@@ -65,12 +65,12 @@ class Written:
     top_logprobs: jax.Array | None
 
 
-def bucket(n: int, smallest: int = 1) -> int:
+def bucket_size(n: int, minimum: int = 1) -> int:
     """The next power of two, so that few shapes are compiled."""
-    return max(smallest, 1 << (max(n, 1) - 1).bit_length())
+    return max(minimum, 1 << (max(n, 1) - 1).bit_length())
 
 
-def _apply(model: GLM, params: Params, *inputs: Any, **options: Any) -> Any:
+def _apply_model(model: GLM, params: Params, *inputs: Any, **options: Any) -> Any:
     return model.apply({"params": params}, *inputs, **options)
 
 
@@ -95,16 +95,16 @@ def prefill_chunk(
     Returns:
         The cache, and the logits with the rows that end in this chunk filled in.
     """
-    return _compiled_prefill(_graphs(model))(model, params, cache, logits, tokens, start, lengths)
+    return _jit_prefill(_graph_mode(model))(model, params, cache, logits, tokens, start, lengths)
 
 
 @functools.cache
-def _compiled_prefill(graphs: str | None) -> Any:
+def _jit_prefill(graph_mode: str | None) -> Any:
     return jax.jit(
         prefill_program,
         static_argnames="model",
         donate_argnames=("cache", "logits"),
-        compiler_options=_OPTIONS[graphs],
+        compiler_options=_COMPILER_OPTIONS[graph_mode],
     )
 
 
@@ -122,30 +122,30 @@ def prefill_program(
     positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32)[None], tokens.shape)
     last = lengths - 1 - start
     here = (last >= 0) & (last < chunk)
-    fresh, cache = _apply(model, params, tokens, positions, cache, logits_at=jnp.clip(last, 0, chunk - 1))
+    fresh, cache = _apply_model(model, params, tokens, positions, cache, logits_at=jnp.clip(last, 0, chunk - 1))
     return cache, jnp.where(here[:, None], fresh[:, 0], logits)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def chunk_logits(
+def prefill_chunk_logits(
     model: GLM, params: Params, cache: LatentCache, tokens: jax.Array, start: jax.Array
 ) -> tuple[LatentCache, jax.Array]:
     """One chunk like :func:`prefill_chunk`, with the logits of every token, float32 ``[B, C, V]``."""
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    logits, cache = _apply(model, params, tokens, positions, cache)
+    logits, cache = _apply_model(model, params, tokens, positions, cache)
     return cache, logits
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "draft_cache"))
-def mtp_chunk(
+def mtp_chunk_logits(
     model: GLM,
     params: Params,
     cache: LatentCache,
     draft_cache: LatentCache,
     tokens: jax.Array,
-    following: jax.Array,
+    next_tokens: jax.Array,
     start: jax.Array,
-    last: jax.Array,
+    last_position: jax.Array,
 ) -> tuple[LatentCache, LatentCache, jax.Array]:
     """The prediction layer's logits over one chunk of a row, float32 ``[1, C, V]``.
 
@@ -155,19 +155,19 @@ def mtp_chunk(
         cache: the model's, donated.
         draft_cache: the prediction layer's own, donated.
         tokens: int32 ``[1, C]``, padded on the right.
-        following: int32 ``[1, C]``, the token after each.
+        next_tokens: int32 ``[1, C]``, the token after each.
         start: int32, position of the chunk's first token.
-        last: int32, position of the row's last token; the entries after it mean nothing.
+        last_position: int32, position of the row's last token; the entries after it mean nothing.
 
     Returns:
         Both caches and the logits.
     """
     positions = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None]
-    hidden, cache = _apply(model, params, tokens, positions, cache, method="hidden")
-    end = jax.lax.dynamic_slice_in_dim(hidden, jnp.clip(last - start, 0, tokens.shape[1] - 1), 1, axis=1)
-    guess = jnp.argmax(_apply(model, params, end, method="head")[:, 0], axis=-1).astype(jnp.int32)
-    following = jnp.where(positions == last, guess[:, None], following)
-    logits, _, draft_cache = _apply(model, params, hidden, following, positions, draft_cache, method="draft")
+    hidden, cache = _apply_model(model, params, tokens, positions, cache, method="hidden")
+    end = jax.lax.dynamic_slice_in_dim(hidden, jnp.clip(last_position - start, 0, tokens.shape[1] - 1), 1, axis=1)
+    guess = jnp.argmax(_apply_model(model, params, end, method="head")[:, 0], axis=-1).astype(jnp.int32)
+    next_tokens = jnp.where(positions == last_position, guess[:, None], next_tokens)
+    logits, _, draft_cache = _apply_model(model, params, hidden, next_tokens, positions, draft_cache, method="draft")
     return cache, draft_cache, logits
 
 
@@ -181,21 +181,26 @@ def traced_logits(
     attention: Any = "auto",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Logits of whole rows and the activations of ``trace``; ``edit`` is a tuple of (name, function)."""
-    logits, _, recorded = _apply(model, params, tokens, trace=trace, edit=dict(edit), attention=attention)
+    logits, _, recorded = _apply_model(model, params, tokens, trace=trace, edit=dict(edit), attention=attention)
     return logits, recorded
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def begin(
-    cache: LatentCache, logits: jax.Array, lengths: jax.Array, left: jax.Array, done: jax.Array, sampler: SamplerState
-) -> tuple[DecodeState, Written]:
+def start_decode(
+    cache: LatentCache,
+    logits: jax.Array,
+    lengths: jax.Array,
+    remaining: jax.Array,
+    done: jax.Array,
+    sampler: SamplerState,
+) -> tuple[DecodeState, DecodeOutput]:
     """Draws the first token of every row.
 
     Args:
         cache: of the prompts, donated.
         logits: float32 ``[B, V]`` of the prompts' last tokens.
         lengths: int32 ``[B]``, of the prompts.
-        left: int32 ``[B]``, tokens each row may write.
+        remaining: int32 ``[B]``, tokens each row may write.
         done: bool ``[B]``, True for rows that only fill up the batch.
         sampler: of the rows.
     """
@@ -204,18 +209,18 @@ def begin(
         cache=cache,
         tokens=result.tokens,
         positions=lengths,
-        left=left,
+        remaining=remaining,
         done=done,
         finite=jnp.ones_like(done),
         sampler=sampler,
     )
-    state, written = _record(state, result)
+    state, written = _advance_state(state, result)
     return state, jax.tree.map(lambda x: x[:, None], written)
 
 
 def decode_steps(
     model: GLM, params: Params, state: DecodeState, limit: jax.Array | np.int32, *, steps: int
-) -> tuple[DecodeState, Written]:
+) -> tuple[DecodeState, DecodeOutput]:
     """Up to ``min(limit, steps)`` decode steps without a host in between; ends early when every row is done.
 
     Args:
@@ -223,57 +228,57 @@ def decode_steps(
         limit: int32, steps to run now; data, so that streaming and bulk share one compilation.
         steps: width of the output buffer.
     """
-    return _compiled_decode(_graphs(model))(model, params, state, limit, steps=steps)
+    return _jit_decode(_graph_mode(model))(model, params, state, limit, steps=steps)
 
 
-def _graphs(model: GLM) -> str | None:
+def _graph_mode(model: GLM) -> str | None:
     """Which options the programs of a model are compiled with."""
     if jax.default_backend() != "gpu":
         return None
     return "several" if model.rules.mesh_axes else "one"
 
 
-_OPTIONS = {None: None, "one": GRAPH_OPTIONS, "several": GRAPH_OPTIONS_OF_SEVERAL}
+_COMPILER_OPTIONS = {None: None, "one": CUDA_GRAPH_OPTIONS, "several": MULTI_GPU_CUDA_GRAPH_OPTIONS}
 
 
 @functools.cache
-def _compiled_decode(graphs: str | None) -> Any:
+def _jit_decode(graph_mode: str | None) -> Any:
     return jax.jit(
         decode_program,
         static_argnames=("model", "steps"),
         donate_argnames="state",
-        compiler_options=_OPTIONS[graphs],
+        compiler_options=_COMPILER_OPTIONS[graph_mode],
     )
 
 
 def decode_program(
     model: GLM, params: Params, state: DecodeState, limit: jax.Array, *, steps: int
-) -> tuple[DecodeState, Written]:
+) -> tuple[DecodeState, DecodeOutput]:
     """What :func:`decode_steps` compiles."""
-    buffer = _empty(state, steps)
+    buffer = _empty_output(state, steps)
 
-    def go_on(carry: tuple[jax.Array, DecodeState, Written]) -> jax.Array:
+    def go_on(carry: tuple[jax.Array, DecodeState, DecodeOutput]) -> jax.Array:
         step, state, _ = carry
         return (step < limit) & (step < steps) & ~jnp.all(state.done)
 
-    def one(carry: tuple[jax.Array, DecodeState, Written]) -> tuple[jax.Array, DecodeState, Written]:
+    def one(carry: tuple[jax.Array, DecodeState, DecodeOutput]) -> tuple[jax.Array, DecodeState, DecodeOutput]:
         step, state, buffer = carry
         newest = (state.tokens[:, None], state.positions[:, None])
-        result, cache = _apply(model, params, *newest, state.cache, state.sampler, method="draw")
+        result, cache = _apply_model(model, params, *newest, state.cache, state.sampler, method="decode_and_sample")
         positions = jnp.where(state.done, state.positions, state.positions + 1)
         state = dataclasses.replace(state, cache=cache, positions=positions)
-        state, written = _record(state, result)
+        state, written = _advance_state(state, result)
         return step + 1, state, jax.tree.map(lambda all_, new: all_.at[:, step].set(new), buffer, written)
 
     _, state, buffer = jax.lax.while_loop(go_on, one, (jnp.int32(0), state, buffer))
     return state, buffer
 
 
-def _record(state: DecodeState, result: SampleResult) -> tuple[DecodeState, Written]:
+def _advance_state(state: DecodeState, result: SampleResult) -> tuple[DecodeState, DecodeOutput]:
     """The state after a draw: rows that hit a stop token or their budget are done with it."""
     active = ~state.done
     tokens = jnp.where(active, result.tokens, NO_TOKEN)
-    left = state.left - active.astype(jnp.int32)
+    left = state.remaining - active.astype(jnp.int32)
     done = state.done | is_stop(result.tokens, state.sampler) | (left <= 0)
     state = dataclasses.replace(
         state,
@@ -281,17 +286,17 @@ def _record(state: DecodeState, result: SampleResult) -> tuple[DecodeState, Writ
         left=left,
         done=done,
         finite=state.finite & (result.ok | ~active),
-        sampler=update(state.sampler, result.tokens, active),
+        sampler=update_state(state.sampler, result.tokens, active),
     )
-    return state, Written(
+    return state, DecodeOutput(
         tokens=tokens, logprobs=result.logprob, top_ids=result.top_ids, top_logprobs=result.top_logprobs
     )
 
 
-def _empty(state: DecodeState, steps: int) -> Written:
+def _empty_output(state: DecodeState, steps: int) -> DecodeOutput:
     rows, count = state.tokens.shape[0], state.sampler.features.logprobs
     numbers = count is not None
-    return Written(
+    return DecodeOutput(
         tokens=jnp.full((rows, steps), NO_TOKEN, jnp.int32),
         logprobs=jnp.zeros((rows, steps), jnp.float32) if numbers else None,
         top_ids=jnp.full((rows, steps, count), NO_TOKEN, jnp.int32) if numbers else None,

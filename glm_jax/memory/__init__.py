@@ -1,28 +1,35 @@
 """Memory: what a model needs on its devices, planned before anything is loaded."""
 
-from glm_jax.memory.devices import Gpu, bandwidth_of, device_limit, find_gpus, gpus
-from glm_jax.memory.estimates import PREDICTION_LAYER, PREFILL_CHUNK, Part, Workspace, chunk_length, distinct_experts
-from glm_jax.memory.memory_model import Need, Setup
-from glm_jax.memory.oom_message import counted, in_gb
-from glm_jax.memory.planner import MemoryPlan, plan, plan_on
+from glm_jax.memory.devices import GpuInfo, available_device_memory, device_bandwidth, known_gpus, parse_gpus
+from glm_jax.memory.estimates import (
+    MTP_LAYER,
+    PREFILL_CHUNK_SIZE,
+    WeightGroup,
+    Workspace,
+    expected_active_experts,
+    prefill_chunk_length,
+)
+from glm_jax.memory.memory_model import MemoryModel, MemoryRequirement
+from glm_jax.memory.oom_message import format_bytes, pluralize
+from glm_jax.memory.planner import MemoryPlan, plan_memory, plan_memory_on_devices
 
 __all__ = [
-    "PREDICTION_LAYER",
-    "PREFILL_CHUNK",
-    "Gpu",
+    "MTP_LAYER",
+    "PREFILL_CHUNK_SIZE",
+    "GpuInfo",
+    "MemoryModel",
     "MemoryPlan",
-    "Need",
-    "Part",
-    "Setup",
+    "MemoryRequirement",
+    "WeightGroup",
     "Workspace",
-    "bandwidth_of",
-    "chunk_length",
-    "counted",
-    "device_limit",
-    "distinct_experts",
-    "find_gpus",
-    "gpus",
-    "in_gb",
-    "plan",
-    "plan_on",
+    "available_device_memory",
+    "device_bandwidth",
+    "expected_active_experts",
+    "format_bytes",
+    "known_gpus",
+    "parse_gpus",
+    "plan_memory",
+    "plan_memory_on_devices",
+    "pluralize",
+    "prefill_chunk_length",
 ]

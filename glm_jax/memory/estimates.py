@@ -9,25 +9,25 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
-from glm_jax.cache.latent import AXES as CACHE_AXES
-from glm_jax.cache.latent import EIGHT_BITS, bytes_per_row
+from glm_jax.cache.latent import CACHE_AXES as CACHE_AXES
+from glm_jax.cache.latent import QUANTIZED_CACHE_MAX, bytes_per_token_and_layer
 from glm_jax.config import Config
 from glm_jax.ops.mla import KEY_BLOCK
 from glm_jax.sharding import LogicalAxis, Rules
-from glm_jax.weights.params import ParamSpec, Path, leaves, param_specs
+from glm_jax.weights.params import ParamPath, ParamSpec, leaves_with_path, param_specs
 from glm_jax.weights.storage import Storage, component_axes
 
 # Prompts are run in chunks of this many tokens per row. On a GPU few rows have longer ones: a chunk reads all weights,
 # and with fewer tokens an expert has few rows to use each for.
-PREFILL_CHUNK = 512
-_LONG_CHUNK, _LONG_OF_ALL_ROWS = 2048, 8192
-PREDICTION_LAYER = "prediction layer"
-_WIDEST_BLOCK = 64  # rows of the tallest block of pairs that share an expert
+PREFILL_CHUNK_SIZE = 512
+_MAX_PREFILL_CHUNK_SIZE, _MAX_CHUNK_TOKENS_PER_BATCH = 2048, 8192
+MTP_LAYER = "prediction layer"
+_MAX_EXPERT_BLOCK_ROWS = 64  # rows of the tallest block of pairs that share an expert
 _SAMPLER_ARRAYS = 8  # float32 arrays [rows, vocab] at once: logits, history, processors, noise
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
+class PlacementSpec:
     """What decides, besides the architecture, how many bytes a device holds.
 
     Attributes:
@@ -51,18 +51,18 @@ class Placement:
         """Bytes of an activation."""
         return 4 if self.on_cpu else _itemsize(self.dtype)
 
-    def size(self, length: int, axis: LogicalAxis | None) -> int:
+    def shard_length(self, length: int, axis: LogicalAxis | None) -> int:
         """Length of a dimension on one device, the longest where the devices' differ."""
         name = getattr(self.rules, axis) if axis else None
         return -(-length // dict(self.axis_sizes)[name]) if name else length
 
-    def values(self, shape: Sequence[int], axes: Sequence[LogicalAxis | None]) -> int:
+    def shard_num_elements(self, shape: Sequence[int], axes: Sequence[LogicalAxis | None]) -> int:
         """Values of an array on one device."""
-        return math.prod(self.size(length, axis) for length, axis in zip(shape, axes, strict=True))
+        return math.prod(self.shard_length(length, axis) for length, axis in zip(shape, axes, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Part:
+class WeightGroup:
     """A group of weights.
 
     Attributes:
@@ -75,38 +75,38 @@ class Part:
     nbytes: int = 0
     device_bytes: int = 0
 
-    def __add__(self, other: Part) -> Part:
-        return Part(
+    def __add__(self, other: WeightGroup) -> WeightGroup:
+        return WeightGroup(
             self.parameters + other.parameters, self.nbytes + other.nbytes, self.device_bytes + other.device_bytes
         )
 
 
-def weights(cfg: Config, placement: Placement) -> dict[str, Part]:
+def group_weights(cfg: Config, placement: PlacementSpec) -> dict[str, WeightGroup]:
     """The weights by part, the prediction layer last; a part the model does not have is empty."""
     names = "embedding attention dense_mlp routed_experts shared_experts routers norms head".split()
-    parts = dict.fromkeys([*names, PREDICTION_LAYER], Part())
-    for path, spec in leaves(param_specs(cfg)):
-        parts[part_of(path)] += _leaf_part(path, spec, placement)
+    parts = dict.fromkeys([*names, MTP_LAYER], WeightGroup())
+    for path, spec in leaves_with_path(param_specs(cfg)):
+        parts[weight_group_name(path)] += _leaf_group(path, spec, placement)
     return parts
 
 
-def _leaf_part(path: Path, spec: ParamSpec, placement: Placement) -> Part:
+def _leaf_group(path: ParamPath, spec: ParamSpec, placement: PlacementSpec) -> WeightGroup:
     quant = placement.storage.get(path)
     if quant is None:
         item = _itemsize(spec.dtype or placement.dtype)
-        return Part(spec.size, spec.size * item, placement.values(spec.shape, spec.axes) * item)
-    arrays = quant.components(spec.shape)
+        return WeightGroup(spec.size, spec.size * item, placement.shard_num_elements(spec.shape, spec.axes) * item)
+    arrays = quant.component_shapes(spec.shape)
     here = sum(
-        placement.values(shape, component_axes(name, shape, spec)) * dtype.itemsize
+        placement.shard_num_elements(shape, component_axes(name, shape, spec)) * dtype.itemsize
         for name, (shape, dtype) in arrays.items()
     )
-    return Part(spec.size, quant.nbytes(spec.shape), here)
+    return WeightGroup(spec.size, quant.nbytes(spec.shape), here)
 
 
-def part_of(path: Path) -> str:
+def weight_group_name(path: ParamPath) -> str:
     """The part that a parameter belongs to; the norms inside the attention count as attention."""
     if path[0] == "mtp":
-        return PREDICTION_LAYER
+        return MTP_LAYER
     if len(path) == 1:
         return {"embed": "embedding", "head": "head", "norm": "norms"}[path[0]]
     block, name = path[-2], path[-1]
@@ -117,10 +117,10 @@ def part_of(path: Path) -> str:
     return {"router": "routers", "shared": "shared_experts"}.get(name.partition("_")[0], "routed_experts")
 
 
-def cache_bytes(cfg: Config, placement: Placement, rows: int, context: int) -> int:
+def cache_bytes(cfg: Config, placement: PlacementSpec, rows: int, context: int) -> int:
     """Bytes on one device of a latent cache of ``rows`` rows with ``context`` slots."""
     shape = (cfg.num_hidden_layers, rows, context)
-    return placement.values(shape, CACHE_AXES[:-1]) * bytes_per_row(cfg, placement.cache_dtype)
+    return placement.shard_num_elements(shape, CACHE_AXES[:-1]) * bytes_per_token_and_layer(cfg, placement.cache_dtype)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -144,12 +144,18 @@ class Workspace:
         return self.activations + self.layer_weights + self.logits
 
 
-def chunk_length(rows: int, *, on_cpu: bool) -> int:
+def prefill_chunk_length(rows: int, *, on_cpu: bool) -> int:
     """Longest chunk of prompts that are run together."""
-    return PREFILL_CHUNK if on_cpu else max(PREFILL_CHUNK, min(_LONG_CHUNK, _LONG_OF_ALL_ROWS // rows))
+    return (
+        PREFILL_CHUNK_SIZE
+        if on_cpu
+        else max(PREFILL_CHUNK_SIZE, min(_MAX_PREFILL_CHUNK_SIZE, _MAX_CHUNK_TOKENS_PER_BATCH // rows))
+    )
 
 
-def workspace(cfg: Config, placement: Placement, rows: int, context: int, chunk: int | None = None) -> Workspace:
+def estimate_workspace(
+    cfg: Config, placement: PlacementSpec, rows: int, context: int, chunk: int | None = None
+) -> Workspace:
     """The workspace on one device, for ``rows`` prompts run together in chunks of ``chunk`` tokens.
 
     With ``a`` bytes per activation, ``n = rows * chunk`` new tokens, and ``K`` keys at a time (all up to 2,048 slots,
@@ -166,65 +172,70 @@ def workspace(cfg: Config, placement: Placement, rows: int, context: int, chunk:
 
     and ``4 * a * n * D`` for the residual stream, its norms and sums.
     """
-    rows = placement.size(rows, "batch")
-    chunk = min(chunk or chunk_length(rows, on_cpu=placement.on_cpu), context)
+    rows = placement.shard_length(rows, "batch")
+    chunk = min(chunk or prefill_chunk_length(rows, on_cpu=placement.on_cpu), context)
     item, new = placement.itemsize, rows * chunk
     activations = max(
-        _attention(cfg, placement, rows, context, chunk),
-        _feed_forward(cfg, placement, new),
+        _attention_bytes(cfg, placement, rows, context, chunk),
+        _feed_forward_bytes(cfg, placement, new),
     )
     return Workspace(
         activations + 4 * item * new * cfg.hidden_size,
-        _layer_weights(cfg, placement),
+        _layer_weight_bytes(cfg, placement),
         4 * cfg.vocab_size * max(chunk, _SAMPLER_ARRAYS * rows),
     )
 
 
-def _attention(cfg: Config, placement: Placement, rows: int, context: int, chunk: int) -> int:
-    heads, item = placement.size(cfg.num_attention_heads, "heads"), placement.itemsize
+def _attention_bytes(cfg: Config, placement: PlacementSpec, rows: int, context: int, chunk: int) -> int:
+    heads, item = placement.shard_length(cfg.num_attention_heads, "heads"), placement.itemsize
     keys = context if context <= 2 * KEY_BLOCK else KEY_BLOCK
     scores = chunk * heads * keys * (8 + item)
     expanded = keys * heads * (cfg.qk_nope_head_dim + cfg.v_head_dim) * item
-    if placement.cache_dtype in EIGHT_BITS:
+    if placement.cache_dtype in QUANTIZED_CACHE_MAX:
         widened = (keys + chunk) * cfg.cache_width * (4 + item)
-        return rows * (scores + expanded + context * bytes_per_row(cfg, placement.cache_dtype) + widened)
+        return rows * (scores + expanded + context * bytes_per_token_and_layer(cfg, placement.cache_dtype) + widened)
     return rows * (scores + expanded + context * cfg.cache_width * item)
 
 
-def _feed_forward(cfg: Config, placement: Placement, new: int) -> int:
-    experts = placement.size(cfg.n_routed_experts, "experts")
-    width = placement.size(cfg.moe_intermediate_size, "ffn")
+def _feed_forward_bytes(cfg: Config, placement: PlacementSpec, new: int) -> int:
+    experts = placement.shard_length(cfg.n_routed_experts, "experts")
+    width = placement.shard_length(cfg.moe_intermediate_size, "ffn")
     # With few experts all of them are applied to every token.
     side_by_side = experts * width if experts <= 2 * cfg.num_experts_per_tok else width
-    widest = max(placement.size(cfg.intermediate_size, "ffn"), placement.size(cfg.shared_width, "ffn"), side_by_side)
-    pairs = 8 * new * cfg.num_experts_per_tok + 4 * _WIDEST_BLOCK * experts
+    widest = max(
+        placement.shard_length(cfg.intermediate_size, "ffn"),
+        placement.shard_length(cfg.shared_width, "ffn"),
+        side_by_side,
+    )
+    pairs = 8 * new * cfg.num_experts_per_tok + 4 * _MAX_EXPERT_BLOCK_ROWS * experts
     return new * widest * (8 + 2 * placement.itemsize) + pairs * cfg.hidden_size
 
 
 @functools.lru_cache(maxsize=64)
-def _layer_weights(cfg: Config, placement: Placement) -> int:
+def _layer_weight_bytes(cfg: Config, placement: PlacementSpec) -> int:
     blocks = param_specs(cfg)["runs"]
     # A run of one layer is no loop: its matrices are used where they are.
-    loops = [str(i) for i, run in enumerate(cfg.runs) if run.count > 1] or list(blocks)
+    loops = [str(i) for i, run in enumerate(cfg.layer_groups) if run.count > 1] or list(blocks)
     layer = max(
-        sum(_one_matrix(("runs", i, *path), spec, placement) for path, spec in leaves(blocks[i])) for i in loops
+        sum(_matrix_elements(("runs", i, *path), spec, placement) for path, spec in leaves_with_path(blocks[i]))
+        for i in loops
     )
     quantised_head = placement.storage.get(("embed",) if cfg.tie_word_embeddings else ("head",))
-    widened = placement.values((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
+    widened = placement.shard_num_elements((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
     head = widened if placement.on_cpu and _itemsize(placement.dtype) < 4 and not quantised_head else 0
     return (layer + head) * placement.itemsize
 
 
-def _one_matrix(path: Path, spec: ParamSpec, placement: Placement) -> int:
+def _matrix_elements(path: ParamPath, spec: ParamSpec, placement: PlacementSpec) -> int:
     """Values of a parameter in one layer, and of one expert where there are many."""
     skip = 2 if "experts" in spec.axes else 1
-    values = placement.values(spec.shape[skip:], spec.axes[skip:])
+    values = placement.shard_num_elements(spec.shape[skip:], spec.axes[skip:])
     # Quantised matrices are widened a few rows at a time on CPUs, but for the two that expand the cache.
     in_rows = placement.on_cpu and placement.storage.get(path) and path[-1] not in ("k_b", "v_b")
     return values // 4 if in_rows else values
 
 
-def distinct_experts(cfg: Config, rows: int) -> float:
+def expected_active_experts(cfg: Config, rows: int) -> float:
     """Experts per layer that ``rows`` tokens choose if all are equally likely: ``E (1 - (1 - X/E)^rows)``.
 
     Real routing is less even and reads fewer.
@@ -233,16 +244,18 @@ def distinct_experts(cfg: Config, rows: int) -> float:
     return cfg.n_routed_experts * (1 - missed**rows)
 
 
-def decode_bytes(cfg: Config, placement: Placement, parts: Mapping[str, Part], rows: int, context: int) -> int:
+def decode_bytes(
+    cfg: Config, placement: PlacementSpec, weight_groups: Mapping[str, WeightGroup], rows: int, context: int
+) -> int:
     """Bytes that one device must read to write one token in each of ``rows`` rows of ``context`` tokens.
 
     Each weight once, of the routed experts those that are chosen, of the embedding nothing worth counting unless it is
     also the head; and the whole cache.
     """
-    chosen = distinct_experts(cfg, placement.size(rows, "batch")) / cfg.n_routed_experts
-    unread = {PREDICTION_LAYER, "routed_experts"} | (set() if cfg.tie_word_embeddings else {"embedding"})
-    always = sum(part.device_bytes for name, part in parts.items() if name not in unread)
-    routed = round(parts["routed_experts"].device_bytes * chosen)
+    chosen = expected_active_experts(cfg, placement.shard_length(rows, "batch")) / cfg.n_routed_experts
+    unread = {MTP_LAYER, "routed_experts"} | (set() if cfg.tie_word_embeddings else {"embedding"})
+    always = sum(part.device_bytes for name, part in weight_groups.items() if name not in unread)
+    routed = round(weight_groups["routed_experts"].device_bytes * chosen)
     return always + routed + cache_bytes(cfg, placement, rows, context)
 
 

@@ -9,21 +9,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from glm_jax.cache.latent import LatentCache, Rows
+from glm_jax.cache.latent import LatentCache, LayerCache
 from glm_jax.config import Config
 from glm_jax.errors import ConfigError
 from glm_jax.ops import experts
-from glm_jax.ops.linear import Index, linear, pick
-from glm_jax.ops.mla import Form, attend, project
+from glm_jax.ops.linear import Index, index_weight, linear
+from glm_jax.ops.mla import AttentionForm, mla_attention, project_queries_and_latent
 from glm_jax.ops.mlp import swiglu
 from glm_jax.ops.norm import rms_norm
 from glm_jax.sharding import Rules
 
-Edit = Callable[[jax.Array], jax.Array]
+EditFn = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Taps:
+class ActivationHooks:
     """Named points where activations are read (``trace``) or replaced (``edit``) during one call.
 
     Attributes:
@@ -33,7 +33,7 @@ class Taps:
     """
 
     trace: frozenset[str] = frozenset()
-    edit: Mapping[str, Edit] = dataclasses.field(default_factory=dict)
+    edit: Mapping[str, EditFn] = dataclasses.field(default_factory=dict)
     recorded: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -54,23 +54,29 @@ class Taps:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Context:
+class ForwardContext:
     """What every block of one call shares.
 
     Attributes:
         positions: int32 ``[B, T]``.
-        form: of the attention.
+        attention_form: of the attention.
     """
 
     cfg: Config
     rules: Rules
     positions: jax.Array
-    form: Form = "auto"
-    taps: Taps = dataclasses.field(default_factory=Taps)
+    attention_form: AttentionForm = "auto"
+    hooks: ActivationHooks = dataclasses.field(default_factory=ActivationHooks)
 
 
-def block(
-    ctx: Context, h: jax.Array, cache: LatentCache | None, w: dict[str, Any], layer: Index, slot: Index, name: str = ""
+def transformer_block(
+    ctx: ForwardContext,
+    h: jax.Array,
+    cache: LatentCache | None,
+    w: dict[str, Any],
+    layer: Index,
+    cache_layer: Index,
+    name: str = "",
 ) -> tuple[jax.Array, LatentCache | None]:
     """``h + attention(norm(h))``, then ``+ feed_forward(norm(.))``.
 
@@ -79,70 +85,70 @@ def block(
         cache: of all layers, or ``None`` to attend to the new tokens alone.
         w: parameters of a run, stacked by layer.
         layer: index into the run's stacks.
-        slot: index into the cache's layers.
+        cache_layer: index into the cache's layers.
         name: prefix of the tap names, ``block.{i}``.
 
     Returns:
         The new residual stream and cache.
     """
-    h = ctx.taps(f"{name}.in", h)
-    attention, cache = _attention(ctx, h, cache, w["attn"], layer, slot)
-    h = h + ctx.taps(f"{name}.attn", attention)
+    h = ctx.hooks(f"{name}.in", h)
+    attention, cache = _attention(ctx, h, cache, w["attn"], layer, cache_layer)
+    h = h + ctx.hooks(f"{name}.attn", attention)
     if "mlp" in w:
-        out = ctx.taps(f"{name}.mlp", _dense(ctx, h, w["mlp"], layer))
+        out = ctx.hooks(f"{name}.mlp", _mlp_layer(ctx, h, w["mlp"], layer))
     else:
-        out = ctx.taps(f"{name}.moe", _sparse(ctx, h, w["moe"], layer, name))
-    return ctx.taps(f"{name}.out", h + out), cache
+        out = ctx.hooks(f"{name}.moe", _moe_layer(ctx, h, w["moe"], layer, name))
+    return ctx.hooks(f"{name}.out", h + out), cache
 
 
-def tap_names(kind: str, name: str) -> tuple[str, ...]:
+def hook_names(kind: str, name: str) -> tuple[str, ...]:
     """The tap points of a block of this kind."""
     inner = ("mlp",) if kind == "dense" else ("moe.router", "moe.experts", "moe")
     return tuple(f"{name}.{point}" for point in ("in", "attn", *inner, "out"))
 
 
 def _attention(
-    ctx: Context, h: jax.Array, cache: LatentCache | None, w: dict[str, Any], layer: Index, slot: Index
+    ctx: ForwardContext, h: jax.Array, cache: LatentCache | None, w: dict[str, Any], layer: Index, slot: Index
 ) -> tuple[jax.Array, LatentCache | None]:
     cfg = ctx.cfg
     heads = w["k_b"].shape[1]
-    x = rms_norm(h, pick(w["norm"], layer), cfg.rms_norm_eps)
-    queries, new = project(cfg, x, w, layer, ctx.positions, heads)
+    x = rms_norm(h, index_weight(w["norm"], layer), cfg.rms_norm_eps)
+    queries, new = project_queries_and_latent(cfg, x, w, layer, ctx.positions, heads)
     if cache is None:
         # The rows are the tokens themselves: a token's slot is its place in the row, wherever the row begins.
         own_slot = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], ctx.positions.shape)
-        rows = Rows(new)
+        rows = LayerCache(new)
     else:
         own_slot = ctx.positions
         cache = cache.write(slot, own_slot, new, cfg.kv_lora_rank)
         # The new tokens too are seen as they are stored, so that it does not matter which call wrote a row.
-        rows = cache.layer(slot)
+        rows = cache.get_layer(slot)
     stored = None if cache is None else (cache, slot)
-    out = attend(cfg, queries, rows, own_slot, w, layer, ctx.form, stored)
+    out = mla_attention(cfg, queries, rows, own_slot, w, layer, ctx.attention_form, stored)
     # Partial sums over the devices' heads are added in float32.
     partial = linear(out.reshape(*out.shape[:2], -1), w["o"], layer, dtype=jnp.dtype(jnp.float32))
     return ctx.rules.psum(partial, "heads").astype(h.dtype), cache
 
 
-def _dense(ctx: Context, h: jax.Array, w: dict[str, Any], layer: Index) -> jax.Array:
-    x = rms_norm(h, pick(w["norm"], layer), ctx.cfg.rms_norm_eps)
+def _mlp_layer(ctx: ForwardContext, h: jax.Array, w: dict[str, Any], layer: Index) -> jax.Array:
+    x = rms_norm(h, index_weight(w["norm"], layer), ctx.cfg.rms_norm_eps)
     out = swiglu(x, w["gate"], w["up"], w["down"], layer, dtype=jnp.dtype(jnp.float32))
     return ctx.rules.psum(out, "ffn").astype(h.dtype)
 
 
-def _sparse(ctx: Context, h: jax.Array, w: dict[str, Any], layer: Index, name: str) -> jax.Array:
+def _moe_layer(ctx: ForwardContext, h: jax.Array, w: dict[str, Any], layer: Index, name: str) -> jax.Array:
     cfg, shape = ctx.cfg, h.shape
-    x = rms_norm(h, pick(w["norm"], layer), cfg.rms_norm_eps).reshape(-1, shape[-1])
-    routing = experts.route(cfg, x, pick(w["router"], layer), pick(w["router_bias"], layer))
-    if ctx.taps:
-        routing = _tap_routing(ctx, routing, shape, f"{name}.moe.router")
+    x = rms_norm(h, index_weight(w["norm"], layer), cfg.rms_norm_eps).reshape(-1, shape[-1])
+    routing = experts.route(cfg, x, index_weight(w["router"], layer), index_weight(w["router_bias"], layer))
+    if ctx.hooks:
+        routing = _hook_routing(ctx, routing, shape, f"{name}.moe.router")
     routed = experts.apply_experts(x, routing, w, layer, ctx.rules)
-    routed = ctx.taps(f"{name}.moe.experts", routed.reshape(shape))
-    shared = experts.apply_shared(x, w, layer, ctx.rules).reshape(shape) if cfg.n_shared_experts else 0.0
+    routed = ctx.hooks(f"{name}.moe.experts", routed.reshape(shape))
+    shared = experts.apply_shared_experts(x, w, layer, ctx.rules).reshape(shape) if cfg.n_shared_experts else 0.0
     return (routed + shared).astype(h.dtype)
 
 
-def _tap_routing(ctx: Context, routing: experts.Routing, shape: tuple[int, ...], name: str) -> experts.Routing:
+def _hook_routing(ctx: ForwardContext, routing: experts.Routing, shape: tuple[int, ...], name: str) -> experts.Routing:
     count = ctx.cfg.n_routed_experts
-    dense = ctx.taps(name, experts.to_dense(routing, count).reshape(*shape[:-1], count))
-    return experts.from_dense(dense.reshape(-1, count)) if name in ctx.taps.edit else routing
+    dense = ctx.hooks(name, experts.routing_to_dense(routing, count).reshape(*shape[:-1], count))
+    return experts.routing_from_dense(dense.reshape(-1, count)) if name in ctx.hooks.edit else routing

@@ -3,18 +3,18 @@
 import jax
 import jax.numpy as jnp
 
-from glm_jax.model.fused_decode import Stream
-from glm_jax.ops.tiled_matmul import flattened
-from glm_jax.sampling.penalties import adjusted
-from glm_jax.sampling.sampler import SampleResult, log_probabilities, most_likely
-from glm_jax.sampling.state import SamplerState, existing
+from glm_jax.model.fused_decode import ResidualStream
+from glm_jax.ops.tiled_matmul import flatten_stack
+from glm_jax.sampling.penalties import apply_bias_and_penalties
+from glm_jax.sampling.sampler import SampleResult, compute_logprobs, top_k_logprobs
+from glm_jax.sampling.state import SamplerState, valid_token_mask
 from glm_jax.weights import TiledWeight
-from pallas_kernels.quant_matmul import Squares, linear
-from pallas_kernels.sample import Rows, Vocabulary, draw, head
+from pallas_kernels.quant_matmul import SumSq, fused_linear
+from pallas_kernels.sample import SamplingTensors, Vocabulary, lm_head_sample, sample_logits
 
 
-def sample_states(
-    states: Stream, weight: TiledWeight, state: SamplerState, positions: jax.Array, *, eps: float
+def sample_from_residual(
+    states: ResidualStream, weight: TiledWeight, state: SamplerState, positions: jax.Array, *, eps: float
 ) -> SampleResult:
     """Draws one token per row from what the layers left; see :func:`glm_jax.sampling.sample`.
 
@@ -29,9 +29,9 @@ def sample_states(
         eps: of the final norm.
     """
     features, drawn = state.features, not state.features.greedy_only
-    squares = Squares(states.squares, 0, states.squares.shape[1])
+    squares = SumSq(states.sum_sq, 0, states.sum_sq.shape[1])
     vocabulary = Vocabulary(state.valid_vocab, state.unused_ids)
-    rows = Rows(
+    rows = SamplingTensors(
         temperature=state.temperature,
         top_k=state.top_k,
         top_p=state.top_p,
@@ -40,26 +40,37 @@ def sample_states(
         positions=positions,
     )
     if not (features.filters or features.penalties or features.bias) and features.logprobs is None:
-        found, _ = head(
-            states.scaled, weight.tiles, rows, vocabulary, states.counters, drawn=drawn, squares=squares, eps=eps
+        found, _ = lm_head_sample(
+            states.norm_scaled,
+            weight.tiles,
+            rows,
+            vocabulary,
+            states.counters,
+            has_random=drawn,
+            sum_sq=squares,
+            eps=eps,
         )
         return SampleResult(tokens=found.tokens, ok=found.ok, logprob=None, top_ids=None, top_logprobs=None)
-    stack, place = flattened(weight.tiles, ())
-    made, counters = linear(states.scaled, stack, place, states.counters, squares=squares, eps=eps, dtype=jnp.float32)
+    stack, place = flatten_stack(weight.tiles, ())
+    made, counters = fused_linear(
+        states.norm_scaled, stack, place, states.counters, sum_sq=squares, eps=eps, dtype=jnp.float32
+    )
     logits = made.out
-    found, _ = draw(
-        adjusted(logits, state),
+    found, _ = sample_logits(
+        apply_bias_and_penalties(logits, state),
         rows,
         vocabulary,
         counters,
-        drawn=drawn,
-        filters=features.filters,
-        logprob=features.logprobs is not None,
+        has_random=drawn,
+        has_filters=features.filters,
+        return_logprob=features.logprobs is not None,
         logits=logits if features.penalties or features.bias else None,
     )
     top_ids = top_logprobs = None
     if features.logprobs is not None:
-        top_ids, top_logprobs = most_likely(log_probabilities(logits), existing(state, logits), features.logprobs)
+        top_ids, top_logprobs = top_k_logprobs(
+            compute_logprobs(logits), valid_token_mask(state, logits), features.logprobs
+        )
     return SampleResult(
         tokens=found.tokens, ok=found.ok, logprob=found.logprob, top_ids=top_ids, top_logprobs=top_logprobs
     )

@@ -12,15 +12,15 @@ from jax.sharding import Mesh
 import pallas_kernels
 from glm_jax.config import Config
 from glm_jax.errors import GlmError
-from glm_jax.model.fused_decode import obstacle
+from glm_jax.model.fused_decode import unsupported_reason
 from glm_jax.sharding import Rules
 from glm_jax.weights.storage import Storage, abstract_params
-from glm_jax.weights.tiling import Placement, tiled_tree
+from glm_jax.weights.tiling import ModelSharding, tile_params
 
-KERNELS = ("triton", "reference")
+KERNEL_CHOICES = ("triton", "reference")
 
 
-def wants_kernels(kernels: str | None, dtype: str) -> bool:
+def prefer_kernels(kernels: str | None, dtype: str) -> bool:
     """Whether to run a model by kernels: those for GPUs, on a GPU, in bfloat16, unless something else is asked for.
 
     Args:
@@ -31,15 +31,15 @@ def wants_kernels(kernels: str | None, dtype: str) -> bool:
         GlmError: for another word, or where there is no GPU or no Triton for kernels that are asked for.
     """
     if kernels is None:
-        return pallas_kernels.available() and not pallas_kernels.interpreted() and dtype == "bfloat16"
-    if kernels not in KERNELS:
-        raise GlmError(f"kernels must be {' or '.join(map(repr, KERNELS))}, not {kernels!r}")
-    if kernels == "triton" and not pallas_kernels.available():
+        return pallas_kernels.kernels_available() and not pallas_kernels.is_interpreted() and dtype == "bfloat16"
+    if kernels not in KERNEL_CHOICES:
+        raise GlmError(f"kernels must be {' or '.join(map(repr, KERNEL_CHOICES))}, not {kernels!r}")
+    if kernels == "triton" and not pallas_kernels.kernels_available():
         raise GlmError("kernels='triton' needs an NVIDIA GPU and the package triton (pip install 'glm-jax[cuda]')")
     return kernels == "triton"
 
 
-def by_kernels(
+def select_kernels(
     cfg: Config,
     storage: Storage,
     kernels: str | None,
@@ -54,19 +54,21 @@ def by_kernels(
     Args:
         cfg: the model.
         storage: of its quantised weights.
-        kernels: as for :func:`wants_kernels`.
+        kernels: as for :func:`prefer_kernels`.
         dtype: of the activations and of weights that are not quantised.
         rules: mesh axis of each logical axis.
         mesh: the devices, if several.
 
     Raises:
-        GlmError: as :func:`wants_kernels`, and where kernels that are asked for cannot run the model.
+        GlmError: as :func:`prefer_kernels`, and where kernels that are asked for cannot run the model.
     """
-    if not wants_kernels(kernels, dtype):
+    if not prefer_kernels(kernels, dtype):
         return False
-    placement = None if mesh is None else Placement(cfg, rules, mesh)
+    placement = None if mesh is None else ModelSharding(cfg, rules, mesh)
     params = abstract_params(cfg, jnp.dtype(dtype), storage=storage)
-    problem = obstacle(cfg, jax.eval_shape(functools.partial(tiled_tree, placement=placement), params), rules)
+    problem = unsupported_reason(
+        cfg, jax.eval_shape(functools.partial(tile_params, placement=placement), params), rules
+    )
     if problem is None:
         return True
     if kernels is not None:

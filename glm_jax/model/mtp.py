@@ -8,13 +8,18 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.cache.latent import LatentCache
-from glm_jax.model.block import Context, block
-from glm_jax.ops.linear import embed, linear
+from glm_jax.model.block import ForwardContext, transformer_block
+from glm_jax.ops.linear import embed_tokens, linear
 from glm_jax.ops.norm import rms_norm
 
 
-def draft_hidden(
-    ctx: Context, hidden: jax.Array, next_tokens: jax.Array, cache: LatentCache | None, w: dict[str, Any], table: Any
+def draft_hidden_states(
+    ctx: ForwardContext,
+    hidden: jax.Array,
+    next_tokens: jax.Array,
+    cache: LatentCache | None,
+    w: dict[str, Any],
+    table: Any,
 ) -> tuple[jax.Array, LatentCache | None]:
     """State from which the token after ``next_tokens`` is predicted.
 
@@ -34,8 +39,10 @@ def draft_hidden(
         ``[B, T, D]`` after ``shared_head.norm`` (what a further draft step consumes), and the cache.
     """
     eps, rules = ctx.cfg.rms_norm_eps, ctx.rules
-    first = rules.index("vocab") * table.shape[0]
-    embedded = rules.psum(embed(table, next_tokens, first), "vocab")
+    first = rules.axis_index("vocab") * table.shape[0]
+    embedded = rules.psum(embed_tokens(table, next_tokens, first), "vocab")
     joined = jnp.concatenate([rms_norm(embedded, w["enorm"], eps), rms_norm(hidden, w["hnorm"], eps)], axis=-1)
-    z, cache = block(ctx, linear(joined, w["eh_proj"]), cache, {"attn": w["attn"], "moe": w["moe"]}, 0, 0, "mtp")
+    z, cache = transformer_block(
+        ctx, linear(joined, w["eh_proj"]), cache, {"attn": w["attn"], "moe": w["moe"]}, 0, 0, "mtp"
+    )
     return rms_norm(z, w["norm"], eps), cache

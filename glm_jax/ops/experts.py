@@ -14,21 +14,21 @@ import jax.numpy as jnp
 
 from glm_jax.config import Config
 from glm_jax.ops import tiled_matmul
-from glm_jax.ops.linear import Index, einsum, linear, pick
+from glm_jax.ops.linear import Index, einsum_f32, index_weight, linear
 from glm_jax.ops.mlp import swiglu
 from glm_jax.sharding import Rules, vary_like
 from glm_jax.weights import TiledWeight, Weight
 from pallas_kernels import grouped_matmul
 
 Weights = dict[str, Weight]
-_FEW_PAIRS = 64
-Method = Literal["auto", "pairs", "blocks", "batched", "dense", "kernels"]
+_MAX_FEW_PAIRS = 64
+ExpertMethod = Literal["auto", "pairs", "blocks", "batched", "dense", "kernels"]
 
 
 class Routing(NamedTuple):
-    """Experts of each token: ``experts`` int32 ``[n, X]`` and their ``weights`` float32 ``[n, X]``."""
+    """Experts of each token: ``expert_ids`` int32 ``[n, X]`` and their ``weights`` float32 ``[n, X]``."""
 
-    experts: jax.Array
+    expert_ids: jax.Array
     weights: jax.Array
 
 
@@ -59,19 +59,19 @@ def _limit_groups(cfg: Config, choice: jax.Array) -> jax.Array:
     return jnp.where(mask[..., None], grouped, -jnp.inf).reshape(choice.shape)
 
 
-def to_dense(routing: Routing, experts: int) -> jax.Array:
+def routing_to_dense(routing: Routing, num_experts: int) -> jax.Array:
     """The weights as ``[n, E]``, zero for experts that were not chosen."""
-    chosen = jax.nn.one_hot(routing.experts, experts, dtype=jnp.float32)
+    chosen = jax.nn.one_hot(routing.expert_ids, num_experts, dtype=jnp.float32)
     return jnp.einsum("nxe,nx->ne", chosen, routing.weights, precision=jax.lax.Precision.HIGHEST)
 
 
-def from_dense(weights: jax.Array) -> Routing:
+def routing_from_dense(weights: jax.Array) -> Routing:
     """The routing with any weights ``[n, E]``: every expert is applied, since any number may have been given one."""
     return Routing(jnp.broadcast_to(jnp.arange(weights.shape[1], dtype=jnp.int32)[None], weights.shape), weights)
 
 
 def apply_experts(
-    x: jax.Array, routing: Routing, w: Weights, layer: Index, rules: Rules = Rules(), method: Method = "auto"
+    x: jax.Array, routing: Routing, w: Weights, layer: Index, rules: Rules = Rules(), method: ExpertMethod = "auto"
 ) -> jax.Array:
     """``sum_k weight_k * expert_k(x)`` over the chosen experts, summed over the devices that share the work.
 
@@ -87,52 +87,60 @@ def apply_experts(
         ``[n, D]`` in float32.
     """
     local = w["gate"].shape[1]
-    routing = _only_local(routing, rules.index("experts") * local, local)
-    if method == "auto" and tiled_matmul.together(w["gate"], w["up"]) and isinstance(w["down"], TiledWeight):
+    routing = _local_routing(routing, rules.axis_index("experts") * local, local)
+    if method == "auto" and tiled_matmul.can_fuse_gate_up(w["gate"], w["up"]) and isinstance(w["down"], TiledWeight):
         method = "kernels"
     if method == "auto":
-        method = cheapest(x.shape[0], routing.experts.shape[1], local, in_place=_in_place(w["gate"], layer))
-    methods = {"pairs": _pairs, "blocks": _blocks, "batched": _batched, "dense": _dense, "kernels": _kernels}
+        method = select_expert_method(
+            x.shape[0], routing.expert_ids.shape[1], local, in_place=_is_whole_array(w["gate"], layer)
+        )
+    methods = {
+        "pairs": _apply_pairs,
+        "blocks": _apply_blocks,
+        "batched": _apply_batched,
+        "dense": _apply_dense,
+        "kernels": _apply_kernels,
+    }
     out = methods[method](x, routing, w, layer)
     return rules.psum(out, "experts", "ffn")
 
 
-def apply_shared(x: jax.Array, w: Weights, layer: Index, rules: Rules = Rules()) -> jax.Array:
+def apply_shared_experts(x: jax.Array, w: Weights, layer: Index, rules: Rules = Rules()) -> jax.Array:
     """The always-on expert: ``[n, D]`` to ``[n, D]`` in float32."""
     out = swiglu(x, w["shared_gate"], w["shared_up"], w["shared_down"], layer, dtype=jnp.dtype(jnp.float32))
     return rules.psum(out, "ffn")
 
 
-def cheapest(tokens: int, chosen: int, experts: int, in_place: bool = False) -> Method:
+def select_expert_method(tokens: int, top_k: int, num_experts: int, in_place: bool = False) -> ExpertMethod:
     """The method that reads and computes least for these numbers.
 
     Args:
         tokens: rows.
-        chosen: experts per token.
-        experts: number of them here.
+        top_k: experts per token.
+        num_experts: number of them here.
         in_place: whether all experts of the layer can be multiplied without copying them first.
     """
-    if experts <= 2 * chosen and tokens > 8:
+    if num_experts <= 2 * top_k and tokens > 8:
         return "dense"
-    if tokens * chosen < 2 * experts:
+    if tokens * top_k < 2 * num_experts:
         return "pairs"
     return "batched" if in_place else "blocks"
 
 
-def _in_place(stack: Weight, layer: Index) -> bool:
+def _is_whole_array(stack: Weight, layer: Index) -> bool:
     """Whether a layer's experts are the whole array: XLA:CPU copies a slice that goes into a product of many rows."""
     return isinstance(layer, int) and stack.shape[0] == 1 and isinstance(stack, jax.Array)
 
 
-def _only_local(routing: Routing, first: Index, count: int) -> Routing:
+def _local_routing(routing: Routing, first: Index, count: int) -> Routing:
     """Numbers the experts that are here from 0; the others get a number past the end and no weight."""
-    local = routing.experts - first
+    local = routing.expert_ids - first
     here = (local >= 0) & (local < count)
     return Routing(jnp.where(here, local, count), jnp.where(here, routing.weights, 0.0))
 
 
-def _pairs(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
-    tokens, chosen = routing.experts.shape
+def _apply_pairs(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    tokens, chosen = routing.expert_ids.shape
     token_of = jnp.repeat(jnp.arange(tokens, dtype=jnp.int32), chosen)
 
     def one(_, pair):  # noqa: ANN001, ANN202
@@ -140,25 +148,25 @@ def _pairs(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Arra
         row = jax.lax.dynamic_slice_in_dim(x, token, 1)
         return None, swiglu(row, w["gate"], w["up"], w["down"], layer, expert, dtype=jnp.dtype(jnp.float32))[0]
 
-    _, outs = jax.lax.scan(one, None, (token_of, routing.experts.reshape(-1)))
-    return _combine(outs.reshape(tokens, chosen, -1), routing.weights)
+    _, outs = jax.lax.scan(one, None, (token_of, routing.expert_ids.reshape(-1)))
+    return _weighted_sum(outs.reshape(tokens, chosen, -1), routing.weights)
 
 
-def _dense(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
-    gate, up, down = (pick(w[name], layer) for name in ("gate", "up", "down"))
+def _apply_dense(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    gate, up, down = (index_weight(w[name], layer) for name in ("gate", "up", "down"))
     experts, width, _ = gate.shape
     flat = experts * width
     hidden = jax.nn.silu(linear(x, gate.reshape(flat, -1))) * linear(x, up.reshape(flat, -1))
-    weights = to_dense(routing, experts)
+    weights = routing_to_dense(routing, experts)
     weighted = hidden.reshape(-1, experts, width).astype(jnp.float32) * weights[..., None]
     columns = jnp.moveaxis(down, 0, 1).reshape(-1, flat)
     return linear(weighted.astype(x.dtype).reshape(-1, flat), columns, dtype=jnp.dtype(jnp.float32))
 
 
-def _batched(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
-    tokens, chosen = routing.experts.shape
-    gate, up, down = (pick(w[name], layer) for name in ("gate", "up", "down"))
-    experts, expert_of_pair = gate.shape[0], routing.experts.reshape(-1)
+def _apply_batched(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    tokens, chosen = routing.expert_ids.shape
+    gate, up, down = (index_weight(w[name], layer) for name in ("gate", "up", "down"))
+    experts, expert_of_pair = gate.shape[0], routing.expert_ids.reshape(-1)
     pairs = expert_of_pair.shape[0]
     # A quarter over the mean: most experts' rows fit when the load is balanced.
     height = 8 * -(-5 * pairs // (4 * 8 * experts))
@@ -166,31 +174,31 @@ def _batched(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Ar
     table = jnp.full((experts, height), -1, jnp.int32)
     table = table.at[expert_of_pair, rank].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")
     rows = jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])[jnp.where(table < 0, tokens, table // chosen)]
-    product = functools.partial(einsum, "eoi,eni->eon")
+    product = functools.partial(einsum_f32, "eoi,eni->eon")
     hidden = jnp.swapaxes(jax.nn.silu(product(gate, rows)) * product(up, rows), 1, 2).astype(x.dtype)
     # The barrier keeps XLA from folding the transposition into a product that it has only a slow form of.
     outs = jnp.swapaxes(jax.lax.optimization_barrier(product(down, hidden)), 1, 2)
     fits = (rank < height) & (expert_of_pair < experts)
     by_pair = outs[jnp.where(fits, expert_of_pair, 0), jnp.where(fits, rank, 0)].reshape(tokens, chosen, -1)
     fits = fits.reshape(tokens, chosen)
-    out = _combine(by_pair, jnp.where(fits, routing.weights, 0.0))
-    rest = Routing(jnp.where(fits, experts, routing.experts), jnp.where(fits, 0.0, routing.weights))
-    left = jnp.sum(rest.experts < experts)
+    out = _weighted_sum(by_pair, jnp.where(fits, routing.weights, 0.0))
+    rest = Routing(jnp.where(fits, experts, routing.expert_ids), jnp.where(fits, 0.0, routing.weights))
+    left = jnp.sum(rest.expert_ids < experts)
     branches = [
         lambda out: out,
-        lambda out: out + _few_pairs(x, rest, w, layer),
-        lambda out: out + _blocks(x, rest, w, layer),
+        lambda out: out + _apply_few_pairs(x, rest, w, layer),
+        lambda out: out + _apply_blocks(x, rest, w, layer),
     ]
-    which = (left > 0).astype(jnp.int32) + (left > _FEW_PAIRS).astype(jnp.int32)
+    which = (left > 0).astype(jnp.int32) + (left > _MAX_FEW_PAIRS).astype(jnp.int32)
     return jax.lax.switch(which, branches, out)
 
 
-def _few_pairs(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
-    """As ``_pairs``, but of the :data:`_FEW_PAIRS` that there are at most, and only those."""
-    tokens, chosen = routing.experts.shape
-    expert_of_pair = routing.experts.reshape(-1)
+def _apply_few_pairs(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    """As ``_pairs``, but of the :data:`_MAX_FEW_PAIRS` that there are at most, and only those."""
+    tokens, chosen = routing.expert_ids.shape
+    expert_of_pair = routing.expert_ids.reshape(-1)
     here = expert_of_pair < w["gate"].shape[1]
-    first = jnp.argsort(~here, stable=True)[:_FEW_PAIRS].astype(jnp.int32)
+    first = jnp.argsort(~here, stable=True)[:_MAX_FEW_PAIRS].astype(jnp.int32)
     weights = routing.weights.reshape(-1)
 
     def apply(out, pair):  # noqa: ANN001, ANN202
@@ -206,9 +214,9 @@ def _few_pairs(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.
     return jax.lax.scan(one, start, first)[0]
 
 
-def _blocks(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
-    tokens, chosen = routing.experts.shape
-    plan = plan_blocks(routing.experts.reshape(-1), w["gate"].shape[1])
+def _apply_blocks(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    tokens, chosen = routing.expert_ids.shape
+    plan = dispatch_to_blocks(routing.expert_ids.reshape(-1), w["gate"].shape[1])
     padded = jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])
 
     def apply(rows, expert):  # noqa: ANN001, ANN202
@@ -220,65 +228,65 @@ def _blocks(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Arr
         skip = vary_like(jnp.zeros(rows.shape, jnp.float32), jax.tree.leaves(w["gate"])[0])
         return None, jax.lax.cond(expert >= 0, apply, lambda *_: skip, rows, jnp.maximum(expert, 0))
 
-    _, outs = jax.lax.scan(one, None, (plan.experts, plan.pairs))
-    by_pair = outs.reshape(-1, x.shape[1])[plan.slot_of_pair]
-    return _combine(by_pair.reshape(tokens, chosen, -1), routing.weights)
+    _, outs = jax.lax.scan(one, None, (plan.expert_ids, plan.pair_ids))
+    by_pair = outs.reshape(-1, x.shape[1])[plan.pair_slots]
+    return _weighted_sum(by_pair.reshape(tokens, chosen, -1), routing.weights)
 
 
-def _kernels(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
-    tokens, chosen = routing.experts.shape
+def _apply_kernels(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> jax.Array:
+    tokens, chosen = routing.expert_ids.shape
     gate, up, down = (w[name].tiles for name in ("gate", "up", "down"))  # pyright: ignore[reportAttributeAccessIssue]
-    expert_of_pair, experts = routing.experts.reshape(-1), gate.stack[1]
-    plan = plan_blocks(expert_of_pair, experts, grouped_matmul.height(tokens * chosen, experts))
-    place, blocks = jnp.asarray(layer, jnp.int32).reshape(1), grouped_matmul.Blocks(plan.experts, plan.pairs)
-    hidden = grouped_matmul.gated(x, gate, up, place, blocks=blocks, chosen=chosen)
+    expert_of_pair, experts = routing.expert_ids.reshape(-1), gate.stack[1]
+    plan = dispatch_to_blocks(expert_of_pair, experts, grouped_matmul.choose_block_m(tokens * chosen, experts))
+    place, blocks = jnp.asarray(layer, jnp.int32).reshape(1), grouped_matmul.RowBlocks(plan.expert_ids, plan.pair_ids)
+    hidden = grouped_matmul.gated_linear_unit(x, gate, up, place, blocks=blocks, outputs_per_row=chosen)
     weights = routing.weights.reshape(-1)
-    outs = grouped_matmul.matmul(hidden, down, place, blocks=blocks, factors=weights, dtype=jnp.float32)
+    outs = grouped_matmul.grouped_matmul(hidden, down, place, blocks=blocks, row_scales=weights, dtype=jnp.float32)
     # Pairs of experts that are elsewhere are in no block, and nothing was written for them.
     outs = jnp.where((expert_of_pair < experts)[:, None], outs, 0.0)
     return jnp.sum(outs.reshape(tokens, chosen, -1), axis=1)
 
 
-class BlockPlan(NamedTuple):
+class BlockDispatch(NamedTuple):
     """Pairs sorted by expert into blocks of equal height, each of one expert.
 
-    ``experts [blocks]`` is the expert of a block or -1, ``pairs [blocks, height]`` the pairs in it or -1, and
-    ``slot_of_pair [pairs]`` where each pair went.
+    ``expert_ids [blocks]`` is the expert of a block or -1, ``pair_ids [blocks, height]`` the pairs in it or -1, and
+    ``pair_slots [pairs]`` where each pair went.
     """
 
-    experts: jax.Array
-    pairs: jax.Array
-    slot_of_pair: jax.Array
+    expert_ids: jax.Array
+    pair_ids: jax.Array
+    pair_slots: jax.Array
 
 
-def plan_blocks(expert_of_pair: jax.Array, experts: int, height: int | None = None) -> BlockPlan:
+def dispatch_to_blocks(expert_of_pair: jax.Array, num_experts: int, block_size: int | None = None) -> BlockDispatch:
     """Sorts pairs by expert into blocks.
 
     Args:
         expert_of_pair: int32 ``[n * X]``; pairs of an expert past the end are left out (their slot is 0).
-        experts: number of experts.
-        height: of a block; what suits a CPU unless given.
+        num_experts: number of experts.
+        block_size: of a block; what suits a CPU unless given.
     """
     pairs = expert_of_pair.shape[0]
-    height = height or min(64, max(8, 1 << (max(pairs // experts, 1) - 1).bit_length()))
-    blocks = min(pairs, experts + pairs // height)
-    blocks_of = -(-_counts(expert_of_pair, experts) // height)
+    block_size = block_size or min(64, max(8, 1 << (max(pairs // num_experts, 1) - 1).bit_length()))
+    blocks = min(pairs, num_experts + pairs // block_size)
+    blocks_of = -(-_counts(expert_of_pair, num_experts) // block_size)
     first_block = jnp.cumsum(blocks_of) - blocks_of
-    here = expert_of_pair < experts
-    slot = first_block[jnp.where(here, expert_of_pair, 0)] * height + rank_in_expert(expert_of_pair, experts)
-    slot = jnp.where(here, slot, blocks * height)
-    table = jnp.full(blocks * height, -1, jnp.int32).at[slot].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")
-    table = table.reshape(blocks, height)
+    here = expert_of_pair < num_experts
+    slot = first_block[jnp.where(here, expert_of_pair, 0)] * block_size + rank_in_expert(expert_of_pair, num_experts)
+    slot = jnp.where(here, slot, blocks * block_size)
+    table = jnp.full(blocks * block_size, -1, jnp.int32).at[slot].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")
+    table = table.reshape(blocks, block_size)
     first = table[:, 0]
     owners = jnp.where(first >= 0, expert_of_pair[jnp.maximum(first, 0)], -1)
-    return BlockPlan(owners, table, jnp.where(here, slot, 0))
+    return BlockDispatch(owners, table, jnp.where(here, slot, 0))
 
 
-def rank_in_expert(expert_of_pair: jax.Array, experts: int) -> jax.Array:
+def rank_in_expert(expert_of_pair: jax.Array, num_experts: int) -> jax.Array:
     """How many earlier pairs have the same expert, int32 ``[n * X]``."""
     pairs = expert_of_pair.shape[0]
     order = jnp.argsort(expert_of_pair, stable=True).astype(jnp.int32)
-    counts = _counts(expert_of_pair, experts + 1)
+    counts = _counts(expert_of_pair, num_experts + 1)
     first_pair = jnp.cumsum(counts) - counts
     ranks = jnp.arange(pairs, dtype=jnp.int32) - first_pair[expert_of_pair[order]]
     return jnp.zeros(pairs, jnp.int32).at[order].set(ranks)
@@ -288,5 +296,5 @@ def _counts(expert_of_pair: jax.Array, experts: int) -> jax.Array:
     return jnp.zeros(experts, jnp.int32).at[expert_of_pair].add(1, mode="drop")
 
 
-def _combine(outs: jax.Array, weights: jax.Array) -> jax.Array:
+def _weighted_sum(outs: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.einsum("nxd,nx->nd", outs, weights, precision=jax.lax.Precision.HIGHEST)

@@ -14,26 +14,26 @@ import numpy as np
 
 from glm_jax.ops import tiled_matmul
 from glm_jax.ops.indexing import Index as Index
-from glm_jax.ops.indexing import take
-from glm_jax.ops.quantized_matmul import gather_rows, heads_matmul, matmul, slice_of
+from glm_jax.ops.indexing import take_slice
+from glm_jax.ops.quantized_matmul import gather_rows, per_head_quantized_matmul, quantized_matmul, slice_quantized
 from glm_jax.weights import Bfloat16Bits, QuantizedTensor, TiledWeight, Weight, dequantize
 
 _FUSED_WIDTH = 2560  # divides the long widths of GLM-4.7-Flash, 5,120 and 10,240; 16 kB would be 4,096
-_FEW_ROWS = 256
+_SMALL_BATCH_ROWS = 256
 
 
-def pick(weight: Weight, *index: Index) -> jax.Array:
+def index_weight(weight: Weight, *index: Index) -> jax.Array:
     """``weight[index]`` with traced indices on the leading axes, in a dtype to compute with.
 
     Bits and quantised weights become float32 as a whole: products go through :func:`linear`, which does not.
     """
     if isinstance(weight, QuantizedTensor):
-        return dequantize(slice_of(weight, index))
+        return dequantize(slice_quantized(weight, index))
     if isinstance(weight, TiledWeight):
-        return tiled_matmul.values_of(weight, index)
+        return tiled_matmul.dequantize_slice(weight, index)
     if isinstance(weight, Bfloat16Bits):
-        return Bfloat16Bits(take(weight.bits, index)).widen()
-    return take(weight, index)
+        return Bfloat16Bits(take_slice(weight.bits, index)).to_float32()
+    return take_slice(weight, index)
 
 
 def linear(x: jax.Array, weight: Weight, *index: Index, dtype: jnp.dtype | None = None) -> jax.Array:
@@ -50,33 +50,33 @@ def linear(x: jax.Array, weight: Weight, *index: Index, dtype: jnp.dtype | None 
     """
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, QuantizedTensor):
-        product = matmul(rows, weight, index)
+        product = quantized_matmul(rows, weight, index)
     elif isinstance(weight, TiledWeight):
-        product = tiled_matmul.matmul(rows, weight, index)
+        product = tiled_matmul.tiled_matmul(rows, weight, index)
     elif rows.shape[0] == 1 and any(isinstance(i, jax.Array) for i in index):
-        product = _row_times_slice(rows, weight, index)
-    elif 1 < rows.shape[0] <= _FEW_ROWS:
+        product = _vector_matmul(rows, weight, index)
+    elif 1 < rows.shape[0] <= _SMALL_BATCH_ROWS:
         # XLA:CPU multiplies few rows two to four times as fast with the weight on the left; the barrier keeps it there.
-        product = jax.lax.optimization_barrier(einsum("oi,ni->on", pick(weight, *index), rows)).T
+        product = jax.lax.optimization_barrier(einsum_f32("oi,ni->on", index_weight(weight, *index), rows)).T
     else:
-        product = einsum("ni,oi->no", rows, pick(weight, *index))
+        product = einsum_f32("ni,oi->no", rows, index_weight(weight, *index))
     return product.reshape(*x.shape[:-1], product.shape[1]).astype(dtype or x.dtype)
 
 
-def _row_times_slice(row: jax.Array, weight: Weight, index: tuple[Index, ...]) -> jax.Array:
+def _vector_matmul(row: jax.Array, weight: Weight, index: tuple[Index, ...]) -> jax.Array:
     """``row @ weight[index].T`` in the one form that XLA:CPU computes without copying the slice first.
 
     It fuses a slice into a product of a vector and a transposed matrix when the vector is under 16 kB and the product
     is not itself fused into what uses it. (One copy costs as much as three products.)
     """
-    matrix, width = pick(weight, *index), weight.shape[-1]
+    matrix, width = index_weight(weight, *index), weight.shape[-1]
     starts = range(0, width, _FUSED_WIDTH)
     parts = [(row[:, i : i + _FUSED_WIDTH], matrix[:, i : i + _FUSED_WIDTH].T) for i in starts]
-    products = [jax.lax.optimization_barrier(einsum("ni,io->no", *part)) for part in parts]
+    products = [jax.lax.optimization_barrier(einsum_f32("ni,io->no", *part)) for part in parts]
     return functools.reduce(jnp.add, products)
 
 
-def heads_linear(x: jax.Array, weight: Weight, *index: Index, transpose: bool = False) -> jax.Array:
+def per_head_linear(x: jax.Array, weight: Weight, *index: Index, transpose: bool = False) -> jax.Array:
     """A product per head: ``out[..., n, :] = weight[n] @ x[..., n, :]`` (or with ``weight[n].T``).
 
     Args:
@@ -87,12 +87,12 @@ def heads_linear(x: jax.Array, weight: Weight, *index: Index, transpose: bool = 
         ``[..., N, O]`` (``[..., N, I]`` when ``transpose``).
     """
     if isinstance(weight, QuantizedTensor):
-        return heads_matmul(x, weight, index, transpose=transpose).astype(x.dtype)
-    matrix = pick(weight, *index)
-    return einsum("...no,noi->...ni" if transpose else "...ni,noi->...no", x, matrix).astype(x.dtype)
+        return per_head_quantized_matmul(x, weight, index, transpose=transpose).astype(x.dtype)
+    matrix = index_weight(weight, *index)
+    return einsum_f32("...no,noi->...ni" if transpose else "...ni,noi->...no", x, matrix).astype(x.dtype)
 
 
-def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def einsum_f32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """``jnp.einsum`` of two arrays, accumulated and returned in float32 (in float64 for float64)."""
     wide = np.promote_types(a.dtype, b.dtype)  # JAX refuses to promote when asked to be strict
     if wide.itemsize >= 4:
@@ -110,7 +110,7 @@ def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(a, b, cpu=widened, default=narrow)
 
 
-def embed(table: Weight, tokens: jax.Array, first_row: Index = 0) -> jax.Array:
+def embed_tokens(table: Weight, tokens: jax.Array, first_row: Index = 0) -> jax.Array:
     """Rows of an embedding table; zero for tokens outside the rows that this table holds.
 
     Args:
@@ -126,7 +126,9 @@ def embed(table: Weight, tokens: jax.Array, first_row: Index = 0) -> jax.Array:
     if isinstance(table, QuantizedTensor):
         values = gather_rows(table, rows)
     elif isinstance(table, TiledWeight):
-        values = tiled_matmul.values_of(table, ())[rows]  # tiles are for products: nobody lays an embedding out so
+        values = tiled_matmul.dequantize_slice(table, ())[
+            rows
+        ]  # tiles are for products: nobody lays an embedding out so
     else:
-        values = Bfloat16Bits(table.bits[rows]).widen() if isinstance(table, Bfloat16Bits) else table[rows]
+        values = Bfloat16Bits(table.bits[rows]).to_float32() if isinstance(table, Bfloat16Bits) else table[rows]
     return jnp.where(here[..., None], values, jnp.zeros((), values.dtype)).astype(table.dtype)

@@ -13,19 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from glm_jax.cache.latent import LatentCache, Rows
+from glm_jax.cache.latent import LatentCache, LayerCache
 from glm_jax.config import Config
 from glm_jax.ops.linear import Index
-from pallas_kernels.mla_prefill import flash, merge
+from pallas_kernels.mla_prefill import flash_attention, merge_attn_states
 
 # Slots that are expanded at a time: of one row of the batch at most, and of all rows together.
-STRETCH, OF_ALL_ROWS = 4096, 16_384
+KV_CHUNK, KV_CHUNK_ALL_ROWS = 4096, 16_384
 # Slots of a context that is short, however large the cache.
-SHORT = 1024
-_LEAST = 256
+SHORT_CONTEXT = 1024
+_MIN_KV_CHUNK = 256
 
 
-def attend(
+def prefill_attention(
     cfg: Config,
     query: jax.Array,
     cache: LatentCache,
@@ -34,10 +34,10 @@ def attend(
     k_b: jax.Array,
     v_b: jax.Array,
     *,
-    stretch: int | None = None,
-    short: int = SHORT,
+    kv_chunk: int | None = None,
+    short_context: int = SHORT_CONTEXT,
 ) -> jax.Array:
-    """Causal attention of many new tokens over a layer of the cache; :func:`glm_jax.ops.mla.attend` for a GPU.
+    """Causal attention of many new tokens over a layer of the cache; :func:`glm_jax.ops.mla.mla_attention` for a GPU.
 
     Args:
         cfg: the model.
@@ -49,31 +49,31 @@ def attend(
             read.
         k_b: ``[N, Hn, R]``.
         v_b: ``[N, Hv, R]``.
-        stretch: slots that are expanded at a time; chosen unless given.
-        short: slots that are expanded if all positions are below.
+        kv_chunk: slots that are expanded at a time; chosen unless given.
+        short_context: slots that are expanded if all positions are below.
 
     Returns:
         ``[B, T, N, Hv]`` in the dtype of the query.
     """
     matrices = (k_b.astype(query.dtype), v_b.astype(query.dtype))
-    run = functools.partial(_over_stretch, cfg, query, cache, layer, positions, matrices)
-    stretch = stretch or max(_LEAST, min(STRETCH, OF_ALL_ROWS // query.shape[0]))
+    run = functools.partial(_attend_chunk, cfg, query, cache, layer, positions, matrices)
+    kv_chunk = kv_chunk or max(_MIN_KV_CHUNK, min(KV_CHUNK, KV_CHUNK_ALL_ROWS // query.shape[0]))
     last = jnp.max(positions)
 
     def alone(length: int) -> jax.Array:
         return run(jnp.int32(0), length, query.dtype)[0]
 
     def whole() -> jax.Array:
-        if cache.capacity <= stretch:
+        if cache.capacity <= kv_chunk:
             return alone(cache.capacity)
-        return _put_together(run, cache.capacity, stretch, last).astype(query.dtype)
+        return _merge_chunks(run, cache.capacity, kv_chunk, last).astype(query.dtype)
 
-    if cache.capacity <= short:
+    if cache.capacity <= short_context:
         return whole()
-    return jax.lax.cond(last < short, lambda: alone(short), whole)
+    return jax.lax.cond(last < short_context, lambda: alone(short_context), whole)
 
 
-def _put_together(run: Callable[..., Any], slots: int, stretch: int, last: jax.Array) -> jax.Array:
+def _merge_chunks(run: Callable[..., Any], slots: int, stretch: int, last: jax.Array) -> jax.Array:
     """The results over all stretches up to a position as one, float32."""
     # What does not fill a stretch comes first, so that all others have one size and nothing need be padded.
     first = slots % stretch or stretch
@@ -84,13 +84,13 @@ def _put_together(run: Callable[..., Any], slots: int, stretch: int, last: jax.A
 
     def further(state: Any) -> Any:
         start, before = state
-        return start + stretch, merge(before, run(start, stretch, jnp.float32))
+        return start + stretch, merge_attn_states(before, run(start, stretch, jnp.float32))
 
     _, (out, _) = jax.lax.while_loop(more, further, (jnp.int32(first), run(jnp.int32(0), first, jnp.float32)))
     return out
 
 
-def _over_stretch(
+def _attend_chunk(
     cfg: Config,
     query: jax.Array,
     cache: LatentCache,
@@ -106,16 +106,18 @@ def _over_stretch(
     def cut(x: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(x, (layer, 0, start, 0), (1, x.shape[1], length, x.shape[3]))[0]
 
-    rows = Rows(cut(cache.data), None if cache.scales is None else cut(cache.scales), cache.reads_as)
-    values = rows.values(cfg.kv_lora_rank, query.dtype).astype(query.dtype)
+    rows = LayerCache(cut(cache.data), None if cache.scales is None else cut(cache.scales), cache.dequant_dtype)
+    values = rows.dequantize(cfg.kv_lora_rank, query.dtype).astype(query.dtype)
     latent, rope = jnp.split(values, [cfg.kv_lora_rank], axis=-1)
     # XLA makes one product of two that share an operand, and then copies its halves out of it.
     again = jax.lax.optimization_barrier(latent)
-    keys, expanded = _per_head(latent, matrices[0]), _per_head(again, matrices[1])
-    return flash(query, keys, rope, expanded, positions, start[None], scale=cfg.qk_head_dim**-0.5, dtype=dtype)
+    keys, expanded = _expand_heads(latent, matrices[0]), _expand_heads(again, matrices[1])
+    return flash_attention(
+        query, keys, rope, expanded, positions, start[None], scale=cfg.qk_head_dim**-0.5, dtype=dtype
+    )
 
 
-def _per_head(latent: jax.Array, matrix: jax.Array) -> jax.Array:
+def _expand_heads(latent: jax.Array, matrix: jax.Array) -> jax.Array:
     """``[B, S, N, H]`` in the dtype of the latents ``[B, S, R]``, summed in float32."""
     # Without it a GPU would round float32 operands to TF32.
     precision = jax.lax.Precision.HIGHEST if latent.dtype == jnp.float32 else None

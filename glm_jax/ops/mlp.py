@@ -21,8 +21,8 @@ def swiglu(
         index: one per stack axis.
         dtype: of the result; that of ``x`` unless given.
     """
-    if isinstance(gate, TiledWeight) and isinstance(up, TiledWeight) and tiled_matmul.together(gate, up):
-        rows = tiled_matmul.gated(x.reshape(-1, x.shape[-1]), gate, up, index)
+    if isinstance(gate, TiledWeight) and isinstance(up, TiledWeight) and tiled_matmul.can_fuse_gate_up(gate, up):
+        rows = tiled_matmul.tiled_gate_up(x.reshape(-1, x.shape[-1]), gate, up, index)
         return linear(rows.reshape(*x.shape[:-1], -1), down, *index, dtype=dtype)
     hidden = jax.nn.silu(linear(x, gate, *index)) * linear(x, up, *index)
     return linear(hidden, down, *index, dtype=dtype)

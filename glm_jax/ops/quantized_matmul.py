@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from glm_jax.ops.indexing import Index, Rows, take
+from glm_jax.ops.indexing import Index, RowSlice, take_slice
 from glm_jax.weights import QuantizedTensor, dequantize
 from glm_jax.weights.quantized_tensor import dequantize_planes
 
@@ -22,12 +22,12 @@ _TALL_BLOCK_ROWS = 256
 _MANY_VECTORS = 16
 
 
-def slice_of(weight: QuantizedTensor, index: tuple[Index, ...]) -> QuantizedTensor:
+def slice_quantized(weight: QuantizedTensor, index: tuple[Index, ...]) -> QuantizedTensor:
     """``weight[index]`` with traced indices on the leading axes, still quantised."""
-    return weight.map(lambda _, array: take(array, index))
+    return weight.map_components(lambda _, array: take_slice(array, index))
 
 
-def matmul(rows: jax.Array, weight: QuantizedTensor, index: tuple[Index, ...]) -> jax.Array:
+def quantized_matmul(rows: jax.Array, weight: QuantizedTensor, index: tuple[Index, ...]) -> jax.Array:
     """``rows @ weight[index].T`` in float32.
 
     Args:
@@ -39,14 +39,19 @@ def matmul(rows: jax.Array, weight: QuantizedTensor, index: tuple[Index, ...]) -
         float32 ``[n, O]``.
     """
     if weight.permutation is not None:
-        rows = jnp.take(rows, take(weight.permutation, index), axis=-1)
-        weight = _unpermuted(weight)
+        rows = jnp.take(rows, take_slice(weight.permutation, index), axis=-1)
+        weight = _drop_permutation(weight)
     return jax.lax.platform_dependent(
-        rows, weight, cpu=lambda x, w: _by_row_blocks(x, w, index), default=lambda x, w: _at_once(x, w, index)
+        rows,
+        weight,
+        cpu=lambda x, w: _matmul_row_blocks(x, w, index),
+        default=lambda x, w: _matmul_dequantized(x, w, index),
     )
 
 
-def heads_matmul(x: jax.Array, weight: QuantizedTensor, index: tuple[Index, ...], *, transpose: bool) -> jax.Array:
+def per_head_quantized_matmul(
+    x: jax.Array, weight: QuantizedTensor, index: tuple[Index, ...], *, transpose: bool
+) -> jax.Array:
     """A product per head, one head's matrix dequantised at a time.
 
     Args:
@@ -63,7 +68,7 @@ def heads_matmul(x: jax.Array, weight: QuantizedTensor, index: tuple[Index, ...]
 
     def head(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         number, vectors = inputs
-        matrix = dequantize(slice_of(weight, (*index, number)))
+        matrix = dequantize(slice_quantized(weight, (*index, number)))
         exact = jax.lax.Precision.HIGHEST
         return jnp.einsum("ko,oi->ki" if transpose else "ki,oi->ko", vectors, matrix, precision=exact)
 
@@ -81,7 +86,7 @@ def gather_rows(table: QuantizedTensor, rows: jax.Array) -> jax.Array:
             return array
         return array[of_block if name in ("scales", "zeros") else rows][..., None, :]
 
-    return _dequantized_rows(table.map(pick), rows.shape)
+    return _dequantized_rows(table.map_components(pick), rows.shape)
 
 
 def _dequantized_rows(picked: QuantizedTensor, shape: tuple[int, ...]) -> jax.Array:
@@ -94,25 +99,25 @@ def _dequantized_rows(picked: QuantizedTensor, shape: tuple[int, ...]) -> jax.Ar
     return dequantize(dataclasses.replace(picked, **extra))[..., 0, :]
 
 
-def _unpermuted(weight: QuantizedTensor) -> QuantizedTensor:
+def _drop_permutation(weight: QuantizedTensor) -> QuantizedTensor:
     """The stored columns as they lie."""
     return QuantizedTensor(
         weight.codes, weight.scales, weight.zeros, weight.outer, spec=weight.spec, dtype=weight.dtype
     )
 
 
-def _at_once(rows: jax.Array, weight: QuantizedTensor, index: tuple[Index, ...]) -> jax.Array:
+def _matmul_dequantized(rows: jax.Array, weight: QuantizedTensor, index: tuple[Index, ...]) -> jax.Array:
     """For accelerators, whose compiler fuses a dequantisation into the product of few rows."""
-    matrix = dequantize(slice_of(weight, index))
+    matrix = dequantize(slice_quantized(weight, index))
     if rows.dtype.itemsize < 4:
         return jnp.einsum("ni,oi->no", rows, matrix.astype(rows.dtype), preferred_element_type=jnp.float32)
     return jnp.einsum("ni,oi->no", rows, matrix, precision=jax.lax.Precision.HIGHEST)
 
 
-def _by_row_blocks(rows: jax.Array, weight: QuantizedTensor, index: tuple[Index, ...]) -> jax.Array:
+def _matmul_row_blocks(rows: jax.Array, weight: QuantizedTensor, index: tuple[Index, ...]) -> jax.Array:
     outputs, count = weight.shape[-2], rows.shape[0]
-    height = _divisor(outputs, _BLOCK_ROWS if count <= _MANY_VECTORS else _TALL_BLOCK_ROWS)
-    wide, step = rows.astype(jnp.float32), weight.spec.per_byte
+    height = _largest_divisor(outputs, _BLOCK_ROWS if count <= _MANY_VECTORS else _TALL_BLOCK_ROWS)
+    wide, step = rows.astype(jnp.float32), weight.spec.values_per_byte
     vectors = [wide[:, i::step] for i in range(step)]
 
     def block(start: jax.Array) -> jax.Array:
@@ -140,22 +145,22 @@ def _row_block(weight: QuantizedTensor, index: tuple[Index, ...], start: jax.Arr
 
     def pick(name: str, array: jax.Array) -> jax.Array:
         if name == "outer":
-            return take(array, index)
+            return take_slice(array, index)
         if name == "codes" or rows_per_scale == 1:
-            return take(array, (*index, Rows(start, height)))
+            return take_slice(array, (*index, RowSlice(start, height)))
         if not rows_per_scale:
-            return take(array, index)
+            return take_slice(array, index)
         of_block = (start + jnp.arange(height, dtype=jnp.int32)) // rows_per_scale
-        return jnp.take(take(array, index), of_block, axis=0)
+        return jnp.take(take_slice(array, index), of_block, axis=0)
 
-    return _one_row_blocks(weight.map(pick))
+    return _with_per_row_scales(weight.map_components(pick))
 
 
-def _one_row_blocks(weight: QuantizedTensor) -> QuantizedTensor:
+def _with_per_row_scales(weight: QuantizedTensor) -> QuantizedTensor:
     rows, columns = weight.spec.block
     return dataclasses.replace(weight, spec=dataclasses.replace(weight.spec, block=(1 if rows else 0, columns)))
 
 
-def _divisor(size: int, most: int) -> int:
+def _largest_divisor(size: int, most: int) -> int:
     """The largest divisor of ``size`` that is at most ``most``."""
     return next(n for n in range(min(size, most), 0, -1) if size % n == 0)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from glm_jax.sampling.sampler import sample as sample
     from glm_jax.sampling.state import SamplerState as SamplerState
     from glm_jax.sampling.state import is_stop as is_stop
-    from glm_jax.sampling.state import update as update
+    from glm_jax.sampling.state import update_state as update_state
 
 # Public name -> the module that defines it.
 _HOMES = {
@@ -39,7 +39,7 @@ __all__ = [
     "completion_seeds",
     "is_stop",
     "sample",
-    "update",
+    "update_state",
 ]
 
 

@@ -11,7 +11,7 @@ _SMALLEST_BUCKET = 8
 NO_TOKEN = -1
 
 
-def check(
+def check_batch(
     params: Sequence[SamplingParams],
     seeds: Sequence[int],
     prompt_ids: Sequence[Sequence[int]],
@@ -44,7 +44,7 @@ def _check_ids(where: str, ids: Sequence[int], vocab_size: int) -> None:
         raise SamplingError(f"{where}: token id {wrong} is outside the model's vocabulary, [0, {vocab_size})")
 
 
-def scalars(params: Sequence[SamplingParams]) -> dict[str, np.ndarray]:
+def scalar_arrays(params: Sequence[SamplingParams]) -> dict[str, np.ndarray]:
     """The leaves with one number per row. Filters of a greedy row are switched off: they cannot change its token."""
 
     def column(dtype: type, values: Sequence[float]) -> np.ndarray:
@@ -66,21 +66,21 @@ def split_seeds(seeds: Sequence[int]) -> np.ndarray:
     return np.asarray([(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds], dtype=np.uint32)
 
 
-def stop_ids(params: Sequence[SamplingParams], eos_ids: Sequence[int]) -> np.ndarray:
+def stop_id_array(params: Sequence[SamplingParams], eos_ids: Sequence[int]) -> np.ndarray:
     """Int32 ``[B, M]``: each row's own ids and, unless it ignores them, the checkpoint's."""
-    return _padded([(*p.stop_token_ids, *(() if p.ignore_eos else eos_ids)) for p in params], NO_TOKEN, np.int32)
+    return _pad_to_bucket([(*p.stop_token_ids, *(() if p.ignore_eos else eos_ids)) for p in params], NO_TOKEN, np.int32)
 
 
-def bias(params: Sequence[SamplingParams], vocab_size: int) -> dict[str, np.ndarray]:
+def bias_arrays(params: Sequence[SamplingParams], vocab_size: int) -> dict[str, np.ndarray]:
     """The ids and values of each row's bias; the filling is an id that no scatter writes."""
     biases = [p.logit_bias or {} for p in params]
     return {
-        "bias_ids": _padded([tuple(b) for b in biases], vocab_size, np.int32),
-        "bias_values": _padded([tuple(b.values()) for b in biases], 0.0, np.float32),
+        "bias_ids": _pad_to_bucket([tuple(b) for b in biases], vocab_size, np.int32),
+        "bias_values": _pad_to_bucket([tuple(b.values()) for b in biases], 0.0, np.float32),
     }
 
 
-def history(prompt_ids: Sequence[Sequence[int]], vocab_size: int) -> dict[str, np.ndarray]:
+def penalty_arrays(prompt_ids: Sequence[Sequence[int]], vocab_size: int) -> dict[str, np.ndarray]:
     """What the penalties look at, before the first token."""
     in_prompt = np.zeros((len(prompt_ids), vocab_size), dtype=bool)
     for row, prompt in zip(in_prompt, prompt_ids, strict=True):
@@ -88,7 +88,7 @@ def history(prompt_ids: Sequence[Sequence[int]], vocab_size: int) -> dict[str, n
     return {"counts": np.zeros(in_prompt.shape, dtype=np.int32), "in_prompt": in_prompt}
 
 
-def _padded(lists: Sequence[Sequence[float]], filling: float, dtype: type) -> np.ndarray:
+def _pad_to_bucket(lists: Sequence[Sequence[float]], filling: float, dtype: type) -> np.ndarray:
     """A table as wide as the next power of two, so that few widths are ever compiled."""
     longest = max(len(values) for values in lists)
     width = max(_SMALLEST_BUCKET, 1 << max(longest - 1, 0).bit_length())

@@ -30,7 +30,7 @@ class SamplerFeatures:
     greedy_only: bool = False
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams]) -> SamplerFeatures:
+    def from_params(cls, params: Sequence[SamplingParams]) -> SamplerFeatures:
         """The least that these rows need."""
         return cls(
             penalties=any(p.penalized for p in params),

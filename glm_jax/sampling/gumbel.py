@@ -30,7 +30,7 @@ def threefry2x32(key: tuple[jax.Array, jax.Array], counter: tuple[jax.Array, jax
     return x, y
 
 
-def gumbel(seeds: jax.Array, positions: jax.Array, ids: jax.Array) -> jax.Array:
+def gumbel_noise(seeds: jax.Array, positions: jax.Array, ids: jax.Array) -> jax.Array:
     """Standard Gumbel noise, float32 ``[B, V]``, between -2.9 and 22.9.
 
     ``argmax(logits + noise)`` is a draw from ``softmax(logits)``. The winning tail is where the uniform is near 0: all

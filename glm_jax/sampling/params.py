@@ -10,7 +10,7 @@ from typing import Any, Final
 from glm_jax.errors import SamplingError
 from glm_jax.sampling import validation
 
-GREEDY_BELOW: Final = 1e-5
+GREEDY_TEMPERATURE: Final = 1e-5
 """Temperatures below this take the most likely token (vLLM's ``_SAMPLING_EPS``)."""
 
 SEED_BITS: Final = 63
@@ -82,33 +82,37 @@ class SamplingParams:
             "presence_penalty": ("a number in [-2, 2]", lambda x: -2 <= x <= 2),
             "frequency_penalty": ("a number in [-2, 2]", lambda x: -2 <= x <= 2),
         }
-        return {name: validation.number(name, getattr(self, name), *rule) for name, rule in ranges.items()}
+        return {name: validation.check_number(name, getattr(self, name), *rule) for name, rule in ranges.items()}
 
     def _counts(self) -> dict[str, int | bool | None]:
         seed, logprobs = self.seed, self.logprobs
         return {
-            "top_k": validation.integer("top_k", self.top_k, 0, _MAX_INT32, f"an integer from 0 (off) to {_MAX_INT32}"),
-            "max_tokens": validation.integer(
+            "top_k": validation.check_integer(
+                "top_k", self.top_k, 0, _MAX_INT32, f"an integer from 0 (off) to {_MAX_INT32}"
+            ),
+            "max_tokens": validation.check_integer(
                 "max_tokens", self.max_tokens, 1, _MAX_INT32, f"an integer from 1 to {_MAX_INT32}"
             ),
-            "n": validation.integer("n", self.n, 1, _MAX_N),
-            "seed": None if seed is None else validation.integer("seed", seed, 0, 2**SEED_BITS - 1),
-            "logprobs": None if logprobs is None else validation.integer("logprobs", logprobs, 0, _MAX_LOGPROBS),
-            "ignore_eos": validation.flag("ignore_eos", self.ignore_eos),
+            "n": validation.check_integer("n", self.n, 1, _MAX_N),
+            "seed": None if seed is None else validation.check_integer("seed", seed, 0, 2**SEED_BITS - 1),
+            "logprobs": None if logprobs is None else validation.check_integer("logprobs", logprobs, 0, _MAX_LOGPROBS),
+            "ignore_eos": validation.check_bool("ignore_eos", self.ignore_eos),
         }
 
     def _lists(self) -> dict[str, object]:
         bias = self.logit_bias
         return {
-            "logit_bias": None if bias is None else validation.biases("logit_bias", bias, _MAX_IDS, _MAX_INT32, 100.0),
-            "stop": validation.strings("stop", self.stop, _MAX_STOPS, _MAX_STOP_CHARACTERS),
-            "stop_token_ids": validation.token_ids("stop_token_ids", self.stop_token_ids, _MAX_IDS, _MAX_INT32),
+            "logit_bias": None
+            if bias is None
+            else validation.check_logit_bias("logit_bias", bias, _MAX_IDS, _MAX_INT32, 100.0),
+            "stop": validation.check_strings("stop", self.stop, _MAX_STOPS, _MAX_STOP_CHARACTERS),
+            "stop_token_ids": validation.check_token_ids("stop_token_ids", self.stop_token_ids, _MAX_IDS, _MAX_INT32),
         }
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken."""
-        return self.temperature < GREEDY_BELOW
+        return self.temperature < GREEDY_TEMPERATURE
 
     @property
     def filtered(self) -> bool:
@@ -126,7 +130,7 @@ class SamplingParams:
         Raises:
             SamplingError: if a value is impossible or a name is no option.
         """
-        validation.known(changes, FIELDS)
+        validation.check_option_names(changes, SAMPLING_FIELDS)
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -151,14 +155,14 @@ class SamplingParams:
         """
         given = {name: config[name] for name in _FROM_CHECKPOINT if config.get(name) is not None}
         try:
-            if config.get("do_sample") is not None and not validation.flag("do_sample", config["do_sample"]):
+            if config.get("do_sample") is not None and not validation.check_bool("do_sample", config["do_sample"]):
                 given["temperature"] = 0.0
             return cls(**given)
         except SamplingError as error:
             raise SamplingError(f"generation_config.json: {error}") from None
 
 
-FIELDS: Final = tuple(field.name for field in dataclasses.fields(SamplingParams))
+SAMPLING_FIELDS: Final = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
 def completion_seeds(params: SamplingParams) -> tuple[int, ...]:
@@ -172,12 +176,12 @@ def completion_seeds(params: SamplingParams) -> tuple[int, ...]:
 
 def _from_json(options: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(options, Mapping):
-        validation.refuse("sampling options", options, "a JSON object")
+        validation.raise_invalid("sampling options", options, "a JSON object")
     bias = options.get("logit_bias")
     if not isinstance(bias, Mapping):
         return dict(options)
-    return {**options, "logit_bias": {_id_of(key): value for key, value in bias.items()}}
+    return {**options, "logit_bias": {_parse_token_id(key): value for key, value in bias.items()}}
 
 
-def _id_of(key: object) -> object:
+def _parse_token_id(key: object) -> object:
     return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key

@@ -19,7 +19,7 @@ transformers has ``min_p`` after ``top_p``; the two differ only where both are u
 that are equal at the edge of ``top_p``, as its sort falls; here equals are never told apart.
 
 Nothing is sorted, and nothing depends on the other rows: see :mod:`~glm_jax.sampling.numerics` and
-:mod:`~glm_jax.sampling.gumbel`.
+:mod:`~glm_jax.sampling.gumbel_noise`.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from glm_jax.sampling.batch_arrays import NO_TOKEN
-from glm_jax.sampling.gumbel import gumbel
-from glm_jax.sampling.numerics import first_highest, fixed_sum, token_grid, whole_rows
-from glm_jax.sampling.penalties import bounded, processed
-from glm_jax.sampling.state import SamplerState, existing
-from glm_jax.sampling.thresholds import filtered, gaps
+from glm_jax.sampling.gumbel import gumbel_noise
+from glm_jax.sampling.numerics import all_gather_vocab, deterministic_sum, masked_argmax, token_ids_like
+from glm_jax.sampling.penalties import clamp_non_finite, process_logits
+from glm_jax.sampling.state import SamplerState, valid_token_mask
+from glm_jax.sampling.thresholds import apply_filters, score_gaps
 
 _Pair = tuple[jax.Array, jax.Array]
 
@@ -68,7 +68,7 @@ def sample(logits: jax.Array, state: SamplerState, positions: jax.Array) -> Samp
 
     Args:
         logits: float32 ``[B, V]``, of the model.
-        state: the rows, whose static ``features`` decide what is compiled; :func:`~glm_jax.sampling.update` it with
+        state: the rows, whose static ``features`` decide what is compiled; :func:`~glm_jax.sampling.update_state` it with
             what was drawn.
         positions: int32 ``[B]``, the position in the sequence that the drawn token will have: the prompt's length for
             the first one.
@@ -78,50 +78,50 @@ def sample(logits: jax.Array, state: SamplerState, positions: jax.Array) -> Samp
     """
     if logits.ndim != 2 or logits.dtype != jnp.float32:
         raise ValueError(f"sampling needs float32 logits [B, V], got {logits.dtype} {list(logits.shape)}")
-    logits = whole_rows(logits)
-    exists = existing(state, logits)
-    scores = processed(logits, state)
-    _, tokens = first_highest(_keys(scores, state, positions), exists)
+    logits = all_gather_vocab(logits)
+    exists = valid_token_mask(state, logits)
+    scores = process_logits(logits, state)
+    _, tokens = masked_argmax(_selection_scores(scores, state, positions), exists)
     broken = (exists & (jnp.isnan(logits) | (logits == jnp.inf))).any(-1)
     ok = ~broken & (scores > -jnp.inf).any(-1)
     if state.features.logprobs is None:
         return SampleResult(tokens=tokens, ok=ok, logprob=None, top_ids=None, top_logprobs=None)
-    logprobs = log_probabilities(logits)
-    chosen = jnp.where(token_grid(logits) == tokens[:, None], logprobs, -jnp.inf).max(-1)
-    top_ids, top_logprobs = most_likely(logprobs, exists, state.features.logprobs)
+    logprobs = compute_logprobs(logits)
+    chosen = jnp.where(token_ids_like(logits) == tokens[:, None], logprobs, -jnp.inf).max(-1)
+    top_ids, top_logprobs = top_k_logprobs(logprobs, exists, state.features.logprobs)
     return SampleResult(tokens=tokens, ok=ok, logprob=chosen, top_ids=top_ids, top_logprobs=top_logprobs)
 
 
-def _keys(scores: jax.Array, state: SamplerState, positions: jax.Array) -> jax.Array:
+def _selection_scores(scores: jax.Array, state: SamplerState, positions: jax.Array) -> jax.Array:
     """What the argmax is taken of: the scores of a greedy row, noisy log-probabilities of any other."""
     if state.features.greedy_only:
         return scores
-    gap = filtered(scores, state) if state.features.filters else gaps(scores, state.temperature)
-    noisy = gumbel(state.seeds, positions, token_grid(scores)) - gap
+    gap = apply_filters(scores, state) if state.features.filters else score_gaps(scores, state.temperature)
+    noisy = gumbel_noise(state.seeds, positions, token_ids_like(scores)) - gap
     return jnp.where((state.temperature > 0)[:, None], noisy, scores)
 
 
-def log_probabilities(logits: jax.Array) -> jax.Array:
+def compute_logprobs(logits: jax.Array) -> jax.Array:
     """Of the model's own distribution, float32 ``[B, V]`` like the logits; never NaN."""
-    logits = bounded(logits)
-    gap = gaps(logits, jnp.ones_like(logits.max(-1)))
-    total = jnp.maximum(fixed_sum(jnp.exp(-gap)), 1.0)  # below 1 only when nothing is possible: -inf, not NaN
+    logits = clamp_non_finite(logits)
+    gap = score_gaps(logits, jnp.ones_like(logits.max(-1)))
+    total = jnp.maximum(deterministic_sum(jnp.exp(-gap)), 1.0)  # below 1 only when nothing is possible: -inf, not NaN
     return -gap - jnp.log(total)[:, None]
 
 
-def most_likely(logprobs: jax.Array, exists: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def top_k_logprobs(logprobs: jax.Array, exists: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The ``count`` highest among the ids that exist, and those ids, ``[B, count]``: one pass for each.
 
     Each pass takes the next in the order (value down, id up). ``lax.top_k`` would sort the vocabulary on a GPU for more
     than 16, and its layout rules differ.
     """
-    ids = token_grid(logprobs)
+    ids = token_ids_like(logprobs)
     nobody = logprobs.shape[-1]
 
     def following(last: _Pair, _: None) -> tuple[_Pair, _Pair]:
         value, index = last[0][:, None], last[1][:, None]
         later = (logprobs < value) | ((logprobs == value) & (ids > index))
-        best, first = first_highest(logprobs, exists & later)
+        best, first = masked_argmax(logprobs, exists & later)
         return (best, first), (best, jnp.where(first == nobody, NO_TOKEN, first))
 
     start = jnp.full_like(logprobs.max(-1), jnp.inf)

@@ -12,7 +12,7 @@ import numpy as np
 from glm_jax.errors import SamplingError
 from glm_jax.sampling import batch_arrays
 from glm_jax.sampling.features import SamplerFeatures
-from glm_jax.sampling.numerics import token_grid
+from glm_jax.sampling.numerics import token_ids_like
 from glm_jax.sampling.params import SamplingParams
 
 
@@ -89,29 +89,29 @@ class SamplerState:
         Raises:
             SamplingError: if an id is outside the vocabulary, or ``features`` does not cover the rows.
         """
-        needed = SamplerFeatures.of(params)
+        needed = SamplerFeatures.from_params(params)
         features = needed if features is None else features
         if not features.covers(needed):
             raise SamplingError(f"these rows need {needed}, which {features} does not cover")
-        batch_arrays.check(params, seeds, prompt_ids, vocab_size, valid_vocab)
+        batch_arrays.check_batch(params, seeds, prompt_ids, vocab_size, valid_vocab)
         gaps = tuple(sorted({token for token in unused_ids if token < valid_vocab}))
         leaves: dict[str, np.ndarray | None] = {
-            **batch_arrays.scalars(params),
+            **batch_arrays.scalar_arrays(params),
             "seeds": batch_arrays.split_seeds(seeds),
-            "stop_ids": batch_arrays.stop_ids(params, eos_ids),
+            "stop_ids": batch_arrays.stop_id_array(params, eos_ids),
             **dict.fromkeys(("bias_ids", "bias_values", "counts", "in_prompt")),
         }
         if features.bias:
-            leaves |= batch_arrays.bias(params, vocab_size)
+            leaves |= batch_arrays.bias_arrays(params, vocab_size)
         if features.penalties:
-            leaves |= batch_arrays.history(prompt_ids, vocab_size)
+            leaves |= batch_arrays.penalty_arrays(prompt_ids, vocab_size)
         made = jax.tree.map(jnp.asarray, leaves)
         return cls(valid_vocab=valid_vocab, unused_ids=gaps, features=features, **made)
 
 
-def existing(state: SamplerState, like: jax.Array) -> jax.Array:
+def valid_token_mask(state: SamplerState, like: jax.Array) -> jax.Array:
     """Bool, of the shape ``[B, V]`` of ``like``: the ids that the tokenizer has."""
-    known = token_grid(like) < state.valid_vocab
+    known = token_ids_like(like) < state.valid_vocab
     if not state.unused_ids:
         return known
     used = np.ones((1, like.shape[-1]), bool)
@@ -119,14 +119,14 @@ def existing(state: SamplerState, like: jax.Array) -> jax.Array:
     return known & jnp.broadcast_to(jnp.asarray(used), like.shape)
 
 
-def update(state: SamplerState, tokens: jax.Array, active: jax.Array) -> SamplerState:
+def update_state(state: SamplerState, tokens: jax.Array, active: jax.Array) -> SamplerState:
     """The state after ``tokens``, int32 ``[B]``, were written to the rows where ``active``, bool ``[B]``.
 
     Without penalties there is nothing to remember.
     """
     if state.counts is None:
         return state
-    written = active[:, None] & (token_grid(state.counts) == tokens[:, None])
+    written = active[:, None] & (token_ids_like(state.counts) == tokens[:, None])
     return dataclasses.replace(state, counts=state.counts + written.astype(jnp.int32))
 
 

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from glm_jax.errors import CheckpointError, PromptError
-from glm_jax.text.messages import Call, Turn, read_messages
+from glm_jax.text.messages import InputMessage, InputToolCall, parse_messages
 from glm_jax.text.sandbox import render_template
-from glm_jax.text.tools import Tool, read_tools, to_json
+from glm_jax.text.tools import Tool, dump_prompt_json, parse_tools
 
-OFFICIAL_SHA256: Final = "d63ad536c3c81880043e22ec7fd08db42b4d8fb7c89c7138bc562bfa25281375"
+OFFICIAL_TEMPLATE_SHA256: Final = "d63ad536c3c81880043e22ec7fd08db42b4d8fb7c89c7138bc562bfa25281375"
 """Of the official template's text, with Unix line ends and no white space at the end."""
 
-_SWITCHES: Final = ("enable_thinking", "clear_thinking")
-_TOOLS_BEFORE: Final = """<|system|>
+_OFFICIAL_SWITCHES: Final = ("enable_thinking", "clear_thinking")
+_TOOLS_PREFIX: Final = """<|system|>
 # Tools
 
 You may call one or more functions to assist with the user query.
@@ -29,7 +29,7 @@ You may call one or more functions to assist with the user query.
 You are provided with function signatures within <tools></tools> XML tags:
 <tools>
 """
-_TOOLS_AFTER: Final = (
+_TOOLS_SUFFIX: Final = (
     """</tools>
 
 For each function call, output the function name and arguments within the following XML format:
@@ -63,14 +63,14 @@ def render_chat(
     Raises:
         PromptError: if a message, tool or switch is malformed or unknown, or another template fails.
     """
-    turns, read = read_messages(messages), read_tools(tools)
+    turns, read = parse_messages(messages), parse_tools(tools)
     given = {name: value for name, value in switches.items() if value is not None}
     if template is None or is_official(template):
         return "".join(_render(turns, read, add_generation_prompt, **_check_switches(given)))
     return render_template(
         template,
         {
-            "messages": [turn.as_dict() for turn in turns],
+            "messages": [turn.to_template_dict() for turn in turns],
             "tools": [dict(tool.declaration) for tool in read] or None,
             "add_generation_prompt": add_generation_prompt,
         },
@@ -81,7 +81,7 @@ def render_chat(
 def is_official(template: str) -> bool:
     """Whether a template's text is the official one (line ends and white space at the end aside)."""
     text = template.replace("\r\n", "\n").rstrip()
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() == OFFICIAL_SHA256
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() == OFFICIAL_TEMPLATE_SHA256
 
 
 def read_template(folder: str | Path) -> str | None:
@@ -117,15 +117,15 @@ def _read_text(path: Path) -> str | None:
 
 def _check_switches(given: Mapping[str, Any]) -> dict[str, bool]:
     for name, value in given.items():
-        if name not in _SWITCHES:
-            raise PromptError(f"unknown switch {name!r}: the chat template knows {' and '.join(_SWITCHES)}")
+        if name not in _OFFICIAL_SWITCHES:
+            raise PromptError(f"unknown switch {name!r}: the chat template knows {' and '.join(_OFFICIAL_SWITCHES)}")
         if not isinstance(value, bool):
             raise PromptError(f"{name} must be true or false, not {value!r}")
     return dict(given)
 
 
 def _render(
-    turns: Sequence[Turn],
+    turns: Sequence[InputMessage],
     tools: Sequence[Tool],
     add_generation_prompt: bool,
     enable_thinking: bool = True,
@@ -133,34 +133,34 @@ def _render(
 ) -> Iterator[str]:
     yield "[gMASK]<sop>"
     if tools:
-        yield _TOOLS_BEFORE
+        yield _TOOLS_PREFIX
         for index, tool in enumerate(tools):
-            yield to_json(tool.declaration, f"tools[{index}]") + "\n"
-        yield _TOOLS_AFTER
+            yield dump_prompt_json(tool.declaration, f"tools[{index}]") + "\n"
+        yield _TOOLS_SUFFIX
     last_user = max((index for index, turn in enumerate(turns) if turn.role == "user"), default=-1)
     for index, turn in enumerate(turns):
         if turn.role == "assistant":
             yield from _render_assistant(turn, keep_reasoning=index > last_user or not clear_thinking)
         elif turn.role == "tool":
-            yield from _render_result(turn, follows_result=index > 0 and turns[index - 1].role == "tool")
+            yield from _render_tool_result(turn, follows_result=index > 0 and turns[index - 1].role == "tool")
         else:
             yield f"<|{turn.role}|>{turn.content}"
     if add_generation_prompt:
         yield "<|assistant|>" + ("<think>" if enable_thinking else "</think>")
 
 
-def _render_assistant(turn: Turn, keep_reasoning: bool) -> Iterator[str]:
+def _render_assistant(turn: InputMessage, keep_reasoning: bool) -> Iterator[str]:
     reasoning, content = turn.reasoning, turn.content
     if reasoning is None:
-        reasoning, content = _split_inline(content)
+        reasoning, content = _split_inline_reasoning(content)
     yield "<|assistant|>"
     yield f"<think>{reasoning.strip()}</think>" if reasoning and keep_reasoning else "</think>"
     yield content.strip()
-    for call in turn.calls:
+    for call in turn.tool_calls:
         yield from _render_call(call)
 
 
-def _split_inline(content: str) -> tuple[str, str]:
+def _split_inline_reasoning(content: str) -> tuple[str, str]:
     """Thinking and answer of ``<think>thinking</think>answer``."""
     before, closed, _ = content.partition("</think>")
     if not closed:
@@ -168,19 +168,19 @@ def _split_inline(content: str) -> tuple[str, str]:
     return before.rstrip("\n").split("<think>")[-1].lstrip("\n"), content.split("</think>")[-1].lstrip("\n")
 
 
-def _render_call(call: Call) -> Iterator[str]:
+def _render_call(call: InputToolCall) -> Iterator[str]:
     yield f"<tool_call>{call.name}"
     for key, value in call.arguments.items():
-        text = value if isinstance(value, str) else to_json(value, f"the argument {key!r} of {call.name!r}")
+        text = value if isinstance(value, str) else dump_prompt_json(value, f"the argument {key!r} of {call.name!r}")
         yield f"<arg_key>{key}</arg_key><arg_value>{text}</arg_value>"
     yield "</tool_call>"
 
 
-def _render_result(turn: Turn, follows_result: bool) -> Iterator[str]:
-    if turn.outputs is None:
+def _render_tool_result(turn: InputMessage, follows_result: bool) -> Iterator[str]:
+    if turn.tool_outputs is None:
         yield ("" if follows_result else "<|observation|>") + f"<tool_response>{turn.content}</tool_response>"
         return
     # A message with several results opens an observation of its own, wherever it stands; the official template does.
     yield "<|observation|>"
-    for output in turn.outputs:
+    for output in turn.tool_outputs:
         yield f"<tool_response>{output}</tool_response>"

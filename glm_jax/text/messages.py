@@ -12,13 +12,19 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from glm_jax.errors import PromptError
-from glm_jax.text.tools import to_json
+from glm_jax.text.tools import dump_prompt_json
 
-ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+ROLE_ALIASES: Final = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class InputToolCall:
     """A tool call of an earlier turn."""
 
     id: str | None
@@ -27,42 +33,42 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class InputMessage:
     """One message, checked.
 
     Attributes:
         role: "system", "user", "assistant" or "tool".
         content: its text.
         reasoning: thinking given in a field of its own; None where there was no such field.
-        calls: tool calls of an assistant.
-        outputs: several results in one tool message; None where it has one, in ``content``.
-        call_id: the call that a tool message answers.
+        tool_calls: tool calls of an assistant.
+        tool_outputs: several results in one tool message; None where it has one, in ``content``.
+        tool_call_id: the call that a tool message answers.
     """
 
     role: str
     content: str
     reasoning: str | None = None
-    calls: tuple[Call, ...] = ()
-    outputs: tuple[str, ...] | None = None
-    call_id: str | None = None
+    tool_calls: tuple[InputToolCall, ...] = ()
+    tool_outputs: tuple[str, ...] | None = None
+    tool_call_id: str | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_template_dict(self) -> dict[str, Any]:
         """The message as templates expect it, with thinking under both of its names and without empty fields."""
         calls = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
-            for call in self.calls
+            for call in self.tool_calls
         ]
         fields = {
             "reasoning_content": self.reasoning,
             "reasoning": self.reasoning,
             "tool_calls": calls or None,
-            "tool_call_id": self.call_id,
+            "tool_call_id": self.tool_call_id,
         }
-        content = self.content if self.outputs is None else [{"output": output} for output in self.outputs]
+        content = self.content if self.tool_outputs is None else [{"output": output} for output in self.tool_outputs]
         return {"role": self.role, "content": content} | {k: v for k, v in fields.items() if v is not None}
 
 
-def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Turn, ...]:
+def parse_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[InputMessage, ...]:
     """Reads messages in OpenAI's form; fields that no template shows (``name``, ``refusal``, …) are passed over.
 
     Raises:
@@ -73,41 +79,41 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Turn, ...]:
         raise PromptError('messages must be a list such as [{"role": "user", "content": "Hello"}]')
     if not messages:
         raise PromptError("the conversation is empty: give at least one message")
-    return tuple(_read_message(message, f"messages[{index}]") for index, message in enumerate(messages))
+    return tuple(_parse_message(message, f"messages[{index}]") for index, message in enumerate(messages))
 
 
-def _read_message(message: Mapping[str, Any], where: str) -> Turn:
+def _parse_message(message: Mapping[str, Any], where: str) -> InputMessage:
     if not isinstance(message, Mapping):
         raise PromptError(f"{where} must be an object with role and content, not {type(message).__name__}")
     role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise PromptError(f"{where}: unknown role {role!r}; use one of {', '.join(ROLES)}")
+    if not isinstance(role, str) or role not in ROLE_ALIASES:
+        raise PromptError(f"{where}: unknown role {role!r}; use one of {', '.join(ROLE_ALIASES)}")
     if message.get("function_call") is not None:
         raise PromptError(f"{where}: function_call is no longer supported; give tool_calls instead")
     where = f"{where} ({role})"
     content = message.get("content")
     if role == "tool":
-        return _read_result(content, message.get("tool_call_id"), where)
-    calls = _read_calls(message.get("tool_calls"), where)
+        return _parse_tool_result(content, message.get("tool_call_id"), where)
+    calls = _parse_tool_calls(message.get("tool_calls"), where)
     if calls and role != "assistant":
         raise PromptError(f"{where}: only an assistant message can have tool_calls")
-    reasoning = _read_reasoning(message, where) if role == "assistant" else None
-    return Turn(ROLES[role], "".join(_texts(content, where)), reasoning, calls)
+    reasoning = _parse_reasoning(message, where) if role == "assistant" else None
+    return InputMessage(ROLE_ALIASES[role], "".join(_texts(content, where)), reasoning, calls)
 
 
-def _read_result(content: object, call_id: object, where: str) -> Turn:
+def _parse_tool_result(content: object, call_id: object, where: str) -> InputMessage:
     if call_id is not None and not isinstance(call_id, str):
         raise PromptError(f"{where}: tool_call_id must be a string, not {type(call_id).__name__}")
     if not isinstance(content, list | tuple) or not content:
-        return Turn("tool", "".join(_texts(content, where)), call_id=call_id)
+        return InputMessage("tool", "".join(_texts(content, where)), tool_call_id=call_id)
     if all(isinstance(part, str) for part in content):
-        return Turn("tool", "", outputs=tuple(content), call_id=call_id)
+        return InputMessage("tool", "", tool_outputs=tuple(content), tool_call_id=call_id)
     if all(isinstance(part, Mapping) and "output" in part for part in content):
         outputs = (part["output"] for part in content)
-        texts = tuple(item if isinstance(item, str) else to_json(item, where) for item in outputs)
-        return Turn("tool", "", outputs=texts, call_id=call_id)
+        texts = tuple(item if isinstance(item, str) else dump_prompt_json(item, where) for item in outputs)
+        return InputMessage("tool", "", tool_outputs=texts, tool_call_id=call_id)
     # Parts of one result read as paragraphs; parts of any other message as one text. So does vLLM.
-    return Turn("tool", "\n".join(_texts(content, where)), call_id=call_id)
+    return InputMessage("tool", "\n".join(_texts(content, where)), tool_call_id=call_id)
 
 
 def _texts(content: object, where: str) -> list[str]:
@@ -133,7 +139,7 @@ def _part_text(part: object, where: str) -> str:
     raise PromptError(f'{where}: a part must be a string or {{"type": "text", "text": …}}')
 
 
-def _read_reasoning(message: Mapping[str, Any], where: str) -> str | None:
+def _parse_reasoning(message: Mapping[str, Any], where: str) -> str | None:
     given = {key: message[key] for key in ("reasoning_content", "reasoning") if message.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, str):
@@ -143,15 +149,15 @@ def _read_reasoning(message: Mapping[str, Any], where: str) -> str | None:
     return next(iter(given.values()), None)
 
 
-def _read_calls(calls: object, where: str) -> tuple[Call, ...]:
+def _parse_tool_calls(calls: object, where: str) -> tuple[InputToolCall, ...]:
     if calls is None:
         return ()
     if not isinstance(calls, list | tuple):
         raise PromptError(f"{where}: tool_calls must be a list, not {type(calls).__name__}")
-    return tuple(_read_call(call, f"{where}, tool_calls[{index}]") for index, call in enumerate(calls))
+    return tuple(_parse_tool_call(call, f"{where}, tool_calls[{index}]") for index, call in enumerate(calls))
 
 
-def _read_call(call: object, where: str) -> Call:
+def _parse_tool_call(call: object, where: str) -> InputToolCall:
     function = call.get("function") or call if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):
         raise PromptError(f'{where} must be {{"type": "function", "function": {{"name": …, "arguments": …}}}}')
@@ -160,10 +166,10 @@ def _read_call(call: object, where: str) -> Call:
         raise PromptError(f"{where} has no function name")
     if call_id is not None and not isinstance(call_id, str):
         raise PromptError(f"{where}: id must be a string, not {type(call_id).__name__}")
-    return Call(call_id, name, _read_arguments(function.get("arguments"), where))
+    return InputToolCall(call_id, name, _parse_arguments(function.get("arguments"), where))
 
 
-def _read_arguments(arguments: object, where: str) -> Mapping[str, Any]:
+def _parse_arguments(arguments: object, where: str) -> Mapping[str, Any]:
     """Arguments as an object: clients send them as JSON text, and "" where there are none."""
     if arguments is None or arguments == "":
         return {}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glm_jax.text.output_types import ToolCall
-from glm_jax.text.schema_coercion import schema_types, typed
+from glm_jax.text.schema_coercion import coerce_to_types, schema_types
 
 
 class TextBuilder:
@@ -40,12 +40,12 @@ class TextBuilder:
         self._held = []
         return rest
 
-    def text(self) -> str | None:
+    def result(self) -> str | None:
         """All that was shown; None for nothing."""
         return "".join(self._shown) or None
 
 
-class CallBuilder:
+class ToolCallBuilder:
     """One tool call. Each method returns the piece of JSON that it adds.
 
     A value whose type can only be a string is written while it comes; any other when it is whole.
@@ -77,7 +77,7 @@ class CallBuilder:
 
     def close_value(self) -> str:
         """Ends the value. A key that came before is replaced, as it is for a reader of the JSON."""
-        value = typed("".join(self._value), self._types)
+        value = coerce_to_types("".join(self._value), self._types)
         self._arguments[self._key] = value
         return self._write(_QUOTE if self._is_string() else _dump(value))
 

@@ -22,9 +22,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 from glm_jax.errors import PromptError
-from glm_jax.text.output_builders import CallBuilder, TextBuilder
+from glm_jax.text.output_builders import TextBuilder, ToolCallBuilder
 from glm_jax.text.output_types import Delta, FinishReason, Message, ToolCall, ToolCallDelta, join_deltas
-from glm_jax.text.tools import callable_tools, named_tool, read_tools
+from glm_jax.text.tools import named_tool_choice, parse_tools, select_callable_tools
 
 
 class _State(enum.Enum):
@@ -45,13 +45,13 @@ _CALL_TAGS: Final = {
     _State.VALUE: ("</arg_value>",),
 }
 _NAME: Final = re.compile(r"\s*([^\s<>]*)\s*")
-_NAME_ROOM: Final = 512  # for a name and the white space about it
+_MAX_NAME_LENGTH: Final = 512  # for a name and the white space about it
 StopReason = Literal["stop", "length", "abort"]
 _LAST_ROLE: Final = re.compile(r".*<\|(?:assistant|user|system|observation)\|>", re.DOTALL)
 
 
 class OutputParser:
-    """Parses one answer: :meth:`feed` it pieces, :meth:`flush` at the end, and :meth:`finish` for the whole.
+    """Parses one answer: :meth:`append_tokens` it pieces, :meth:`flush` at the end, and :meth:`finish` for the whole.
 
     However the text is cut into pieces, the message is the same, and the deltas joined are the message.
 
@@ -73,22 +73,22 @@ class OutputParser:
         tool_choice: str | Mapping[str, Any] = "auto",
         thinking: bool = True,
     ) -> None:
-        read = read_tools(tools)
+        read = parse_tools(tools)
         self._declared = [tool.name for tool in read]
-        self._callable = callable_tools(read, tool_choice)
-        self._is_named = named_tool(tool_choice) is not None
+        self._callable = select_callable_tools(read, tool_choice)
+        self._is_named = named_tool_choice(tool_choice) is not None
         may_call = bool(read) or self._callable is None
         text_tags = (("<think>", "</think>") if thinking else ()) + (("<tool_call>",) if may_call else ())
         self._tags = {**_CALL_TAGS, _State.REASONING: text_tags, _State.CONTENT: text_tags}
         self._search = {state: re.compile("|".join(tags) or "(?!)") for state, tags in self._tags.items()}
         self._state = _State.REASONING if thinking else _State.CONTENT
         self._resume = self._state  # where a <tool_call> that was none leads back to
-        self._text, self._at = "", 0
+        self._text, self._position = "", 0
         self._reasoning = TextBuilder(strip_start=False)
         self._content = TextBuilder(strip_start=bool(read) and tool_choice != "none")
-        self._calls: list[CallBuilder] = []
-        self._call: CallBuilder | None = None  # the open one; None while one is left out
-        self._intact = True  # every key of the open call has its value
+        self._calls: list[ToolCallBuilder] = []
+        self._call: ToolCallBuilder | None = None  # the open one; None while one is left out
+        self._is_well_formed = True  # every key of the open call has its value
         self._key: list[str] = []
         self._cut_name: str | None = None
         self._deltas: list[Delta] = []
@@ -100,7 +100,7 @@ class OutputParser:
             raise RuntimeError("this answer has ended: make a new OutputParser for the next")
         self._text += piece
         self._advance(final=False)
-        return self._take()
+        return self._take_deltas()
 
     def flush(self) -> list[Delta]:
         """Ends the text; returns what was held back. A second time it returns nothing."""
@@ -109,7 +109,7 @@ class OutputParser:
             self._flushed = True
             self._reasoning.end(keep_held=False)
             self._show(content=self._content.end(keep_held=not self._calls))
-        return self._take()
+        return self._take_deltas()
 
     def finish(self, reason: StopReason = "stop") -> Message:
         """The whole answer; ``reason`` says why the model stopped: "stop", "length" or "abort".
@@ -128,21 +128,21 @@ class OutputParser:
         incomplete = [call for call in calls if not call.complete]
         if self._cut_name is not None:
             incomplete.append(ToolCall("", self._cut_name, {}, "", complete=False))
-        return Message(self._reasoning.text(), self._content.text(), complete, finished, incomplete)
+        return Message(self._reasoning.result(), self._content.result(), complete, finished, incomplete)
 
     def _advance(self, final: bool) -> None:
-        while self._at < len(self._text) or (final and self._state is _State.NAME):
+        while self._position < len(self._text) or (final and self._state is _State.NAME):
             going = self._step_name(final) if self._state is _State.NAME else self._step(final)
             if not going:
                 break
-        self._text, self._at = self._text[self._at :], 0
+        self._text, self._position = self._text[self._position :], 0
 
     def _step(self, final: bool) -> bool:
         """Goes on to the next tag, or as far as the text goes; returns whether there may be more."""
-        found = self._search[self._state].search(self._text, self._at)
+        found = self._search[self._state].search(self._text, self._position)
         end = found.start() if found else len(self._text) if final else self._safe_end()
-        self._add(self._text[self._at : end])
-        self._at = found.end() if found else end
+        self._add(self._text[self._position : end])
+        self._position = found.end() if found else end
         if found and self._state in (_State.REASONING, _State.CONTENT):
             self._on_text_tag(found[0])
         elif found:
@@ -153,7 +153,7 @@ class OutputParser:
         """Where the text ends that cannot be the beginning of a tag."""
         tags = self._tags[self._state]
         longest = max(map(len, tags), default=1)
-        start = self._text.rfind("<", max(self._at, len(self._text) - longest + 1))
+        start = self._text.rfind("<", max(self._position, len(self._text) - longest + 1))
         is_open = start >= 0 and any(tag.startswith(self._text[start:]) for tag in tags)
         return start if is_open else len(self._text)
 
@@ -177,21 +177,21 @@ class OutputParser:
 
     def _step_name(self, final: bool) -> bool:
         """Reads ``NAME`` and the tag after it; returns False where more text is needed to tell."""
-        match = _NAME.match(self._text, self._at, self._at + _NAME_ROOM)
+        match = _NAME.match(self._text, self._position, self._position + _MAX_NAME_LENGTH)
         assert match is not None
         rest = self._text[match.end() : match.end() + len("</tool_call>")]
-        fits = len(match[0]) < _NAME_ROOM
+        fits = len(match[0]) < _MAX_NAME_LENGTH
         tag = next((tag for tag in _CALL_TAGS[_State.NAME] if fits and rest.startswith(tag)), None)
         may_be = fits and any(tag.startswith(rest) for tag in _CALL_TAGS[_State.NAME])
         if tag in ("<arg_key>", "</tool_call>"):
-            self._at = match.end() + len(tag)
+            self._position = match.end() + len(tag)
             self._open_call(match[1])
             self._on_call_tag(tag)
         elif tag or not may_be or (final and not self._begins_name(match[1])):
             self._state = self._resume
             self._add("<tool_call>")
         elif final:
-            self._at, self._state = len(self._text), _State.PAIRS
+            self._position, self._state = len(self._text), _State.PAIRS
             if self._callable is None or any(name.startswith(match[1]) for name in self._callable):
                 self._cut_name = match[1]
         else:
@@ -202,16 +202,16 @@ class OutputParser:
         return not self._declared or any(name.startswith(text) for name in self._declared)
 
     def _open_call(self, name: str) -> None:
-        self._state, self._intact = _State.PAIRS, True
+        self._state, self._is_well_formed = _State.PAIRS, True
         tool = self._callable.get(name) if self._callable is not None else None
         if name and (tool or self._callable is None):
-            self._call = CallBuilder(len(self._calls), name, tool.properties if tool else {})
+            self._call = ToolCallBuilder(len(self._calls), name, tool.properties if tool else {})
             self._calls.append(self._call)
             self._deltas.append(Delta(tool_call=ToolCallDelta(self._call.index, self._call.id, name)))
 
     def _on_call_tag(self, tag: str) -> None:
         if tag == "<arg_key>":
-            self._intact &= self._state is not _State.AFTER_KEY
+            self._is_well_formed &= self._state is not _State.AFTER_KEY
             self._state, self._key = _State.KEY, []
         elif tag == "</arg_key>":
             self._state = _State.AFTER_KEY
@@ -222,13 +222,13 @@ class OutputParser:
             self._state = _State.PAIRS
             self._show_arguments(self._call.close_value() if self._call else "")
         elif tag == "<arg_value>":  # a value without a key
-            self._intact = False
+            self._is_well_formed = False
         else:
             self._end_call(tag)
 
     def _end_call(self, tag: str) -> None:
         """``</tool_call>`` ends a call; ``<tool_call>`` cuts it off and begins another."""
-        if self._call and tag == "</tool_call>" and self._intact and self._state is _State.PAIRS:
+        if self._call and tag == "</tool_call>" and self._is_well_formed and self._state is _State.PAIRS:
             self._show_arguments(self._call.close())
         self._call = None
         self._resume = _State.CONTENT
@@ -242,7 +242,7 @@ class OutputParser:
         if piece and self._call:
             self._deltas.append(Delta(tool_call=ToolCallDelta(self._call.index, arguments=piece)))
 
-    def _take(self) -> list[Delta]:
+    def _take_deltas(self) -> list[Delta]:
         deltas, self._deltas = self._deltas, []
         return join_deltas(deltas)
 

@@ -17,11 +17,11 @@ from typing import Any, Final
 
 from glm_jax.errors import PromptError
 
-RENDER_SECONDS: Final = 2.0
-OUTPUT_BYTES: Final = 1 << 20
-MEMORY_BYTES: Final = 512 << 20
-_START_SECONDS: Final = 30.0
-_CHILD: Final = Path(__file__).with_name("sandbox_child.py")
+RENDER_TIMEOUT_S: Final = 2.0
+MAX_OUTPUT_BYTES: Final = 1 << 20
+MAX_MEMORY_BYTES: Final = 512 << 20
+_START_TIMEOUT_S: Final = 30.0
+_CHILD_SCRIPT: Final = Path(__file__).with_name("sandbox_child.py")
 
 
 def render_template(template: str, variables: Mapping[str, Any], switches: Mapping[str, Any]) -> str:
@@ -40,9 +40,9 @@ def render_template(template: str, variables: Mapping[str, Any], switches: Mappi
         "template": template,
         "variables": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", **variables},
         "switches": switches,
-        "output_bytes": OUTPUT_BYTES,
-        "memory_bytes": MEMORY_BYTES,
-        "cpu_seconds": int(RENDER_SECONDS) + 1,
+        "output_bytes": MAX_OUTPUT_BYTES,
+        "memory_bytes": MAX_MEMORY_BYTES,
+        "cpu_seconds": int(RENDER_TIMEOUT_S) + 1,
     }
     try:
         payload = json.dumps(job).encode()
@@ -58,7 +58,7 @@ def _run_child(payload: bytes) -> dict[str, str]:
     try:
         # A session of its own, so that Ctrl-C reaches only us; we end it below.
         child = subprocess.Popen(
-            [sys.executable, "-I", str(_CHILD), *_library_folders()],
+            [sys.executable, "-I", str(_CHILD_SCRIPT), *_library_folders()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -69,15 +69,15 @@ def _run_child(payload: bytes) -> dict[str, str]:
         raise PromptError(f"cannot start {sys.executable!r} to render the chat template: {error}") from error
     with child:
         try:
-            return _talk(child, payload)
+            return _exchange(child, payload)
         finally:
             child.kill()
 
 
-def _talk(child: subprocess.Popen[bytes], payload: bytes) -> dict[str, str]:
+def _exchange(child: subprocess.Popen[bytes], payload: bytes) -> dict[str, str]:
     """Waits until the child has imported Jinja, then starts the clock: a busy machine is not the template's fault."""
     assert child.stdout is not None
-    alarm = threading.Timer(_START_SECONDS, child.kill)
+    alarm = threading.Timer(_START_TIMEOUT_S, child.kill)
     alarm.start()
     try:
         started = child.stdout.readline()
@@ -86,9 +86,9 @@ def _talk(child: subprocess.Popen[bytes], payload: bytes) -> dict[str, str]:
     if started != b"ready\n":
         raise PromptError("the process that renders chat templates did not start: is the jinja2 package installed?")
     try:
-        answer, _ = child.communicate(payload, timeout=RENDER_SECONDS)
+        answer, _ = child.communicate(payload, timeout=RENDER_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        return {"error": f"takes longer than {RENDER_SECONDS:g} s and was stopped"}
+        return {"error": f"takes longer than {RENDER_TIMEOUT_S:g} s and was stopped"}
     try:
         return json.loads(answer)
     except ValueError:

@@ -1,7 +1,7 @@
 """Argument values: the text that a model wrote, typed by the tool's JSON schema.
 
 GLM writes every value as plain text between tags, so the schema alone says what ``5`` is. The rules are those of vLLM's
-``coerce_to_schema_type``: of the types that a schema allows, the first that fits in the order of :data:`_READERS`;
+``coerce_to_schema_type``: of the types that a schema allows, the first that fits in the order of :data:`_COERCERS`;
 where none fits, JSON; where that fails, the text itself. Only the top level is typed, and ``$ref`` and ``const`` say
 nothing.
 """
@@ -16,7 +16,7 @@ from typing import Any, Final
 
 _INTEGER: Final = re.compile(r"\s*[+-]?[0-9]{1,4000}\s*")
 _NUMBER: Final = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
-_EXACT: Final = 2**53
+_MAX_EXACT_INTEGER: Final = 2**53
 _STRING: Final = frozenset({"string"})
 
 
@@ -36,9 +36,9 @@ def schema_types(schema: object) -> frozenset[str]:
     return frozenset(types)
 
 
-def typed(text: str, types: frozenset[str]) -> Any:
+def coerce_to_types(text: str, types: frozenset[str]) -> Any:
     """The value that ``text`` stands for where a schema allows ``types``."""
-    for name, read in _READERS.items():
+    for name, read in _COERCERS.items():
         if name in types:
             try:
                 return read(text)
@@ -93,7 +93,7 @@ def _number(text: str) -> float | int:
     if not _NUMBER.fullmatch(text) or not math.isfinite(value := float(text)):
         raise ValueError(text)
     # Up to 2**53 a float holds an integer exactly, and beyond it a float is what was meant.
-    return int(value) if value.is_integer() and abs(value) <= _EXACT else value
+    return int(value) if value.is_integer() and abs(value) <= _MAX_EXACT_INTEGER else value
 
 
 def _boolean(text: str) -> bool:
@@ -113,7 +113,7 @@ def _json(text: str, kind: type = object) -> Any:
     return value
 
 
-_READERS: Final[dict[str, Callable[[str], Any]]] = {
+_COERCERS: Final[dict[str, Callable[[str], Any]]] = {
     "null": _null,
     "integer": _integer,
     "number": _number,

@@ -20,22 +20,22 @@ _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True, slots=True)
-class TokenBytes:
+class TokenByteDecoder:
     """How ordinary tokens become bytes, and how bytes become text.
 
     Attributes:
-        of: the bytes that one token's string stands for.
+        to_bytes: the bytes that one token's string stands for.
         separator: put between any two tokens.
-        strip: the most spaces to drop at the very start of a text.
+        max_leading_spaces: the most spaces to drop at the very start of a text.
     """
 
-    of: Callable[[str], bytes]
+    to_bytes: Callable[[str], bytes]
     separator: bytes = b""
-    strip: int = 0
+    max_leading_spaces: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class _Steps:
+class _SequenceDecoder:
     """One token through the steps of a ``Sequence`` decoder that look at a token alone."""
 
     replacements: tuple[tuple[str, str], ...]
@@ -49,7 +49,7 @@ class _Steps:
         return token.encode()
 
 
-def byte_of_character() -> dict[str, int]:
+def unicode_to_bytes() -> dict[str, int]:
     """The byte that each of 256 printable characters names (GPT-2's table: Latin-1's own, the rest from U+0100)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(printable)]
@@ -57,10 +57,10 @@ def byte_of_character() -> dict[str, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _ByteLevel:
+class _ByteLevelDecoder:
     """One byte-level token; a token with a character outside the table stands for itself."""
 
-    table: dict[str, int] = field(default_factory=byte_of_character)
+    table: dict[str, int] = field(default_factory=unicode_to_bytes)
 
     def __call__(self, token: str) -> bytes:
         try:
@@ -69,16 +69,16 @@ class _ByteLevel:
             return token.encode()
 
 
-def token_bytes(decoder: dict[str, Any] | None) -> TokenBytes:
+def parse_decoder(decoder: dict[str, Any] | None) -> TokenByteDecoder:
     """Reads the ``decoder`` entry of a ``tokenizer.json``.
 
     Raises:
         CheckpointError: if it has a step that cannot be done token by token, or one that is not known.
     """
     if decoder is None:
-        return TokenBytes(str.encode, separator=b" ")
+        return TokenByteDecoder(str.encode, separator=b" ")
     if decoder.get("type") == "ByteLevel":
-        return TokenBytes(_ByteLevel())
+        return TokenByteDecoder(_ByteLevelDecoder())
     steps = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
     replacements: list[tuple[str, str]] = []
     strip = 0
@@ -96,4 +96,4 @@ def token_bytes(decoder: dict[str, Any] | None) -> TokenBytes:
                     "GLM-4.7-Flash has ByteLevel"
                 )
     fallback = any(step["type"] == "ByteFallback" for step in steps)
-    return TokenBytes(_Steps(tuple(replacements), fallback), strip=strip)
+    return TokenByteDecoder(_SequenceDecoder(tuple(replacements), fallback), max_leading_spaces=strip)

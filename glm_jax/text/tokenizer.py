@@ -16,12 +16,12 @@ import tokenizers
 
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError, PromptError
-from glm_jax.text.token_bytes import TokenBytes, token_bytes
+from glm_jax.text.token_bytes import TokenByteDecoder, parse_decoder
 
-MAX_CHARACTERS: Final = 1 << 22
+MAX_TEXT_LENGTH: Final = 1 << 22
 """Longest text that is encoded at once: twenty characters for each token of the longest context."""
 
-STRUCTURE: Final = frozenset(
+STRUCTURAL_TAGS: Final = frozenset(
     f"<{slash}{name}>"
     for name in ("think", "tool_call", "arg_key", "arg_value", "tool_response")
     for slash in ("", "/")
@@ -39,7 +39,7 @@ class Tokenizer:
         model_vocab: rows of the model's embedding, which may be more than the tokenizer knows.
         vocab_size: number of ids that the tokenizer knows.
         unused_ids: ids of the model that stand for no token; sampling must never choose them.
-        special_ids: ids that ``skip_special`` leaves out. The tags in :data:`STRUCTURE` are never among them, also
+        special_ids: ids that ``skip_special`` leaves out. The tags in :data:`STRUCTURAL_TAGS` are never among them, also
             where a file marks them as special.
     """
 
@@ -48,8 +48,8 @@ class Tokenizer:
     unused_ids: tuple[int, ...]
     special_ids: frozenset[int]
     _backend: tokenizers.Tokenizer
-    _added: dict[int, bytes]
-    _bytes: TokenBytes
+    _added_tokens: dict[int, bytes]
+    _byte_decoder: TokenByteDecoder
 
     @classmethod
     def from_file(cls, path: str | Path, *, model_vocab: int) -> Self:
@@ -73,10 +73,10 @@ class Tokenizer:
             model_vocab=model_vocab,
             vocab_size=len(known),
             unused_ids=tuple(i for i in range(model_vocab) if i not in known),
-            special_ids=frozenset(i for i, t in added.items() if t.special and t.content not in STRUCTURE),
+            special_ids=frozenset(i for i, t in added.items() if t.special and t.content not in STRUCTURAL_TAGS),
             _backend=backend,
-            _added={i: token.content.encode() for i, token in added.items()},
-            _bytes=token_bytes(decoder),
+            _added_tokens={i: token.content.encode() for i, token in added.items()},
+            _byte_decoder=parse_decoder(decoder),
         )
 
     @classmethod
@@ -88,13 +88,13 @@ class Tokenizer:
         """Token ids of a text. Special tokens written in it are recognised; none is added at either end.
 
         Raises:
-            PromptError: if the text holds a lone surrogate or is longer than :data:`MAX_CHARACTERS`.
+            PromptError: if the text holds a lone surrogate or is longer than :data:`MAX_TEXT_LENGTH`.
         """
         if not isinstance(text, str):
             raise PromptError(f"a prompt must be a str, not {type(text).__name__}; decode bytes as UTF-8 first")
-        if len(text) > MAX_CHARACTERS:
+        if len(text) > MAX_TEXT_LENGTH:
             raise PromptError(
-                f"the text has {len(text):,} characters, and at most {MAX_CHARACTERS:,} can be encoded: shorten it"
+                f"the text has {len(text):,} characters, and at most {MAX_TEXT_LENGTH:,} can be encoded: shorten it"
             )
         if found := _SURROGATE.search(text):
             raise PromptError(
@@ -110,7 +110,9 @@ class Tokenizer:
             PromptError: if an id is not one of the model's.
         """
         parts = [part for part in (self.token_bytes(i, skip_special) for i in ids) if part is not None]
-        return _drop_spaces(self._bytes.separator.join(parts), self._bytes.strip).decode(errors="replace")
+        return _drop_spaces(self._byte_decoder.separator.join(parts), self._byte_decoder.max_leading_spaces).decode(
+            errors="replace"
+        )
 
     def stream(self, skip_special: bool = True) -> StreamDecoder:
         """A decoder for ids that come one at a time."""
@@ -127,10 +129,10 @@ class Tokenizer:
             raise PromptError(f"token id {index} is outside the model's vocabulary, 0 to {self.model_vocab - 1}")
         if skip_special and index in self.special_ids:
             return None
-        if index in self._added:
-            return self._added[index]
+        if index in self._added_tokens:
+            return self._added_tokens[index]
         token = self._backend.id_to_token(index)
-        return None if token is None else self._bytes.of(token)
+        return None if token is None else self._byte_decoder.to_bytes(token)
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token given as the vocabulary spells it, or None."""
@@ -148,7 +150,7 @@ class StreamDecoder:
         self._skip_special = skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._separator = b""
-        self._strip = tokenizer._bytes.strip
+        self._strip = tokenizer._byte_decoder.max_leading_spaces
 
     def feed(self, token_id: SupportsIndex) -> str:
         """The text that this id completes, maybe none.
@@ -160,7 +162,7 @@ class StreamDecoder:
         if data is None:
             return ""
         data = self._separator + data
-        self._separator = self._tokenizer._bytes.separator
+        self._separator = self._tokenizer._byte_decoder.separator
         if self._strip and data:
             kept = _drop_spaces(data, self._strip)
             self._strip = 0 if kept else self._strip - len(data)
@@ -189,10 +191,10 @@ def _read(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the package raises plain Exception
-        raise CheckpointError(f"{path} {_what_is_wrong(text, error)}") from error
+        raise CheckpointError(f"{path} {_describe_problem(text, error)}") from error
 
 
-def _what_is_wrong(text: str, error: Exception) -> str:
+def _describe_problem(text: str, error: Exception) -> str:
     if text.startswith("version https://git-lfs"):
         return "is only a Git LFS pointer: fetch the file itself with `git lfs pull`"
     try:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from glm_jax.errors import PromptError
 
-TOOL_NAME: Final = re.compile(r"[^\s<>]{1,256}")
+TOOL_NAME_PATTERN: Final = re.compile(r"[^\s<>]{1,256}")
 """What an answer can call: the name ends at white space or a tag."""
 
 
@@ -29,7 +29,7 @@ class Tool:
     declaration: Mapping[str, Any] = field(repr=False)
 
 
-def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[Tool, ...]:
+def parse_tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[Tool, ...]:
     """Reads tools in OpenAI's form, ``{"type": "function", "function": {"name", "description", "parameters"}}``.
 
     The inner object alone is accepted as well, and shown as given.
@@ -41,14 +41,14 @@ def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[Tool, ...]:
         return ()
     if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence):
         raise PromptError("tools must be a list of function objects")
-    read = tuple(_read_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools))
+    read = tuple(_parse_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools))
     names = [tool.name for tool in read]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise PromptError(f"tools: the name {twice[0]!r} comes twice; names must differ")
     return read
 
 
-def callable_tools(tools: tuple[Tool, ...], tool_choice: str | Mapping[str, Any]) -> dict[str, Tool] | None:
+def select_callable_tools(tools: tuple[Tool, ...], tool_choice: str | Mapping[str, Any]) -> dict[str, Tool] | None:
     """The tools that an answer may call, by name; None where no tools were declared, so that any name will do.
 
     Raises:
@@ -64,7 +64,7 @@ def callable_tools(tools: tuple[Tool, ...], tool_choice: str | Mapping[str, Any]
         if not tools:
             raise PromptError('tool_choice "required" needs tools')
         return by_name
-    name = named_tool(tool_choice)
+    name = named_tool_choice(tool_choice)
     if name is None:
         raise PromptError(
             'tool_choice must be "auto", "none", "required" or {"type": "function", "function": {"name": …}}, '
@@ -75,7 +75,7 @@ def callable_tools(tools: tuple[Tool, ...], tool_choice: str | Mapping[str, Any]
     return {name: by_name[name]}
 
 
-def named_tool(tool_choice: str | Mapping[str, Any]) -> str | None:
+def named_tool_choice(tool_choice: str | Mapping[str, Any]) -> str | None:
     """The function that ``tool_choice`` names, or None."""
     match tool_choice:
         case {"type": "function", "function": {"name": str(name)}}:
@@ -83,7 +83,7 @@ def named_tool(tool_choice: str | Mapping[str, Any]) -> str | None:
     return None
 
 
-def to_json(value: object, where: str) -> str:
+def dump_prompt_json(value: object, where: str) -> str:
     """JSON as the prompt shows it: characters as they are, ", " and ": " between parts, keys in the order given.
 
     Raises:
@@ -95,7 +95,7 @@ def to_json(value: object, where: str) -> str:
         raise PromptError(f"{where} cannot be written as JSON: {error}") from None
 
 
-def _read_tool(tool: Mapping[str, Any], where: str) -> Tool:
+def _parse_tool(tool: Mapping[str, Any], where: str) -> Tool:
     if not isinstance(tool, Mapping):
         raise PromptError(f"{where} must be an object, not {type(tool).__name__}")
     if tool.get("type", "function") != "function":
@@ -104,7 +104,7 @@ def _read_tool(tool: Mapping[str, Any], where: str) -> Tool:
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name:
         raise PromptError(f'{where} has no function name: give {{"type": "function", "function": {{"name": …}}}}')
-    if not TOOL_NAME.fullmatch(name):
+    if not TOOL_NAME_PATTERN.fullmatch(name):
         raise PromptError(
             f"{where}: the function name {name!r} must be 1 to 256 characters without white space and angle brackets"
         )

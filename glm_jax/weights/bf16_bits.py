@@ -63,7 +63,7 @@ class Bfloat16Bits:
         """Where the bits live."""
         return self.bits.sharding
 
-    def widen(self) -> jax.Array:
+    def to_float32(self) -> jax.Array:
         """The values as float32, for use inside ``jit``."""
         return jax.lax.bitcast_convert_type(self.bits.astype(jnp.uint32) << 16, jnp.float32)
 

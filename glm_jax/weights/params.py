@@ -21,11 +21,11 @@ from jax.sharding import Mesh, NamedSharding
 from glm_jax.config import Config
 from glm_jax.sharding import LogicalAxis, Rules
 from glm_jax.weights.bf16_bits import Bfloat16Bits
-from pallas_kernels.random_arrays import mix
+from pallas_kernels.random_arrays import mix_bits
 
-_DRAW_BLOCK = 1 << 16
-Tree = dict[str, Any]
-Path = tuple[str, ...]
+_RANDOM_BLOCK_VALUES = 1 << 16
+ParamTree = dict[str, Any]
+ParamPath = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class ParamSpec:
         dtype: fixed dtype, or ``None`` for the model's.
         init: "normal" with standard deviation ``scale``, "ones" or "zeros".
         scale: standard deviation of the random initialiser.
-        stacked: leading dimensions that enumerate matrices (layers, experts) and are drawn one matrix at a time.
+        stack_ndim: leading dimensions that enumerate matrices (layers, experts) and are drawn one matrix at a time.
     """
 
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class ParamSpec:
     dtype: str | None = None
     init: Literal["normal", "ones", "zeros"] = "normal"
     scale: float = 1.0
-    stacked: int = 0
+    stack_ndim: int = 0
 
     @property
     def size(self) -> int:
@@ -54,98 +54,109 @@ class ParamSpec:
         return math.prod(self.shape)
 
 
-def param_specs(cfg: Config) -> Tree:
+def param_specs(cfg: Config) -> ParamTree:
     """The whole parameter tree of a model as nested dictionaries of :class:`ParamSpec`."""
     table = ParamSpec((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), scale=1.0)
     head = dataclasses.replace(table, scale=cfg.hidden_size**-0.5)
-    tree: Tree = {"embed": table, "norm": _norm(cfg.hidden_size)}
+    tree: ParamTree = {"embed": table, "norm": _norm_spec(cfg.hidden_size)}
     if not cfg.tie_word_embeddings:
         tree["head"] = head
-    tree["runs"] = {str(i): _block(cfg, run.kind, run.count) for i, run in enumerate(cfg.runs)}
+    tree["runs"] = {str(i): _block_specs(cfg, run.kind, run.count) for i, run in enumerate(cfg.layer_groups)}
     if cfg.num_nextn_predict_layers:
         copies = {"embed": table, "head": head} if cfg.mtp_own_embeddings else {}
-        tree["mtp"] = {**_mtp(cfg), **copies}
+        tree["mtp"] = {**_mtp_specs(cfg), **copies}
     return tree
 
 
-def _norm(width: int, layers: int | None = None) -> ParamSpec:
+def _norm_spec(width: int, layers: int | None = None) -> ParamSpec:
     if layers is None:
         return ParamSpec((width,), (None,), init="ones")
-    return ParamSpec((layers, width), (None, None), init="ones", stacked=1)
+    return ParamSpec((layers, width), (None, None), init="ones", stack_ndim=1)
 
 
-def _matrix(layers: int, shape: tuple[int, ...], axes: tuple[LogicalAxis | None, ...], stacked: int = 0) -> ParamSpec:
-    return ParamSpec((layers, *shape), (None, *axes), scale=shape[-1] ** -0.5, stacked=1 + stacked)
+def _matrix_spec(
+    layers: int, shape: tuple[int, ...], axes: tuple[LogicalAxis | None, ...], stacked: int = 0
+) -> ParamSpec:
+    return ParamSpec((layers, *shape), (None, *axes), scale=shape[-1] ** -0.5, stack_ndim=1 + stacked)
 
 
-def _block(cfg: Config, kind: str, layers: int) -> Tree:
-    feed_forward = {"mlp": _mlp(cfg, layers)} if kind == "dense" else {"moe": _moe(cfg, layers)}
-    return {"attn": _attention(cfg, layers), **feed_forward}
+def _block_specs(cfg: Config, kind: str, layers: int) -> ParamTree:
+    feed_forward = {"mlp": _mlp_specs(cfg, layers)} if kind == "dense" else {"moe": _moe_specs(cfg, layers)}
+    return {"attn": _attention_specs(cfg, layers), **feed_forward}
 
 
-def _attention(cfg: Config, l: int) -> Tree:  # noqa: E741  (the axis letter of the glossary)
+def _attention_specs(cfg: Config, l: int) -> ParamTree:  # noqa: E741  (the axis letter of the glossary)
     d, n, r = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank
     if cfg.q_lora_rank is None:
-        query = {"q": _matrix(l, (n * cfg.qk_head_dim, d), ("heads", "embed"))}
+        query = {"q": _matrix_spec(l, (n * cfg.qk_head_dim, d), ("heads", "embed"))}
     else:
         query = {
-            "q_a": _matrix(l, (cfg.q_lora_rank, d), ("latent", "embed")),
-            "q_a_norm": _norm(cfg.q_lora_rank, l),
-            "q_b": _matrix(l, (n * cfg.qk_head_dim, cfg.q_lora_rank), ("heads", "latent")),
+            "q_a": _matrix_spec(l, (cfg.q_lora_rank, d), ("latent", "embed")),
+            "q_a_norm": _norm_spec(cfg.q_lora_rank, l),
+            "q_b": _matrix_spec(l, (n * cfg.qk_head_dim, cfg.q_lora_rank), ("heads", "latent")),
         }
     return {
-        "norm": _norm(d, l),
+        "norm": _norm_spec(d, l),
         **query,
-        "kv_a": _matrix(l, (cfg.cache_width, d), ("latent", "embed")),
-        "kv_a_norm": _norm(r, l),
-        "k_b": _matrix(l, (n, cfg.qk_nope_head_dim, r), ("heads", None, "latent"), stacked=1),
-        "v_b": _matrix(l, (n, cfg.v_head_dim, r), ("heads", None, "latent"), stacked=1),
-        "o": _matrix(l, (d, n * cfg.v_head_dim), ("embed", "heads")),
+        "kv_a": _matrix_spec(l, (cfg.cache_width, d), ("latent", "embed")),
+        "kv_a_norm": _norm_spec(r, l),
+        "k_b": _matrix_spec(l, (n, cfg.qk_nope_head_dim, r), ("heads", None, "latent"), stacked=1),
+        "v_b": _matrix_spec(l, (n, cfg.v_head_dim, r), ("heads", None, "latent"), stacked=1),
+        "o": _matrix_spec(l, (d, n * cfg.v_head_dim), ("embed", "heads")),
     }
 
 
-def _swiglu(layers: int, width: int, hidden: int, prefix: str = "") -> Tree:
+def _swiglu_specs(layers: int, width: int, hidden: int, prefix: str = "") -> ParamTree:
     return {
-        f"{prefix}gate": _matrix(layers, (width, hidden), ("ffn", "embed")),
-        f"{prefix}up": _matrix(layers, (width, hidden), ("ffn", "embed")),
-        f"{prefix}down": _matrix(layers, (hidden, width), ("embed", "ffn")),
+        f"{prefix}gate": _matrix_spec(layers, (width, hidden), ("ffn", "embed")),
+        f"{prefix}up": _matrix_spec(layers, (width, hidden), ("ffn", "embed")),
+        f"{prefix}down": _matrix_spec(layers, (hidden, width), ("embed", "ffn")),
     }
 
 
-def _mlp(cfg: Config, layers: int) -> Tree:
-    return {"norm": _norm(cfg.hidden_size, layers), **_swiglu(layers, cfg.intermediate_size, cfg.hidden_size)}
+def _mlp_specs(cfg: Config, layers: int) -> ParamTree:
+    return {
+        "norm": _norm_spec(cfg.hidden_size, layers),
+        **_swiglu_specs(layers, cfg.intermediate_size, cfg.hidden_size),
+    }
 
 
-def _moe(cfg: Config, l: int) -> Tree:  # noqa: E741
+def _moe_specs(cfg: Config, l: int) -> ParamTree:  # noqa: E741
     d, e, f = cfg.hidden_size, cfg.n_routed_experts, cfg.moe_intermediate_size
-    shared = _swiglu(l, cfg.shared_width, d, "shared_") if cfg.n_shared_experts else {}
+    shared = _swiglu_specs(l, cfg.shared_width, d, "shared_") if cfg.n_shared_experts else {}
     return {
-        "norm": _norm(d, l),
-        "router": _matrix(l, (e, d), (None, "embed")),
-        "router_bias": ParamSpec((l, e), (None, None), dtype="float32", init="zeros", stacked=1),
-        "gate": _matrix(l, (e, f, d), ("experts", "ffn", "embed"), stacked=1),
-        "up": _matrix(l, (e, f, d), ("experts", "ffn", "embed"), stacked=1),
-        "down": _matrix(l, (e, d, f), ("experts", "embed", "ffn"), stacked=1),
+        "norm": _norm_spec(d, l),
+        "router": _matrix_spec(l, (e, d), (None, "embed")),
+        "router_bias": ParamSpec((l, e), (None, None), dtype="float32", init="zeros", stack_ndim=1),
+        "gate": _matrix_spec(l, (e, f, d), ("experts", "ffn", "embed"), stacked=1),
+        "up": _matrix_spec(l, (e, f, d), ("experts", "ffn", "embed"), stacked=1),
+        "down": _matrix_spec(l, (e, d, f), ("experts", "embed", "ffn"), stacked=1),
         **shared,
     }
 
 
-def _mtp(cfg: Config) -> Tree:
+def _mtp_specs(cfg: Config) -> ParamTree:
     d = cfg.hidden_size
     joined = ParamSpec((d, 2 * d), (None, None), scale=(2 * d) ** -0.5)
-    return {"enorm": _norm(d), "hnorm": _norm(d), "eh_proj": joined, "norm": _norm(d), **_block(cfg, "sparse", 1)}
+    return {
+        "enorm": _norm_spec(d),
+        "hnorm": _norm_spec(d),
+        "eh_proj": joined,
+        "norm": _norm_spec(d),
+        **_block_specs(cfg, "sparse", 1),
+    }
 
 
-def leaves(tree: Tree, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+def leaves_with_path(tree: ParamTree, prefix: ParamPath = ()) -> Iterator[tuple[ParamPath, Any]]:
     """The leaves of a nested dictionary with their paths, in the order of the tree."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from leaves(value, (*prefix, name))
+            yield from leaves_with_path(value, (*prefix, name))
         else:
             yield (*prefix, name), value
 
 
-def map_specs(function: Callable[[Path, ParamSpec], Any], tree: Tree, prefix: Path = ()) -> Tree:
+def map_specs(function: Callable[[ParamPath, ParamSpec], Any], tree: ParamTree, prefix: ParamPath = ()) -> ParamTree:
     """A tree of the same structure with ``function(path, spec)`` in place of each spec."""
     return {
         name: map_specs(function, value, (*prefix, name))
@@ -157,37 +168,37 @@ def map_specs(function: Callable[[Path, ParamSpec], Any], tree: Tree, prefix: Pa
 
 def is_matrix(spec: ParamSpec) -> bool:
     """Whether a parameter is a matrix or a stack of them, and not a norm or a bias."""
-    return spec.dtype is None and len(spec.shape) - spec.stacked >= 2
+    return spec.dtype is None and len(spec.shape) - spec.stack_ndim >= 2
 
 
-def held_as_bits(spec: ParamSpec, dtype: Any, mesh: Mesh | None = None) -> bool:
+def is_held_as_bits(spec: ParamSpec, dtype: Any, mesh: Mesh | None = None) -> bool:
     """Whether a parameter is held as :class:`~glm_jax.weights.Bfloat16Bits`: bfloat16 matrices on a CPU."""
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     return is_matrix(spec) and device.platform == "cpu" and jnp.dtype(dtype) == jnp.bfloat16
 
 
-def plain_leaf(spec: ParamSpec, dtype: Any, rules: Rules, mesh: Mesh | None) -> jax.ShapeDtypeStruct | Bfloat16Bits:
+def abstract_leaf(spec: ParamSpec, dtype: Any, rules: Rules, mesh: Mesh | None) -> jax.ShapeDtypeStruct | Bfloat16Bits:
     """Shape, dtype and (with a mesh) sharding of a parameter that is not quantised."""
-    sharding = None if mesh is None else NamedSharding(mesh, rules.spec(*spec.axes))
-    if held_as_bits(spec, dtype, mesh):
+    sharding = None if mesh is None else NamedSharding(mesh, rules.partition_spec(*spec.axes))
+    if is_held_as_bits(spec, dtype, mesh):
         return Bfloat16Bits(cast(jax.Array, jax.ShapeDtypeStruct(spec.shape, jnp.uint16, sharding=sharding)))
     return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype or dtype), sharding=sharding)
 
 
 def init_params(
     cfg: Config, seed: int = 0, dtype: Any = jnp.bfloat16, rules: Rules = Rules(), mesh: Mesh | None = None
-) -> Tree:
+) -> ParamTree:
     """Random parameters of realistic scale (logits with a standard deviation near 1), built on the device.
 
     Each matrix depends on (seed, path, layer, expert) alone, so a model of fewer layers holds the first layers of a
-    deeper one, and :func:`draw` gives any single matrix with the same bits on any machine.
+    deeper one, and :func:`random_matrix` gives any single matrix with the same bits on any machine.
     """
     return map_specs(lambda path, spec: init_leaf(cfg, path, spec, seed, dtype, rules, mesh), param_specs(cfg))
 
 
 def init_leaf(
     cfg: Config,
-    path: Path,
+    path: ParamPath,
     spec: ParamSpec,
     seed: int = 0,
     dtype: Any = jnp.bfloat16,
@@ -195,21 +206,23 @@ def init_leaf(
     mesh: Mesh | None = None,
 ) -> jax.Array | Bfloat16Bits:
     """One parameter of :func:`init_params`."""
-    sharding = None if mesh is None else NamedSharding(mesh, rules.spec(*spec.axes))
+    sharding = None if mesh is None else NamedSharding(mesh, rules.partition_spec(*spec.axes))
     kind = jnp.dtype(spec.dtype or dtype)
     if spec.init != "normal":
         return jnp.full(spec.shape, 1.0 if spec.init == "ones" else 0.0, kind, device=sharding)
-    first = cfg.runs[int(path[1])].start if path[0] == "runs" else 0
-    numbers = np.ndindex(spec.shape[: spec.stacked])
-    keys = [_key(path, seed, (n[0] + first, *n[1:]) if n else ()) for n in numbers]
-    as_bits = held_as_bits(spec, dtype, mesh)
+    first = cfg.layer_groups[int(path[1])].start if path[0] == "runs" else 0
+    numbers = np.ndindex(spec.shape[: spec.stack_ndim])
+    keys = [_random_key(path, seed, (n[0] + first, *n[1:]) if n else ()) for n in numbers]
+    as_bits = is_held_as_bits(spec, dtype, mesh)
     values = _random_stack(sharding)(
-        np.asarray(keys, np.uint32), spec.shape, spec.stacked, spec.scale, kind.name, as_bits
+        np.asarray(keys, np.uint32), spec.shape, spec.stack_ndim, spec.scale, kind.name, as_bits
     )
     return Bfloat16Bits(values) if as_bits else values
 
 
-def draw(path: Path, spec: ParamSpec, seed: int, dtype: Any, layer: int, index: tuple[int, ...] = ()) -> np.ndarray:
+def random_matrix(
+    path: ParamPath, spec: ParamSpec, seed: int, dtype: Any, layer: int, index: tuple[int, ...] = ()
+) -> np.ndarray:
     """One matrix of :func:`init_params`, bit for bit, without building the stack around it.
 
     Args:
@@ -219,34 +232,34 @@ def draw(path: Path, spec: ParamSpec, seed: int, dtype: Any, layer: int, index: 
         layer: number of the layer in the model (ignored for parameters without a layer axis).
         index: position in the stacked axes after the layer axis (expert or head).
     """
-    kind, shape = jnp.dtype(spec.dtype or dtype), spec.shape[spec.stacked :]
+    kind, shape = jnp.dtype(spec.dtype or dtype), spec.shape[spec.stack_ndim :]
     if spec.init != "normal":
         return np.full(shape, 1.0 if spec.init == "ones" else 0.0, kind)
-    key = np.uint32(_key(path, seed, (layer, *index) if spec.stacked else ()))
+    key = np.uint32(_random_key(path, seed, (layer, *index) if spec.stack_ndim else ()))
     values = np.empty(math.prod(shape), kind)
     # In blocks that stay in the cache: the temporaries of a whole embedding would take eight times its memory.
-    for start in range(0, values.size, _DRAW_BLOCK):
-        counters = np.arange(start, min(start + _DRAW_BLOCK, values.size), dtype=np.uint32)
-        values[start : start + _DRAW_BLOCK] = _to_normal(mix(counters ^ key), spec.scale)
+    for start in range(0, values.size, _RANDOM_BLOCK_VALUES):
+        counters = np.arange(start, min(start + _RANDOM_BLOCK_VALUES, values.size), dtype=np.uint32)
+        values[start : start + _RANDOM_BLOCK_VALUES] = _to_normal(mix_bits(counters ^ key), spec.scale)
     return values.reshape(shape)
 
 
-def draw_on_device(
-    path: Path, spec: ParamSpec, seed: int, dtype: Any, layer: int, index: tuple[int, ...] = ()
+def random_matrix_on_device(
+    path: ParamPath, spec: ParamSpec, seed: int, dtype: Any, layer: int, index: tuple[int, ...] = ()
 ) -> jax.Array:
-    """As :func:`draw`, on JAX's default device."""
-    kind, shape = jnp.dtype(spec.dtype or dtype), spec.shape[spec.stacked :]
+    """As :func:`random_matrix`, on JAX's default device."""
+    kind, shape = jnp.dtype(spec.dtype or dtype), spec.shape[spec.stack_ndim :]
     if spec.init != "normal":
         return jnp.full(shape, 1.0 if spec.init == "ones" else 0.0, kind)
-    keys = np.asarray([_key(path, seed, (layer, *index) if spec.stacked else ())], np.uint32)
+    keys = np.asarray([_random_key(path, seed, (layer, *index) if spec.stack_ndim else ())], np.uint32)
     return _random_stack(None)(keys, shape, 0, spec.scale, kind.name, False)
 
 
-def _key(path: Path, seed: int, numbers: tuple[int, ...]) -> int:
+def _random_key(path: ParamPath, seed: int, numbers: tuple[int, ...]) -> int:
     # A run's place is an accident of the layers around it; its layers are numbered in the model.
     names = path[2:] if path[0] == "runs" else path
     key = zlib.crc32(repr((seed, names, numbers)).encode())
-    return int(mix(np.asarray([key], np.uint32))[0])
+    return int(mix_bits(np.asarray([key], np.uint32))[0])
 
 
 @functools.cache
@@ -258,7 +271,7 @@ def _random_stack(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
         flat = (keys.shape[0], math.prod(inner))
         # Elementwise from a counter: nothing is held but the result.
         counters = jax.lax.broadcasted_iota(jnp.uint32, flat, 1)
-        bits = mix(counters ^ jax.lax.broadcast_in_dim(keys, flat, (0,)))
+        bits = mix_bits(counters ^ jax.lax.broadcast_in_dim(keys, flat, (0,)))
         values = _to_normal(bits, scale).astype(dtype).reshape(shape)
         return jax.lax.bitcast_convert_type(values, jnp.uint16) if as_bits else values
 

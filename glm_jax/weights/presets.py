@@ -11,7 +11,7 @@ from glm_jax.weights.quant_spec import QuantSpec
 
 _INT8 = QuantSpec(kind="int8", block=(1, 0))
 _INT4 = QuantSpec(kind="int4", block=(1, 64))
-_SMALLEST_GROUP = 8
+_MIN_GROUP_SIZE = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class QuantRules:
         return self.dense_mlp if block == "mlp" else self.attention
 
     @classmethod
-    def named(cls, rules: str | Self | None) -> Self | None:
+    def resolve(cls, rules: str | Self | None) -> Self | None:
         """Rules by the name of a preset.
 
         Raises:
@@ -61,31 +61,31 @@ class QuantRules:
         """
         if not isinstance(rules, str):
             return rules
-        if rules not in PRESETS:
-            raise QuantError(f"no quantisation {rules!r}; there are {', '.join(PRESETS)}")
-        return cast(Self, PRESETS[rules])
+        if rules not in QUANT_PRESETS:
+            raise QuantError(f"no quantisation {rules!r}; there are {', '.join(QUANT_PRESETS)}")
+        return cast(Self, QUANT_PRESETS[rules])
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; :meth:`parse` is the inverse."""
+        """Plain values; :meth:`from_json` is the inverse."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value.to_json() if isinstance(value, QuantSpec) else value for name, value in values.items()}
 
     @classmethod
-    def parse(cls, value: Any) -> Self:
+    def from_json(cls, value: Any) -> Self:
         """From plain values.
 
         Raises:
-            QuantError: for anything that :meth:`to_json` does not make.
+            QuantError: for anything that :meth:`dump_prompt_json` does not make.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(value, Mapping) or not set(value) <= set(names):
             raise QuantError(f"quantisation rules have {', '.join(names)}, not {value!r}")
         as_given = {key: spec for key, spec in value.items() if spec is None or (key == "mtp" and spec == "same")}
-        parsed = {key: QuantSpec.parse(spec) for key, spec in value.items() if key not in as_given}
+        parsed = {key: QuantSpec.from_json(spec) for key, spec in value.items() if key not in as_given}
         return cls(**as_given, **parsed)
 
 
-PRESETS: dict[str, QuantRules] = {
+QUANT_PRESETS: dict[str, QuantRules] = {
     # Experts are nine tenths of the bytes, and at batch 1 half of what a token reads; the rest is in eight bits.
     "int4": QuantRules(
         experts=_INT4, shared_experts=_INT8, dense_mlp=_INT8, attention=_INT8, head=_INT8, embedding=_INT8
@@ -100,7 +100,7 @@ PRESETS: dict[str, QuantRules] = {
 }
 
 
-def fit(spec: QuantSpec, shape: tuple[int, ...], local_inputs: int | None = None) -> QuantSpec | None:
+def fit_group_size(spec: QuantSpec, shape: tuple[int, ...], local_inputs: int | None = None) -> QuantSpec | None:
     """The spec with groups that divide a matrix, halved as often as it takes; None if none of 8 or more does.
 
     Args:
@@ -110,12 +110,12 @@ def fit(spec: QuantSpec, shape: tuple[int, ...], local_inputs: int | None = None
     """
     inputs = local_inputs or shape[-1]
     rows, columns = spec.block
-    if inputs % spec.per_byte or (rows and shape[-2] % rows):
+    if inputs % spec.values_per_byte or (rows and shape[-2] % rows):
         return None
     if not columns:
         return spec
     while inputs % columns:
         columns //= 2
-        if columns < _SMALLEST_GROUP:
+        if columns < _MIN_GROUP_SIZE:
             return None
     return dataclasses.replace(spec, block=(spec.block[0], columns))

@@ -12,13 +12,13 @@ import numpy as np
 
 from glm_jax.errors import QuantError
 
-Kind = Literal["int4", "int8", "fp8", "fp4"]
-ScaleKind = Literal["float32", "bfloat16", "float16", "e4m3", "e8m0"]
-Zero = Literal["none", "point", "bias"]
-Outer = Literal["none", "multiply", "divide"]
+QuantDtype = Literal["int4", "int8", "fp8", "fp4"]
+ScaleDtype = Literal["float32", "bfloat16", "float16", "e4m3", "e8m0"]
+ZeroPointKind = Literal["none", "point", "bias"]
+GlobalScaleKind = Literal["none", "multiply", "divide"]
 
 _CODE_BITS: dict[str, int] = {"int4": 4, "fp4": 4, "int8": 8, "fp8": 8}
-_BIT_SCALES = ("e4m3", "e8m0")
+_BIT_PATTERN_SCALES = ("e4m3", "e8m0")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,26 +47,26 @@ class QuantSpec:
         QuantError: if the parts do not go together.
     """
 
-    kind: Kind
+    kind: QuantDtype
     block: tuple[int, int] = (1, 64)
-    scale: ScaleKind = "bfloat16"
-    zero: Zero = "none"
-    outer: Outer = "none"
+    scale: ScaleDtype = "bfloat16"
+    zero: ZeroPointKind = "none"
+    outer: GlobalScaleKind = "none"
     permuted: bool = False
 
     def __post_init__(self) -> None:
-        if problem := _problem(self):
+        if problem := _invalid_reason(self):
             raise QuantError(f"impossible quantisation {self!r}: {problem}")
 
     @property
-    def code_bits(self) -> int:
+    def bits(self) -> int:
         """Bits of a code."""
         return _CODE_BITS[self.kind]
 
     @property
-    def per_byte(self) -> int:
+    def values_per_byte(self) -> int:
         """Codes in a byte."""
-        return 8 // self.code_bits
+        return 8 // self.bits
 
     @property
     def name(self) -> str:
@@ -77,19 +77,21 @@ class QuantSpec:
         zeros = {"none": [], "point": ["zero points"], "bias": ["biases"]}[self.zero]
         return " ".join([self.kind, block, self.scale, *zeros, *(["permuted"] if self.permuted else [])])
 
-    def components(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    def component_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape and dtype of each stored array of a weight ``[*stack, O, I]``.
 
         Raises:
             QuantError: if a matrix of this shape cannot be stored so.
         """
-        if len(shape) < 2 or shape[-1] % self.per_byte:
-            raise QuantError(f"{self.kind} packs {self.per_byte} inputs to a byte: a matrix {list(shape)} does not fit")
+        if len(shape) < 2 or shape[-1] % self.values_per_byte:
+            raise QuantError(
+                f"{self.kind} packs {self.values_per_byte} inputs to a byte: a matrix {list(shape)} does not fit"
+            )
         *stack, outputs, inputs = shape
         rows, columns = self.block
         blocks: tuple[int, ...] = (*stack, -(-outputs // (rows or outputs)), -(-inputs // (columns or inputs)))
         parts: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
-            "codes": ((*stack, outputs, inputs // self.per_byte), self._code_dtype),
+            "codes": ((*stack, outputs, inputs // self.values_per_byte), self._code_dtype),
             "scales": (blocks, self.scale_dtype),
         }
         if self.zero != "none":
@@ -102,7 +104,7 @@ class QuantSpec:
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a weight of this shape."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.components(shape).values())
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.component_shapes(shape).values())
 
     @property
     def _code_dtype(self) -> np.dtype[Any]:
@@ -111,7 +113,7 @@ class QuantSpec:
     @property
     def scale_dtype(self) -> np.dtype[Any]:
         """Dtype of the array of scales."""
-        return np.dtype(np.uint8) if self.scale in _BIT_SCALES else np.dtype(jnp.dtype(self.scale))
+        return np.dtype(np.uint8) if self.scale in _BIT_PATTERN_SCALES else np.dtype(jnp.dtype(self.scale))
 
     @property
     def _zero_dtype(self) -> np.dtype[Any]:
@@ -120,15 +122,15 @@ class QuantSpec:
         return np.dtype(np.uint8 if self.kind == "int4" else np.int16)  # GPTQ's zero points go up to 16 and 256
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; :meth:`parse` is the inverse."""
+        """Plain values; :meth:`from_json` is the inverse."""
         return dataclasses.asdict(self) | {"block": list(self.block)}
 
     @classmethod
-    def parse(cls, value: Any) -> Self:
+    def from_json(cls, value: Any) -> Self:
         """From plain values.
 
         Raises:
-            QuantError: for anything that :meth:`to_json` does not make.
+            QuantError: for anything that :meth:`dump_prompt_json` does not make.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(value, Mapping) or not {"kind"} <= set(value) <= names:
@@ -139,8 +141,8 @@ class QuantSpec:
         return cls(**{**value, "block": tuple(block)})
 
 
-def _problem(spec: QuantSpec) -> str | None:
-    choices = {"kind": Kind, "scale": ScaleKind, "zero": Zero, "outer": Outer}
+def _invalid_reason(spec: QuantSpec) -> str | None:
+    choices = {"kind": QuantDtype, "scale": ScaleDtype, "zero": ZeroPointKind, "outer": GlobalScaleKind}
     for name, kinds in choices.items():
         if getattr(spec, name) not in get_args(kinds):
             return f"{name} must be one of {', '.join(get_args(kinds))}"
@@ -149,6 +151,6 @@ def _problem(spec: QuantSpec) -> str | None:
     block = spec.block
     if len(block) != 2 or any(type(n) is not int or not 0 <= n < 1 << 31 for n in block):
         return "block must be two whole numbers, 0 for all"
-    if spec.zero != "none" and (spec.kind not in ("int4", "int8") or spec.scale in _BIT_SCALES):
+    if spec.zero != "none" and (spec.kind not in ("int4", "int8") or spec.scale in _BIT_PATTERN_SCALES):
         return "only integers with 16- or 32-bit scales have zero points or biases"
     return None

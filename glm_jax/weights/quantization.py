@@ -15,17 +15,19 @@ from glm_jax.weights.codes import E2M1_MAX, E2M1_VALUES, E4M3_MAX, pack_nibbles
 from glm_jax.weights.quant_spec import QuantSpec
 from glm_jax.weights.quantized_tensor import QuantizedTensor
 
-Method = Literal["rtn", "mse"]
+QuantMethod = Literal["rtn", "mse"]
 
 # Fractions of a block's range that the search tries, and how often the best scale is then fitted to its own codes. On
 # normal weights this finds less error than 41 fractions from 1 to 0.6 alone.
-_SHRINK = np.linspace(1.0, 0.7, 6, dtype=np.float32)
-_SHRINK_WITH_POINT = np.linspace(1.0, 0.7, 16, dtype=np.float32)
+_SHRINK_FACTORS = np.linspace(1.0, 0.7, 6, dtype=np.float32)
+_SHRINK_FACTORS_ZERO_POINT = np.linspace(1.0, 0.7, 16, dtype=np.float32)
 _REFITS = 2
 _CHUNK_VALUES = 1 << 18  # searched together: what a core's cache holds
 
 
-def quantize(weight: jax.Array, spec: QuantSpec, method: Method = "mse", dtype: Any = jnp.bfloat16) -> QuantizedTensor:
+def quantize(
+    weight: jax.Array, spec: QuantSpec, method: QuantMethod = "mse", dtype: Any = jnp.bfloat16
+) -> QuantizedTensor:
     """Quantises a matrix, or a stack of them.
 
     Args:
@@ -38,20 +40,20 @@ def quantize(weight: jax.Array, spec: QuantSpec, method: Method = "mse", dtype: 
     Raises:
         QuantError: if the block does not divide the matrix, or if such weights cannot be made here.
     """
-    check_makeable(spec, weight.shape)
-    if method not in get_args(Method):
-        raise QuantError(f"no method {method!r}; there are {', '.join(get_args(Method))}")
+    check_can_quantize(spec, weight.shape)
+    if method not in get_args(QuantMethod):
+        raise QuantError(f"no method {method!r}; there are {', '.join(get_args(QuantMethod))}")
     codes, scales, zeros = _quantize(weight, spec, method)
     return QuantizedTensor(codes, scales, zeros, spec=spec, dtype=jnp.dtype(dtype))
 
 
-def check_makeable(spec: QuantSpec, shape: tuple[int, ...]) -> None:
+def check_can_quantize(spec: QuantSpec, shape: tuple[int, ...]) -> None:
     """Whether :func:`quantize` can store a weight of this shape so.
 
     Raises:
         QuantError: if not, with the reason.
     """
-    spec.components(shape)
+    spec.component_shapes(shape)
     rows, columns = spec.block
     for size, block, words in ((shape[-2], rows, "outputs"), (shape[-1], columns, "inputs")):
         if block and size % block:
@@ -61,17 +63,17 @@ def check_makeable(spec: QuantSpec, shape: tuple[int, ...]) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "method"))
-def _quantize(weight: jax.Array, spec: QuantSpec, method: Method) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def _quantize(weight: jax.Array, spec: QuantSpec, method: QuantMethod) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     blocks = to_blocks(weight.astype(jnp.float32), spec)
     flat = blocks.reshape(-1, *blocks.shape[-2:])  # blocks have nothing to do with each other
-    chunk = _divisor(flat.shape[0], max(1, _CHUNK_VALUES // math.prod(flat.shape[1:])))
-    search = functools.partial(_search, spec=spec, method=method)
+    chunk = _largest_divisor(flat.shape[0], max(1, _CHUNK_VALUES // math.prod(flat.shape[1:])))
+    search = functools.partial(_search_scales, spec=spec, method=method)
     parts = jax.lax.map(search, flat.reshape(-1, chunk, *flat.shape[1:]))
     scale, zero = (part.reshape(*blocks.shape[:-2], 1, 1) for part in parts)
-    return finish(encode(blocks, scale, zero, spec), scale, zero, spec, weight.shape)
+    return pack_components(quantize_blocks(blocks, scale, zero, spec), scale, zero, spec, weight.shape)
 
 
-class _Found(NamedTuple):
+class _ScaleCandidate(NamedTuple):
     """Scale, zero point and squared error of each block, ``[..., 1, 1]``."""
 
     scale: jax.Array
@@ -79,37 +81,39 @@ class _Found(NamedTuple):
     error: jax.Array
 
 
-def _search(blocks: jax.Array, spec: QuantSpec, method: Method) -> tuple[jax.Array, jax.Array]:
+def _search_scales(blocks: jax.Array, spec: QuantSpec, method: QuantMethod) -> tuple[jax.Array, jax.Array]:
     """Scales and zero points ``[n, 1, 1]`` of blocks ``[n, rows, columns]``."""
 
-    def measured(scale: jax.Array, zero: jax.Array) -> _Found:
-        error = decode(encode(blocks, scale, zero, spec), scale, zero, spec) - blocks
-        return _Found(scale, zero, jnp.sum(error * error, axis=(-2, -1), keepdims=True))
+    def measured(scale: jax.Array, zero: jax.Array) -> _ScaleCandidate:
+        error = dequantize_blocks(quantize_blocks(blocks, scale, zero, spec), scale, zero, spec) - blocks
+        return _ScaleCandidate(scale, zero, jnp.sum(error * error, axis=(-2, -1), keepdims=True))
 
-    def shrunk(best: _Found, shrink: jax.Array) -> tuple[_Found, None]:
-        return _better(best, measured(*_scales(blocks, spec, shrink))), None
+    def shrunk(best: _ScaleCandidate, shrink: jax.Array) -> tuple[_ScaleCandidate, None]:
+        return _select_better(best, measured(*_block_scales(blocks, spec, shrink))), None
 
-    def refitted(best: _Found, _: None) -> tuple[_Found, None]:
+    def refitted(best: _ScaleCandidate, _: None) -> tuple[_ScaleCandidate, None]:
         """The scale that suits the codes it gave: ``sum(w q) / sum(q q)``."""
-        codes = encode(blocks, best.scale, best.zero, spec)
+        codes = quantize_blocks(blocks, best.scale, best.zero, spec)
         products = [jnp.sum(codes * other, axis=(-2, -1), keepdims=True) for other in (blocks, codes)]
         scale = round_scale(products[0] / jnp.where(products[1] > 0, products[1], 1.0), spec)
-        return _better(best, measured(scale, best.zero)), None
+        return _select_better(best, measured(scale, best.zero)), None
 
-    best = measured(*_scales(blocks, spec, jnp.float32(1.0)))
+    best = measured(*_block_scales(blocks, spec, jnp.float32(1.0)))
     if method == "mse":
         symmetric = spec.zero == "none"
-        best, _ = jax.lax.scan(shrunk, best, jnp.asarray((_SHRINK if symmetric else _SHRINK_WITH_POINT)[1:]))
+        best, _ = jax.lax.scan(
+            shrunk, best, jnp.asarray((_SHRINK_FACTORS if symmetric else _SHRINK_FACTORS_ZERO_POINT)[1:])
+        )
         best, _ = jax.lax.scan(refitted, best, None, length=_REFITS if symmetric else 0)
     return best.scale, best.zero
 
 
-def _better(best: _Found, new: _Found) -> _Found:
+def _select_better(best: _ScaleCandidate, new: _ScaleCandidate) -> _ScaleCandidate:
     wins = new.error < best.error
-    return _Found(*(jnp.where(wins, a, b) for a, b in zip(new, best, strict=True)))
+    return _ScaleCandidate(*(jnp.where(wins, a, b) for a, b in zip(new, best, strict=True)))
 
 
-def _divisor(size: int, most: int) -> int:
+def _largest_divisor(size: int, most: int) -> int:
     """The largest divisor of ``size`` that is at most ``most``."""
     return next(n for n in range(min(size, most), 0, -1) if size % n == 0)
 
@@ -126,19 +130,19 @@ def from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.swapaxes(blocks, -3, -2).reshape(shape)
 
 
-def _scales(blocks: jax.Array, spec: QuantSpec, shrink: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _block_scales(blocks: jax.Array, spec: QuantSpec, shrink: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Scale and zero point ``[..., 1, 1]`` of each block whose range is shrunk by a factor."""
     axes = (-2, -1)
     if spec.zero == "point":
         low = jnp.minimum(jnp.min(blocks, axis=axes, keepdims=True), 0.0) * shrink
         high = jnp.maximum(jnp.max(blocks, axis=axes, keepdims=True), 0.0) * shrink
-        return with_zero_point(low, high, spec)
+        return scale_and_zero_point(low, high, spec)
     widest = jnp.max(jnp.abs(blocks), axis=axes, keepdims=True) * shrink
-    scale = round_scale(widest / steps_of(spec), spec)
+    scale = round_scale(widest / symmetric_qmax(spec), spec)
     return scale, jnp.zeros_like(scale)
 
 
-def steps_of(spec: QuantSpec) -> float:
+def symmetric_qmax(spec: QuantSpec) -> float:
     """Steps between zero and the end of a symmetric range.
 
     int4 has 7.5: the range -7.5 .. 7.5 meets the codes -8 .. 7 with at most half a step of error everywhere.
@@ -146,9 +150,9 @@ def steps_of(spec: QuantSpec) -> float:
     return {"int4": 7.5, "int8": 127.0, "fp8": E4M3_MAX, "fp4": E2M1_MAX}[spec.kind]
 
 
-def with_zero_point(low: jax.Array, high: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+def scale_and_zero_point(low: jax.Array, high: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
     """Scale and zero point of the range ``low <= 0 <= high``."""
-    last = 2.0**spec.code_bits - 1
+    last = 2.0**spec.bits - 1
     scale = round_scale((high - low) / last, spec)
     return scale, jnp.clip(jnp.round(-low / scale), 0.0, last)
 
@@ -163,40 +167,40 @@ def round_scale(scale: jax.Array, spec: QuantSpec) -> jax.Array:
     return jnp.clip(scale, float(smallest), float(largest)).astype(kind).astype(jnp.float32)
 
 
-def encode(blocks: jax.Array, scale: jax.Array, zero: jax.Array, spec: QuantSpec) -> jax.Array:
+def quantize_blocks(blocks: jax.Array, scale: jax.Array, zero: jax.Array, spec: QuantSpec) -> jax.Array:
     """Codes as float32 numbers (for small floats: the values that the codes stand for)."""
     x = blocks / scale
     if spec.kind == "fp8":
         return jnp.clip(x, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn).astype(jnp.float32)
     if spec.kind == "fp4":
         return jnp.clip(x, -E2M1_MAX, E2M1_MAX).astype(jnp.float4_e2m1fn).astype(jnp.float32)
-    return jnp.clip(jnp.round(x) + zero, *code_range(spec))
+    return jnp.clip(jnp.round(x) + zero, *qvalue_range(spec))
 
 
-def code_range(spec: QuantSpec) -> tuple[float, float]:
+def qvalue_range(spec: QuantSpec) -> tuple[float, float]:
     """Smallest and largest integer that :func:`quantize` uses, before the offset of symmetric int4."""
     if spec.zero == "point":
-        return 0.0, 2.0**spec.code_bits - 1
+        return 0.0, 2.0**spec.bits - 1
     return (-8.0, 7.0) if spec.kind == "int4" else (-127.0, 127.0)
 
 
-def decode(codes: jax.Array, scale: jax.Array, zero: jax.Array, spec: QuantSpec) -> jax.Array:
-    """The values of :func:`encode`'s codes."""
+def dequantize_blocks(codes: jax.Array, scale: jax.Array, zero: jax.Array, spec: QuantSpec) -> jax.Array:
+    """The values of :func:`quantize_blocks`'s codes."""
     return (codes - zero) * scale if spec.zero == "point" else codes * scale
 
 
-def finish(
+def pack_components(
     codes: jax.Array, scale: jax.Array, zero: jax.Array, spec: QuantSpec, shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The stored arrays of codes, scales and zero points given by block."""
     flat = from_blocks(codes, shape)
-    kind = spec.components(shape)["codes"][1]
+    kind = spec.component_shapes(shape)["codes"][1]
     if spec.kind == "int4":
         stored = pack_nibbles((flat + (8.0 if spec.zero == "none" else 0.0)).astype(jnp.uint8))
     elif spec.kind == "fp8":
         stored = jax.lax.bitcast_convert_type(flat.astype(jnp.float8_e4m3fn), jnp.uint8)
     elif spec.kind == "fp4":
-        stored = pack_nibbles(_e2m1_codes(flat))
+        stored = pack_nibbles(_encode_e2m1(flat))
     else:
         stored = flat.astype(kind)
     scales = scale[..., 0, 0]
@@ -206,10 +210,10 @@ def finish(
         packed_scales = scales.astype(jnp.dtype(spec.scale))
     zeros = None
     if spec.zero == "point":
-        zeros = zero[..., 0, 0].astype(spec.components(shape)["zeros"][1])
+        zeros = zero[..., 0, 0].astype(spec.component_shapes(shape)["zeros"][1])
     return stored, packed_scales, zeros
 
 
-def _e2m1_codes(values: jax.Array) -> jax.Array:
+def _encode_e2m1(values: jax.Array) -> jax.Array:
     magnitude = jnp.searchsorted(jnp.asarray(E2M1_VALUES, jnp.float32), jnp.abs(values)).astype(jnp.uint8)
     return magnitude | jnp.where(values < 0, jnp.uint8(8), jnp.uint8(0))

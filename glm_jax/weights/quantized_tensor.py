@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from glm_jax.weights.codes import e2m1_values, e4m3_values, e8m0_values, numpy_of
+from glm_jax.weights.codes import array_namespace, decode_e2m1, decode_e4m3, decode_e8m0
 from glm_jax.weights.quant_spec import QuantSpec
 
 Array = Any  # np.ndarray, jax.Array or jax.ShapeDtypeStruct
@@ -43,7 +43,7 @@ class QuantizedTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight, not of the codes."""
-        return (*self.codes.shape[:-1], self.codes.shape[-1] * self.spec.per_byte)
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * self.spec.values_per_byte)
 
     @property
     def ndim(self) -> int:
@@ -64,7 +64,7 @@ class QuantizedTensor:
         """The arrays that are there, by name."""
         return {name: array for name in COMPONENTS if (array := getattr(self, name)) is not None}
 
-    def map(self, function: Any) -> QuantizedTensor:
+    def map_components(self, function: Any) -> QuantizedTensor:
         """The same with ``function(name, array)`` in place of each array."""
         changed = {name: function(name, array) for name, array in self.components().items()}
         return dataclasses.replace(self, **changed)
@@ -73,17 +73,17 @@ class QuantizedTensor:
         """Entries of the leading (stack) axis."""
         if self.ndim < 3:
             raise IndexError("a single matrix has no stack axis to index")
-        return self.map(lambda _, array: array[index])
+        return self.map_components(lambda _, array: array[index])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The values as a NumPy array of float32 (or ``dtype``)."""
-        values = dequantize(self.map(lambda _, array: np.asarray(array)))
+        values = dequantize(self.map_components(lambda _, array: np.asarray(array)))
         return values if dtype is None else values.astype(dtype)
 
 
 def dequantize(tensor: QuantizedTensor) -> Array:
     """The values, float32 ``[*stack, O, I]``, of NumPy or JAX arrays (the whole at once: not for a hot path)."""
-    xp = numpy_of(tensor.codes)
+    xp = array_namespace(tensor.codes)
     planes = dequantize_planes(tensor)
     values = planes[0] if len(planes) == 1 else xp.stack(planes, axis=-1).reshape(tensor.shape)
     if tensor.permutation is None:
@@ -97,34 +97,34 @@ def dequantize_planes(tensor: QuantizedTensor) -> list[Array]:
 
     Plane i holds columns i, i + per_byte, … so 4-bit codes need not be interleaved again before a product.
     """
-    spec, count = tensor.spec, tensor.spec.per_byte
-    scales = expand_planes(scale_values(tensor), spec, tensor.shape)
-    codes = code_planes(tensor.codes, spec)
+    spec, count = tensor.spec, tensor.spec.values_per_byte
+    scales = expand_planes(decode_scales(tensor), spec, tensor.shape)
+    codes = decode_planes(tensor.codes, spec)
     if spec.zero == "none":
         return [codes[i] * scales[i % len(scales)] for i in range(count)]
-    zeros = expand_planes(tensor.zeros.astype(numpy_of(tensor.codes).float32), spec, tensor.shape)
+    zeros = expand_planes(tensor.zeros.astype(array_namespace(tensor.codes).float32), spec, tensor.shape)
     triples = [(codes[i], scales[i % len(scales)], zeros[i % len(zeros)]) for i in range(count)]
     return [u * s + z if spec.zero == "bias" else (u - z) * s for u, s, z in triples]
 
 
-def code_planes(codes: Array, spec: QuantSpec) -> list[Array]:
+def decode_planes(codes: Array, spec: QuantSpec) -> list[Array]:
     """What the codes of each plane stand for before scale and zero point, float32."""
-    xp = numpy_of(codes)
+    xp = array_namespace(codes)
     if spec.kind == "int8":
         return [codes.astype(xp.float32)]
     if spec.kind == "fp8":
-        return [e4m3_values(codes)]
+        return [decode_e4m3(codes)]
     halves = [codes & xp.uint8(15), codes >> xp.uint8(4)]
     if spec.kind == "fp4":
-        return [e2m1_values(half) for half in halves]
+        return [decode_e2m1(half) for half in halves]
     offset = xp.float32(8 if spec.zero == "none" else 0)
     return [half.astype(xp.float32) - offset for half in halves]
 
 
-def scale_values(tensor: QuantizedTensor) -> Array:
+def decode_scales(tensor: QuantizedTensor) -> Array:
     """The scales in float32, those of the whole matrix included."""
-    xp, spec = numpy_of(tensor.codes), tensor.spec
-    decode = {"e4m3": e4m3_values, "e8m0": e8m0_values}.get(spec.scale, lambda x: x.astype(xp.float32))
+    xp, spec = array_namespace(tensor.codes), tensor.spec
+    decode = {"e4m3": decode_e4m3, "e8m0": decode_e8m0}.get(spec.scale, lambda x: x.astype(xp.float32))
     scales = decode(tensor.scales)
     if spec.outer == "none":
         return scales
@@ -137,7 +137,7 @@ def expand_planes(blocks: Array, spec: QuantSpec, shape: tuple[int, ...]) -> lis
 
     An axis that a single block spans keeps size 1.
     """
-    (rows, columns), count = spec.block, spec.per_byte
+    (rows, columns), count = spec.block, spec.values_per_byte
     if rows > 1 and blocks.shape[-2] > 1:
         blocks = _repeat(blocks, rows, -2)[..., : shape[-2], :]
     if blocks.shape[-1] == 1:
@@ -149,4 +149,4 @@ def expand_planes(blocks: Array, spec: QuantSpec, shape: tuple[int, ...]) -> lis
 
 
 def _repeat(array: Array, count: int, axis: int) -> Array:
-    return array if count == 1 else numpy_of(array).repeat(array, count, axis=axis)
+    return array if count == 1 else array_namespace(array).repeat(array, count, axis=axis)

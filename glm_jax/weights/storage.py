@@ -13,8 +13,17 @@ from jax.sharding import Mesh, NamedSharding
 from glm_jax.config import Config
 from glm_jax.errors import ShardingError
 from glm_jax.sharding import LogicalAxis, Rules
-from glm_jax.weights.params import ParamSpec, Path, Tree, is_matrix, leaves, map_specs, param_specs, plain_leaf
-from glm_jax.weights.presets import QuantRules, fit
+from glm_jax.weights.params import (
+    ParamPath,
+    ParamSpec,
+    ParamTree,
+    abstract_leaf,
+    is_matrix,
+    leaves_with_path,
+    map_specs,
+    param_specs,
+)
+from glm_jax.weights.presets import QuantRules, fit_group_size
 from glm_jax.weights.quant_spec import QuantSpec
 from glm_jax.weights.quantized_tensor import QuantizedTensor
 from glm_jax.weights.tiled_weight import TiledWeight
@@ -28,9 +37,9 @@ class Storage:
         specs: pairs of path and spec, in the order of the tree.
     """
 
-    specs: tuple[tuple[Path, QuantSpec], ...] = ()
+    specs: tuple[tuple[ParamPath, QuantSpec], ...] = ()
 
-    def get(self, path: Path) -> QuantSpec | None:
+    def get(self, path: ParamPath) -> QuantSpec | None:
         """The spec of a parameter, or None."""
         return dict(self.specs).get(path)
 
@@ -38,13 +47,13 @@ class Storage:
         return bool(self.specs)
 
     def to_json(self) -> list[list[Any]]:
-        """Plain values; :meth:`parse` is the inverse."""
+        """Plain values; :meth:`from_json` is the inverse."""
         return [[list(path), spec.to_json()] for path, spec in self.specs]
 
     @classmethod
-    def parse(cls, value: list[list[Any]]) -> Storage:
+    def from_json(cls, value: list[list[Any]]) -> Storage:
         """From plain values."""
-        return cls(tuple((tuple(path), QuantSpec.parse(spec)) for path, spec in value))
+        return cls(tuple((tuple(path), QuantSpec.from_json(spec)) for path, spec in value))
 
 
 def plan_storage(
@@ -61,14 +70,14 @@ def plan_storage(
     Returns:
         The storage, and sentences about matrices that no group divides and that stay as they are.
     """
-    specs: list[tuple[Path, QuantSpec]] = []
+    specs: list[tuple[ParamPath, QuantSpec]] = []
     left: list[str] = []
-    for path, param in leaves(param_specs(cfg)):
+    for path, param in leaves_with_path(param_specs(cfg)):
         asked = quant.spec_for(path) if is_matrix(param) else None
         if asked is None:
             continue
-        split = _split(param.axes[-1], rules, axis_sizes or {})
-        fitted = fit(asked, param.shape, param.shape[-1] // split)
+        split = _num_shards(param.axes[-1], rules, axis_sizes or {})
+        fitted = fit_group_size(asked, param.shape, param.shape[-1] // split)
         if fitted is None:
             left.append(f"{'/'.join(path)} {list(param.shape)}")
         else:
@@ -77,11 +86,11 @@ def plan_storage(
     return Storage(tuple(specs)), (note,) if left else ()
 
 
-def quantised_bytes(cfg: Config, quant: QuantRules, dtype: Any = jnp.bfloat16) -> int:
+def quantized_bytes(cfg: Config, quant: QuantRules, dtype: Any = jnp.bfloat16) -> int:
     """Bytes of all parameters of a model under rules of quantisation."""
     storage, _ = plan_storage(cfg, quant)
     total = 0
-    for path, param in leaves(param_specs(cfg)):
+    for path, param in leaves_with_path(param_specs(cfg)):
         spec = storage.get(path)
         total += spec.nbytes(param.shape) if spec else param.size * jnp.dtype(param.dtype or dtype).itemsize
     return total
@@ -93,7 +102,7 @@ def abstract_params(
     rules: Rules = Rules(),
     mesh: Mesh | None = None,
     storage: Storage = Storage(),
-) -> Tree:
+) -> ParamTree:
     """Shape, dtype and (with a mesh) sharding of every parameter on its device.
 
     Leaves are ``jax.ShapeDtypeStruct``, or a :class:`~glm_jax.weights.QuantizedTensor` or
@@ -103,19 +112,21 @@ def abstract_params(
         ShardingError: if the mesh would cut through a block that shares a scale.
     """
     if storage and mesh is not None:
-        check_blocks(cfg, storage, rules, dict(mesh.shape))
+        check_block_sharding(cfg, storage, rules, dict(mesh.shape))
 
-    def abstract(path: Path, param: ParamSpec) -> Any:
+    def abstract(path: ParamPath, param: ParamSpec) -> Any:
         spec = storage.get(path)
         if spec is None:
-            return plain_leaf(param, dtype, rules, mesh)
+            return abstract_leaf(param, dtype, rules, mesh)
         parts = {
             name: jax.ShapeDtypeStruct(
                 shape,
                 kind,
-                sharding=None if mesh is None else NamedSharding(mesh, rules.spec(*component_axes(name, shape, param))),
+                sharding=None
+                if mesh is None
+                else NamedSharding(mesh, rules.partition_spec(*component_axes(name, shape, param))),
             )
-            for name, (shape, kind) in spec.components(param.shape).items()
+            for name, (shape, kind) in spec.component_shapes(param.shape).items()
         }
         return QuantizedTensor(**parts, spec=spec, dtype=jnp.dtype(dtype))
 
@@ -133,38 +144,40 @@ def component_axes(name: str, shape: tuple[int, ...], param: ParamSpec) -> tuple
     return tuple(axis if size > 1 else None for axis, size in zip(axes, shape, strict=True))
 
 
-def leaf_specs(weight: Any, param: ParamSpec, rules: Rules) -> Any:
+def partition_specs(weight: Any, param: ParamSpec, rules: Rules) -> Any:
     """Partition specs of a parameter as it is held, in the shape of its pytree."""
     if isinstance(weight, QuantizedTensor):
-        return weight.map(lambda name, array: rules.spec(*component_axes(name, array.shape, param)))
+        return weight.map_components(
+            lambda name, array: rules.partition_spec(*component_axes(name, array.shape, param))
+        )
     if isinstance(weight, TiledWeight):
-        return dataclasses.replace(weight, tiles=_tile_specs(weight, param, rules))
-    return rules.spec(*param.axes)
+        return dataclasses.replace(weight, tiles=_tile_partition_specs(weight, param, rules))
+    return rules.partition_spec(*param.axes)
 
 
-def _tile_specs(weight: TiledWeight, param: ParamSpec, rules: Rules) -> Any:
+def _tile_partition_specs(weight: TiledWeight, param: ParamSpec, rules: Rules) -> Any:
     """Columns of tiles are split as the outputs are, chunks and groups as the inputs."""
     *stack, outputs, inputs = param.axes
-    if weight.turned:
+    if weight.transposed:
         outputs, inputs = inputs, outputs
     tiles = weight.tiles
-    of_scales = rules.spec(*stack, outputs, inputs if tiles.group else None, None)
+    of_scales = rules.partition_spec(*stack, outputs, inputs if tiles.group_size else None, None)
     return dataclasses.replace(
         tiles,
-        words=rules.spec(*stack, outputs, inputs, None, None),
+        packed=rules.partition_spec(*stack, outputs, inputs, None, None),
         scales=None if tiles.scales is None else of_scales,
         offsets=None if tiles.offsets is None else of_scales,
-        factors=None if tiles.factors is None else rules.spec(*stack, None, None),
+        input_scales=None if tiles.input_scales is None else rules.partition_spec(*stack, None, None),
     )
 
 
-def check_blocks(cfg: Config, storage: Storage, rules: Rules, axis_sizes: Mapping[str, int]) -> None:
+def check_block_sharding(cfg: Config, storage: Storage, rules: Rules, axis_sizes: Mapping[str, int]) -> None:
     """Checks that no device boundary cuts through a block that shares a scale.
 
     Raises:
         ShardingError: naming the parameters.
     """
-    problems = list(_cut_blocks(cfg, storage, rules, axis_sizes))
+    problems = list(_misaligned_blocks(cfg, storage, rules, axis_sizes))
     if problems:
         more = f" … and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ShardingError(
@@ -173,21 +186,21 @@ def check_blocks(cfg: Config, storage: Storage, rules: Rules, axis_sizes: Mappin
         )
 
 
-def _cut_blocks(cfg: Config, storage: Storage, rules: Rules, axis_sizes: Mapping[str, int]) -> Iterator[str]:
-    params = dict(leaves(param_specs(cfg)))
+def _misaligned_blocks(cfg: Config, storage: Storage, rules: Rules, axis_sizes: Mapping[str, int]) -> Iterator[str]:
+    params = dict(leaves_with_path(param_specs(cfg)))
     for path, spec in storage.specs:
         param, name = params[path], "/".join(path)
         for axis, block, words in ((-2, spec.block[0], "outputs"), (-1, spec.block[1], "inputs")):
-            split = _split(param.axes[axis], rules, axis_sizes)
+            split = _num_shards(param.axes[axis], rules, axis_sizes)
             local = param.shape[axis] // split
             if split > 1 and block and local % block:
                 yield f"{name} has blocks of {block} {words}, {local} on each device"
             elif split > 1 and axis == -1 and spec.permuted:
                 yield f"{name} has its inputs permuted"
-            elif split > 1 and axis == -1 and local % spec.per_byte:
-                yield f"{name} has {local} inputs on each device, and packs {spec.per_byte} to a byte"
+            elif split > 1 and axis == -1 and local % spec.values_per_byte:
+                yield f"{name} has {local} inputs on each device, and packs {spec.values_per_byte} to a byte"
 
 
-def _split(axis: LogicalAxis | None, rules: Rules, axis_sizes: Mapping[str, int]) -> int:
+def _num_shards(axis: LogicalAxis | None, rules: Rules, axis_sizes: Mapping[str, int]) -> int:
     name = getattr(rules, axis) if axis else None
     return axis_sizes.get(name, 1) if name else 1

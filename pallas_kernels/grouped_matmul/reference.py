@@ -7,43 +7,51 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul.op import Blocks
-from pallas_kernels.tiles import Tiles, from_tiles
+from pallas_kernels.grouped_matmul.op import RowBlocks
+from pallas_kernels.tiles import Tiles, dequantize_tiles
 
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def matmul_ref(
+def grouped_matmul_ref(
     x: jax.Array,
     weight: Tiles,
-    place: jax.Array,
+    layer_index: jax.Array,
     *,
-    blocks: Blocks | None = None,
-    factors: jax.Array | None = None,
+    blocks: RowBlocks | None = None,
+    row_scales: jax.Array | None = None,
     dtype: Any = None,
 ) -> jax.Array:
-    """See :func:`pallas_kernels.grouped_matmul.matmul`; rows that are in no block are zero."""
-    out = _product(x, weight, place, blocks, 1)
-    out = out if factors is None else out * factors[:, None]
+    """See :func:`pallas_kernels.grouped_matmul.grouped_matmul`; rows that are in no block are zero."""
+    out = _grouped_product(x, weight, layer_index, blocks, 1)
+    out = out if row_scales is None else out * row_scales[:, None]
     return out.astype(dtype or x.dtype)
 
 
-def gated_ref(
-    x: jax.Array, gate: Tiles, up: Tiles, place: jax.Array, *, blocks: Blocks | None = None, chosen: int = 1
+def gated_linear_unit_ref(
+    x: jax.Array,
+    gate: Tiles,
+    up: Tiles,
+    layer_index: jax.Array,
+    *,
+    blocks: RowBlocks | None = None,
+    outputs_per_row: int = 1,
 ) -> jax.Array:
-    """See :func:`pallas_kernels.grouped_matmul.gated`."""
-    one, two = (_product(x, weight, place, blocks, chosen) for weight in (gate, up))
+    """See :func:`pallas_kernels.grouped_matmul.gated_linear_unit`."""
+    one, two = (_grouped_product(x, weight, layer_index, blocks, outputs_per_row) for weight in (gate, up))
     return (jax.nn.silu(one) * two).astype(x.dtype)
 
 
-def _product(x: jax.Array, weight: Tiles, place: jax.Array, blocks: Blocks | None, chosen: int) -> jax.Array:
-    rows = jnp.repeat(x.astype(jnp.float32), chosen, axis=0)
-    values = from_tiles(jax.tree.map(lambda array: array[place[0]], weight))
+def _grouped_product(
+    x: jax.Array, weight: Tiles, layer_index: jax.Array, blocks: RowBlocks | None, outputs_per_row: int
+) -> jax.Array:
+    rows = jnp.repeat(x.astype(jnp.float32), outputs_per_row, axis=0)
+    values = dequantize_tiles(jax.tree.map(lambda array: array[layer_index[0]], weight))
     if blocks is None:
         return jnp.matmul(rows, values.T, precision=_EXACT)
     every = jnp.einsum("mk,enk->men", rows, values, precision=_EXACT)
-    owners = jnp.broadcast_to(blocks.owners[:, None], blocks.rows.shape).reshape(-1)
-    which = jnp.where(blocks.rows.reshape(-1) >= 0, blocks.rows.reshape(-1), rows.shape[0])
+    owners = jnp.broadcast_to(blocks.expert_ids[:, None], blocks.row_ids.shape).reshape(-1)
+    which = jnp.where(blocks.row_ids.reshape(-1) >= 0, blocks.row_ids.reshape(-1), rows.shape[0])
     expert = jnp.full(rows.shape[0], -1, jnp.int32).at[which].set(owners, mode="drop")
     mine = jnp.take_along_axis(every, jnp.maximum(expert, 0)[:, None, None], axis=1)[:, 0]
     return jnp.where(expert[:, None] >= 0, mine, 0.0)

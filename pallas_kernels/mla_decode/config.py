@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-LARGEST_SPLITS = 128
+MAX_SPLITS = 128
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class AttendShape:
+class FlashDecodeConfig:
     """How attention over the cache is cut up.
 
     Attributes:
@@ -26,21 +26,21 @@ class AttendShape:
     num_stages: int = 2
 
 
-def attend_shape(
-    queries: int, batch: int, slots: int, width: int, itemsize: int, shared_memory: int, multiprocessors: int
-) -> AttendShape:
+def flash_decode_heuristic(
+    num_queries: int, batch: int, capacity: int, width: int, itemsize: int, shared_memory: int, multiprocessors: int
+) -> FlashDecodeConfig:
     """Shares of at least two blocks of rows, and no more programs than fill the card once.
 
     Args:
-        queries: per row of the batch, tokens times heads.
+        num_queries: per row of the batch, tokens times heads.
         batch: rows.
-        slots: capacity of the cache.
+        capacity: capacity of the cache.
         width: values of a cached row.
         itemsize: bytes of one of them.
         shared_memory: bytes of it that a program may have.
         multiprocessors: of the card.
     """
-    block_q = 16 if queries <= 16 else 32
+    block_q = 16 if num_queries <= 16 else 32
     queries_bytes = block_q * width * 2 + 4096
     # Two blocks of rows in flight while a third is computed with, if there is room for them.
     # Rows of 8 bits go through registers on their way, which are full with blocks of 32.
@@ -49,15 +49,15 @@ def attend_shape(
         if queries_bytes + stages * rows * width * itemsize <= shared_memory:
             block_s, num_stages = rows, stages
             break
-    programs = batch * -(-queries // block_q)
+    programs = batch * -(-num_queries // block_q)
     splits = 1
-    while splits < LARGEST_SPLITS and 2 * splits * programs <= multiprocessors and slots // (2 * splits) >= 2 * block_s:
+    while splits < MAX_SPLITS and 2 * splits * programs <= multiprocessors and capacity // (2 * splits) >= 2 * block_s:
         splits *= 2
-    return AttendShape(block_q=block_q, block_s=block_s, splits=splits, num_stages=num_stages)
+    return FlashDecodeConfig(block_q=block_q, block_s=block_s, splits=splits, num_stages=num_stages)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ProjectShape:
+class ProjectionConfig:
     """How the projections before and after attention are cut up.
 
     Attributes:
@@ -73,7 +73,7 @@ class ProjectShape:
     num_stages: int = 3
 
 
-def project_shape(tokens: int, latent_tiles: int, heads: int, multiprocessors: int) -> ProjectShape:
+def projection_heuristic(tokens: int, latent_tiles: int, heads: int, multiprocessors: int) -> ProjectionConfig:
     """Four programs for each head: there are few, each with a long way, so they have wide chunks.
 
     Args:
@@ -85,4 +85,4 @@ def project_shape(tokens: int, latent_tiles: int, heads: int, multiprocessors: i
     per = max(1, latent_tiles // 4)
     while latent_tiles % per or (per > 1 and heads * latent_tiles // per < multiprocessors // 2):
         per -= 1
-    return ProjectShape(block_m=16 if tokens <= 16 else 32, per=per, num_stages=4)
+    return ProjectionConfig(block_m=16 if tokens <= 16 else 32, per=per, num_stages=4)

@@ -11,17 +11,22 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _device, tuned
-from pallas_kernels._launch import LaunchError, Shape, launch
-from pallas_kernels.mla_decode.config import AttendShape, ProjectShape, attend_shape, project_shape
-from pallas_kernels.quant_matmul.op import Squares, compute_dtype, constants, operands
+from pallas_kernels._launch import CompileOptions, LaunchError, launch
+from pallas_kernels.mla_decode.config import (
+    FlashDecodeConfig,
+    ProjectionConfig,
+    flash_decode_heuristic,
+    projection_heuristic,
+)
+from pallas_kernels.quant_matmul.op import SumSq, compute_dtype, weight_constants, weight_operands
 from pallas_kernels.tiles import Tiles
 
-_WIDEST = 256  # outputs that a program of the queries computes at once
-_STORED = {"int8": "int8", "uint8": "fp8"}
+_MAX_BLOCK_N = 256  # outputs that a program of the queries computes at once
+_CACHE_KINDS = {"int8": "int8", "uint8": "fp8"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Attention:
+class AttentionDims:
     """Sizes of the attention.
 
     Attributes:
@@ -45,326 +50,328 @@ class Attention:
     eps: float
 
     @property
-    def scale(self) -> float:
+    def softmax_scale(self) -> float:
         """Of the scores."""
         return (self.nope + self.rope) ** -0.5
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales", "pages"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["data", "scales", "page_table"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, slots=True)
-class Cache:
+class LatentCacheArrays:
     """Rows ``[latent | rope key]`` of all layers, for each row of the batch in one piece or in pages.
 
     Attributes:
-        codes: ``[L, B, S, R + P]``, bfloat16 or float32 values, int8 codes, or uint8 with the bits of float8 e4m3. In
+        data: ``[L, B, S, R + P]``, bfloat16 or float32 values, int8 codes, or uint8 with the bits of float8 e4m3. In
             pages ``[L, pages, slots of a page, R + P]``.
         scales: float32, like the codes but for the last axis of 2, of 8-bit codes, else None.
-        pages: int32 ``[B, pages of a row]``, where slot ``s`` lies in page ``pages[b, s // slots of a page]``; or None.
+        page_table: int32 ``[B, pages of a row]``, where slot ``s`` lies in page ``page_table[b, s // slots of a page]``; or None.
     """
 
-    codes: jax.Array
+    data: jax.Array
     scales: jax.Array | None = None
-    pages: jax.Array | None = None
+    page_table: jax.Array | None = None
 
     @property
-    def batch(self) -> int:
+    def batch_size(self) -> int:
         """Rows of the batch."""
-        return self.codes.shape[1] if self.pages is None else self.pages.shape[0]
+        return self.data.shape[1] if self.page_table is None else self.page_table.shape[0]
 
     @property
-    def slots(self) -> int:
+    def capacity(self) -> int:
         """Tokens that a row of the batch has room for."""
-        return self.codes.shape[2] * (1 if self.pages is None else self.pages.shape[1])
+        return self.data.shape[2] * (1 if self.page_table is None else self.page_table.shape[1])
 
     @property
     def constants(self) -> dict[str, Any]:
         """As the kernels take them."""
-        _, pages, page, _ = self.codes.shape
-        paged = {"PAGE": 0, "POOL": 0} if self.pages is None else {"PAGE": page, "POOL": pages * page}
-        return {"BATCH": self.batch, "SLOTS": self.slots, "CACHE": self.kind, **paged}
+        _, pages, page, _ = self.data.shape
+        paged = {"PAGE": 0, "POOL": 0} if self.page_table is None else {"PAGE": page, "POOL": pages * page}
+        return {"BATCH": self.batch_size, "SLOTS": self.capacity, "CACHE": self.kind, **paged}
 
     @property
     def kind(self) -> str:
         """What a kernel calls it: "int8", "fp8" or "plain"."""
-        return _STORED.get(self.codes.dtype.name, "plain")
+        return _CACHE_KINDS.get(self.data.dtype.name, "plain")
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sums", "tops", "totals", "positions"],
-    meta_fields=["slots", "block"],
+    data_fields=["acc", "row_max", "row_sum", "positions"],
+    meta_fields=["capacity", "block_size"],
 )
 @dataclasses.dataclass(frozen=True, slots=True)
-class Parts:
+class SplitKVPartials:
     """What shares of the cached rows amount to. A row of the batch has as many as its length asks for.
 
     Attributes:
-        sums: float32 ``[B, shares, T * N, R]``, of latents by their weights.
-        tops: float32 ``[B, shares, T * N]``, the largest scores.
-        totals: float32 ``[B, shares, T * N]``, sums of exponentials.
+        acc: float32 ``[B, shares, T * N, R]``, of latents by their weights.
+        row_max: float32 ``[B, shares, T * N]``, the largest scores.
+        row_sum: float32 ``[B, shares, T * N]``, sums of exponentials.
         positions: int32 ``[B * T]``, of the tokens.
-        slots: capacity of the cache.
-        block: rows that a share is a multiple of.
+        capacity: capacity of the cache.
+        block_size: rows that a share is a multiple of.
     """
 
-    sums: jax.Array
-    tops: jax.Array
-    totals: jax.Array
+    acc: jax.Array
+    row_max: jax.Array
+    row_sum: jax.Array
     positions: jax.Array
-    slots: int
-    block: int
+    capacity: int
+    block_size: int
 
 
-def queries(
-    att: Attention,
+def absorbed_q_proj(
+    dims: AttentionDims,
     a: jax.Array,
-    squares: tuple[Squares, Squares],
-    place: jax.Array,
+    sum_sq: tuple[SumSq, SumSq],
+    layer_index: jax.Array,
     positions: jax.Array,
-    table: jax.Array,
+    cos_sin: jax.Array,
     q_b: Tiles,
     k_b: Tiles,
-    cache: Cache,
+    cache: LatentCacheArrays,
     *,
-    cache_from: int = 0,
+    cache_layer_offset: int = 0,
     dtype: Any,
-    shape: ProjectShape | None = None,
-) -> tuple[jax.Array, Cache]:
+    config: ProjectionConfig | None = None,
+) -> tuple[jax.Array, LatentCacheArrays]:
     """Queries in the space of the latents, and the cache with the new tokens in it.
 
     Args:
-        att: sizes.
+        dims: sizes.
         a: ``[M, Q + R + P]``: queries' latent, latent and rope key before their norms' factors, each already multiplied
             by its norm's weight.
-        squares: of the queries' latent, and of the latent.
-        place: int32 ``[1]``, index of the layer in the weights.
+        sum_sq: of the queries' latent, and of the latent.
+        layer_index: int32 ``[1]``, index of the layer in the weights.
         positions: int32 ``[M]``, M = batch times tokens per row, in that order.
-        table: cosines and sines ``[2, M, P / 2]``.
+        cos_sin: cosines and sines ``[2, M, P / 2]``.
         q_b: ``[L, N * (H + P), Q]``.
         k_b: ``[L, N, R, H]``: outputs are the latents. It has factors of its inputs in place of scales.
         cache: aliased by the result.
-        cache_from: what to add to ``place`` for the index of the layer in the cache.
+        cache_layer_offset: what to add to ``layer_index`` for the index of the layer in the cache.
         dtype: of the queries.
-        shape: block sizes; chosen unless given.
+        config: block sizes; chosen unless given.
 
     Returns:
         Queries ``[M, N, R + P]``, their rope part rotated; the cache.
     """
-    m, width = a.shape[0], cache.codes.shape[-1]
-    shape = shape or tuned.best(queries_problem(att, m, q_b, k_b))
-    programs = att.heads * (k_b.tiles // shape.per)
-    head = att.nope + att.rope
-    sets = 0 if k_b.factors is None else k_b.factors.shape[-2]
-    q_squares, k_squares = squares
-    if q_squares.first or q_squares.parts.shape != k_squares.parts.shape:
+    m, width = a.shape[0], cache.data.shape[-1]
+    config = config or tuned.lookup_config(absorbed_q_proj_tuning_key(dims, m, q_b, k_b))
+    programs = dims.heads * (k_b.num_tiles // config.per)
+    head = dims.nope + dims.rope
+    sets = 0 if k_b.input_scales is None else k_b.input_scales.shape[-2]
+    q_squares, k_squares = sum_sq
+    if q_squares.first_block or q_squares.partials.shape != k_squares.partials.shape:
         raise LaunchError("sums of squares of the queries' latent and of the latent are in one array, in this order")
-    from pallas_kernels.mla_decode.triton import queries_kernel
+    from pallas_kernels.mla_decode.triton import absorbed_q_proj_kernel
 
     made, _, codes, scales = launch(
-        queries_kernel,
+        absorbed_q_proj_kernel,
         [
             a,
-            q_squares.parts,
-            place,
+            q_squares.partials,
+            layer_index,
             positions,
-            table,
-            positions if cache.pages is None else cache.pages,
-            *operands(q_b),
-            k_b.words,
-            a if k_b.factors is None else k_b.factors,
-            cache.codes,
+            cos_sin,
+            positions if cache.page_table is None else cache.page_table,
+            *weight_operands(q_b),
+            k_b.packed,
+            a if k_b.input_scales is None else k_b.input_scales,
+            cache.data,
             a if cache.scales is None else cache.scales,
         ],
         [
-            jax.ShapeDtypeStruct((m, att.heads, width), dtype),
+            jax.ShapeDtypeStruct((m, dims.heads, width), dtype),
             jax.ShapeDtypeStruct((programs, m, head), dtype),
-            jax.ShapeDtypeStruct(cache.codes.shape, cache.codes.dtype),
+            jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype),
             jax.ShapeDtypeStruct((1,) if cache.scales is None else cache.scales.shape, jnp.float32),
         ],
-        grid=(programs + 1, math.ceil(m / shape.block_m)),
-        shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
+        grid=(programs + 1, math.ceil(m / config.block_m)),
+        options=CompileOptions(num_warps=config.num_warps, num_stages=config.num_stages),
         aliases={11: 2} | ({} if cache.scales is None else {12: 3}),
         M=m,
-        T=m // cache.batch,
-        HEADS=att.heads,
-        NOPE=att.nope,
-        P=att.rope,
-        RQ=att.query_latent,
-        R=att.latent,
+        T=m // cache.batch_size,
+        HEADS=dims.heads,
+        NOPE=dims.nope,
+        P=dims.rope,
+        RQ=dims.query_latent,
+        R=dims.latent,
         **cache.constants,
-        LATENT_TILES=k_b.tiles,
-        PER=shape.per,
-        BM=shape.block_m,
-        EPS=att.eps,
-        ALL_PARTS=q_squares.parts.shape[1],
-        Q_PARTS=q_squares.count,
-        K_FIRST=k_squares.first,
-        K_PARTS=k_squares.count,
-        INTERLEAVE=att.interleave,
-        CACHE_FROM=cache_from,
+        LATENT_TILES=k_b.num_tiles,
+        PER=config.per,
+        BM=config.block_m,
+        EPS=dims.eps,
+        ALL_PARTS=q_squares.partials.shape[1],
+        Q_PARTS=q_squares.num_blocks,
+        K_FIRST=k_squares.first_block,
+        K_PARTS=k_squares.num_blocks,
+        INTERLEAVE=dims.interleave,
+        CACHE_FROM=cache_layer_offset,
         DT=compute_dtype(dtype),
-        **_named(q_b, "Q_", without=("K",)),
-        **{f"K_{name}": constants(k_b)[name] for name in ("CHUNKS", "PER_WORD", "KIND")},
+        **_prefixed_constants(q_b, "Q_", without=("K",)),
+        **{f"K_{name}": weight_constants(k_b)[name] for name in ("CHUNKS", "PER_WORD", "KIND")},
         K_INPUT_TILES=sets,
-        QN=64 * math.gcd(_WIDEST // 64, head // 64),
-        KN=64 * math.gcd(_WIDEST // 64, shape.per, k_b.tiles // max(1, sets)),
+        QN=64 * math.gcd(_MAX_BLOCK_N // 64, head // 64),
+        KN=64 * math.gcd(_MAX_BLOCK_N // 64, config.per, k_b.num_tiles // max(1, sets)),
     )
-    return made, Cache(codes, None if cache.scales is None else scales, cache.pages)
+    return made, LatentCacheArrays(codes, None if cache.scales is None else scales, cache.page_table)
 
 
-def attend(
-    att: Attention,
+def flash_decode(
+    dims: AttentionDims,
     query: jax.Array,
-    cache: Cache,
-    place: jax.Array,
+    cache: LatentCacheArrays,
+    layer_index: jax.Array,
     positions: jax.Array,
     *,
-    cache_from: int = 0,
-    shape: AttendShape | None = None,
-) -> Parts:
+    cache_layer_offset: int = 0,
+    config: FlashDecodeConfig | None = None,
+) -> SplitKVPartials:
     """Attention over the cached rows up to each token's own, in shares.
 
     Args:
-        att: sizes.
-        query: ``[M, N, R + P]`` from :func:`queries`.
+        dims: sizes.
+        query: ``[M, N, R + P]`` from :func:`absorbed_q_proj`.
         cache: with the new tokens in it.
-        place: int32 ``[1]``, as for :func:`queries`.
+        layer_index: int32 ``[1]``, as for :func:`absorbed_q_proj`.
         positions: int32 ``[M]``.
-        cache_from: as for :func:`queries`.
-        shape: block sizes; chosen for the card unless given.
+        cache_layer_offset: as for :func:`absorbed_q_proj`.
+        config: block sizes; chosen for the card unless given.
 
     Returns:
-        What :func:`values` puts together.
+        What :func:`combine_v_proj` puts together.
 
     Raises:
         LaunchError: if pages do not hold whole blocks of rows.
     """
-    m, batch, slots = query.shape[0], cache.batch, cache.slots
+    m, batch, slots = query.shape[0], cache.batch_size, cache.capacity
     tokens = m // batch
-    rows = tokens * att.heads
-    shape = shape or tuned.best(attend_problem(rows, cache))
-    if cache.pages is not None and cache.codes.shape[2] % shape.block_s:
-        raise LaunchError(f"pages of {cache.codes.shape[2]} slots cannot be read {shape.block_s} at a time")
-    from pallas_kernels.mla_decode.triton import attend_kernel
+    rows = tokens * dims.heads
+    config = config or tuned.lookup_config(flash_decode_tuning_key(rows, cache))
+    if cache.page_table is not None and cache.data.shape[2] % config.block_s:
+        raise LaunchError(f"pages of {cache.data.shape[2]} slots cannot be read {config.block_s} at a time")
+    from pallas_kernels.mla_decode.triton import flash_decode_kernel
 
-    number = jax.ShapeDtypeStruct((batch, shape.splits, rows), jnp.float32)
+    number = jax.ShapeDtypeStruct((batch, config.splits, rows), jnp.float32)
     parts, tops, totals = launch(
-        attend_kernel,
+        flash_decode_kernel,
         [
             query,
-            cache.codes,
-            place if cache.scales is None else cache.scales,
-            place if cache.pages is None else cache.pages,
-            place,
+            cache.data,
+            layer_index if cache.scales is None else cache.scales,
+            layer_index if cache.page_table is None else cache.page_table,
+            layer_index,
             positions,
         ],
-        [jax.ShapeDtypeStruct((*number.shape, att.latent), jnp.float32), number, number],
-        grid=(shape.splits, math.ceil(rows / shape.block_q), batch),
-        shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
+        [jax.ShapeDtypeStruct((*number.shape, dims.latent), jnp.float32), number, number],
+        grid=(config.splits, math.ceil(rows / config.block_q), batch),
+        options=CompileOptions(num_warps=config.num_warps, num_stages=config.num_stages),
         T=tokens,
-        HEADS=att.heads,
-        R=att.latent,
-        P=att.rope,
+        HEADS=dims.heads,
+        R=dims.latent,
+        P=dims.rope,
         **cache.constants,
-        SPLITS=shape.splits,
-        BQ=shape.block_q,
-        BS=shape.block_s,
-        SCALE=att.scale,
-        CACHE_FROM=cache_from,
+        SPLITS=config.splits,
+        BQ=config.block_q,
+        BS=config.block_s,
+        SCALE=dims.softmax_scale,
+        CACHE_FROM=cache_layer_offset,
         DT=compute_dtype(query.dtype),
     )
-    return Parts(parts, tops, totals, positions, slots, shape.block_s)
+    return SplitKVPartials(parts, tops, totals, positions, slots, config.block_s)
 
 
-def values(
-    att: Attention,
-    parts: Parts,
-    place: jax.Array,
+def combine_v_proj(
+    dims: AttentionDims,
+    partials: SplitKVPartials,
+    layer_index: jax.Array,
     v_b: Tiles,
     *,
     dtype: Any,
-    shape: ProjectShape | None = None,
+    config: ProjectionConfig | None = None,
 ) -> jax.Array:
-    """The shares of :func:`attend` put together and projected: ``[M, N * V]``.
+    """The shares of :func:`flash_decode` put together and projected: ``[M, N * V]``.
 
     Args:
-        att: sizes.
-        parts: from :func:`attend`.
-        place: int32 ``[1]``, index of the layer.
+        dims: sizes.
+        partials: from :func:`flash_decode`.
+        layer_index: int32 ``[1]``, index of the layer.
         v_b: ``[L, N, V, R]``.
         dtype: of the result.
-        shape: block sizes; chosen unless given.
+        config: block sizes; chosen unless given.
     """
-    batch, splits, rows, latent = parts.sums.shape
-    tokens = rows // att.heads
+    batch, splits, rows, latent = partials.acc.shape
+    tokens = rows // dims.heads
     m = batch * tokens
-    shape = shape or tuned.best(values_problem(att, m, v_b))
-    from pallas_kernels.mla_decode.triton import values_kernel
+    config = config or tuned.lookup_config(combine_v_proj_tuning_key(dims, m, v_b))
+    from pallas_kernels.mla_decode.triton import combine_v_proj_kernel
 
     out, _ = launch(
-        values_kernel,
-        [parts.sums, parts.tops, parts.totals, place, parts.positions, *operands(v_b)],
+        combine_v_proj_kernel,
+        [partials.acc, partials.row_max, partials.row_sum, layer_index, partials.positions, *weight_operands(v_b)],
         [
-            jax.ShapeDtypeStruct((m, att.heads * att.value), dtype),
-            jax.ShapeDtypeStruct((att.heads * v_b.tiles, m, latent), dtype),
+            jax.ShapeDtypeStruct((m, dims.heads * dims.value), dtype),
+            jax.ShapeDtypeStruct((dims.heads * v_b.num_tiles, m, latent), dtype),
         ],
-        grid=(att.heads, v_b.tiles, math.ceil(m / shape.block_m)),
-        shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
+        grid=(dims.heads, v_b.num_tiles, math.ceil(m / config.block_m)),
+        options=CompileOptions(num_warps=config.num_warps, num_stages=config.num_stages),
         M=m,
         T=tokens,
-        HEADS=att.heads,
+        HEADS=dims.heads,
         R=latent,
-        V=att.value,
-        SLOTS=parts.slots,
+        V=dims.value,
+        SLOTS=partials.capacity,
         SPLITS=splits,
-        BLOCK=parts.block,
-        BM=shape.block_m,
+        BLOCK=partials.block_size,
+        BM=config.block_m,
         BS=min(16, splits),
         DT=compute_dtype(dtype),
-        **_named(v_b, "", without=("K",)),
+        **_prefixed_constants(v_b, "", without=("K",)),
     )
     return out
 
 
-def queries_problem(att: Attention, rows: int, q_b: Tiles, k_b: Tiles) -> tuned.Problem[ProjectShape]:
-    """What block sizes of :func:`queries` depend on."""
-    key = f"{tuned.rows_key(rows)} h{att.heads} n{att.nope} p{att.rope} q{att.query_latent} r{att.latent}"
-    per = tuple(n for n in (1, 2, 4, 8) if k_b.tiles % n == 0)
+def absorbed_q_proj_tuning_key(
+    dims: AttentionDims, rows: int, q_b: Tiles, k_b: Tiles
+) -> tuned.TuningKey[ProjectionConfig]:
+    """What block sizes of :func:`absorbed_q_proj` depend on."""
+    key = f"{tuned.rows_bucket(rows)} h{dims.heads} n{dims.nope} p{dims.rope} q{dims.query_latent} r{dims.latent}"
+    per = tuple(n for n in (1, 2, 4, 8) if k_b.num_tiles % n == 0)
     axes = {"per": per, "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
-    kinds = f"{q_b.kind} g{q_b.group} {k_b.kind}"
-    target = _device.target()
-    rule = project_shape(rows, k_b.tiles, att.heads, target.multiprocessors if target else 128)
-    return tuned.Problem("queries", f"{key} {kinds}", rule, _with_rows(rows, axes))
+    kinds = f"{q_b.kind} g{q_b.group_size} {k_b.kind}"
+    target = _device.current_target()
+    rule = projection_heuristic(rows, k_b.num_tiles, dims.heads, target.multiprocessors if target else 128)
+    return tuned.TuningKey("queries", f"{key} {kinds}", rule, _add_block_m(rows, axes))
 
 
-def attend_problem(queries: int, cache: Cache) -> tuned.Problem[AttendShape]:
-    """What block sizes of :func:`attend` depend on; ``queries`` are those of one row of the batch."""
-    batch, slots, page, width = cache.batch, cache.slots, cache.codes.shape[2], cache.codes.shape[-1]
-    target = _device.target()
+def flash_decode_tuning_key(num_queries: int, cache: LatentCacheArrays) -> tuned.TuningKey[FlashDecodeConfig]:
+    """What block sizes of :func:`flash_decode` depend on; ``num_queries`` are those of one row of the batch."""
+    batch, slots, page, width = cache.batch_size, cache.capacity, cache.data.shape[2], cache.data.shape[-1]
+    target = _device.current_target()
     memory, count = (target.shared_memory, target.multiprocessors) if target else (101_376, 128)
-    rule = attend_shape(queries, batch, slots, width, cache.codes.dtype.itemsize, memory, count)
-    key = f"q{queries} b{batch} s{1 << (slots - 1).bit_length()} w{width} {cache.codes.dtype.name}"
-    key += "" if cache.pages is None else f" pages{page}"
+    rule = flash_decode_heuristic(num_queries, batch, slots, width, cache.data.dtype.itemsize, memory, count)
+    key = f"q{num_queries} b{batch} s{1 << (slots - 1).bit_length()} w{width} {cache.data.dtype.name}"
+    key += "" if cache.page_table is None else f" pages{page}"
     axes = {
         "splits": tuple(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n * 16 <= slots),
-        "block_s": tuple(n for n in (16, 32, 64) if cache.pages is None or page % n == 0),
+        "block_s": tuple(n for n in (16, 32, 64) if cache.page_table is None or page % n == 0),
         "num_stages": (1, 2, 3, 4),
         "num_warps": (4, 8),
         "block_q": (16, 32),
     }
-    return tuned.Problem("attend", key, rule, axes)
+    return tuned.TuningKey("attend", key, rule, axes)
 
 
-def values_problem(att: Attention, rows: int, v_b: Tiles) -> tuned.Problem[ProjectShape]:
-    """What block sizes of :func:`values` depend on."""
-    key = f"{tuned.rows_key(rows)} h{att.heads} r{att.latent} v{att.value} {v_b.kind} g{v_b.group}"
+def combine_v_proj_tuning_key(dims: AttentionDims, rows: int, v_b: Tiles) -> tuned.TuningKey[ProjectionConfig]:
+    """What block sizes of :func:`combine_v_proj` depend on."""
+    key = f"{tuned.rows_bucket(rows)} h{dims.heads} r{dims.latent} v{dims.value} {v_b.kind} g{v_b.group_size}"
     axes = {"num_warps": (1, 2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
-    return tuned.Problem("values", key, ProjectShape(), _with_rows(rows, axes))
+    return tuned.TuningKey("values", key, ProjectionConfig(), _add_block_m(rows, axes))
 
 
-def _with_rows(rows: int, axes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _add_block_m(rows: int, axes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return axes if rows <= 16 else {**axes, "block_m": (16, 32)}
 
 
-def _named(weight: Tiles, prefix: str, without: Any = ()) -> dict[str, Any]:
-    return {f"{prefix}{name}": value for name, value in constants(weight).items() if name not in without}
+def _prefixed_constants(weight: Tiles, prefix: str, without: Any = ()) -> dict[str, Any]:
+    return {f"{prefix}{name}": value for name, value in weight_constants(weight).items() if name not in without}

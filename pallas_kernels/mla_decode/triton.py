@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels._tile_dot import dot_tile, product, rms_factor, squares_of
+from pallas_kernels._tile_dot import dot_accumulate, dot_tile, inv_rms, load_sum_sq
 
 
 @triton.jit
-def rotated(pointer, mask, cos, sin, P: tl.constexpr, INTERLEAVE: tl.constexpr):
+def load_rotated(pointer, mask, cos, sin, P: tl.constexpr, INTERLEAVE: tl.constexpr):
     """Both halves of the rotated pairs ``[BM, P / 2]`` of rows of P values at ``pointer``, ``[BM, 1]``."""
     j = tl.arange(0, P // 2)[None, :]
     one, other = (2 * j, 2 * j + 1) if INTERLEAVE else (j, j + P // 2)
@@ -19,26 +19,26 @@ def rotated(pointer, mask, cos, sin, P: tl.constexpr, INTERLEAVE: tl.constexpr):
 
 
 @triton.jit
-def rounded(x):
+def round_half_even(x):
     """Nearest whole numbers, halves to even, of float32 below 2^22."""
     return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def size(x):
+def abs_or_inf(x):
     """Magnitudes; infinite for a NaN, which a GPU's maximum would pass over."""
     return tl.where(x != x, float("inf"), tl.abs(x))
 
 
 @triton.jit
-def scale_of(top, LARGEST: tl.constexpr):
+def quant_scale(top, LARGEST: tl.constexpr):
     """Scale of values up to ``top``; see ``glm_jax.cache``. An infinite one makes NaN of all its values."""
     scale = tl.div_rn(top, tl.full(top.shape, LARGEST, tl.float32))
     return tl.where(scale < 1.1754943508222875e-38, 0.0, scale)
 
 
 @triton.jit
-def coded(x, scale, LARGEST: tl.constexpr, FP8: tl.constexpr):
+def quantize_rows(x, scale, LARGEST: tl.constexpr, FP8: tl.constexpr):
     """8-bit codes of rows ``[BM, n]`` with scales ``[BM]``."""
     units = tl.div_rn(x, tl.where(scale == 0.0, 1.0, scale)[:, None] + tl.zeros_like(x))
     units = tl.where(units == units, units, 0.0)
@@ -48,15 +48,15 @@ def coded(x, scale, LARGEST: tl.constexpr, FP8: tl.constexpr):
         small = tl.abs(units)
         bits = small.to(tl.uint32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
-        code = tl.where(small < 0.015625, rounded(small * 512.0).to(tl.uint32), normal)
+        code = tl.where(small < 0.015625, round_half_even(small * 512.0).to(tl.uint32), normal)
         codes = (code | ((units < 0.0).to(tl.uint32) << 7)).to(tl.uint8)
     else:
-        codes = rounded(units).to(tl.int8)
+        codes = round_half_even(units).to(tl.int8)
     return codes
 
 
 @triton.jit
-def row_of(
+def cache_row_index(
     pages, layer, batch, slot, here, BATCH: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr, POOL: tl.constexpr
 ):  # fmt: skip
     """The row of the cache that holds a slot of a row of the batch; ``layer`` is a 64-bit integer."""
@@ -67,7 +67,7 @@ def row_of(
 
 
 @triton.jit
-def write_rows(
+def write_cache_rows(
     a, squares, positions, cos, sin, pages, cache, cache_scales, queries, layer, rows, here, T: tl.constexpr,
     P: tl.constexpr, RQ: tl.constexpr, R: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr,
     POOL: tl.constexpr, EPS: tl.constexpr, ALL_PARTS: tl.constexpr, K_FIRST: tl.constexpr, K_PARTS: tl.constexpr,
@@ -80,24 +80,24 @@ def write_rows(
     position = tl.load(positions + rows, mask=here, other=0)
     stored = here & (position >= 0) & (position < SLOTS)
     inside = stored[:, None]
-    row = row_of(pages, layer, rows // T, position, stored, BATCH, SLOTS, PAGE, POOL)
+    row = cache_row_index(pages, layer, rows // T, position, stored, BATCH, SLOTS, PAGE, POOL)
     r = tl.arange(0, R)[None, :]
     latent = tl.load(a + rows[:, None] * WIDTH + RQ + r, mask=here[:, None], other=0.0).to(tl.float32)
-    latent = latent * rms_factor(squares_of(squares, rows, here, K_FIRST, K_PARTS, ALL_PARTS), EPS, R)[:, None]
+    latent = latent * inv_rms(load_sum_sq(squares, rows, here, K_FIRST, K_PARTS, ALL_PARTS), EPS, R)[:, None]
     # A row has the dtype of the activations before it is stored in 8 bits.
     latent = latent.to(queries.dtype.element_ty).to(tl.float32)
-    first, second = rotated(a + rows[:, None] * WIDTH + RQ + R, here[:, None], cos, sin, P, INTERLEAVE)
+    first, second = load_rotated(a + rows[:, None] * WIDTH + RQ + R, here[:, None], cos, sin, P, INTERLEAVE)
     first = first.to(queries.dtype.element_ty).to(tl.float32)
     second = second.to(queries.dtype.element_ty).to(tl.float32)
     one, other = (2 * j, 2 * j + 1) if INTERLEAVE else (j, j + P // 2)
     out = cache + row[:, None] * (R + P)
     if CACHE == "int8" or CACHE == "fp8":
         largest: tl.constexpr = 127.0 if CACHE == "int8" else 448.0
-        scale = scale_of(tl.max(size(latent), axis=1), largest)
-        key_scale = scale_of(tl.max(tl.maximum(size(first), size(second)), axis=1), largest)
-        latent = coded(latent, scale, largest, CACHE == "fp8")
-        first = coded(first, key_scale, largest, CACHE == "fp8")
-        second = coded(second, key_scale, largest, CACHE == "fp8")
+        scale = quant_scale(tl.max(abs_or_inf(latent), axis=1), largest)
+        key_scale = quant_scale(tl.max(tl.maximum(abs_or_inf(first), abs_or_inf(second)), axis=1), largest)
+        latent = quantize_rows(latent, scale, largest, CACHE == "fp8")
+        first = quantize_rows(first, key_scale, largest, CACHE == "fp8")
+        second = quantize_rows(second, key_scale, largest, CACHE == "fp8")
         tl.store(cache_scales + row * 2, scale, mask=stored)
         tl.store(cache_scales + row * 2 + 1, key_scale, mask=stored)
     tl.store(out + r, latent.to(cache.dtype.element_ty), mask=inside)
@@ -106,7 +106,7 @@ def write_rows(
 
 
 @triton.jit
-def queries_kernel(
+def absorbed_q_proj_kernel(
     a, squares, place, positions, table, pages, q_words, q_scales, q_offsets, k_words, k_inputs,
     cache_in, cache_scales_in, queries, scratch, cache, cache_scales,
     M: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, NOPE: tl.constexpr, P: tl.constexpr, RQ: tl.constexpr,
@@ -140,7 +140,7 @@ def queries_kernel(
         head, share = who // SHARES, who % SHARES
         H: tl.constexpr = NOPE + P
         mine = scratch + (who.to(tl.int64) * M + rows[:, None]) * H
-        parts = squares_of(squares, rows, here, 0, Q_PARTS, ALL_PARTS)
+        parts = load_sum_sq(squares, rows, here, 0, Q_PARTS, ALL_PARTS)
         n = tl.arange(0, QN)
         for t in range(H // QN):
             tile = layer * Q_TILES + head * (H // 64) + t * (QN // 64)
@@ -149,12 +149,12 @@ def queries_kernel(
                 RQ, WIDTH, Q_CHUNKS, Q_GROUPS, Q_GROUP, Q_SUB, Q_PER_WORD, Q_KIND, BM, QN, False, Q_SCALED,
                 Q_OFFSET, DT,
             )  # fmt: skip
-            q = q * rms_factor(parts, EPS, RQ)[:, None]
+            q = q * inv_rms(parts, EPS, RQ)[:, None]
             tl.store(mine + t * QN + n[None, :], q.to(scratch.dtype.element_ty), mask=here[:, None])
         tl.debug_barrier()
         to = queries + (rows[:, None].to(tl.int64) * HEADS + head) * (R + P)
         if share == 0:
-            first, second = rotated(mine + NOPE, here[:, None], cos, sin, P, INTERLEAVE)
+            first, second = load_rotated(mine + NOPE, here[:, None], cos, sin, P, INTERLEAVE)
             one, other = (2 * j, 2 * j + 1) if INTERLEAVE else (j, j + P // 2)
             tl.store(to + R + one[None, :], first.to(queries.dtype.element_ty), mask=here[:, None])
             tl.store(to + R + other[None, :], second.to(queries.dtype.element_ty), mask=here[:, None])
@@ -173,14 +173,14 @@ def queries_kernel(
             inside = here[:, None] & (column * 64 + n < R)[None, :]
             tl.store(to + column * 64 + n[None, :], absorbed.to(queries.dtype.element_ty), mask=inside)
     else:
-        write_rows(
+        write_cache_rows(
             a, squares, positions, cos, sin, pages, cache, cache_scales, queries, layer + CACHE_FROM, rows, here, T, P,
             RQ, R, BATCH, SLOTS, PAGE, POOL, EPS, ALL_PARTS, K_FIRST, K_PARTS, INTERLEAVE, CACHE,
         )  # fmt: skip
 
 
 @triton.jit
-def read(codes, CACHE: tl.constexpr, DT: tl.constexpr):
+def dequantize_cache(codes, CACHE: tl.constexpr, DT: tl.constexpr):
     """Codes of the cache in the dtype of the products."""
     if CACHE == "fp8":
         bits = codes.to(tl.uint16)
@@ -190,7 +190,7 @@ def read(codes, CACHE: tl.constexpr, DT: tl.constexpr):
 
 
 @triton.jit
-def shares(
+def split_bounds(
     positions, batch, T: tl.constexpr, SLOTS: tl.constexpr, SPLITS: tl.constexpr, BS: tl.constexpr
 ):  # fmt: skip
     """How many cached rows the tokens of a row of the batch see, and how many of them are one share."""
@@ -201,7 +201,7 @@ def shares(
 
 
 @triton.jit
-def attend_kernel(
+def flash_decode_kernel(
     queries, cache, cache_scales, pages, place, positions, parts, tops, totals,
     T: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr,
     PAGE: tl.constexpr, POOL: tl.constexpr, SPLITS: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr,
@@ -214,10 +214,10 @@ def attend_kernel(
     unnormalised sum of latents behind; a share without rows leaves nothing.
     """
     split, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length, share = shares(positions, batch, T, SLOTS, SPLITS, BS)
+    length, share = split_bounds(positions, batch, T, SLOTS, SPLITS, BS)
     start, stop = split * share, tl.minimum(split * share + share, length)
     if start < stop:
-        attend_share(
+        flash_decode_split(
             queries, cache, cache_scales, pages, place, positions, parts, tops, totals, split, block, batch, start,
             stop,
             T, HEADS, R, P, BATCH, SLOTS, PAGE, POOL, SPLITS, BQ, BS, SCALE, CACHE, CACHE_FROM, DT,
@@ -225,14 +225,14 @@ def attend_kernel(
 
 
 @triton.jit
-def attend_share(
+def flash_decode_split(
     queries, cache, cache_scales, pages, place, positions, parts, tops, totals, split, block, batch, start, stop,
     T: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr,
     PAGE: tl.constexpr, POOL: tl.constexpr, SPLITS: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr,
     SCALE: tl.constexpr, CACHE: tl.constexpr,
     CACHE_FROM: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """One program of :func:`attend_kernel`, over the cached rows from start to stop."""
+    """One program of :func:`flash_decode_kernel`, over the cached rows from start to stop."""
     q = block * BQ + tl.arange(0, BQ)
     here = q < T * HEADS
     position = tl.load(positions + batch * T + q // HEADS, mask=here, other=-1)
@@ -248,18 +248,18 @@ def attend_share(
         slot = at + s
         seen = slot < stop
         # Blocks of rows begin at multiples of their size, which divides that of a page.
-        rows = row_of(pages, layer, batch, at, True, BATCH, SLOTS, PAGE, POOL) + s
+        rows = cache_row_index(pages, layer, batch, at, True, BATCH, SLOTS, PAGE, POOL) + s
         row = cache + rows[:, None] * (R + P)
-        values = read(tl.load(row + r[None, :], mask=seen[:, None], other=0), CACHE, DT)
-        keys = read(tl.load(row + R + p[None, :], mask=seen[:, None], other=0), CACHE, DT)
-        scores = product(latents, tl.trans(values), tl.zeros((BQ, BS), tl.float32), DT)
+        values = dequantize_cache(tl.load(row + r[None, :], mask=seen[:, None], other=0), CACHE, DT)
+        keys = dequantize_cache(tl.load(row + R + p[None, :], mask=seen[:, None], other=0), CACHE, DT)
+        scores = dot_accumulate(latents, tl.trans(values), tl.zeros((BQ, BS), tl.float32), DT)
         if CACHE == "int8" or CACHE == "fp8":
             of_latent = tl.load(cache_scales + rows * 2, mask=seen, other=0.0)
             of_key = tl.load(cache_scales + rows * 2 + 1, mask=seen, other=0.0)
-            turned = product(ropes, tl.trans(keys), tl.zeros((BQ, BS), tl.float32), DT)
+            turned = dot_accumulate(ropes, tl.trans(keys), tl.zeros((BQ, BS), tl.float32), DT)
             scores = scores * of_latent[None, :] + turned * of_key[None, :]
         else:
-            scores = product(ropes, tl.trans(keys), scores, DT)
+            scores = dot_accumulate(ropes, tl.trans(keys), scores, DT)
         visible = seen[None, :] & (slot[None, :] <= position[:, None])
         scores = tl.where(visible, scores * SCALE, -1e30)
         highest = tl.maximum(top, tl.max(scores, axis=1))
@@ -268,7 +268,7 @@ def attend_share(
         total = total * rescale + tl.sum(weights, axis=1)
         if CACHE == "int8" or CACHE == "fp8":
             weights = weights * of_latent[None, :]
-        acc = product(weights.to(DT), values, acc * rescale[:, None], DT)
+        acc = dot_accumulate(weights.to(DT), values, acc * rescale[:, None], DT)
         top = highest
     out = (batch * SPLITS + split).to(tl.int64) * T * HEADS + q
     tl.store(tops + out, top, mask=here)
@@ -277,7 +277,7 @@ def attend_share(
 
 
 @triton.jit
-def values_kernel(
+def combine_v_proj_kernel(
     parts, tops, totals, place, positions, words, scales, offsets, out, scratch,
     M: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, V: tl.constexpr, SLOTS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr,
@@ -292,7 +292,7 @@ def values_kernel(
     own = scratch + (head * tl.num_programs(1) + column).to(tl.int64) * M * R
     for m in range(pm * BM, tl.minimum(pm * BM + BM, M)):
         first = head.to(tl.int64) + (m // T) * SPLITS * T * HEADS + (m % T) * HEADS
-        length, share = shares(positions, m // T, T, SLOTS, SPLITS, BLOCK)
+        length, share = split_bounds(positions, m // T, T, SLOTS, SPLITS, BLOCK)
         count = tl.cdiv(length, share)
         top = tl.full((), -1e30, tl.float32)
         for at in range(0, count, BS):

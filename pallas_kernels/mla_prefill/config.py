@@ -31,17 +31,17 @@ from __future__ import annotations
 import dataclasses
 
 # Shared memory beside the tiles: barriers, and what a reduction over all warps needs.
-_OTHER = 1024
+_RESERVED_SHARED_MEMORY = 1024
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class FlashShape:
+class FlashAttentionConfig:
     """How attention of many queries is cut up.
 
     Attributes:
         block_m: queries of a program, 16 for each warp.
         block_n: keys at a time, 16 or more.
-        together: heads whose programs are neighbours; see :func:`neighbours`.
+        together: heads whose programs are neighbours; see :func:`heads_per_wave`.
         num_warps: of a program.
         num_stages: blocks of keys in flight.
     """
@@ -53,19 +53,19 @@ class FlashShape:
     num_stages: int = 3
 
 
-def flash_shape(
-    queries: int,
+def flash_attention_heuristic(
+    num_queries: int,
     heads: int,
     widths: tuple[int, int],
     itemsize: int,
     capability: int,
     shared_memory: int,
     multiprocessors: int,
-) -> FlashShape:
+) -> FlashAttentionConfig:
     """The largest blocks for which there is shared memory, and registers.
 
     Args:
-        queries: per row of the batch.
+        num_queries: per row of the batch.
         heads: of all rows of the batch.
         widths: of the tiles of keys and of values.
         itemsize: bytes of what the products take.
@@ -79,20 +79,20 @@ def flash_shape(
     most = 64 if from_shared_memory else max(16, min(64, 16 * 256 // value))
 
     def fits(block_m: int, block_n: int) -> bool:
-        return (block_m * width + 2 * block_n * (width + value)) * itemsize + _OTHER <= shared_memory
+        return (block_m * width + 2 * block_n * (width + value)) * itemsize + _RESERVED_SHARED_MEMORY <= shared_memory
 
     sizes = [(m, n) for m in (128, 64, 32, 16) for n in (64, 32, 16) if n <= most]
     block_m, block_n = next((size for size in sizes if fits(*size)), (16, 16))
-    return FlashShape(
+    return FlashAttentionConfig(
         block_m=block_m,
         block_n=block_n,
-        together=neighbours(-(-queries // block_m), heads, multiprocessors),
+        together=heads_per_wave(-(-num_queries // block_m), heads, multiprocessors),
         num_warps=block_m // 16,
         num_stages=2 if from_shared_memory else 3,
     )
 
 
-def neighbours(blocks: int, heads: int, multiprocessors: int) -> int:
+def heads_per_wave(blocks: int, heads: int, multiprocessors: int) -> int:
     """Heads whose programs fill the card once: no more of their keys than need be are in the L2 cache at a time.
 
     Args:

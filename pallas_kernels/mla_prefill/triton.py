@@ -9,11 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels._tile_dot import product
+from pallas_kernels._tile_dot import dot_accumulate
 
 
 @triton.jit
-def read_keys(
+def load_keys(
     nope, rope, slot, inside, HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, H: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,7 @@ def read_keys(
 
 
 @triton.jit
-def read_values(
+def load_values(
     v, slot, inside, FIRST: tl.constexpr, HEADS: tl.constexpr, V: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     """W columns of the values ``[BN, V]``, from FIRST on."""
@@ -51,7 +51,7 @@ def read_values(
 
 
 @triton.jit
-def step(
+def online_softmax_step(
     q, nope, rope, v, one, two, top, total, seen, stop, at, HEADS: tl.constexpr, NOPE: tl.constexpr,
     ROPE: tl.constexpr, V: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FACTOR: tl.constexpr, MASKED: tl.constexpr, DT: tl.constexpr,
@@ -63,8 +63,8 @@ def step(
     """
     n = tl.arange(0, BN)
     slot, inside = at + n, n < stop - at
-    keys = read_keys(nope, rope, slot, inside, HEADS, NOPE, ROPE, H, MASKED).to(DT)
-    scores = product(q, tl.trans(keys), tl.zeros((BM, BN), tl.float32), DT)
+    keys = load_keys(nope, rope, slot, inside, HEADS, NOPE, ROPE, H, MASKED).to(DT)
+    scores = dot_accumulate(q, tl.trans(keys), tl.zeros((BM, BN), tl.float32), DT)
     if MASKED:
         # The running maximum is finite, so that a row of nothing else gives zeros and no NaN.
         scores = tl.where(n[None, :] < (seen - at)[:, None], scores, float("-inf"))
@@ -73,16 +73,16 @@ def step(
     rescale = tl.exp2((top - highest) * FACTOR)
     total = total * rescale + tl.sum(weights, axis=1)
     weights = weights.to(DT)
-    first = read_values(v, slot, inside, 0, HEADS, V, W, MASKED).to(DT)
-    one = product(weights, first, one * rescale[:, None], DT)
+    first = load_values(v, slot, inside, 0, HEADS, V, W, MASKED).to(DT)
+    one = dot_accumulate(weights, first, one * rescale[:, None], DT)
     if V > W:
-        second = read_values(v, slot, inside, W, HEADS, V, W, MASKED).to(DT)
-        two = product(weights, second, two * rescale[:, None], DT)
+        second = load_values(v, slot, inside, W, HEADS, V, W, MASKED).to(DT)
+        two = dot_accumulate(weights, second, two * rescale[:, None], DT)
     return one, two, highest, total
 
 
 @triton.jit
-def flash_kernel(
+def flash_attention_kernel(
     q, nope, rope, v, positions, first_key, out, lse,
     BATCH: tl.constexpr, T: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr, NOPE: tl.constexpr,
     ROPE: tl.constexpr, V: tl.constexpr, TOGETHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -118,12 +118,12 @@ def flash_kernel(
     one = tl.zeros((BM, W), tl.float32)
     two = one
     for at in range(0, full, BN):
-        one, two, top, total = step(
+        one, two, top, total = online_softmax_step(
             query, nope, rope, v, one, two, top, total, seen, stop, at, HEADS, NOPE, ROPE, V, H, W, BM, BN, FACTOR,
             False, DT,
         )  # fmt: skip
     for at in range(full, stop, BN):
-        one, two, top, total = step(
+        one, two, top, total = online_softmax_step(
             query, nope, rope, v, one, two, top, total, seen, stop, at, HEADS, NOPE, ROPE, V, H, W, BM, BN, FACTOR,
             True, DT,
         )  # fmt: skip

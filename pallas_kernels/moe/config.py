@@ -6,7 +6,7 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PairShape:
+class MoeConfig:
     """How the work on pairs of token and expert is cut up.
 
     Attributes:

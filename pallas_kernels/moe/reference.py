@@ -5,29 +5,29 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.moe.op import Routed
-from pallas_kernels.quant_matmul.op import Made, Squares
-from pallas_kernels.quant_matmul.reference import factor_ref
-from pallas_kernels.tiles import Tiles, from_tiles
+from pallas_kernels.moe.op import RouterConfig
+from pallas_kernels.quant_matmul.op import LinearOutput, SumSq
+from pallas_kernels.quant_matmul.reference import inv_rms_ref
+from pallas_kernels.tiles import Tiles, dequantize_tiles
 
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def choose_ref(routed: Routed, logits: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+def route_ref(router: RouterConfig, logits: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Numbers and weights ``[M, X]`` of the experts of each token."""
     scores = jax.nn.sigmoid(logits)
-    _, numbers = jax.lax.top_k(scores + bias[None], routed.chosen)
+    _, numbers = jax.lax.top_k(scores + bias[None], router.experts_per_token)
     weights = jnp.take_along_axis(scores, numbers, axis=-1)
-    if routed.normalised:
+    if router.normalize_weights:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    return numbers, weights * routed.factor
+    return numbers, weights * router.scaling_factor
 
 
 def gate_up_ref(
-    routed: Routed,
+    router: RouterConfig,
     x: jax.Array,
-    squares: Squares,
-    place: jax.Array,
+    sum_sq: SumSq,
+    layer_index: jax.Array,
     logits: jax.Array,
     bias: jax.Array,
     gate: Tiles,
@@ -37,21 +37,23 @@ def gate_up_ref(
     eps: float,
 ) -> jax.Array:
     """See :func:`pallas_kernels.moe.gate_up`."""
-    layer = place[0]
-    numbers, _ = choose_ref(routed, logits, bias[layer])
-    rows = x.astype(jnp.float32) * factor_ref(squares, x.shape[1], eps)
-    one, two = (jnp.einsum("mk,mxfk->mxf", rows, _values(w, layer)[numbers], precision=_EXACT) for w in (gate, up))
+    layer = layer_index[0]
+    numbers, _ = route_ref(router, logits, bias[layer])
+    rows = x.astype(jnp.float32) * inv_rms_ref(sum_sq, x.shape[1], eps)
+    one, two = (
+        jnp.einsum("mk,mxfk->mxf", rows, _dequantize_layer(w, layer)[numbers], precision=_EXACT) for w in (gate, up)
+    )
     made = [(jax.nn.silu(one) * two).reshape(-1)]
     if shared:
-        one, two = (jnp.matmul(rows, _values(w, layer).T, precision=_EXACT) for w in shared)
+        one, two = (jnp.matmul(rows, _dequantize_layer(w, layer).T, precision=_EXACT) for w in shared)
         made.append((jax.nn.silu(one) * two).reshape(-1))
     return jnp.concatenate(made).astype(x.dtype)
 
 
 def down_ref(
-    routed: Routed,
+    router: RouterConfig,
     h: jax.Array,
-    place: jax.Array,
+    layer_index: jax.Array,
     logits: jax.Array,
     bias: jax.Array,
     weight: Tiles,
@@ -59,20 +61,20 @@ def down_ref(
     residual: jax.Array,
     next_norm: jax.Array,
     *,
-    next_from: int = 0,
-) -> Made:
+    next_norm_offset: int = 0,
+) -> LinearOutput:
     """See :func:`pallas_kernels.moe.down`."""
-    layer, m = place[0], residual.shape[0]
-    numbers, weights = choose_ref(routed, logits, bias[layer])
-    pairs, rest = jnp.split(h.astype(jnp.float32), [m * routed.chosen * weight.inputs])
-    pairs = pairs.reshape(m, routed.chosen, weight.inputs)
-    outs = jnp.einsum("mxf,mxdf->mxd", pairs, _values(weight, layer)[numbers], precision=_EXACT)
+    layer, m = layer_index[0], residual.shape[0]
+    numbers, weights = route_ref(router, logits, bias[layer])
+    pairs, rest = jnp.split(h.astype(jnp.float32), [m * router.experts_per_token * weight.inputs])
+    pairs = pairs.reshape(m, router.experts_per_token, weight.inputs)
+    outs = jnp.einsum("mxf,mxdf->mxd", pairs, _dequantize_layer(weight, layer)[numbers], precision=_EXACT)
     out = residual + jnp.sum(outs * weights[..., None], axis=1)
     if shared:
-        out = out + jnp.matmul(rest.reshape(m, -1), _values(shared, layer).T, precision=_EXACT)
-    scaled = (out * next_norm[place[0] + next_from][None].astype(jnp.float32)).astype(h.dtype)
-    return Made(out, scaled, Squares(jnp.sum(out * out, axis=-1, keepdims=True), 0, 1))
+        out = out + jnp.matmul(rest.reshape(m, -1), _dequantize_layer(shared, layer).T, precision=_EXACT)
+    scaled = (out * next_norm[layer_index[0] + next_norm_offset][None].astype(jnp.float32)).astype(h.dtype)
+    return LinearOutput(out, scaled, SumSq(jnp.sum(out * out, axis=-1, keepdims=True), 0, 1))
 
 
-def _values(weight: Tiles, layer: jax.Array) -> jax.Array:
-    return from_tiles(jax.tree.map(lambda array: array[layer], weight))
+def _dequantize_layer(weight: Tiles, layer: jax.Array) -> jax.Array:
+    return dequantize_tiles(jax.tree.map(lambda array: array[layer], weight))

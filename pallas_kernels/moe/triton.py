@@ -2,7 +2,7 @@
 
 A program of :func:`gate_up_kernel` or :func:`down_kernel` works on a tile of one expert. For very few tokens it does so
 for one (token, expert) pair, and nothing is sorted: which expert that is the first kernel finds out itself, from the
-router's logits: 64 numbers to look at, against another kernel to wait for. For more tokens :func:`plan_kernel` goes
+router's logits: 64 numbers to look at, against another kernel to wait for. For more tokens :func:`dispatch_kernel` goes
 before, and the pairs of an expert are read together, so that its weights are read once. The shared expert takes part
 as one more slot, for all tokens at once.
 """
@@ -12,11 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels._tile_dot import dot_pair, dot_tile, rms_factor, squares_of
+from pallas_kernels._tile_dot import dot_pair, dot_tile, inv_rms, load_sum_sq
 
 
 @triton.jit
-def chosen(
+def select_expert(
     logits, bias, token, slot, E: tl.constexpr, X: tl.constexpr, NORMALISED: tl.constexpr, FACTOR: tl.constexpr
 ):  # fmt: skip
     """Number and weight of the slot-th best expert of a token; of equal ones the first comes first."""
@@ -41,7 +41,7 @@ def chosen(
 
 
 @triton.jit
-def plan_kernel(
+def dispatch_kernel(
     logits, bias, place, owners, sizes, pairs, weights,
     M: tl.constexpr, E: tl.constexpr, X: tl.constexpr, NORMALISED: tl.constexpr, FACTOR: tl.constexpr,
     BLOCKS: tl.constexpr, BM: tl.constexpr,
@@ -80,7 +80,7 @@ def plan_kernel(
 
 
 @triton.jit
-def pairs_of(who, sizes, pairs, CHUNKS: tl.constexpr, BM: tl.constexpr, SORTED: tl.constexpr):
+def load_pairs(who, sizes, pairs, CHUNKS: tl.constexpr, BM: tl.constexpr, SORTED: tl.constexpr):
     """The pairs of a program, which of them are there, and how many chunks of weights to read: none for no pair."""
     r = tl.arange(0, BM)
     if SORTED:
@@ -124,32 +124,32 @@ def gate_up_kernel(
             if SORTED:
                 expert = tl.load(owners_in + who)
             else:
-                expert, weight = chosen(logits, bias + layer * E, who // X, who % X, E, X, NORMALISED, FACTOR)
+                expert, weight = select_expert(logits, bias + layer * E, who // X, who % X, E, X, NORMALISED, FACTOR)
                 if pn == 0:
                     tl.store(owners + who, expert)
                     tl.store(weights + who, weight)
-            pair, here, stop = pairs_of(who, sizes, pairs, CHUNKS, BM, SORTED)
+            pair, here, stop = load_pairs(who, sizes, pairs, CHUNKS, BM, SORTED)
             rows = pair // X
-            parts = squares_of(squares, rows, here, 0, PARTS, PARTS)
+            parts = load_sum_sq(squares, rows, here, 0, PARTS, PARTS)
             gate, up = dot_pair(
                 x, rows, here, g_words, g_scales, g_offsets, u_words, u_scales, u_offsets,
                 (layer * E + expert) * TILES + pn // HALVES, first, stop, K, K, CHUNKS, GROUPS, GROUP, SUB,
                 PER_WORD, KIND, BM, BN, SCALED, OFFSET, DT,
             )  # fmt: skip
-            value = swiglu(gate, up, rms_factor(parts, EPS, K))
+            value = swiglu(gate, up, inv_rms(parts, EPS, K))
             to = out + pair[:, None] * F + n[None, :]
             tl.store(to, value.to(out.dtype.element_ty), mask=here[:, None] & (n < F)[None, :])
     else:
         if pn * BN < SF:
             rows = (who - BLOCKS) * BM + r
             here = rows < M
-            parts = squares_of(squares, rows, here, 0, PARTS, PARTS)
+            parts = load_sum_sq(squares, rows, here, 0, PARTS, PARTS)
             gate, up = dot_pair(
                 x, rows, here, sg_words, sg_scales, sg_offsets, su_words, su_scales, su_offsets,
                 layer * S_TILES + pn // HALVES, first, S_CHUNKS, K, K, S_CHUNKS, S_GROUPS, S_GROUP, S_SUB,
                 S_PER_WORD, S_KIND, BM, BN, S_SCALED, S_OFFSET, DT,
             )  # fmt: skip
-            value = swiglu(gate, up, rms_factor(parts, EPS, K))
+            value = swiglu(gate, up, inv_rms(parts, EPS, K))
             to = out + M * X * F + rows[:, None] * SF + n[None, :]
             tl.store(to, value.to(out.dtype.element_ty), mask=here[:, None] & (n < SF)[None, :])
 
@@ -183,7 +183,7 @@ def down_kernel(
     if RESIDUAL:
         stream = tl.load(residual + r[:, None] * N + n[None, :], mask=(r < M)[:, None] & (n < N)[None, :], other=0.0)
     if who < BLOCKS:
-        pair, here, stop = pairs_of(who, sizes, pairs, CHUNKS, BM, SORTED)
+        pair, here, stop = load_pairs(who, sizes, pairs, CHUNKS, BM, SORTED)
         weight = tl.load(weights + pair, mask=here, other=0.0)
         acc = dot_tile(
             zero, h, pair, here, h, words, scales, offsets,

@@ -1,5 +1,5 @@
 """Products of activations with quantised matrices."""
 
-from pallas_kernels.quant_matmul.op import Made as Made
-from pallas_kernels.quant_matmul.op import Squares as Squares
-from pallas_kernels.quant_matmul.op import linear as linear
+from pallas_kernels.quant_matmul.op import LinearOutput as LinearOutput
+from pallas_kernels.quant_matmul.op import SumSq as SumSq
+from pallas_kernels.quant_matmul.op import fused_linear as fused_linear

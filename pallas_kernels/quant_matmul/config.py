@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.tiles import WIDTH
+from pallas_kernels.tiles import TILE_WIDTH
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class LinearShape:
+class LinearConfig:
     """How a product with few rows is cut up.
 
     Attributes:
@@ -26,7 +26,7 @@ class LinearShape:
     num_stages: int = 3
 
 
-def linear_shape(rows: int, outputs: int, chunks: int, multiprocessors: int) -> LinearShape:
+def linear_heuristic(rows: int, outputs: int, chunks: int, multiprocessors: int) -> LinearConfig:
     """Enough programs to have two on each multiprocessor, as far as the inputs can be split.
 
     Args:
@@ -36,10 +36,10 @@ def linear_shape(rows: int, outputs: int, chunks: int, multiprocessors: int) -> 
         multiprocessors: of the card.
     """
     block_m = 16 if rows <= 16 else 32
-    block_n = 32 if -(-outputs // WIDTH) < multiprocessors else WIDTH
+    block_n = 32 if -(-outputs // TILE_WIDTH) < multiprocessors else TILE_WIDTH
     blocks = -(-outputs // block_n) * -(-rows // block_m)
     splits = 1
     while blocks * splits < 2 * multiprocessors and splits < 8 and chunks // (2 * splits) >= 2:
         splits *= 2
     warps = 2 if block_n == 32 and block_m == 16 else 4
-    return LinearShape(block_m=block_m, block_n=block_n, splits=splits, num_warps=warps, num_stages=4)
+    return LinearConfig(block_m=block_m, block_n=block_n, splits=splits, num_warps=warps, num_stages=4)

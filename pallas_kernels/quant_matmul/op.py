@@ -11,81 +11,83 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _device, tuned
-from pallas_kernels._launch import LaunchError, Shape, check_counters, interpreted, launch
-from pallas_kernels.quant_matmul.config import LinearShape, linear_shape
-from pallas_kernels.tiles import ROWS, Tiles, chunk
+from pallas_kernels._launch import CompileOptions, LaunchError, check_counters, is_interpreted, launch
+from pallas_kernels.quant_matmul.config import LinearConfig, linear_heuristic
+from pallas_kernels.tiles import CHUNK_ROWS, Tiles, chunk_inputs
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["first", "count"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["partials"], meta_fields=["first_block", "num_blocks"]
+)
 @dataclasses.dataclass(frozen=True, slots=True)
-class Squares:
+class SumSq:
     """Sums of squares of rows by blocks of columns, which the kernel that made the rows has left behind.
 
     With them a norm costs its reader nothing: the factor ``1 / rms`` is known at once, and a product can be multiplied
     by it when it is done.
 
     Attributes:
-        parts: float32 ``[M, blocks]``.
-        first: block that the columns in question begin with.
-        count: how many of them.
+        partials: float32 ``[M, blocks]``.
+        first_block: block that the columns in question begin with.
+        num_blocks: how many of them.
     """
 
-    parts: jax.Array
-    first: int
-    count: int
+    partials: jax.Array
+    first_block: int
+    num_blocks: int
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
-class Made:
+class LinearOutput:
     """What a product leaves.
 
     Attributes:
         out: ``[M, N]``.
         scaled: ``[M, N]``, the same times the next norm's weight (the norm's factor is still missing); ``out`` itself
             where there is no norm.
-        squares: of ``out``.
+        sum_sq: of ``out``.
     """
 
     out: jax.Array
     scaled: jax.Array
-    squares: Squares
+    sum_sq: SumSq
 
 
-def linear(
+def fused_linear(
     x: jax.Array,
     weight: Tiles,
-    place: jax.Array,
+    layer_index: jax.Array,
     counters: jax.Array,
     *,
-    other: Tiles | None = None,
-    squares: Squares | None = None,
+    second_weight: Tiles | None = None,
+    sum_sq: SumSq | None = None,
     eps: float = 0.0,
     residual: jax.Array | None = None,
     next_norm: jax.Array | None = None,
-    next_from: int = 0,
+    next_norm_offset: int = 0,
     dtype: Any = None,
     scaled_dtype: Any = None,
-    shape: LinearShape | None = None,
-) -> tuple[Made, jax.Array]:
+    config: LinearConfig | None = None,
+) -> tuple[LinearOutput, jax.Array]:
     """``factor(x) * (x @ weight[layer].T) + residual`` for few rows.
 
     Args:
-        x: ``[M, K]``, or wider: of more columns the first K are taken. Where ``squares`` are given, x is already
+        x: ``[M, K]``, or wider: of more columns the first K are taken. Where ``sum_sq`` are given, x is already
             multiplied by its norm's weight, and the squares are those from before.
         weight: ``[L, N, K]``.
-        place: int32 ``[1]``, index of the matrix in its stack.
+        layer_index: int32 ``[1]``, index of the matrix in its stack.
         counters: int32 zeros, one for each block of outputs and rows or more; without splits they are not looked at.
-        other: ``[L, N', K]`` of the same kind; its outputs follow those of ``weight``, whose number the block of
+        second_weight: ``[L, N', K]`` of the same kind; its outputs follow those of ``weight``, whose number the block of
             outputs must divide.
-        squares: of x, for a norm.
+        sum_sq: of x, for a norm.
         eps: of the norm.
         residual: ``[M, N]``.
         next_norm: ``[norms, N]``, weights of the norm that reads the result.
-        next_from: what to add to ``place`` for the index of the norm.
+        next_norm_offset: what to add to ``layer_index`` for the index of the norm.
         dtype: of the result; that of x unless given.
         scaled_dtype: of the result times the next norm's weight; that of x unless given.
-        shape: block sizes; chosen for the card unless given.
+        config: block sizes; chosen for the card unless given.
 
     Returns:
         The result, and the counters, zero again.
@@ -93,29 +95,29 @@ def linear(
     Raises:
         LaunchError: for matrices that do not belong together, and for too few columns or counters.
     """
-    if other is not None and (other.kind, other.inputs) != (weight.kind, weight.inputs):
+    if second_weight is not None and (second_weight.kind, second_weight.inputs) != (weight.kind, weight.inputs):
         raise LaunchError("two matrices side by side must have codes of one kind, and the same inputs")
     (m, stride), first = x.shape, weight.outputs
-    outputs = first + (other.outputs if other else 0)
-    shape = shape or tuned.best(problem(m, outputs, weight))
-    blocks = math.ceil(outputs / shape.block_n)
+    outputs = first + (second_weight.outputs if second_weight else 0)
+    config = config or tuned.lookup_config(linear_tuning_key(m, outputs, weight))
+    blocks = math.ceil(outputs / config.block_n)
     if stride < weight.inputs:
         raise LaunchError(f"rows of {stride} columns for a matrix of {weight.inputs} inputs")
-    if other is not None and first % shape.block_n:
-        raise LaunchError(f"a second matrix cannot begin at output {first} with blocks of {shape.block_n}")
-    if shape.splits > 1:
-        check_counters(counters, math.ceil(m / shape.block_m) * blocks)
-    from pallas_kernels.quant_matmul.triton import linear_kernel
+    if second_weight is not None and first % config.block_n:
+        raise LaunchError(f"a second matrix cannot begin at output {first} with blocks of {config.block_n}")
+    if config.splits > 1:
+        check_counters(counters, math.ceil(m / config.block_m) * blocks)
+    from pallas_kernels.quant_matmul.triton import fused_linear_kernel
 
     one = jax.ShapeDtypeStruct((1,), jnp.float32)
     out, scaled, parts, _, counters = launch(
-        linear_kernel,
+        fused_linear_kernel,
         [
             x,
-            x if squares is None else squares.parts,
-            place,
-            *operands(weight),
-            *operands(other or weight),
+            x if sum_sq is None else sum_sq.partials,
+            layer_index,
+            *weight_operands(weight),
+            *weight_operands(second_weight or weight),
             x if residual is None else residual,
             x if next_norm is None else next_norm,
             counters,
@@ -124,69 +126,73 @@ def linear(
             jax.ShapeDtypeStruct((m, outputs), jnp.dtype(dtype or x.dtype)),
             one if next_norm is None else jax.ShapeDtypeStruct((m, outputs), jnp.dtype(scaled_dtype or x.dtype)),
             jax.ShapeDtypeStruct((m, blocks), jnp.float32),
-            jax.ShapeDtypeStruct((shape.splits, m, outputs), jnp.float32) if shape.splits > 1 else one,
+            jax.ShapeDtypeStruct((config.splits, m, outputs), jnp.float32) if config.splits > 1 else one,
             jax.ShapeDtypeStruct(counters.shape, jnp.int32),
         ],
-        grid=(math.ceil(m / shape.block_m), shape.splits, blocks),
-        shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
+        grid=(math.ceil(m / config.block_m), config.splits, blocks),
+        options=CompileOptions(num_warps=config.num_warps, num_stages=config.num_stages),
         aliases={11: 4},
         M=m,
         N=outputs,
         STRIDE=stride,
-        **constants(weight),
+        **weight_constants(weight),
         OTHER=first,
-        **{f"O_{name}": value for name, value in constants(other or weight).items() if name in _OWN},
-        BM=shape.block_m,
-        BN=shape.block_n,
-        SPLITS=shape.splits,
-        FACTOR=squares is not None,
-        FIRST=squares.first if squares else 0,
-        PARTS=squares.count if squares else 1,
-        ALL_PARTS=squares.parts.shape[1] if squares else 1,
+        **{
+            f"O_{name}": value
+            for name, value in weight_constants(second_weight or weight).items()
+            if name in _SECOND_WEIGHT_CONSTANTS
+        },
+        BM=config.block_m,
+        BN=config.block_n,
+        SPLITS=config.splits,
+        FACTOR=sum_sq is not None,
+        FIRST=sum_sq.first_block if sum_sq else 0,
+        PARTS=sum_sq.num_blocks if sum_sq else 1,
+        ALL_PARTS=sum_sq.partials.shape[1] if sum_sq else 1,
         EPS=eps,
         RESIDUAL=residual is not None,
         NEXT=next_norm is not None,
-        NEXT_FROM=next_from,
+        NEXT_FROM=next_norm_offset,
         DT=compute_dtype(x.dtype),
     )
-    return Made(out, out if next_norm is None else scaled, Squares(parts, 0, blocks)), counters
+    return LinearOutput(out, out if next_norm is None else scaled, SumSq(parts, 0, blocks)), counters
 
 
-def problem(rows: int, outputs: int, weight: Tiles) -> tuned.Problem[LinearShape]:
-    """What block sizes of :func:`linear` depend on.
+def linear_tuning_key(rows: int, outputs: int, weight: Tiles) -> tuned.TuningKey[LinearConfig]:
+    """What block sizes of :func:`fused_linear` depend on.
 
     Args:
         rows: of the activations.
         outputs: of the matrix, or of both.
         weight: the first.
     """
-    target = _device.target()
-    rule = linear_shape(rows, outputs, weight.chunks, target.multiprocessors if target else 128)
-    key = f"{tuned.rows_key(rows)} n{outputs} k{weight.inputs} {weight.kind} g{weight.group}"
-    splits = tuple(n for n in (1, 2, 4, 8, 16) if n <= weight.chunks)
+    target = _device.current_target()
+    rule = linear_heuristic(rows, outputs, weight.num_chunks, target.multiprocessors if target else 128)
+    key = f"{tuned.rows_bucket(rows)} n{outputs} k{weight.inputs} {weight.kind} g{weight.group_size}"
+    splits = tuple(n for n in (1, 2, 4, 8, 16) if n <= weight.num_chunks)
     axes = {"block_n": (32, 64), "splits": splits, "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
-    return tuned.Problem("linear", key, rule, axes if rows <= 16 else {"block_m": (16, 32, 64), **axes})
+    return tuned.TuningKey("linear", key, rule, axes if rows <= 16 else {"block_m": (16, 32, 64), **axes})
 
 
-_OWN = ("TILES", "GROUPS", "GROUP", "SUB", "SCALED", "OFFSET")
+_SECOND_WEIGHT_CONSTANTS = ("TILES", "GROUPS", "GROUP", "SUB", "SCALED", "OFFSET")
 
 
-def operands(weight: Tiles) -> list[jax.Array]:
+def weight_operands(weight: Tiles) -> list[jax.Array]:
     """The arrays of a weight as a kernel takes them; what is not there is not read either."""
-    return [weight.words, *(weight.words if x is None else x for x in (weight.scales, weight.offsets))]
+    return [weight.packed, *(weight.packed if x is None else x for x in (weight.scales, weight.offsets))]
 
 
-def constants(weight: Tiles) -> dict[str, Any]:
+def weight_constants(weight: Tiles) -> dict[str, Any]:
     """What a kernel must know of a weight."""
-    size = chunk(weight.kind)
+    size = chunk_inputs(weight.kind)
     return {
         "K": weight.inputs,
-        "TILES": weight.tiles,
-        "CHUNKS": weight.chunks,
-        "GROUPS": weight.groups,
-        "GROUP": weight.group,
-        "SUB": math.gcd(weight.group, size) if weight.group else size,
-        "PER_WORD": size // ROWS,
+        "TILES": weight.num_tiles,
+        "CHUNKS": weight.num_chunks,
+        "GROUPS": weight.num_groups,
+        "GROUP": weight.group_size,
+        "SUB": math.gcd(weight.group_size, size) if weight.group_size else size,
+        "PER_WORD": size // CHUNK_ROWS,
         "KIND": weight.kind,
         "SCALED": weight.scales is not None,
         "OFFSET": weight.offsets is not None,
@@ -197,4 +203,4 @@ def compute_dtype(dtype: Any) -> Any:
     """The dtype of a kernel's products: bfloat16, or float32 where the activations have it and in the interpreter."""
     import triton.language as tl
 
-    return tl.float32 if interpreted() or jnp.dtype(dtype) == jnp.float32 else tl.bfloat16
+    return tl.float32 if is_interpreted() or jnp.dtype(dtype) == jnp.float32 else tl.bfloat16

@@ -7,39 +7,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quant_matmul.op import Made, Squares
-from pallas_kernels.tiles import Tiles, from_tiles
+from pallas_kernels.quant_matmul.op import LinearOutput, SumSq
+from pallas_kernels.tiles import Tiles, dequantize_tiles
 
 
-def linear_ref(
+def fused_linear_ref(
     x: jax.Array,
     weight: Tiles,
-    place: jax.Array,
+    layer_index: jax.Array,
     *,
-    squares: Squares | None = None,
+    sum_sq: SumSq | None = None,
     eps: float = 0.0,
     residual: jax.Array | None = None,
     next_norm: jax.Array | None = None,
-    next_from: int = 0,
+    next_norm_offset: int = 0,
     dtype: Any = None,
     scaled_dtype: Any = None,
-) -> Made:
-    """See :func:`pallas_kernels.quant_matmul.linear`; sums of squares in one part."""
-    one = jax.tree.map(lambda array: array[place[0]], weight)
+) -> LinearOutput:
+    """See :func:`pallas_kernels.quant_matmul.fused_linear`; sums of squares in one part."""
+    one = jax.tree.map(lambda array: array[layer_index[0]], weight)
     rows = x[:, : weight.inputs].astype(jnp.float32)
-    out = jnp.matmul(rows, from_tiles(one).T, precision=jax.lax.Precision.HIGHEST)
-    if squares is not None:
-        out = out * factor_ref(squares, weight.inputs, eps)
+    out = jnp.matmul(rows, dequantize_tiles(one).T, precision=jax.lax.Precision.HIGHEST)
+    if sum_sq is not None:
+        out = out * inv_rms_ref(sum_sq, weight.inputs, eps)
     if residual is not None:
         out = out + residual.astype(jnp.float32)
     scaled = out.astype(dtype or x.dtype)
     if next_norm is not None:
-        scaled = (out * next_norm[place[0] + next_from][None].astype(jnp.float32)).astype(scaled_dtype or x.dtype)
+        scaled = (out * next_norm[layer_index[0] + next_norm_offset][None].astype(jnp.float32)).astype(
+            scaled_dtype or x.dtype
+        )
     total = jnp.sum(out * out, axis=-1, keepdims=True)
-    return Made(out.astype(dtype or x.dtype), scaled, Squares(total, 0, 1))
+    return LinearOutput(out.astype(dtype or x.dtype), scaled, SumSq(total, 0, 1))
 
 
-def factor_ref(squares: Squares, width: int, eps: float) -> jax.Array:
+def inv_rms_ref(sum_sq: SumSq, width: int, eps: float) -> jax.Array:
     """``1 / rms`` of rows ``[M, 1]`` of so many values."""
-    mine = squares.parts[:, squares.first : squares.first + squares.count]
+    mine = sum_sq.partials[:, sum_sq.first_block : sum_sq.first_block + sum_sq.num_blocks]
     return jax.lax.rsqrt(jnp.sum(mine, axis=-1, keepdims=True) / width + eps)

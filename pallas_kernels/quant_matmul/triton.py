@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels._tile_dot import dot_tile, rms_factor, squares_of
+from pallas_kernels._tile_dot import dot_tile, inv_rms, load_sum_sq
 
 
 @triton.jit
-def linear_kernel(
+def fused_linear_kernel(
     x, squares, place, words, scales, offsets, o_words, o_scales, o_offsets, residual, next_norm, counters_in, out,
     scaled, out_squares, partial, counters,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, TILES: tl.constexpr,
@@ -39,7 +39,7 @@ def linear_kernel(
     at = rows[:, None] * N + n[None, :]
     # What the end needs is asked for before the way there.
     if FACTOR:
-        parts = squares_of(squares, rows, here, FIRST, PARTS, ALL_PARTS)
+        parts = load_sum_sq(squares, rows, here, FIRST, PARTS, ALL_PARTS)
     if RESIDUAL:
         stream = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     if NEXT:
@@ -70,7 +70,7 @@ def linear_kernel(
                 acc += tl.load(partial + i * M * N + at, mask=inside, other=0.0, cache_modifier=".cg")
     if last:
         if FACTOR:
-            acc = acc * rms_factor(parts, EPS, K)[:, None]
+            acc = acc * inv_rms(parts, EPS, K)[:, None]
         if RESIDUAL:
             acc += stream
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)

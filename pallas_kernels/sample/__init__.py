@@ -1,8 +1,8 @@
 """One token for each row: from states through the head, or from logits."""
 
-from pallas_kernels.sample.op import Drawn as Drawn
-from pallas_kernels.sample.op import Rows as Rows
+from pallas_kernels.sample.op import SampleOutput as SampleOutput
+from pallas_kernels.sample.op import SamplingTensors as SamplingTensors
 from pallas_kernels.sample.op import Vocabulary as Vocabulary
-from pallas_kernels.sample.op import draw as draw
-from pallas_kernels.sample.op import head as head
-from pallas_kernels.sample.op import thresholds as thresholds
+from pallas_kernels.sample.op import filter_thresholds as filter_thresholds
+from pallas_kernels.sample.op import lm_head_sample as lm_head_sample
+from pallas_kernels.sample.op import sample_logits as sample_logits

@@ -6,17 +6,17 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SampleShape:
+class SampleConfig:
     """How rows of logits are cut up.
 
     It decides in which order the probabilities of a row are added, so it may depend on nothing but the row's width.
 
     Attributes:
-        share: ids of a program, a power of two; 1,024 at most, so that 2^20 for each fits 32 bits.
-        run: shares that are added up together.
+        block_v: ids of a program, a power of two; 1,024 at most, so that 2^20 for each fits 32 bits.
+        blocks_per_sum: shares that are added up together.
         num_warps: of a program.
     """
 
-    share: int = 1024
-    run: int = 16
+    block_v: int = 1024
+    blocks_per_sum: int = 16
     num_warps: int = 4

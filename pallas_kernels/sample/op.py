@@ -12,19 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import _device, tuned
-from pallas_kernels._launch import Shape, check_counters, launch
-from pallas_kernels.quant_matmul.config import LinearShape, linear_shape
-from pallas_kernels.quant_matmul.op import Squares, compute_dtype, constants, operands
-from pallas_kernels.sample.config import SampleShape
+from pallas_kernels._launch import CompileOptions, check_counters, launch
+from pallas_kernels.quant_matmul.config import LinearConfig, linear_heuristic
+from pallas_kernels.quant_matmul.op import SumSq, compute_dtype, weight_constants, weight_operands
+from pallas_kernels.sample.config import SampleConfig
 from pallas_kernels.tiles import Tiles
 
-_LEVELS = 4  # of eight bits each
-_WINDOW = 1024  # candidates that a program looks at together
+_RADIX_PASSES = 4  # of eight bits each
+_CANDIDATE_WINDOW = 1024  # candidates that a program looks at together
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
+class SamplingTensors:
     """What ``M`` rows ask for.
 
     Attributes:
@@ -49,31 +49,31 @@ class Vocabulary:
     """Which ids can be drawn.
 
     Attributes:
-        valid: ids from here on cannot.
-        unused: nor can these.
+        valid_size: ids from here on cannot.
+        unused_ids: nor can these.
     """
 
-    valid: int
-    unused: tuple[int, ...] = ()
+    valid_size: int
+    unused_ids: tuple[int, ...] = ()
 
-    def there(self, width: int) -> np.ndarray:
+    def valid_mask(self, width: int) -> np.ndarray:
         """Bool ``[width]``: whether each id can be drawn."""
-        known = np.arange(width) < self.valid
-        known[[token for token in self.unused if token < width]] = False
+        known = np.arange(width) < self.valid_size
+        known[[token for token in self.unused_ids if token < width]] = False
         return known
 
     def constants(self, width: int) -> dict[str, Any]:
         """As the kernels take them."""
-        return {"VALID": min(self.valid, width), "MISSING": bool(self.unused)}
+        return {"VALID": min(self.valid_size, width), "MISSING": bool(self.unused_ids)}
 
-    def missing(self, width: int, instead: jax.Array) -> jax.Array:
+    def invalid_mask(self, width: int, placeholder: jax.Array) -> jax.Array:
         """Int8 ``[width]``, 1 for ids that cannot be drawn; where the kernels do not look, an array that is there."""
-        return jnp.asarray(~self.there(width), jnp.int8) if self.unused else instead
+        return jnp.asarray(~self.valid_mask(width), jnp.int8) if self.unused_ids else placeholder
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
-class Drawn:
+class SampleOutput:
     """What was drawn.
 
     Attributes:
@@ -87,18 +87,18 @@ class Drawn:
     logprob: jax.Array | None = None
 
 
-def head(
+def lm_head_sample(
     x: jax.Array,
     weight: Tiles,
-    rows: Rows,
+    sampling: SamplingTensors,
     vocabulary: Vocabulary,
     counters: jax.Array,
     *,
-    drawn: bool,
-    squares: Squares | None = None,
+    has_random: bool,
+    sum_sq: SumSq | None = None,
     eps: float = 0.0,
-    shape: LinearShape | None = None,
-) -> tuple[Drawn, jax.Array]:
+    config: LinearConfig | None = None,
+) -> tuple[SampleOutput, jax.Array]:
     """Tokens of the logits ``factor(x) * (x @ weight.T)``, which are never written anywhere; filters are ignored.
 
     A token is the id with the highest logit, the lowest among equals; or, in rows with a temperature, with the highest
@@ -109,81 +109,81 @@ def head(
     below d.) Nothing of a row depends on the other rows.
 
     Args:
-        x: ``[M, K]``; where ``squares`` are given, already multiplied by the norm's weight.
+        x: ``[M, K]``; where ``sum_sq`` are given, already multiplied by the norm's weight.
         weight: ``[V, K]``.
-        rows: options.
+        sampling: options.
         vocabulary: which ids can be drawn.
         counters: int32 zeros, one for each block of rows or more.
-        drawn: whether some row has a temperature above 0; if not, they are not looked at.
-        squares: of x before the norm's weight, for a norm.
+        has_random: whether some row has a temperature above 0; if not, they are not looked at.
+        sum_sq: of x before the norm's weight, for a norm.
         eps: of the norm.
-        shape: block sizes, without splits; chosen for the card unless given.
+        config: block sizes, without splits; chosen for the card unless given.
 
     Returns:
         What was drawn, and the counters, zero again.
     """
     (m, stride), ids = x.shape, weight.outputs
-    shape = shape or tuned.best(head_problem(m, weight))
-    check_counters(counters, math.ceil(m / shape.block_m))
-    blocks = math.ceil(ids / shape.block_n)
-    height = shape.block_m if m > 1 else 1
-    from pallas_kernels.sample.triton import head_kernel
+    config = config or tuned.lookup_config(lm_head_sample_tuning_key(m, weight))
+    check_counters(counters, math.ceil(m / config.block_m))
+    blocks = math.ceil(ids / config.block_n)
+    height = config.block_m if m > 1 else 1
+    from pallas_kernels.sample.triton import lm_head_sample_kernel
 
     number = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     tokens, ok, _, _, counters = launch(
-        head_kernel,
+        lm_head_sample_kernel,
         [
             x,
-            x if squares is None else squares.parts,
-            *operands(weight),
-            vocabulary.missing(ids, x),
-            rows.temperature,
-            rows.seeds,
-            rows.positions,
+            x if sum_sq is None else sum_sq.partials,
+            *weight_operands(weight),
+            vocabulary.invalid_mask(ids, x),
+            sampling.temperature,
+            sampling.seeds,
+            sampling.positions,
             counters,
         ],
         [
             number((m,)),
             number((m,)),
-            jax.ShapeDtypeStruct((3 if drawn else 1, m, blocks), jnp.float32),
+            jax.ShapeDtypeStruct((3 if has_random else 1, m, blocks), jnp.float32),
             number((2, m, blocks)),
             number(counters.shape),
         ],
-        grid=(math.ceil(m / shape.block_m), blocks),
-        shape=Shape(num_warps=shape.num_warps, num_stages=shape.num_stages),
+        grid=(math.ceil(m / config.block_m), blocks),
+        options=CompileOptions(num_warps=config.num_warps, num_stages=config.num_stages),
         aliases={9: 4},
         M=m,
         V=ids,
         STRIDE=stride,
-        **constants(weight),
+        **weight_constants(weight),
         **vocabulary.constants(ids),
-        DRAWN=drawn,
-        BM=shape.block_m,
-        BN=shape.block_n,
+        DRAWN=has_random,
+        BM=config.block_m,
+        BN=config.block_n,
         R=height,
-        W=min(_WINDOW // height, _power(blocks)),
-        FACTOR=squares is not None,
-        FIRST=squares.first if squares else 0,
-        PARTS=squares.count if squares else 1,
-        ALL_PARTS=squares.parts.shape[1] if squares else 1,
+        W=min(_CANDIDATE_WINDOW // height, _next_power_of_2(blocks)),
+        FACTOR=sum_sq is not None,
+        FIRST=sum_sq.first_block if sum_sq else 0,
+        PARTS=sum_sq.num_blocks if sum_sq else 1,
+        ALL_PARTS=sum_sq.partials.shape[1] if sum_sq else 1,
         EPS=eps,
         DT=compute_dtype(x.dtype),
     )
-    return Drawn(tokens, ok != 0), counters
+    return SampleOutput(tokens, ok != 0), counters
 
 
-def draw(
+def sample_logits(
     scores: jax.Array,
-    rows: Rows,
+    sampling: SamplingTensors,
     vocabulary: Vocabulary,
     counters: jax.Array,
     *,
-    drawn: bool,
-    filters: bool,
-    logprob: bool = False,
+    has_random: bool,
+    has_filters: bool,
+    return_logprob: bool = False,
     logits: jax.Array | None = None,
-    shape: SampleShape = SampleShape(),
-) -> tuple[Drawn, jax.Array]:
+    config: SampleConfig = SampleConfig(),
+) -> tuple[SampleOutput, jax.Array]:
     """Tokens of logits, by the rules of :func:`glm_jax.sampling.sample` from the temperature on.
 
     The ids that top_k keeps are the very ones, and so are the keys of the draw but for the rounding of a logarithm. Of
@@ -192,43 +192,43 @@ def draw(
 
     Args:
         scores: float32 ``[M, V]``.
-        rows: options.
+        sampling: options.
         vocabulary: which ids can be drawn.
         counters: int32 zeros, one for each row or more.
-        drawn: whether some row has a temperature above 0.
-        filters: whether some row uses top_k, top_p or min_p.
-        logprob: whether the log-probabilities of the tokens are wanted.
-        logits: float32 ``[M, V]``, of the model, where something was done to them before; ``ok`` and ``logprob`` are
+        has_random: whether some row has a temperature above 0.
+        has_filters: whether some row uses top_k, top_p or min_p.
+        return_logprob: whether the log-probabilities of the tokens are wanted.
+        logits: float32 ``[M, V]``, of the model, where something was done to them before; ``ok`` and ``return_logprob`` are
             of these.
-        shape: block sizes.
+        config: block sizes.
 
     Returns:
         What was drawn, and the counters, zero again.
     """
     check_counters(counters, scores.shape[0])
-    survey = _survey(scores, scores if logits is None else logits, vocabulary, shape)
+    survey = _logits_stats(scores, scores if logits is None else logits, vocabulary, config)
     first = second = jnp.zeros(scores.shape[0], jnp.uint32)
-    if drawn and filters:
-        (first, second), counters = _thresholds(scores, survey, rows, vocabulary, counters, shape)
+    if has_random and has_filters:
+        (first, second), counters = _search_thresholds(scores, survey, sampling, vocabulary, counters, config)
     m, width = scores.shape
     shares = survey.shape[2]
-    from pallas_kernels.sample.triton import draw_kernel
+    from pallas_kernels.sample.triton import sample_kernel
 
     number = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     real = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     tokens, ok, found, _, _, counters = launch(
-        draw_kernel,
+        sample_kernel,
         [
             scores,
             scores if logits is None else logits,
-            vocabulary.missing(width, scores),
+            vocabulary.invalid_mask(width, scores),
             survey,
-            rows.temperature,
-            rows.top_k,
-            rows.top_p,
-            rows.min_p,
-            rows.seeds,
-            rows.positions,
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.seeds,
+            sampling.positions,
             first,
             second,
             counters,
@@ -236,95 +236,97 @@ def draw(
         [
             number((m,)),
             number((m,)),
-            real((m if logprob else 1,)),
-            real((2 if logprob else 1, m, shares)),
+            real((m if return_logprob else 1,)),
+            real((2 if return_logprob else 1, m, shares)),
             number((m, shares)),
             number(counters.shape),
         ],
         grid=(m, shares),
-        shape=Shape(num_warps=shape.num_warps),
+        options=CompileOptions(num_warps=config.num_warps),
         aliases={12: 5},
         V=width,
         **vocabulary.constants(width),
-        DRAWN=drawn,
-        FILTERS=drawn and filters,
-        LOGPROB=logprob,
-        SHARE=shape.share,
-        WIDE=_power(shares),
+        DRAWN=has_random,
+        FILTERS=has_random and has_filters,
+        LOGPROB=return_logprob,
+        SHARE=config.block_v,
+        WIDE=_next_power_of_2(shares),
     )
-    return Drawn(tokens, ok != 0, found if logprob else None), counters
+    return SampleOutput(tokens, ok != 0, found if return_logprob else None), counters
 
 
-def thresholds(
+def filter_thresholds(
     scores: jax.Array,
-    rows: Rows,
+    sampling: SamplingTensors,
     vocabulary: Vocabulary,
     counters: jax.Array,
-    shape: SampleShape = SampleShape(),
+    config: SampleConfig = SampleConfig(),
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """The lowest scores that rows keep, as ranks: uint32 that are ordered as the scores are, 0 where nothing is asked.
 
     Args:
         scores: float32 ``[M, V]``.
-        rows: options.
+        sampling: options.
         vocabulary: which ids can be drawn.
         counters: int32 zeros, one for each row or more.
-        shape: block sizes.
+        config: block sizes.
 
     Returns:
         Those of each row's first search (for top_k, where it has one, else for top_p) and of its second one (for top_p
         after top_k), and the counters, zero again.
     """
     check_counters(counters, scores.shape[0])
-    return _thresholds(scores, _survey(scores, scores, vocabulary, shape), rows, vocabulary, counters, shape)
+    return _search_thresholds(
+        scores, _logits_stats(scores, scores, vocabulary, config), sampling, vocabulary, counters, config
+    )
 
 
-def head_problem(rows: int, weight: Tiles) -> tuned.Problem[LinearShape]:
-    """What block sizes of :func:`head` depend on."""
-    target = _device.target()
-    rule = linear_shape(rows, weight.outputs, weight.chunks, target.multiprocessors if target else 128)
-    key = f"{tuned.rows_key(rows)} n{weight.outputs} k{weight.inputs} {weight.kind} g{weight.group}"
+def lm_head_sample_tuning_key(rows: int, weight: Tiles) -> tuned.TuningKey[LinearConfig]:
+    """What block sizes of :func:`lm_head_sample` depend on."""
+    target = _device.current_target()
+    rule = linear_heuristic(rows, weight.outputs, weight.num_chunks, target.multiprocessors if target else 128)
+    key = f"{tuned.rows_bucket(rows)} n{weight.outputs} k{weight.inputs} {weight.kind} g{weight.group_size}"
     axes = {"block_n": (32, 64), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
     rule = dataclasses.replace(rule, splits=1)
-    return tuned.Problem("head", key, rule, axes if rows <= 16 else {"block_m": (16, 32, 64), **axes})
+    return tuned.TuningKey("head", key, rule, axes if rows <= 16 else {"block_m": (16, 32, 64), **axes})
 
 
-def _survey(scores: jax.Array, logits: jax.Array, vocabulary: Vocabulary, shape: SampleShape) -> jax.Array:
+def _logits_stats(scores: jax.Array, logits: jax.Array, vocabulary: Vocabulary, config: SampleConfig) -> jax.Array:
     """Float32 ``[3, M, shares]``: highest scores, highest logits, whether some logit is broken."""
     m, width = scores.shape
-    shares = math.ceil(width / shape.share)
-    from pallas_kernels.sample.triton import survey_kernel
+    shares = math.ceil(width / config.block_v)
+    from pallas_kernels.sample.triton import logits_stats_kernel
 
     (made,) = launch(
-        survey_kernel,
-        [scores, logits, vocabulary.missing(width, scores)],
+        logits_stats_kernel,
+        [scores, logits, vocabulary.invalid_mask(width, scores)],
         [jax.ShapeDtypeStruct((3, m, shares), jnp.float32)],
         grid=(m, shares),
-        shape=Shape(num_warps=shape.num_warps),
+        options=CompileOptions(num_warps=config.num_warps),
         V=width,
         **vocabulary.constants(width),
         RAW=logits is not scores,
-        SHARE=shape.share,
+        SHARE=config.block_v,
     )
     return made
 
 
-def _thresholds(
+def _search_thresholds(
     scores: jax.Array,
-    survey: jax.Array,
-    rows: Rows,
+    stats: jax.Array,
+    sampling: SamplingTensors,
     vocabulary: Vocabulary,
     counters: jax.Array,
-    shape: SampleShape,
+    config: SampleConfig,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     none = jnp.zeros(scores.shape[0], jnp.uint32)
 
     def search(before: jax.Array, counters: jax.Array, *, again: bool) -> tuple[jax.Array, jax.Array]:
-        edge, left = none, rows.top_p
-        for level in range(_LEVELS):
+        edge, left = none, sampling.top_p
+        for level in range(_RADIX_PASSES):
             given = (before, edge, left)
-            edge, left, counters = _narrow(
-                scores, survey, rows, vocabulary, given, counters, shape, again=again, level=level
+            edge, left, counters = _radix_select_pass(
+                scores, stats, sampling, vocabulary, given, counters, config, second=again, level=level
             )
         return edge, counters
 
@@ -335,33 +337,33 @@ def _thresholds(
     return (first, second), counters
 
 
-def _narrow(
+def _radix_select_pass(
     scores: jax.Array,
-    survey: jax.Array,
-    rows: Rows,
+    stats: jax.Array,
+    sampling: SamplingTensors,
     vocabulary: Vocabulary,
     given: tuple[jax.Array, jax.Array, jax.Array],
     counters: jax.Array,
-    shape: SampleShape,
+    config: SampleConfig,
     *,
-    again: bool,
+    second: bool,
     level: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Eight more bits of the thresholds of a search; what is still wanted; the counters."""
     m, width = scores.shape
-    shares = survey.shape[2]
-    from pallas_kernels.sample.triton import narrow_kernel
+    shares = stats.shape[2]
+    from pallas_kernels.sample.triton import radix_select_kernel
 
     edge, left, _, counters = launch(
-        narrow_kernel,
+        radix_select_kernel,
         [
             scores,
-            vocabulary.missing(width, scores),
-            survey,
-            rows.temperature,
-            rows.top_k,
-            rows.top_p,
-            rows.min_p,
+            vocabulary.invalid_mask(width, scores),
+            stats,
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+            sampling.min_p,
             *given,
             counters,
         ],
@@ -372,19 +374,19 @@ def _narrow(
             jax.ShapeDtypeStruct(counters.shape, jnp.int32),
         ],
         grid=(m, shares),
-        shape=Shape(num_warps=shape.num_warps),
+        options=CompileOptions(num_warps=config.num_warps),
         aliases={10: 3},
         V=width,
         **vocabulary.constants(width),
-        SECOND=again,
+        SECOND=second,
         LEVEL=level,
-        SHARE=shape.share,
-        WIDE=_power(shares),
-        RUN=shape.run,
+        SHARE=config.block_v,
+        WIDE=_next_power_of_2(shares),
+        RUN=config.blocks_per_sum,
     )
     return edge, left, counters
 
 
-def _power(count: int) -> int:
+def _next_power_of_2(count: int) -> int:
     """The next power of two."""
     return 1 << (count - 1).bit_length()

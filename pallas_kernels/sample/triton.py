@@ -9,14 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels._tile_dot import dot_tile, rms_factor, squares_of
+from pallas_kernels._tile_dot import dot_tile, inv_rms, load_sum_sq
 
-LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
-LOWEST: tl.constexpr = tl.constexpr(float("-inf"))
+MAX_FLOAT: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+NEG_INF: tl.constexpr = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def four_rounds(x, y, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.constexpr):
+def threefry_rounds(x, y, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.constexpr):
     """Four rounds of Threefry-2x32, with these rotations."""
     x += y
     y = ((y << a) | (y >> (32 - a))) ^ x
@@ -30,15 +30,15 @@ def four_rounds(x, y, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.c
 
 
 @triton.jit
-def gumbel(high, low, position, ids):
+def gumbel_noise(high, low, position, ids):
     """Standard Gumbel noise of (seed, position after this, id), as ``glm_jax.sampling.gumbel`` makes it."""
     last = high ^ low ^ 0x1BD11BDA
     x, y = (position + 1).to(tl.uint32) + high, ids.to(tl.uint32) + low
-    x, y = four_rounds(x, y, 13, 15, 26, 6)
-    x, y = four_rounds(x + low, y + last + 1, 17, 29, 16, 24)
-    x, y = four_rounds(x + last, y + high + 2, 13, 15, 26, 6)
-    x, y = four_rounds(x + high, y + low + 3, 17, 29, 16, 24)
-    x, y = four_rounds(x + low, y + last + 4, 13, 15, 26, 6)
+    x, y = threefry_rounds(x, y, 13, 15, 26, 6)
+    x, y = threefry_rounds(x + low, y + last + 1, 17, 29, 16, 24)
+    x, y = threefry_rounds(x + last, y + high + 2, 13, 15, 26, 6)
+    x, y = threefry_rounds(x + high, y + low + 3, 17, 29, 16, 24)
+    x, y = threefry_rounds(x + low, y + last + 4, 13, 15, 26, 6)
     bits = x + last
     uniform = bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     uniform = tl.minimum(uniform, 0.999999940395355225)
@@ -49,14 +49,14 @@ def gumbel(high, low, position, ids):
 
 
 @triton.jit
-def bounded(x):
+def clamp_finite(x):
     """NaN as -inf, +inf as the largest float, and one zero."""
-    x = tl.where(x != x, LOWEST, tl.minimum(x, LARGEST))
+    x = tl.where(x != x, NEG_INF, tl.minimum(x, MAX_FLOAT))
     return tl.where(x == 0.0, 0.0, x)
 
 
 @triton.jit
-def known(ids, missing, VALID: tl.constexpr, MISSING: tl.constexpr):
+def is_valid_id(ids, missing, VALID: tl.constexpr, MISSING: tl.constexpr):
     """Which ids the tokenizer has."""
     there = ids < VALID
     if MISSING:
@@ -65,40 +65,40 @@ def known(ids, missing, VALID: tl.constexpr, MISSING: tl.constexpr):
 
 
 @triton.jit
-def below(top, score):
+def gap_below_top(top, score):
     """How far scores lie below the highest."""
-    return tl.where(top > LOWEST, top, 0.0) - score
+    return tl.where(top > NEG_INF, top, 0.0) - score
 
 
 @triton.jit
-def gaps(top, score, temperature):
+def scaled_gaps(top, score, temperature):
     """The same in units of the temperature, of which 0 counts as 1."""
-    return tl.div_rn(below(top, score), tl.where(temperature > 0.0, temperature, 1.0))
+    return tl.div_rn(gap_below_top(top, score), tl.where(temperature > 0.0, temperature, 1.0))
 
 
 @triton.jit
-def rank_of(score):
+def score_to_rank(score):
     """Scores as uint32 in the same order."""
     bits = score.to(tl.uint32, bitcast=True)
     return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
 
 
 @triton.jit
-def score_of(rank):
+def rank_to_score(rank):
     """The score of a rank."""
     bits = tl.where((rank >> 31) != 0, rank ^ 0x80000000, rank ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def highest(keys, ids, among, NOBODY: tl.constexpr):
+def argmax_lowest_id(keys, ids, among, NOBODY: tl.constexpr):
     """The highest key of each row, and the lowest id that has it; -inf and NOBODY where there are none."""
-    best = tl.max(tl.where(among, keys, LOWEST), axis=1)
+    best = tl.max(tl.where(among, keys, NEG_INF), axis=1)
     return best, tl.min(tl.where(among & (keys == best[:, None]), ids, NOBODY), axis=1)
 
 
 @triton.jit
-def head_kernel(
+def lm_head_sample_kernel(
     x, squares, words, scales, offsets, missing, temperature, seeds, positions, counters_in,
     tokens, ok, numbers, found, counters,
     M: tl.constexpr, V: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, TILES: tl.constexpr,
@@ -116,38 +116,38 @@ def head_kernel(
     rows = pm * BM + tl.arange(0, BM)
     HALVES: tl.constexpr = 64 // BN  # written so that the compiler sees how places in a tile are aligned
     if FACTOR:
-        parts = squares_of(squares, rows, rows < M, FIRST, PARTS, ALL_PARTS)
+        parts = load_sum_sq(squares, rows, rows < M, FIRST, PARTS, ALL_PARTS)
     acc = dot_tile(
         tl.zeros((BM, BN), tl.float32), x, rows, rows < M, x, words, scales, offsets, pn.to(tl.int64) // HALVES,
         (pn % HALVES) * BN, 0, CHUNKS, K, STRIDE, CHUNKS, GROUPS, GROUP, SUB, PER_WORD, KIND, BM, BN, False, SCALED,
         OFFSET, DT,
     )  # fmt: skip
     if FACTOR:
-        acc = acc * rms_factor(parts, EPS, K)[:, None]
+        acc = acc * inv_rms(parts, EPS, K)[:, None]
     if R < BM:  # one row: the rest of the block is nothing to draw from
         acc = tl.sum(tl.where((rows == 0)[:, None], acc, 0.0), axis=0)[None, :]
     row = pm * BM + tl.arange(0, R)
     here = row < M
     ids = (pn * BN + tl.arange(0, BN))[None, :] + 0 * row[:, None]
-    there = known(ids, missing, VALID, MISSING)
-    score = tl.where(there, bounded(acc), LOWEST)
+    there = is_valid_id(ids, missing, VALID, MISSING)
+    score = tl.where(there, clamp_finite(acc), NEG_INF)
     top = tl.max(score, axis=1)
     key = score
     if DRAWN:
         warmth = tl.load(temperature + row, mask=here, other=0.0)[:, None]
         high = tl.load(seeds + 2 * row, mask=here, other=0)[:, None]
         low = tl.load(seeds + 2 * row + 1, mask=here, other=0)[:, None]
-        noise = gumbel(high, low, tl.load(positions + row, mask=here, other=0)[:, None], ids)
+        noise = gumbel_noise(high, low, tl.load(positions + row, mask=here, other=0)[:, None], ids)
         # An approximate quotient: an exact one is a subroutine, and the order is only that of the block.
-        gap = below(top[:, None], score) / tl.where(warmth > 0.0, warmth, 1.0)
+        gap = gap_below_top(top[:, None], score) / tl.where(warmth > 0.0, warmth, 1.0)
         key = tl.where(warmth > 0.0, noise - gap, score)
-    _, best = highest(key, ids, there, V)
+    _, best = argmax_lowest_id(key, ids, there, V)
     mine = ids == best[:, None]
     at = row * tl.num_programs(1) + pn
     plane = M * tl.num_programs(1)
-    tl.store(numbers + at, tl.max(tl.where(mine, score, LOWEST), axis=1), mask=here)
+    tl.store(numbers + at, tl.max(tl.where(mine, score, NEG_INF), axis=1), mask=here)
     if DRAWN:
-        tl.store(numbers + plane + at, tl.max(tl.where(mine, noise, LOWEST), axis=1), mask=here)
+        tl.store(numbers + plane + at, tl.max(tl.where(mine, noise, NEG_INF), axis=1), mask=here)
         tl.store(numbers + 2 * plane + at, top, mask=here)
     broken = there & ((acc != acc) | (acc == float("inf")))
     tl.store(found + at, best, mask=here)
@@ -155,46 +155,46 @@ def head_kernel(
     tl.debug_barrier()
     if tl.atomic_add(counters + pm, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
         tl.store(counters + pm, 0)
-        choose(numbers, found, temperature, tokens, ok, row, here, tl.num_programs(1), plane, V, DRAWN, R, W)
+        reduce_blocks(numbers, found, temperature, tokens, ok, row, here, tl.num_programs(1), plane, V, DRAWN, R, W)
 
 
 @triton.jit
-def choose(
+def reduce_blocks(
     numbers, found, temperature, tokens, ok, row, here, blocks, plane, V: tl.constexpr, DRAWN: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """The best of what the blocks found: by the scores, or by noise and the gaps below the row's highest score."""
     w = tl.arange(0, W)[None, :]
-    top = tl.full((R,), LOWEST, tl.float32)
+    top = tl.full((R,), NEG_INF, tl.float32)
     if DRAWN:
         warmth = tl.load(temperature + row, mask=here, other=0.0)[:, None]
         for first in range(0, blocks, W):
             inside = here[:, None] & (first + w < blocks)
             at = numbers + 2 * plane + row[:, None] * blocks + first + w
-            top = tl.maximum(top, tl.max(tl.load(at, mask=inside, other=LOWEST, cache_modifier=".cg"), axis=1))
-    best = tl.full((R,), LOWEST, tl.float32)
+            top = tl.maximum(top, tl.max(tl.load(at, mask=inside, other=NEG_INF, cache_modifier=".cg"), axis=1))
+    best = tl.full((R,), NEG_INF, tl.float32)
     token = tl.full((R,), V, tl.int32)
     broken = tl.zeros((R,), tl.int32)
     for first in range(0, blocks, W):
         inside = here[:, None] & (first + w < blocks)
         at = row[:, None] * blocks + first + w
-        key = tl.load(numbers + at, mask=inside, other=LOWEST, cache_modifier=".cg")
+        key = tl.load(numbers + at, mask=inside, other=NEG_INF, cache_modifier=".cg")
         if DRAWN:
-            noise = tl.load(numbers + plane + at, mask=inside, other=LOWEST, cache_modifier=".cg")
-            key = tl.where(warmth > 0.0, noise - gaps(top[:, None], key, warmth), key)
+            noise = tl.load(numbers + plane + at, mask=inside, other=NEG_INF, cache_modifier=".cg")
+            key = tl.where(warmth > 0.0, noise - scaled_gaps(top[:, None], key, warmth), key)
         ids = tl.load(found + at, mask=inside, other=V, cache_modifier=".cg")
-        value, lowest = highest(key, ids, inside, V)
+        value, lowest = argmax_lowest_id(key, ids, inside, V)
         # Blocks come in the order of their ids, so that an equal that comes later has a higher one.
         better = (value > best) | (token == V)
         best, token = tl.where(better, value, best), tl.where(better, lowest, token)
         flags = tl.load(found + plane + at, mask=inside, other=0, cache_modifier=".cg")
         broken = tl.maximum(broken, tl.max(flags, axis=1))
     tl.store(tokens + row, token, mask=here)
-    tl.store(ok + row, ((broken == 0) & (best > LOWEST)).to(tl.int32), mask=here)
+    tl.store(ok + row, ((broken == 0) & (best > NEG_INF)).to(tl.int32), mask=here)
 
 
 @triton.jit
-def survey_kernel(
+def logits_stats_kernel(
     scores, logits, missing, summary,
     V: tl.constexpr, VALID: tl.constexpr, MISSING: tl.constexpr, RAW: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
@@ -205,25 +205,25 @@ def survey_kernel(
     """
     row, part = tl.program_id(0), tl.program_id(1)
     ids = part * SHARE + tl.arange(0, SHARE)
-    there = known(ids, missing, VALID, MISSING)
-    score = tl.load(scores + row * V + ids, mask=ids < V, other=LOWEST)
-    raw = tl.load(logits + row * V + ids, mask=ids < V, other=LOWEST) if RAW else score
+    there = is_valid_id(ids, missing, VALID, MISSING)
+    score = tl.load(scores + row * V + ids, mask=ids < V, other=NEG_INF)
+    raw = tl.load(logits + row * V + ids, mask=ids < V, other=NEG_INF) if RAW else score
     at = summary + row * tl.num_programs(1) + part
     plane = tl.num_programs(0) * tl.num_programs(1)
-    tl.store(at, tl.max(tl.where(there, bounded(score), LOWEST), axis=0))
-    tl.store(at + plane, tl.max(bounded(raw), axis=0))
+    tl.store(at, tl.max(tl.where(there, clamp_finite(score), NEG_INF), axis=0))
+    tl.store(at + plane, tl.max(clamp_finite(raw), axis=0))
     tl.store(at + 2 * plane, tl.max((there & ((raw != raw) | (raw == float("inf")))).to(tl.float32), axis=0))
 
 
 @triton.jit
-def highest_of_row(summary, row, shares, WIDE: tl.constexpr):
+def row_max(summary, row, shares, WIDE: tl.constexpr):
     """The highest of what a survey left of a row."""
     s = tl.arange(0, WIDE)
-    return tl.max(tl.load(summary + row * shares + s, mask=s < shares, other=LOWEST), axis=0)
+    return tl.max(tl.load(summary + row * shares + s, mask=s < shares, other=NEG_INF), axis=0)
 
 
 @triton.jit
-def mass_of_row(masses, row, shares, RUN: tl.constexpr):
+def row_mass(masses, row, shares, RUN: tl.constexpr):
     """What counts of a row, by eight bits of the rank: the sums of its shares ``[256]``, always in the same order."""
     s, d = tl.arange(0, RUN), tl.arange(0, 256)
     sums = tl.zeros((RUN, 256), tl.float32)
@@ -237,7 +237,7 @@ def mass_of_row(masses, row, shares, RUN: tl.constexpr):
 
 
 @triton.jit
-def cut(mass, wanted):
+def find_cutoff(mass, wanted):
     """The highest place from which on there is enough, and what is wanted of that place itself."""
     d = tl.arange(0, 256)
     enough = (tl.cumsum(mass, axis=0, reverse=True) >= wanted) & (mass > 0.0)
@@ -248,7 +248,7 @@ def cut(mass, wanted):
 
 
 @triton.jit
-def narrow_kernel(
+def radix_select_kernel(
     scores, missing, summary, temperature, top_k, top_p, min_p, before, edge_in, left_in, counters_in,
     edge, left, masses, counters,
     V: tl.constexpr, VALID: tl.constexpr, MISSING: tl.constexpr, SECOND: tl.constexpr, LEVEL: tl.constexpr,
@@ -276,18 +276,18 @@ def narrow_kernel(
         tl.store(mine + tl.arange(0, 512), 0)
         tl.debug_barrier()
         warmth = tl.load(temperature + row)
-        top = highest_of_row(summary, row, shares, WIDE)
+        top = row_max(summary, row, shares, WIDE)
         prefix = tl.load(edge_in + row)
         ids = part * SHARE + tl.arange(0, SHARE)
-        score = tl.load(scores + row * V + ids, mask=ids < V, other=LOWEST)
-        score = tl.where(known(ids, missing, VALID, MISSING), bounded(score), LOWEST)
-        rank = rank_of(score)
+        score = tl.load(scores + row * V + ids, mask=ids < V, other=NEG_INF)
+        score = tl.where(is_valid_id(ids, missing, VALID, MISSING), clamp_finite(score), NEG_INF)
+        rank = score_to_rank(score)
         counts = ids < V
         if LEVEL > 0:
             counts &= (rank >> (32 - 8 * LEVEL)) == prefix
         if SECOND:
             counts &= rank >= tl.load(before + row)
-        gap = gaps(top, score, warmth)
+        gap = scaled_gaps(top, score, warmth)
         weight = tl.where(gap <= -tl.log(tl.load(min_p + row)), tl.exp(-gap), 0.0)
         weight = tl.where(counting, 1.0, weight) * 1048576.0
         units = weight.to(tl.int32)
@@ -298,12 +298,12 @@ def narrow_kernel(
         tl.debug_barrier()
         if tl.atomic_add(counters + row, 1, sem="acq_rel", scope="gpu") == shares - 1:
             tl.store(counters + row, 0)
-            mass = mass_of_row(masses, row, shares, RUN)
+            mass = row_mass(masses, row, shares, RUN)
             if LEVEL > 0:
                 wanted = tl.load(left_in + row)
             else:
                 wanted = tl.where(counting, tl.minimum(k, V).to(tl.float32), p * tl.sum(mass, axis=0))
-            eight, rest = cut(mass, wanted)
+            eight, rest = find_cutoff(mass, wanted)
             tl.store(edge + row, (prefix << 8) | eight.to(tl.uint32))
             tl.store(left + row, rest)
     elif part == 0:
@@ -311,13 +311,13 @@ def narrow_kernel(
 
 
 @triton.jit
-def best_share(
+def reduce_splits(
     numbers, found, row, shares, plane, V: tl.constexpr, LOGPROB: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """The lowest id with the highest key among those of the shares; that key; the sum of all weights."""
     s = tl.arange(0, WIDE)
     at = row * shares + s
-    keys = tl.load(numbers + at, mask=s < shares, other=LOWEST, cache_modifier=".cg")
+    keys = tl.load(numbers + at, mask=s < shares, other=NEG_INF, cache_modifier=".cg")
     ids = tl.load(found + at, mask=s < shares, other=V, cache_modifier=".cg")
     best = tl.max(keys, axis=0)
     total = 1.0
@@ -327,7 +327,7 @@ def best_share(
 
 
 @triton.jit
-def draw_kernel(
+def sample_kernel(
     scores, logits, missing, summary, temperature, top_k, top_p, min_p, seeds, positions, first_edge, second_edge,
     counters_in, tokens, ok, logprob, numbers, found, counters,
     V: tl.constexpr, VALID: tl.constexpr, MISSING: tl.constexpr, DRAWN: tl.constexpr, FILTERS: tl.constexpr,
@@ -341,8 +341,8 @@ def draw_kernel(
     shares = tl.num_programs(1)
     plane = tl.num_programs(0) * shares
     warmth = tl.load(temperature + row)
-    top = highest_of_row(summary, row, shares, WIDE)
-    highest_logit = highest_of_row(summary + plane, row, shares, WIDE)
+    top = row_max(summary, row, shares, WIDE)
+    highest_logit = row_max(summary + plane, row, shares, WIDE)
     if DRAWN:
         high, low, position = tl.load(seeds + 2 * row), tl.load(seeds + 2 * row + 1), tl.load(positions + row)
     if FILTERS:
@@ -352,30 +352,30 @@ def draw_kernel(
         edge = tl.where(p < 1.0, tl.where(k > 0, two, one), 0)
         widest = -tl.log(tl.load(min_p + row))
         if edge > 0:
-            widest = tl.minimum(widest, gaps(top, score_of(edge), warmth))
+            widest = tl.minimum(widest, scaled_gaps(top, rank_to_score(edge), warmth))
     ids = part * SHARE + tl.arange(0, SHARE)
-    there = known(ids, missing, VALID, MISSING)
-    score = tl.load(scores + row * V + ids, mask=ids < V, other=LOWEST)
-    key = tl.where(there, bounded(score), LOWEST)
+    there = is_valid_id(ids, missing, VALID, MISSING)
+    score = tl.load(scores + row * V + ids, mask=ids < V, other=NEG_INF)
+    key = tl.where(there, clamp_finite(score), NEG_INF)
     if DRAWN:
-        gap = gaps(top, key, warmth)
+        gap = scaled_gaps(top, key, warmth)
         if FILTERS:
-            gap = tl.where((gap <= widest) & (rank_of(key) >= least), gap, float("inf"))
-        key = tl.where(warmth > 0.0, gumbel(high, low, position, ids) - gap, key)
-    value = tl.max(tl.where(there, key, LOWEST), axis=0)
+            gap = tl.where((gap <= widest) & (score_to_rank(key) >= least), gap, float("inf"))
+        key = tl.where(warmth > 0.0, gumbel_noise(high, low, position, ids) - gap, key)
+    value = tl.max(tl.where(there, key, NEG_INF), axis=0)
     at = row * shares + part
     tl.store(numbers + at, value)
     tl.store(found + at, tl.min(tl.where(there & (key == value), ids, V), axis=0))
     if LOGPROB:
-        raw = bounded(tl.load(logits + row * V + ids, mask=ids < V, other=LOWEST))
-        tl.store(numbers + plane + at, tl.sum(tl.exp(-below(highest_logit, raw)), axis=0))
+        raw = clamp_finite(tl.load(logits + row * V + ids, mask=ids < V, other=NEG_INF))
+        tl.store(numbers + plane + at, tl.sum(tl.exp(-gap_below_top(highest_logit, raw)), axis=0))
     tl.debug_barrier()
     if tl.atomic_add(counters + row, 1, sem="acq_rel", scope="gpu") == shares - 1:
         tl.store(counters + row, 0)
-        chosen, highest_key, all_ = best_share(numbers, found, row, shares, plane, V, LOGPROB, WIDE)
-        broken = highest_of_row(summary + 2 * plane, row, shares, WIDE)
+        chosen, highest_key, all_ = reduce_splits(numbers, found, row, shares, plane, V, LOGPROB, WIDE)
+        broken = row_max(summary + 2 * plane, row, shares, WIDE)
         tl.store(tokens + row, chosen)
-        tl.store(ok + row, ((broken == 0.0) & (highest_key > LOWEST)).to(tl.int32))
+        tl.store(ok + row, ((broken == 0.0) & (highest_key > NEG_INF)).to(tl.int32))
         if LOGPROB:
-            logit = bounded(tl.load(logits + row * V + chosen, mask=chosen < V, other=LOWEST))
-            tl.store(logprob + row, -below(highest_logit, logit) - tl.log(tl.maximum(all_, 1.0)))
+            logit = clamp_finite(tl.load(logits + row * V + chosen, mask=chosen < V, other=NEG_INF))
+            tl.store(logprob + row, -gap_below_top(highest_logit, logit) - tl.log(tl.maximum(all_, 1.0)))

@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import random_arrays as noise
-from pallas_kernels.quant_matmul import Made, Squares
-from pallas_kernels.tiles import BITS, WIDTH, Kind, Tiles
-from pallas_kernels.tuned import Problem
+from pallas_kernels import random_arrays
+from pallas_kernels.quant_matmul import LinearOutput, SumSq
+from pallas_kernels.tiles import BITS_PER_QVALUE, TILE_WIDTH, Tiles, WeightKind
+from pallas_kernels.tuned import TuningKey
 
 EPS = 1e-5
-COUNTERS = 16_384
+NUM_COUNTERS = 16_384
 Arrays = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Widths:
+class ModelDims:
     """Sizes of a model; those of GLM-4.7-Flash unless given."""
 
     hidden: int = 2048
@@ -32,7 +32,7 @@ class Widths:
     latent: int = 512
     query_latent: int = 768
     experts: int = 64
-    chosen: int = 4
+    experts_per_token: int = 4
     expert_width: int = 1536
     dense_width: int = 10_240
     vocab: int = 154_880
@@ -43,66 +43,66 @@ class Sweep:
     """Which cases.
 
     Attributes:
-        widths: of the model.
-        rows: tokens at once, one of each row of a batch.
-        kinds: storages of the weights.
-        contexts: cached rows that attention reads.
-        chunks: tokens of a prompt at once.
-        caches: storages of the cache.
-        group: inputs that share a scale in 4 bits.
+        dims: of the model.
+        batch_sizes: tokens at once, one of each row of a batch.
+        weight_kinds: storages of the weights.
+        context_lengths: cached rows that attention reads.
+        prefill_lengths: tokens of a prompt at once.
+        cache_kinds: storages of the cache.
+        group_size: inputs that share a scale in 4 bits.
         dtype: of the activations.
     """
 
-    widths: Widths = Widths()
-    rows: tuple[int, ...] = (1, 8, 32, 64)
-    kinds: tuple[Kind, ...] = ("int4", "int8", "bfloat16")
-    contexts: tuple[int, ...] = (1024, 8192, 32_768)
-    chunks: tuple[int, ...] = (512, 2048)
-    caches: tuple[str, ...] = ("bfloat16", "int8", "fp8")
-    group: int = 64
+    dims: ModelDims = ModelDims()
+    batch_sizes: tuple[int, ...] = (1, 8, 32, 64)
+    weight_kinds: tuple[WeightKind, ...] = ("int4", "int8", "bfloat16")
+    context_lengths: tuple[int, ...] = (1024, 8192, 32_768)
+    prefill_lengths: tuple[int, ...] = (512, 2048)
+    cache_kinds: tuple[str, ...] = ("bfloat16", "int8", "fp8")
+    group_size: int = 64
     dtype: str = "bfloat16"
 
-    def weight(self, shape: tuple[int, ...], kind: Kind, seed: int, *, turned: bool = False) -> Tiles:
+    def random_weight(self, shape: tuple[int, ...], kind: WeightKind, seed: int, *, transposed: bool = False) -> Tiles:
         """A random weight: 4 bits have groups, 8 bits a scale for each output.
 
         Those of a transposed one are factors of its inputs.
         """
-        quantised, grouped = BITS[kind] < 16, kind == "int4"
-        if turned:
-            sets = shape[-2] // max(self.group, WIDTH) if grouped else 1
-            return noise.tiles(shape, kind, seed=seed, factors=sets if quantised else 0)
-        return noise.tiles(shape, kind, self.group if grouped else 0, seed=seed)
+        quantised, grouped = BITS_PER_QVALUE[kind] < 16, kind == "int4"
+        if transposed:
+            sets = shape[-2] // max(self.group_size, TILE_WIDTH) if grouped else 1
+            return random_arrays.random_tiles(shape, kind, seed=seed, num_input_scale_sets=sets if quantised else 0)
+        return random_arrays.random_tiles(shape, kind, self.group_size if grouped else 0, seed=seed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
+class KernelSpec:
     """An operation at one shape, over a stack of matrices or of layers of a cache.
 
     Attributes:
-        op: its name among :data:`pallas_kernels.specs.OPS`.
+        op: its name among :data:`pallas_kernels.specs.SPEC_BUILDERS`.
         name: of the case.
-        make: ``make(layers)``: the arrays that the operation reads, and those that it takes over and gives back. For
+        make_inputs: ``make_inputs(layers)``: the arrays that the operation reads, and those that it takes over and gives back. For
             use inside ``jit``.
         run: ``run(given, state, place, shape)``: the result and the state after it; no ``shape`` means the one that
             would be chosen.
         reference: ``reference(given, state, place)``: the same by the reference.
-        view: ``view(given, result, state, place)``: arrays that must agree whatever the block sizes.
-        moves: name of the activations among what is given.
-        nbytes: ``nbytes(given, state)``: that one run must read and write.
-        problem: ``problem(given)``: what its block sizes depend on; shapes are enough.
-        rounds: whether something between is rounded to the dtype of the activations.
+        comparable_outputs: ``comparable_outputs(given, result, state, place)``: arrays that must agree whatever the block sizes.
+        activation_key: name of the activations among what is given.
+        bytes_accessed: ``bytes_accessed(given, state)``: that one run must read and write.
+        tuning_key: ``tuning_key(given)``: what its block sizes depend on; shapes are enough.
+        rounds_intermediates: whether something between is rounded to the dtype of the activations.
     """
 
     op: str
     name: str
-    make: Callable[[int], tuple[Arrays, Arrays]]
+    make_inputs: Callable[[int], tuple[Arrays, Arrays]]
     run: Callable[[Arrays, Arrays, jax.Array, Any], tuple[Any, Arrays]]
     reference: Callable[[Arrays, Arrays, jax.Array], tuple[Any, Arrays]]
-    view: Callable[[Arrays, Any, Arrays, jax.Array], tuple[jax.Array, ...]]
-    moves: str
-    nbytes: Callable[[Arrays, Arrays], int]
-    problem: Callable[[Arrays], Problem[Any]]
-    rounds: bool = False
+    comparable_outputs: Callable[[Arrays, Any, Arrays, jax.Array], tuple[jax.Array, ...]]
+    activation_key: str
+    bytes_accessed: Callable[[Arrays, Arrays], int]
+    tuning_key: Callable[[Arrays], TuningKey[Any]]
+    rounds_intermediates: bool = False
 
     @property
     def full_name(self) -> str:
@@ -118,39 +118,42 @@ class Case:
         rounded to either side, one unit in the last of its 8 bits. Where something between is rounded, each term is
         off by up to 2^-9 more, and a result in bfloat16 has a second rounding.
         """
-        if self.rounds:
+        if self.rounds_intermediates:
             return 2.0**-6
         return 2.0**-10 if jnp.dtype(dtype) == jnp.float32 else 2.0**-7
 
 
-def difference(found: Sequence[Any], expected: Sequence[Any]) -> list[float]:
+def relative_errors(actual: Sequence[Any], expected: Sequence[Any]) -> list[float]:
     """For each array the largest difference relative to the largest value; infinite where one is not finite."""
     return [
-        _difference(np.asarray(a, np.float32), np.asarray(b, np.float32)) for a, b in zip(found, expected, strict=True)
+        _relative_error(np.asarray(a, np.float32), np.asarray(b, np.float32))
+        for a, b in zip(actual, expected, strict=True)
     ]
 
 
-def _difference(found: np.ndarray, expected: np.ndarray) -> float:
-    if found.shape != expected.shape or not np.isfinite(found).all():
+def _relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    if actual.shape != expected.shape or not np.isfinite(actual).all():
         return float("inf")
-    return float(np.max(np.abs(found - expected), initial=0) / max(np.max(np.abs(expected), initial=0), 1e-30))
+    return float(np.max(np.abs(actual - expected), initial=0) / max(np.max(np.abs(expected), initial=0), 1e-30))
 
 
-def one_layer(*weights: Tiles | None) -> int:
+def layer_nbytes(*weights: Tiles | None) -> int:
     """Bytes of one matrix of each stack."""
     return sum(weight.nbytes // weight.stack[0] for weight in weights if weight is not None)
 
 
-def size_of(shape: tuple[int, ...], dtype: Any) -> int:
+def array_nbytes(shape: tuple[int, ...], dtype: Any) -> int:
     """Bytes of an array."""
     return int(np.prod(shape)) * jnp.dtype(dtype).itemsize
 
 
-def squares_of(rows: int, width: int, blocks: int = 4) -> Squares:
+def unit_sum_sq(rows: int, width: int, blocks: int = 4) -> SumSq:
     """As of rows with values of size 1."""
-    return Squares(jnp.full((rows, blocks), width / blocks, jnp.float32), 0, blocks)
+    return SumSq(jnp.full((rows, blocks), width / blocks, jnp.float32), 0, blocks)
 
 
-def view_made(given: Arrays, made: Made, state: Arrays, place: jax.Array) -> tuple[jax.Array, ...]:
+def comparable_linear_output(
+    given: Arrays, made: LinearOutput, state: Arrays, place: jax.Array
+) -> tuple[jax.Array, ...]:
     """Of a product: the sums of squares are by blocks, and agree in all."""
-    return made.out, made.scaled, jnp.sum(made.squares.parts, axis=1)
+    return made.out, made.scaled, jnp.sum(made.sum_sq.partials, axis=1)

@@ -9,115 +9,131 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import random_arrays as noise
-from pallas_kernels.quant_matmul import Made, Squares, linear
-from pallas_kernels.quant_matmul.op import problem
-from pallas_kernels.quant_matmul.reference import linear_ref
+from pallas_kernels import random_arrays
+from pallas_kernels.quant_matmul import LinearOutput, SumSq, fused_linear
+from pallas_kernels.quant_matmul.op import linear_tuning_key
+from pallas_kernels.quant_matmul.reference import fused_linear_ref
 from pallas_kernels.specs.base import (
-    COUNTERS,
     EPS,
+    NUM_COUNTERS,
     Arrays,
-    Case,
+    KernelSpec,
+    ModelDims,
     Sweep,
-    Widths,
-    one_layer,
-    size_of,
-    squares_of,
-    view_made,
+    array_nbytes,
+    comparable_linear_output,
+    layer_nbytes,
+    unit_sum_sq,
 )
-from pallas_kernels.tiles import Kind
+from pallas_kernels.tiles import WeightKind
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Product:
+class _Projection:
     """A product of a decode step, and what goes before and after it.
 
     Attributes:
         outputs: of the matrix.
         inputs: of it.
-        other: outputs of a second matrix.
-        normed: whether the factor of a norm goes into it.
-        residual: whether it is added to the residual stream.
-        next: whether a norm comes next.
+        second_outputs: outputs of a second matrix.
+        has_input_norm: whether the factor of a norm goes into it.
+        has_residual: whether it is added to the residual stream.
+        has_next_norm: whether a norm comes next.
         kind: the one storage that its matrix has.
     """
 
     outputs: int
     inputs: int
-    other: int = 0
-    normed: bool = False
-    residual: bool = False
-    next: bool = False
-    kind: Kind | None = None
+    second_outputs: int = 0
+    has_input_norm: bool = False
+    has_residual: bool = False
+    has_next_norm: bool = False
+    kind: WeightKind | None = None
 
     @property
     def width(self) -> int:
-        return self.outputs + self.other
+        return self.outputs + self.second_outputs
 
 
-def _products(w: Widths) -> dict[str, _Product]:
+def _projections(w: ModelDims) -> dict[str, _Projection]:
     return {
-        "qkv_a": _Product(outputs=w.query_latent, inputs=w.hidden, other=w.latent + w.rope, normed=True, next=True),
-        "o": _Product(outputs=w.hidden, inputs=w.heads * w.value, residual=True, next=True),
-        "router": _Product(outputs=w.experts, inputs=w.hidden, normed=True, kind="bfloat16"),
-        "dense_down": _Product(outputs=w.hidden, inputs=w.dense_width, residual=True, next=True),
-        "logits": _Product(outputs=w.vocab, inputs=w.hidden),
+        "qkv_a": _Projection(
+            outputs=w.query_latent,
+            inputs=w.hidden,
+            second_outputs=w.latent + w.rope,
+            has_input_norm=True,
+            has_next_norm=True,
+        ),
+        "o": _Projection(outputs=w.hidden, inputs=w.heads * w.value, has_residual=True, has_next_norm=True),
+        "router": _Projection(outputs=w.experts, inputs=w.hidden, has_input_norm=True, kind="bfloat16"),
+        "dense_down": _Projection(outputs=w.hidden, inputs=w.dense_width, has_residual=True, has_next_norm=True),
+        "logits": _Projection(outputs=w.vocab, inputs=w.hidden),
     }
 
 
-def linear_cases(sweep: Sweep) -> Iterator[Case]:
+def fused_linear_specs(sweep: Sweep) -> Iterator[KernelSpec]:
     """Every projection that is a product by itself, in every storage."""
-    for name, product in _products(sweep.widths).items():
-        for kind in (product.kind,) if product.kind else sweep.kinds:
-            yield from (_case(sweep, name, product, kind, rows) for rows in sweep.rows)
+    for name, product in _projections(sweep.dims).items():
+        for kind in (product.kind,) if product.kind else sweep.weight_kinds:
+            yield from (_fused_linear_spec(sweep, name, product, kind, rows) for rows in sweep.batch_sizes)
 
 
-def _case(sweep: Sweep, name: str, product: _Product, kind: Kind, rows: int) -> Case:
+def _fused_linear_spec(sweep: Sweep, name: str, product: _Projection, kind: WeightKind, rows: int) -> KernelSpec:
     # What only goes into another product has the dtype of the activations.
-    dtype = sweep.dtype if product.normed and product.next else "float32"
+    dtype = sweep.dtype if product.has_input_norm and product.has_next_norm else "float32"
 
     def make(layers: int) -> tuple[Arrays, Arrays]:
         given: Arrays = {
-            "x": noise.normal((rows, product.inputs), 1, sweep.dtype),
-            "weight": sweep.weight((layers, product.outputs, product.inputs), kind, 2),
-            "other": sweep.weight((layers, product.other, product.inputs), kind, 4) if product.other else None,
-            "squares": squares_of(rows, product.inputs) if product.normed else None,
-            "residual": noise.normal((rows, product.width), 6) if product.residual else None,
-            "next_norm": noise.normal((layers, product.width), 7, sweep.dtype) if product.next else None,
+            "x": random_arrays.random_normal((rows, product.inputs), 1, sweep.dtype),
+            "weight": sweep.random_weight((layers, product.outputs, product.inputs), kind, 2),
+            "other": sweep.random_weight((layers, product.second_outputs, product.inputs), kind, 4)
+            if product.second_outputs
+            else None,
+            "squares": unit_sum_sq(rows, product.inputs) if product.has_input_norm else None,
+            "residual": random_arrays.random_normal((rows, product.width), 6) if product.has_residual else None,
+            "next_norm": random_arrays.random_normal((layers, product.width), 7, sweep.dtype)
+            if product.has_next_norm
+            else None,
         }
-        return given, {"counters": jnp.zeros(COUNTERS, jnp.int32)}
+        return given, {"counters": jnp.zeros(NUM_COUNTERS, jnp.int32)}
 
-    def run(given: Arrays, state: Arrays, place: jax.Array, shape: Any) -> tuple[Made, Arrays]:
-        x, weight, rest = given["x"], given["weight"], {key: given[key] for key in _OPTIONS}
-        made, counters = linear(x, weight, place, state["counters"], **rest, eps=EPS, dtype=dtype, shape=shape)
+    def run(given: Arrays, state: Arrays, place: jax.Array, shape: Any) -> tuple[LinearOutput, Arrays]:
+        x, weight, rest = given["x"], given["weight"], {key: given[key] for key in _OPTION_KEYS}
+        made, counters = fused_linear(x, weight, place, state["counters"], **rest, eps=EPS, dtype=dtype, config=shape)
         return made, {"counters": counters}
 
-    def reference(given: Arrays, state: Arrays, place: jax.Array) -> tuple[Made, Arrays]:
+    def reference(given: Arrays, state: Arrays, place: jax.Array) -> tuple[LinearOutput, Arrays]:
         weights = [given["weight"]] if given["other"] is None else [given["weight"], given["other"]]
         options = {"squares": given["squares"], "residual": given["residual"], "eps": EPS, "dtype": jnp.float32}
-        out = jnp.concatenate([linear_ref(given["x"], weight, place, **options).out for weight in weights], axis=1)
+        out = jnp.concatenate(
+            [fused_linear_ref(given["x"], weight, place, **options).out for weight in weights], axis=1
+        )
         scaled = out.astype(dtype)
-        if product.next:
+        if product.has_next_norm:
             scaled = (out * given["next_norm"][place[0]][None].astype(jnp.float32)).astype(sweep.dtype)
-        return Made(out.astype(dtype), scaled, Squares(jnp.sum(out * out, axis=-1, keepdims=True), 0, 1)), state
+        return LinearOutput(out.astype(dtype), scaled, SumSq(jnp.sum(out * out, axis=-1, keepdims=True), 0, 1)), state
 
     def nbytes(given: Arrays, state: Arrays) -> int:
         size, wide = (rows, product.width), jnp.float32
-        activations = given["x"].nbytes + size_of(size, dtype) + product.residual * size_of(size, wide)
-        return one_layer(given["weight"], given["other"]) + activations + product.next * size_of(size, sweep.dtype)
+        activations = given["x"].nbytes + array_nbytes(size, dtype) + product.has_residual * array_nbytes(size, wide)
+        return (
+            layer_nbytes(given["weight"], given["other"])
+            + activations
+            + product.has_next_norm * array_nbytes(size, sweep.dtype)
+        )
 
     full = f"{name}/{kind}/m{rows}"
-    return Case(
+    return KernelSpec(
         op="linear",
         name=full,
-        make=make,
+        make_inputs=make,
         run=run,
         reference=reference,
-        view=view_made,
-        moves="x",
-        nbytes=nbytes,
-        problem=lambda given: problem(rows, product.width, given["weight"]),
+        comparable_outputs=comparable_linear_output,
+        activation_key="x",
+        bytes_accessed=nbytes,
+        tuning_key=lambda given: linear_tuning_key(rows, product.width, given["weight"]),
     )
 
 
-_OPTIONS = ("other", "squares", "residual", "next_norm")
+_OPTION_KEYS = ("other", "squares", "residual", "next_norm")

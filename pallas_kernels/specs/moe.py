@@ -9,74 +9,89 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import random_arrays as noise
-from pallas_kernels.moe import Plan, Routed, down, gate_up, sort_pairs
-from pallas_kernels.moe.op import problem
-from pallas_kernels.moe.reference import choose_ref, down_ref, gate_up_ref
-from pallas_kernels.quant_matmul import Made
-from pallas_kernels.specs.base import COUNTERS, EPS, Arrays, Case, Sweep, one_layer, size_of, squares_of, view_made
-from pallas_kernels.tiles import Kind
+from pallas_kernels import random_arrays
+from pallas_kernels.moe import Dispatch, RouterConfig, build_dispatch, down, gate_up
+from pallas_kernels.moe.op import moe_tuning_key
+from pallas_kernels.moe.reference import down_ref, gate_up_ref, route_ref
+from pallas_kernels.quant_matmul import LinearOutput
+from pallas_kernels.specs.base import (
+    EPS,
+    NUM_COUNTERS,
+    Arrays,
+    KernelSpec,
+    Sweep,
+    array_nbytes,
+    comparable_linear_output,
+    layer_nbytes,
+    unit_sum_sq,
+)
+from pallas_kernels.tiles import WeightKind
 
 # As models have it: more tokens are sorted by their experts.
-MOST_UNSORTED = 8
+MAX_UNSORTED_TOKENS = 8
 
 
-def gate_up_cases(sweep: Sweep) -> Iterator[Case]:
+def gate_up_specs(sweep: Sweep) -> Iterator[KernelSpec]:
     """Gate, up and their product, of experts with a shared one, in every storage."""
-    yield from (_gate_up(sweep, kind, rows) for kind in sweep.kinds for rows in sweep.rows)
+    yield from (_gate_up_spec(sweep, kind, rows) for kind in sweep.weight_kinds for rows in sweep.batch_sizes)
 
 
-def down_cases(sweep: Sweep) -> Iterator[Case]:
+def down_specs(sweep: Sweep) -> Iterator[KernelSpec]:
     """Down and the sum over experts."""
-    yield from (_down(sweep, kind, rows) for kind in sweep.kinds for rows in sweep.rows)
+    yield from (_down_spec(sweep, kind, rows) for kind in sweep.weight_kinds for rows in sweep.batch_sizes)
 
 
-def _routed(sweep: Sweep) -> Routed:
-    return Routed(experts=sweep.widths.experts, chosen=sweep.widths.chosen, normalised=True, factor=1.8)
+def _router_config(sweep: Sweep) -> RouterConfig:
+    return RouterConfig(
+        experts=sweep.dims.experts,
+        experts_per_token=sweep.dims.experts_per_token,
+        normalize_weights=True,
+        scaling_factor=1.8,
+    )
 
 
-def _choice(sweep: Sweep, layers: int, rows: int) -> Arrays:
+def _router_inputs(sweep: Sweep, layers: int, rows: int) -> Arrays:
     """The router's logits, the same for every layer; its bias is small, and decides nothing."""
-    logits = noise.normal((rows, sweep.widths.experts), 11)
-    return {"logits": logits, "bias": jnp.zeros((layers, sweep.widths.experts), jnp.float32)}
+    logits = random_arrays.random_normal((rows, sweep.dims.experts), 11)
+    return {"logits": logits, "bias": jnp.zeros((layers, sweep.dims.experts), jnp.float32)}
 
 
-def _plan(routed: Routed, choice: Arrays) -> Plan | None:
+def _sorted_dispatch(routed: RouterConfig, choice: Arrays) -> Dispatch | None:
     """The pairs in blocks, where a model would sort them."""
-    if choice["logits"].shape[0] <= MOST_UNSORTED:
+    if choice["logits"].shape[0] <= MAX_UNSORTED_TOKENS:
         return None
-    return sort_pairs(routed, jnp.zeros(1, jnp.int32), choice["logits"], choice["bias"])
+    return build_dispatch(routed, jnp.zeros(1, jnp.int32), choice["logits"], choice["bias"])
 
 
-def _every_pair(routed: Routed, choice: Arrays) -> Plan:
+def _unsorted_dispatch(routed: RouterConfig, choice: Arrays) -> Dispatch:
     """The same with each pair for itself."""
-    numbers, weights = choose_ref(routed, choice["logits"], choice["bias"][0])
-    return Plan(numbers.reshape(-1).astype(jnp.int32), weights.reshape(-1))
+    numbers, weights = route_ref(routed, choice["logits"], choice["bias"][0])
+    return Dispatch(numbers.reshape(-1).astype(jnp.int32), weights.reshape(-1))
 
 
-def _distinct(routed: Routed, given: Arrays) -> int:
+def _count_active_experts(routed: RouterConfig, given: Arrays) -> int:
     """Experts that any token has chosen."""
-    return len(np.unique(choose_ref(routed, given["logits"], given["bias"][0])[0]))
+    return len(np.unique(route_ref(routed, given["logits"], given["bias"][0])[0]))
 
 
-def _shared_kind(kind: Kind) -> Kind:
+def _shared_expert_kind(kind: WeightKind) -> WeightKind:
     """A shared expert is kept in 8 bits where the others have 4."""
     return "int8" if kind == "int4" else kind
 
 
-def _gate_up(sweep: Sweep, kind: Kind, rows: int) -> Case:
-    w, routed = sweep.widths, _routed(sweep)
+def _gate_up_spec(sweep: Sweep, kind: WeightKind, rows: int) -> KernelSpec:
+    w, routed = sweep.dims, _router_config(sweep)
 
     def make(layers: int) -> tuple[Arrays, Arrays]:
-        choice = _choice(sweep, layers, rows)
+        choice = _router_inputs(sweep, layers, rows)
         experts, shared = (layers, w.experts, w.expert_width, w.hidden), (layers, w.expert_width, w.hidden)
         return {
-            "x": noise.normal((rows, w.hidden), 1, sweep.dtype),
-            "squares": squares_of(rows, w.hidden),
-            "gate": sweep.weight(experts, kind, 2),
-            "up": sweep.weight(experts, kind, 4),
-            "shared": tuple(sweep.weight(shared, _shared_kind(kind), seed) for seed in (6, 8)),
-            "plan": _plan(routed, choice),
+            "x": random_arrays.random_normal((rows, w.hidden), 1, sweep.dtype),
+            "squares": unit_sum_sq(rows, w.hidden),
+            "gate": sweep.random_weight(experts, kind, 2),
+            "up": sweep.random_weight(experts, kind, 4),
+            "shared": tuple(sweep.random_weight(shared, _shared_expert_kind(kind), seed) for seed in (6, 8)),
+            "plan": _sorted_dispatch(routed, choice),
             **choice,
         }, {}
 
@@ -89,62 +104,62 @@ def _gate_up(sweep: Sweep, kind: Kind, rows: int) -> Case:
         return made, state
 
     def nbytes(given: Arrays, state: Arrays) -> int:
-        read = one_layer(given["gate"], given["up"]) * _distinct(routed, given) // w.experts
-        made = size_of((rows, w.chosen + 1, w.expert_width), sweep.dtype)
-        return read + one_layer(*given["shared"]) + given["x"].nbytes + made
+        read = layer_nbytes(given["gate"], given["up"]) * _count_active_experts(routed, given) // w.experts
+        made = array_nbytes((rows, w.experts_per_token + 1, w.expert_width), sweep.dtype)
+        return read + layer_nbytes(*given["shared"]) + given["x"].nbytes + made
 
-    return Case(
+    return KernelSpec(
         op="gate_up",
         name=f"{kind}/m{rows}",
-        make=make,
+        make_inputs=make,
         run=run,
         reference=lambda given, state, place: (call(gate_up_ref, given, place), state),
-        view=lambda given, out, state, place: (out,),
-        moves="x",
-        nbytes=nbytes,
-        problem=lambda given: problem("gate_up", routed, rows, given["gate"], given["shared"][0]),
+        comparable_outputs=lambda given, out, state, place: (out,),
+        activation_key="x",
+        bytes_accessed=nbytes,
+        tuning_key=lambda given: moe_tuning_key("gate_up", routed, rows, given["gate"], given["shared"][0]),
     )
 
 
-def _down(sweep: Sweep, kind: Kind, rows: int) -> Case:
-    w, routed = sweep.widths, _routed(sweep)
+def _down_spec(sweep: Sweep, kind: WeightKind, rows: int) -> KernelSpec:
+    w, routed = sweep.dims, _router_config(sweep)
 
     def make(layers: int) -> tuple[Arrays, Arrays]:
-        choice = _choice(sweep, layers, rows)
+        choice = _router_inputs(sweep, layers, rows)
         return {
-            "h": noise.normal((rows * (w.chosen + 1) * w.expert_width,), 1, sweep.dtype),
-            "weight": sweep.weight((layers, w.experts, w.hidden, w.expert_width), kind, 2),
-            "shared": sweep.weight((layers, w.hidden, w.expert_width), _shared_kind(kind), 4),
-            "residual": noise.normal((rows, w.hidden), 6),
-            "next_norm": noise.normal((layers, w.hidden), 7, sweep.dtype),
-            "plan": _plan(routed, choice) or _every_pair(routed, choice),
+            "h": random_arrays.random_normal((rows * (w.experts_per_token + 1) * w.expert_width,), 1, sweep.dtype),
+            "weight": sweep.random_weight((layers, w.experts, w.hidden, w.expert_width), kind, 2),
+            "shared": sweep.random_weight((layers, w.hidden, w.expert_width), _shared_expert_kind(kind), 4),
+            "residual": random_arrays.random_normal((rows, w.hidden), 6),
+            "next_norm": random_arrays.random_normal((layers, w.hidden), 7, sweep.dtype),
+            "plan": _sorted_dispatch(routed, choice) or _unsorted_dispatch(routed, choice),
             **choice,
-        }, {"counters": jnp.zeros(COUNTERS, jnp.int32)}
+        }, {"counters": jnp.zeros(NUM_COUNTERS, jnp.int32)}
 
     names = ("weight", "shared", "residual", "next_norm")
 
-    def run(given: Arrays, state: Arrays, place: jax.Array, shape: Any) -> tuple[Made, Arrays]:
+    def run(given: Arrays, state: Arrays, place: jax.Array, shape: Any) -> tuple[LinearOutput, Arrays]:
         rest, options = [*(given[name] for name in names), state["counters"]], {"shape": shape} if shape else {}
         made, counters = down(routed, given["h"], given["plan"], place, *rest, **options)
         return made, {"counters": counters}
 
-    def reference(given: Arrays, state: Arrays, place: jax.Array) -> tuple[Made, Arrays]:
+    def reference(given: Arrays, state: Arrays, place: jax.Array) -> tuple[LinearOutput, Arrays]:
         rest = [given[name] for name in ("logits", "bias", *names)]
         return down_ref(routed, given["h"], place, *rest), state
 
     def nbytes(given: Arrays, state: Arrays) -> int:
-        read = one_layer(given["weight"]) * _distinct(routed, given) // w.experts
-        made = size_of((rows, w.hidden), jnp.float32) + size_of((rows, w.hidden), sweep.dtype)
-        return read + one_layer(given["shared"]) + given["h"].nbytes + given["residual"].nbytes + made
+        read = layer_nbytes(given["weight"]) * _count_active_experts(routed, given) // w.experts
+        made = array_nbytes((rows, w.hidden), jnp.float32) + array_nbytes((rows, w.hidden), sweep.dtype)
+        return read + layer_nbytes(given["shared"]) + given["h"].nbytes + given["residual"].nbytes + made
 
-    return Case(
+    return KernelSpec(
         op="down",
         name=f"{kind}/m{rows}",
-        make=make,
+        make_inputs=make,
         run=run,
         reference=reference,
-        view=view_made,
-        moves="h",
-        nbytes=nbytes,
-        problem=lambda given: problem("down", routed, rows, given["weight"], given["shared"]),
+        comparable_outputs=comparable_linear_output,
+        activation_key="h",
+        bytes_accessed=nbytes,
+        tuning_key=lambda given: moe_tuning_key("down", routed, rows, given["weight"], given["shared"]),
     )

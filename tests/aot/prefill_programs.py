@@ -7,16 +7,16 @@ from jax.sharding import SingleDeviceSharding
 from glm_jax.cache import LatentCache
 from glm_jax.config import Config
 from glm_jax.ops import mla_prefill
-from pallas_kernels import GRAPH_OPTIONS, aot, compiling_for
+from pallas_kernels import CUDA_GRAPH_OPTIONS, aot, compiling_for
 
 FLASH = Config.flash()
 
 
-def traced(batch, tokens, slots, cache_dtype, place=None):
+def trace_prefill(batch, tokens, slots, cache_dtype, place=None):
     """The attention of one layer over a cache of several, as the model calls it."""
 
     def program(query, cache, layer, positions, k_b, v_b):
-        return mla_prefill.attend(FLASH, query, cache, layer, positions, k_b, v_b)
+        return mla_prefill.prefill_attention(FLASH, query, cache, layer, positions, k_b, v_b)
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
@@ -33,16 +33,16 @@ def traced(batch, tokens, slots, cache_dtype, place=None):
     )
 
 
-def program(argument):
-    """What XLA makes of it, as plain values; in the child of :func:`pallas_kernels.aot.in_child`."""
-    card = aot.card(argument.pop("gpu"))
-    place = SingleDeviceSharding(aot.devices(card)[0])
+def compile_prefill(argument):
+    """What XLA makes of it, as plain values; in the child of :func:`pallas_kernels.aot.run_in_child`."""
+    card = aot.find_gpu_spec(argument.pop("gpu"))
+    place = SingleDeviceSharding(aot.topology_devices(card)[0])
     with compiling_for(card.target):
-        report = aot.compile_traced(traced(**argument, place=place), GRAPH_OPTIONS)
+        report = aot.compile_traced(trace_prefill(**argument, place=place), CUDA_GRAPH_OPTIONS)
     return {
         "temp_bytes": report.temp_bytes,
         "before": [thunk.name or thunk.kind for thunk in report.launches(0)],
         "of_a_stretch": [thunk.name or thunk.kind for thunk in report.launches(1)],
-        "launches_outside_graphs": report.outside,
-        "graph_pieces": report.graphs,
+        "launches_outside_graphs": report.num_ungraphed_launches,
+        "graph_pieces": report.num_cuda_graphs,
     }

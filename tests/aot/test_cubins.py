@@ -13,17 +13,17 @@ import pytest
 
 from glm_jax.cache import LatentCache
 from glm_jax.config import Config
-from glm_jax.engine.aot import _as_on_a_gpu
+from glm_jax.engine.aot import _without_bfloat16_bits
 from glm_jax.model import GLM
 from glm_jax.sampling import SamplerState, SamplingParams
-from glm_jax.weights import PRESETS
+from glm_jax.weights import QUANT_PRESETS
 from glm_jax.weights.storage import abstract_params, plan_storage
-from glm_jax.weights.tiling import tiled_tree
+from glm_jax.weights.tiling import tile_params
 from pallas_kernels import compiling_for
-from pallas_kernels._launch import recording
-from pallas_kernels.aot import cards
-from pallas_kernels.specs import Sweep, cases
-from tests.aot import prefill_programs as prompt
+from pallas_kernels._launch import record_kernels
+from pallas_kernels.aot import load_gpu_specs
+from pallas_kernels.specs import Sweep, list_specs
+from tests.aot import prefill_programs
 
 pytestmark = pytest.mark.aot
 SAMPLER = {"survey_kernel", "narrow_kernel", "draw_kernel"}  # what looks at logits multiplies no matrices
@@ -65,12 +65,12 @@ class Facts:
 def kernels(card, preset, batch, cache_dtype):
     """Name and kernel of each that a step launches: a dense layer and two of experts have them all."""
     cfg = Config.flash(layers=3)
-    params = abstract_params(cfg, jnp.bfloat16, storage=plan_storage(cfg, PRESETS[preset])[0])
+    params = abstract_params(cfg, jnp.bfloat16, storage=plan_storage(cfg, QUANT_PRESETS[preset])[0])
     params.pop("mtp")
-    tiled = jax.eval_shape(tiled_tree, _as_on_a_gpu(params))
+    tiled = jax.eval_shape(tile_params, _without_bfloat16_bits(params))
     cache = jax.eval_shape(lambda: LatentCache.create(cfg, batch, 8192, cache_dtype))
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
-    with compiling_for(cards()[card].target), recording() as made:
+    with compiling_for(load_gpu_specs()[card].target), record_kernels() as made:
         for options in ({"temperature": 0}, {"top_p": 1}, {"top_p": 0.9, "logprobs": 0}):
             rows = SamplerState.create(
                 [SamplingParams(**options)] * batch,
@@ -79,7 +79,7 @@ def kernels(card, preset, batch, cache_dtype):
                 vocab_size=cfg.vocab_size,
                 valid_vocab=154_856,
             )
-            step = functools.partial(GLM(cfg).apply, method="draw")
+            step = functools.partial(GLM(cfg).apply, method="decode_and_sample")
             jax.eval_shape(lambda p, *given, step=step: step({"params": p}, *given), tiled, tokens, tokens, cache, rows)
     return {(kernel.name, kernel.ptx): kernel for kernel in made}
 
@@ -106,7 +106,7 @@ def test_kernels_of_a_step(architecture, preset, batch, cache):
         "down_kernel",
         "head_kernel",
     } | SAMPLER | ({"plan_kernel"} if batch > 8 else set())
-    limit = cards()[BY_ARCHITECTURE[architecture]].shared_memory_per_block
+    limit = load_gpu_specs()[BY_ARCHITECTURE[architecture]].shared_memory_per_block
     for (name, _), kernel in found.items():
         facts = Facts.of(kernel.cubin)
         assert facts.stack == 0, f"{name} spills {facts.stack} bytes"
@@ -128,12 +128,12 @@ def test_kernels_of_a_step(architecture, preset, batch, cache):
 @pytest.mark.parametrize("architecture", BY_ARCHITECTURE)
 def test_products_of_a_prompt(architecture):
     """Weights are unpacked once for a block of rows, in shared memory, and multiplied by tensor cores."""
-    card = cards()[BY_ARCHITECTURE[architecture]]
-    found = cases(Sweep(kinds=("int4",), chunks=(2048,)), ["matmul", "gated"])
+    card = load_gpu_specs()[BY_ARCHITECTURE[architecture]]
+    found = list_specs(Sweep(weight_kinds=("int4",), prefill_lengths=(2048,)), ["matmul", "gated"])
     assert len(found) == 2
     for case in found:
-        arrays = jax.eval_shape(functools.partial(case.make, 2))
-        with compiling_for(card.target), recording() as made:
+        arrays = jax.eval_shape(functools.partial(case.make_inputs, 2))
+        with compiling_for(card.target), record_kernels() as made:
             jax.eval_shape(lambda g, s, run=case.run: run(g, s, jnp.ones(1, jnp.int32), None)[0], *arrays)
         (kernel,) = made
         facts = Facts.of(kernel.cubin)
@@ -150,8 +150,8 @@ PRODUCTS = {89: ("HMMA", 2 * 64), 90: ("HGMMA", 2 * 24), 100: ("UTC.*MMA", None)
 
 @functools.cache
 def kernels_of_a_prompt(card):
-    with compiling_for(cards()[card].target), recording() as made:
-        prompt.traced(1, 512, 202_752, "bfloat16")
+    with compiling_for(load_gpu_specs()[card].target), record_kernels() as made:
+        prefill_programs.trace_prefill(1, 512, 202_752, "bfloat16")
     return made
 
 
@@ -164,7 +164,7 @@ def test_kernels_of_a_prompt(architecture):
     for kernel in made:
         facts = Facts.of(kernel.cubin)
         assert (facts.stack, facts.count(r"(LDL|STL)\b")) == (0, 0)
-        assert kernel.shared_memory <= cards()[BY_ARCHITECTURE[architecture]].shared_memory_per_block
+        assert kernel.shared_memory <= load_gpu_specs()[BY_ARCHITECTURE[architecture]].shared_memory_per_block
         assert facts.registers * 32 * kernel.num_warps <= 65536
         # Exactly as many as the work needs: no warp computes what another one does.
         found = facts.count(pattern)

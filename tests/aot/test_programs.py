@@ -29,7 +29,7 @@ def compiled(gpu, quantize, batch, context, cache, **sampling):
         "cache_dtype": cache,
         "sampling": sampling,
     }
-    return aot.in_child("glm_jax.engine.aot:decode", argument)
+    return aot.run_in_child("glm_jax.engine.aot:decode", argument)
 
 
 @pytest.mark.parametrize(("gpu", "quantize", "batch", "context", "cache"), CASES)
@@ -65,7 +65,7 @@ def test_the_generation_loop_on_four_cards():
         "cache_dtype": "bfloat16",
         "devices": 4,
     }
-    made = aot.in_child("glm_jax.engine.aot:decode", argument)
+    made = aot.run_in_child("glm_jax.engine.aot:decode", argument)
     layers = FLASH.num_hidden_layers
     # And one of the embedding; the logits are gathered.
     assert Counter(made["collectives"]) == {"kAllReduce": 2 * layers + 1, "kAllGather": 1}
@@ -82,7 +82,7 @@ def test_the_generation_loop_on_four_cards():
 def test_the_attention_of_a_prompt(slots, cache):
     """A chunk of 512 tokens: what it needs does not grow with the context, and nothing is copied to be read."""
     argument = {"gpu": "h200", "batch": 1, "tokens": 512, "slots": slots, "cache_dtype": cache}
-    made = aot.in_child("tests.aot.prefill_programs:program", argument)
+    made = aot.run_in_child("tests.aot.prefill_programs:program", argument)
     # A short context, and a whole one or its first stretch.
     assert made["before"].count("flash_kernel") == 2
     assert made["of_a_stretch"].count("flash_kernel") == (slots > 4096)
@@ -105,7 +105,7 @@ def test_a_chunk_of_a_prompt(gpu, chunk):
         "chunk": chunk,
         "cache_dtype": "bfloat16",
     }
-    made = aot.in_child("glm_jax.engine.aot:prefill", argument)
+    made = aot.run_in_child("glm_jax.engine.aot:prefill", argument)
     # The dense layer's, and those of the loop over the others; attention over a first stretch and over more.
     assert made["graph_pieces"] == 1
     assert made["kernels"]["gated_kernel"] == 1 + 2
@@ -138,12 +138,12 @@ def test_everything_that_can_be_asked_for_is_one_graph():
 
 def test_a_card_that_nobody_described():
     with pytest.raises(aot.AotError, match="no description of a GPU called 'tpu'; there are rtx6000-ada"):
-        aot.card("tpu")
+        aot.find_gpu_spec("tpu")
 
 
 def test_what_goes_wrong_in_the_child_is_said_in_one_line():
     with pytest.raises(aot.AotError, match=r"^compiling failed: .*no description of a GPU called 'none'"):
-        aot.in_child("glm_jax.engine.aot:decode", {"gpu": "none", "config": dataclasses.asdict(FLASH)})
+        aot.run_in_child("glm_jax.engine.aot:decode", {"gpu": "none", "config": dataclasses.asdict(FLASH)})
 
 
 def test_reading_the_list_of_launches():
@@ -159,8 +159,8 @@ condition:
     008: kAllReduceStart [prev=1 | next=2]
 009: kCustomKernel [source | sink] after grid: [1, 1, 1]
 """
-    thunks = list(aot.read_thunks(text))
-    assert [(t.kind, t.loops, t.graphs) for t in thunks] == [
+    thunks = list(aot.parse_thunks(text))
+    assert [(t.kind, t.loop_depth, t.graph_depth) for t in thunks] == [
         ("kCopy", 0, 0),
         ("kWhile", 0, 0),
         ("kCustomKernel", 0, 0),
@@ -170,6 +170,6 @@ condition:
         ("kAllReduceStart", 1, 0),
         ("kCustomKernel", 0, 0),
     ]
-    report = aot.Report(thunks=tuple(thunks), argument_bytes=0, output_bytes=0, alias_bytes=0, temp_bytes=0)
+    report = aot.CompileReport(thunks=tuple(thunks), argument_bytes=0, output_bytes=0, alias_bytes=0, temp_bytes=0)
     assert [t.name or t.kind for t in report.launches()] == ["first", "kCopy", "kAllReduceStart"]
-    assert (report.graphs, report.outside, report.collectives) == (1, 4, ["kAllReduceStart"])
+    assert (report.num_cuda_graphs, report.num_ungraphed_launches, report.collectives) == (1, 4, ["kAllReduceStart"])

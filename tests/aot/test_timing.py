@@ -9,7 +9,7 @@ pytestmark = pytest.mark.aot
 
 
 def test_a_round_is_its_calls_and_little_else():
-    made = aot.in_child("tests.aot.timing_programs:launches", {"gpu": "h200"})
+    made = aot.run_in_child("tests.aot.timing_programs:launches", {"gpu": "h200"})
     assert {name.split("/")[0] for name in made} >= {"linear", "queries", "attend", "values", "gate_up", "down"}
     for name, found in made.items():
         kernels = dict(found["kernels"])

@@ -11,23 +11,23 @@ import pytest
 
 from glm_jax.bench import run
 from glm_jax.bench.__main__ import main
-from glm_jax.bench.glm_jax_backend import Ours, active_bytes
-from glm_jax.bench.hardware import PeakMemory, resident
-from glm_jax.bench.options import Decode, check, numbers
-from glm_jax.bench.profiler import operations
-from glm_jax.bench.random_weights import random_params
-from glm_jax.bench.report_tables import markdown
-from glm_jax.bench.short import sets
-from glm_jax.bench.timing import compare, of_decoding, spread
+from glm_jax.bench.glm_jax_backend import GlmJaxBackend, active_weight_bytes
+from glm_jax.bench.hardware import PeakMemoryMonitor, resident_bytes
+from glm_jax.bench.options import DecodeOptions, parse_size_option, validate_bench_options
+from glm_jax.bench.profiler import summarize_operations
+from glm_jax.bench.random_weights import random_quantized_params
+from glm_jax.bench.report_tables import bench_report_markdown
+from glm_jax.bench.short import benchmark_sets
+from glm_jax.bench.timing import decode_metrics, summarize, time_interleaved
 from glm_jax.checkpoint import load
 from glm_jax.config import Config
 from glm_jax.errors import GlmError
-from glm_jax.memory import distinct_experts
-from glm_jax.weights import PRESETS, QuantizedTensor, TiledWeight
-from glm_jax.weights.params import leaves
-from glm_jax.weights.storage import quantised_bytes
+from glm_jax.memory import expected_active_experts
+from glm_jax.weights import QUANT_PRESETS, QuantizedTensor, TiledWeight
+from glm_jax.weights.params import leaves_with_path
+from glm_jax.weights.storage import quantized_bytes
 from pallas_kernels import LaunchError
-from pallas_kernels.report_format import short
+from pallas_kernels.report_format import format_size
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERTS = [("moe", name) for name in ("gate", "up", "down")]
@@ -106,7 +106,7 @@ def test_prefill_has_a_case_per_batch_and_length(tmp_path, capsys):
 )
 def test_bad_input_is_refused_before_anything_is_loaded(args, message, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    monkeypatch.setattr("glm_jax.bench.run.Ours", None)
+    monkeypatch.setattr("glm_jax.bench.run.GlmJaxBackend", None)
     with pytest.raises(GlmError, match=message):
         main(args)
 
@@ -122,7 +122,7 @@ def test_several_peers_are_asked_for_one_by_one(monkeypatch):
     monkeypatch.setattr("glm_jax.bench.run.measure", lambda options: asked.append(options) or 0)
     assert main(["decode", "--peer", "reference", "--peer", "transformers", "--context", "1k,128k"]) == 0
     assert asked[0].peer == ("reference", "transformers")
-    assert numbers(asked[0].context, "--context") == (1024, 131_072)
+    assert parse_size_option(asked[0].context, "--context") == (1024, 131_072)
 
 
 @pytest.mark.parametrize("command", [["--help"], ["decode", "--help"], ["prefill", "--help"]])
@@ -134,19 +134,19 @@ def test_help(command, capsys):
 
 
 def test_lengths_are_read_and_written_as_people_do():
-    assert numbers(" 1,8K , 200k", "--x") == (1, 8192, 204_800)
-    assert [short(n) for n in (1, 1000, 1024, 8192, 131_072)] == ["1", "1,000", "1k", "8k", "128k"]
+    assert parse_size_option(" 1,8K , 200k", "--x") == (1, 8192, 204_800)
+    assert [format_size(n) for n in (1, 1000, 1024, 8192, 131_072)] == ["1", "1,000", "1k", "8k", "128k"]
     for wrong in ("", "0", "-1", "1.5k", "k", "1,,2", "1kk"):
         with pytest.raises(GlmError, match="--x must be positive numbers"):
-            numbers(wrong, "--x")
+            parse_size_option(wrong, "--x")
 
 
 def test_spread():
-    assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "all": [3.0, 1.0, 2.0]}
+    assert summarize([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "all": [3.0, 1.0, 2.0]}
 
 
 def test_times_are_of_one_row_and_speeds_of_one_and_of_all():
-    found = of_decoding([2.0, 4.0, 1.0], batch=8, tokens=100)
+    found = decode_metrics([2.0, 4.0, 1.0], batch=8, tokens=100)
     assert found["ms_per_token_of_one_row"]["median"] == 20
     assert found["tokens_per_s_of_one_row"]["median"] == 50
     assert found["tokens_per_s_of_all_rows"]["median"] == 400
@@ -164,7 +164,7 @@ class Timed:
 
 def test_peers_are_compared_turn_by_turn():
     sides = [Timed("glm_jax", [9, 1, 2]), Timed("a", [9, 3, 2], (1, 3)), Timed("b", [9, 4, 1])]
-    seconds, compared = compare(sides, sides, repeats=2)
+    seconds, compared = time_interleaved(sides, sides, repeats=2)
     assert seconds == [[1, 2], [3, 2], [4, 1]]
     assert {name: found["all"] for name, found in compared["ratio"].items()} == {"a": [3.0, 1.0], "b": [4.0, 0.5]}
     assert compared["same_tokens"] == {"a": 0.5, "b": 1.0}
@@ -172,13 +172,13 @@ def test_peers_are_compared_turn_by_turn():
 
 def results_of(**options):
     """Cases of the miniature, without the report around them."""
-    asked = Decode(repeats=1, tokens=2, **options)
-    check(asked)
-    return list(run._cases(asked, [Ours("tiny", "float32")], 1e9))
+    asked = DecodeOptions(repeats=1, tokens=2, **options)
+    validate_bench_options(asked)
+    return list(run._run_cases(asked, [GlmJaxBackend("tiny", "float32")], 1e9))
 
 
 def test_what_does_not_fit_is_skipped_with_the_reason(monkeypatch):
-    monkeypatch.setattr(run, "device_limit", lambda device: 40_000_000)
+    monkeypatch.setattr(run, "available_device_memory", lambda device: 40_000_000)
     first, second = results_of(batch="1,64", context="256")
     assert "glm_jax" in first
     assert second["skipped"].endswith("for cache and workspace, and 40.00 MB are free")
@@ -194,14 +194,14 @@ def test_what_does_not_fit_is_skipped_with_the_reason(monkeypatch):
     ],
 )
 def test_a_case_that_fails_leaves_the_others(monkeypatch, error, word):
-    plain = Ours.decode
+    plain = GlmJaxBackend.decode
 
     def decode(self, state, tokens):
         if state.cache.batch == 2:
             raise error
         return plain(self, state, tokens)
 
-    monkeypatch.setattr(Ours, "decode", decode)
+    monkeypatch.setattr(GlmJaxBackend, "decode", decode)
     results = results_of(batch="1,2,4", context="8")
     assert ["glm_jax" in result for result in results] == [True, False, True]
     assert results[1][word] == str(error).splitlines()[0]
@@ -209,15 +209,17 @@ def test_a_case_that_fails_leaves_the_others(monkeypatch, error, word):
 
 def test_tokens_are_compared_where_the_weights_are_the_same():
     compared = {"same_tokens": {"unquantised": 0.1, "reference": 1.0}}
-    asked = Decode(model="tiny")
-    assert run._alike(asked, dict(compared)) == compared
-    asked = Decode(model="synthetic:flash")
-    assert run._alike(asked, {"same_tokens": dict(compared["same_tokens"])})["same_tokens"] == {"reference": 1.0}
-    assert run._alike(asked, {}) == {}
+    asked = DecodeOptions(model="tiny")
+    assert run._drop_incomparable(asked, dict(compared)) == compared
+    asked = DecodeOptions(model="synthetic:flash")
+    assert run._drop_incomparable(asked, {"same_tokens": dict(compared["same_tokens"])})["same_tokens"] == {
+        "reference": 1.0
+    }
+    assert run._drop_incomparable(asked, {}) == {}
 
 
 def test_a_failure_is_the_exit_code(monkeypatch, capsys):
-    monkeypatch.setattr(run, "_cases", lambda *_: iter([{"batch": 1, "context": 8, "failed": "no reason"}]))
+    monkeypatch.setattr(run, "_run_cases", lambda *_: iter([{"batch": 1, "context": 8, "failed": "no reason"}]))
     assert main(["decode", "--context", "8"]) == 1
     out, err = capsys.readouterr()
     assert "* batch 1, context 8: failed, no reason" in out
@@ -226,10 +228,10 @@ def test_a_failure_is_the_exit_code(monkeypatch, capsys):
 
 @pytest.mark.parametrize("cache", ["float32", "int8", "fp8"])
 def test_turns_begin_at_the_same_place_and_copy_no_cache(cache):
-    ours = Ours("tiny", "float32", cache_dtype=cache)
-    state = ours.filled(3, 40, 6)
-    assert state.cache.kind == cache
-    assert (state.cache.batch, state.cache.capacity) == (4, 128)
+    ours = GlmJaxBackend("tiny", "float32", cache_dtype=cache)
+    state = ours.start_with_random_cache(3, 40, 6)
+    assert state.cache.cache_dtype == cache
+    assert (state.cache.batch_size, state.cache.capacity) == (4, 128)
     turns = [ours.decode(state, 6)[1] for _ in range(2)]
     assert turns[0].shape == (4, 6)
     assert (turns[0][:3] >= 0).all()
@@ -254,9 +256,9 @@ GPU_REPORT = {
     "results": [
         {
             "batch": 8, "context": 8192,
-            "glm_jax": {**of_decoding([0.064], 8, 64), "compile_s": 4.0},
-            "reference": {**of_decoding([0.128], 8, 64), "compile_s": 5.0},
-            "ratio": {"reference": spread([2.0])}, "same_tokens": {"reference": 0.5},
+            "glm_jax": {**decode_metrics([0.064], 8, 64), "compile_s": 4.0},
+            "reference": {**decode_metrics([0.128], 8, 64), "compile_s": 5.0},
+            "ratio": {"reference": summarize([2.0])}, "same_tokens": {"reference": 0.5},
             "read": {
                 "bytes_per_step": 4e9, "bytes_per_s": 4e12, "of_measured_bandwidth": 1.0, "of_bound": 0.5,
             },
@@ -268,7 +270,7 @@ GPU_REPORT = {
 
 
 def test_the_tables_of_a_gpu():
-    text = markdown(GPU_REPORT)
+    text = bench_report_markdown(GPU_REPORT)
     row = next(line for line in text.splitlines() if line.startswith("| 8 |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     one = "1.000 (1.000 – 1.000)"
@@ -280,7 +282,7 @@ def test_the_tables_of_a_gpu():
     assert "| down_kernel | 46.0 | 500.0 | 50% |" in text
     assert "commit unknown" in text
     assert "as many experts as uniform routing would choose" in text
-    assert run.file_name(GPU_REPORT) == "nvidia-h200-decode-synthetic-flash-int4"
+    assert run.bench_report_name(GPU_REPORT) == "nvidia-h200-decode-synthetic-flash-int4"
 
 
 PROFILE = """
@@ -299,7 +301,7 @@ planes { id: 2 name: "/host:CPU" event_metadata { key: 1 value { id: 1 name: "x"
 
 def test_operations_are_those_of_the_streams_of_the_gpu():
     data = jax.profiler.ProfileData
-    found = operations(data.from_serialized_xspace(data.text_proto_to_serialized_xspace(PROFILE)), steps=2)
+    found = summarize_operations(data.from_serialized_xspace(data.text_proto_to_serialized_xspace(PROFILE)), steps=2)
     assert found == {
         "launches": 2.0,
         "us": 6.0,
@@ -309,7 +311,7 @@ def test_operations_are_those_of_the_streams_of_the_gpu():
         ],
     }
     nothing = data.text_proto_to_serialized_xspace('planes { name: "/host:CPU" }')
-    assert operations(data.from_serialized_xspace(nothing), 1) is None
+    assert summarize_operations(data.from_serialized_xspace(nothing), 1) is None
 
 
 def small_flash():
@@ -323,8 +325,10 @@ def small_flash():
 
 
 def test_random_weights_are_the_same_in_tiles_and_not():
-    cfg, rules = small_flash(), PRESETS["int4"]  # experts in 4 bits, the rest in 8
-    tiled, plain = (dict(leaves(random_params(cfg, rules, "float32", tiles=tiles))) for tiles in (True, False))
+    cfg, rules = small_flash(), QUANT_PRESETS["int4"]  # experts in 4 bits, the rest in 8
+    tiled, plain = (
+        dict(leaves_with_path(random_quantized_params(cfg, rules, "float32", tiles=tiles))) for tiles in (True, False)
+    )
     kinds = {True: TiledWeight, False: QuantizedTensor}
     quantised = [path for path, weight in plain.items() if isinstance(weight, QuantizedTensor)]
     assert len(quantised) > 15
@@ -337,12 +341,12 @@ def test_random_weights_are_the_same_in_tiles_and_not():
             assert 0.9 * size < one.std() < 1.2 * size
             assert abs(one.mean()) < 0.1 * size
     held = sum(x.nbytes for weight in plain.values() for x in jax.tree.leaves(weight))
-    assert held == quantised_bytes(cfg, rules, "float32")
+    assert held == quantized_bytes(cfg, rules, "float32")
 
 
 def test_the_short_sets_are_possible(tmp_path):
-    for options in sets(tmp_path).values():
-        check(options)
+    for options in benchmark_sets(tmp_path).values():
+        validate_bench_options(options)
 
 
 def test_the_short_sets_need_no_package_for_the_command_line():
@@ -353,7 +357,7 @@ def test_the_short_sets_need_no_package_for_the_command_line():
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_the_bytes_read_are_those_of_the_chosen_experts(quantize):
     cfg, params, _ = load("tiny", dtype="float32", quantize=quantize)
-    held = dict(leaves(params))
+    held = dict(leaves_with_path(params))
     experts = sum(held[path].nbytes for path in held if path[-1] in ("gate", "up", "down") and path[-2] == "moe")
     mtp = sum(weight.nbytes for path, weight in held.items() if path[0] == "mtp")
     of_mtp = sum(held[path].nbytes for path in held if path[-2:] in EXPERTS and path[0] == "mtp")
@@ -361,9 +365,9 @@ def test_the_bytes_read_are_those_of_the_chosen_experts(quantize):
     idle = (experts - of_mtp) * (1 - cfg.num_experts_per_tok / cfg.n_routed_experts)
     row = held["embed",].nbytes / cfg.vocab_size
     always = total - mtp - held["embed",].nbytes
-    assert active_bytes(cfg, params) == round(always - idle + row)
-    idle = (experts - of_mtp) * (1 - distinct_experts(cfg, 8) / cfg.n_routed_experts)
-    assert active_bytes(cfg, params, 8) == round(always - idle + 8 * row)
+    assert active_weight_bytes(cfg, params) == round(always - idle + row)
+    idle = (experts - of_mtp) * (1 - expected_active_experts(cfg, 8) / cfg.n_routed_experts)
+    assert active_weight_bytes(cfg, params, 8) == round(always - idle + 8 * row)
 
 
 def test_a_quantised_model_beside_itself_unquantised(tmp_path):
@@ -377,9 +381,9 @@ def test_a_quantised_model_beside_itself_unquantised(tmp_path):
     assert set(report["results"][0]) >= {"glm_jax", "unquantised", "ratio", "same_tokens"}
 
 
-@pytest.mark.skipif(resident() is None, reason="needs /proc")
+@pytest.mark.skipif(resident_bytes() is None, reason="needs /proc")
 def test_peak_memory_is_above_the_start():
-    with PeakMemory() as memory:
+    with PeakMemoryMonitor() as memory:
         held = np.ones(64 << 20, np.uint8)
         jax.block_until_ready(jax.numpy.asarray(held[:1]))
     assert memory.peak is not None

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from glm_jax.bench.__main__ import main
-from glm_jax.bench.projection import fit
+from glm_jax.bench.projection import fit_bandwidth
 from glm_jax.errors import GlmError
-from glm_jax.memory import gpus
+from glm_jax.memory import known_gpus
 
-H200 = gpus()["h200"]
+H200 = known_gpus()["h200"]
 
 
 def report(seconds_of, contexts=(1024, 8192, 32_768), device=None, **changes):
@@ -32,15 +32,15 @@ def report(seconds_of, contexts=(1024, 8192, 32_768), device=None, **changes):
 
 
 def test_a_fit_finds_the_speed_of_reading_and_what_a_step_takes_besides():
-    found = fit(report(lambda nbytes: 3e-4 + nbytes / (0.8 * H200.bandwidth)))
-    assert found.of_bandwidth == pytest.approx(0.8)
-    assert found.fixed == pytest.approx(3e-4)
-    assert found.contexts == 3
+    found = fit_bandwidth(report(lambda nbytes: 3e-4 + nbytes / (0.8 * H200.bandwidth)))
+    assert found.bandwidth_fraction == pytest.approx(0.8)
+    assert found.overhead_seconds == pytest.approx(3e-4)
+    assert found.num_contexts == 3
 
 
 def test_one_context_counts_everything_as_reading():
-    found = fit(report(lambda nbytes: 2 * nbytes / H200.bandwidth, contexts=(8192,)))
-    assert (found.of_bandwidth, found.fixed, found.contexts) == (pytest.approx(0.5), 0.0, 1)
+    found = fit_bandwidth(report(lambda nbytes: 2 * nbytes / H200.bandwidth, contexts=(8192,)))
+    assert (found.bandwidth_fraction, found.overhead_seconds, found.num_contexts) == (pytest.approx(0.5), 0.0, 1)
 
 
 def test_the_same_card_is_projected_as_it_was_measured(tmp_path, capsys):
@@ -62,7 +62,7 @@ def test_the_same_card_is_projected_as_it_was_measured(tmp_path, capsys):
 def test_cases_of_one_size_are_one_context():
     made = report(lambda nbytes: 2 * nbytes / H200.bandwidth, contexts=(8192,))
     made["results"] += made["results"]
-    assert fit(made).of_bandwidth == pytest.approx(0.5)
+    assert fit_bandwidth(made).bandwidth_fraction == pytest.approx(0.5)
 
 
 def test_a_card_that_cannot_hold_the_model_has_no_speed(tmp_path, capsys):
@@ -84,7 +84,7 @@ def test_a_card_that_cannot_hold_the_model_has_no_speed(tmp_path, capsys):
 )
 def test_a_report_that_says_too_little(made, message):
     with pytest.raises(GlmError, match=message):
-        fit(made)
+        fit_bandwidth(made)
 
 
 @pytest.mark.parametrize(

@@ -5,20 +5,22 @@ import shutil
 from pathlib import Path
 
 import glm_jax
-from tests.builders import hf_checkpoints as checkpoints
-from tests.builders import hf_configs as spellings
+from tests.builders import hf_checkpoints, hf_configs
 
-TINY = Path(glm_jax.__file__).parent / "tiny"
+TINY_FOLDER = Path(glm_jax.__file__).parent / "tiny"
 
 
-def calibratable(folder, layers=2):
+def write_calibration_checkpoint(folder, layers=2):
     """A random checkpoint that knows the miniature's tokens; its widths have groups of 8 and more."""
-    config = spellings.odd(
+    config = hf_configs.odd_size_config(
         vocab_size=2048, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=layers
     )
-    config |= {"eos_token_id": json.loads((TINY / "config.json").read_text())["eos_token_id"], "pad_token_id": None}
-    tensors = checkpoints.random_tensors(config, 0, dtype=checkpoints.BFLOAT16)
-    source = checkpoints.write(folder / "hf", config, tensors)
+    config |= {
+        "eos_token_id": json.loads((TINY_FOLDER / "config.json").read_text())["eos_token_id"],
+        "pad_token_id": None,
+    }
+    tensors = hf_checkpoints.random_tensors(config, 0, dtype=hf_checkpoints.BFLOAT16)
+    source = hf_checkpoints.write_checkpoint(folder / "hf", config, tensors)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(TINY / name, source / name)
+        shutil.copy(TINY_FOLDER / name, source / name)
     return source

@@ -10,12 +10,12 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from glm_jax.checkpoint.formats.gguf.ggml_types import TYPES
-from tests.builders.hf_configs import odd
+from glm_jax.checkpoint.formats.gguf.ggml_types import GGML_TYPES
+from tests.builders.hf_configs import odd_size_config
 
 ARCHITECTURE = "deepseek2"
 # Where the float16 numbers lie in a block of each type whose other bytes may be anything.
-HALVES = {
+FLOAT16_OFFSETS = {
     "Q4_0": (0,),
     "Q4_1": (0, 2),
     "Q5_0": (0,),
@@ -37,7 +37,7 @@ HALVES = {
     "TQ1_0": (52,),
     "TQ2_0": (64,),
 }
-NAMES = {
+HF_TO_GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
@@ -68,9 +68,9 @@ NAMES = {
 }
 
 
-def small(**changes):
+def small_mtp_config(**changes):
     """A config of odd sizes, with a prediction layer."""
-    return odd(num_nextn_predict_layers=1, **changes)
+    return odd_size_config(num_nextn_predict_layers=1, **changes)
 
 
 def architecture_fields(config):
@@ -114,7 +114,7 @@ def architecture_fields(config):
     }
 
 
-def to_gguf(tensors, config, *, halves=True):
+def to_gguf_tensors(tensors, config, *, split_kv_b=True):
     """GGUF's tensors of a Hugging Face checkpoint; `halves` says whether kv_b is split, as in newer files."""
     made, experts = {}, {}
     for name, array in tensors.items():
@@ -122,23 +122,23 @@ def to_gguf(tensors, config, *, halves=True):
         prefix = "" if block is None else f"blk.{block}."
         if found := re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)_proj", inner):
             experts.setdefault(f"{prefix}ffn_{found[2]}_exps.weight", []).append(array)
-        elif inner == "self_attn.kv_b_proj" and halves:
+        elif inner == "self_attn.kv_b_proj" and split_kv_b:
             nope = config["qk_nope_head_dim"]
             heads = array.reshape(config["num_attention_heads"], -1, config["kv_lora_rank"])
             made[f"{prefix}attn_k_b.weight"] = np.ascontiguousarray(heads[:, :nope].swapaxes(1, 2))
             made[f"{prefix}attn_v_b.weight"] = np.ascontiguousarray(heads[:, nope:])
         else:
-            made[f"{prefix}{NAMES[inner]}.{'bias' if inner.endswith('_bias') else 'weight'}"] = array
+            made[f"{prefix}{HF_TO_GGUF_NAMES[inner]}.{'bias' if inner.endswith('_bias') else 'weight'}"] = array
     return made | {name: np.stack(arrays) for name, arrays in experts.items()}
 
 
-def write(path: Path, tensors, fields, *, split=0, first_empty=False) -> Path:
+def write_gguf(path: Path, tensors, fields, *, max_tensors_per_file=0, first_empty=False) -> Path:
     """A GGUF file; a tensor is an array, or a pair of its bytes and the name of its type.
 
     `split` is the most tensors in a file of a set, whose first file may have none. Numbers are written as the
     converters do.
     """
-    writer = gguf.GGUFWriter(path, ARCHITECTURE, split_max_tensors=split, small_first_shard=first_empty)
+    writer = gguf.GGUFWriter(path, ARCHITECTURE, split_max_tensors=max_tensors_per_file, small_first_shard=first_empty)
     for key, value in fields.items():
         _add_field(writer, key, value)
     for name, tensor in tensors.items():
@@ -170,11 +170,11 @@ def _add_field(writer, key, value):
 def random_blocks(kind, shape, seed=0):
     """Random bytes of a tensor ``[*stack, O, I]`` of a type, its scales numbers of a common size."""
     rng = np.random.default_rng([seed, len(kind), *kind.encode()])
-    types = {t.name: t for t in TYPES.values()}
+    types = {t.name: t for t in GGML_TYPES.values()}
     block = types[kind]
-    count = int(np.prod(shape)) // block.values
-    raw = rng.integers(0, 256, (count, block.nbytes), np.uint8)
-    for at in HALVES.get(kind, ()):
+    count = int(np.prod(shape)) // block.block_size
+    raw = rng.integers(0, 256, (count, block.type_size), np.uint8)
+    for at in FLOAT16_OFFSETS.get(kind, ()):
         raw[:, at : at + 2] = (rng.standard_normal((count, 1)) / 50).astype("<f2").view(np.uint8)
     if kind == "MXFP4":
         raw[:, 0] = rng.integers(0, 251, count)
@@ -183,7 +183,7 @@ def random_blocks(kind, shape, seed=0):
     return raw.reshape(*shape[:-1], -1), kind
 
 
-def theirs(tensor):
+def gguf_dequantize(tensor):
     """What the gguf package makes of a pair of bytes and type."""
     raw, kind = tensor
     return gguf.quants.dequantize(raw, Type[kind])

@@ -28,7 +28,7 @@ def tensor_shapes(config: Mapping[str, Any], *, own_mtp: bool = True) -> dict[st
         shapes["lm_head.weight"] = (vocab, wide)
     for layer, kind in enumerate(layer_kinds(config)):
         parts = _norm_shapes(config) | _attention_shapes(config)
-        parts |= _swiglu("mlp", wide, config["intermediate_size"]) if kind == "dense" else _moe_shapes(config)
+        parts |= _swiglu_shapes("mlp", wide, config["intermediate_size"]) if kind == "dense" else _moe_shapes(config)
         if kind == "mtp":
             parts |= _mtp_shapes(config, own_mtp)
         shapes |= {_full_name(layer, part): shape for part, shape in parts.items()}
@@ -63,7 +63,7 @@ def _attention_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {f"self_attn.{name}": shape for name, shape in (queries | rest).items()}
 
 
-def _swiglu(name: str, wide: int, inner: int) -> dict[str, tuple[int, ...]]:
+def _swiglu_shapes(name: str, wide: int, inner: int) -> dict[str, tuple[int, ...]]:
     shapes = {"gate": (inner, wide), "up": (inner, wide), "down": (wide, inner)}
     return {f"{name}.{part}_proj": shape for part, shape in shapes.items()}
 
@@ -75,9 +75,9 @@ def _moe_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         "mlp.gate.e_score_correction_bias": (experts,),
     }
     for expert in range(experts):
-        shapes |= _swiglu(f"mlp.experts.{expert}", wide, inner)
+        shapes |= _swiglu_shapes(f"mlp.experts.{expert}", wide, inner)
     shared = config["n_shared_experts"]
-    return shapes | (_swiglu("mlp.shared_experts", wide, inner * shared) if shared else {})
+    return shapes | (_swiglu_shapes("mlp.shared_experts", wide, inner * shared) if shared else {})
 
 
 def _mtp_shapes(config: Mapping[str, Any], own: bool) -> dict[str, tuple[int, ...]]:
@@ -93,7 +93,7 @@ def random_tensors(config: Mapping[str, Any], seed: int, *, own_mtp: bool = Fals
     Without `own_mtp` the MTP layer's embedding and head are copies of the main ones, as in the original.
     """
     rng = np.random.default_rng(seed)
-    tensors = {n: _draw(rng, n, s, dtype) for n, s in tensor_shapes(config).items()}
+    tensors = {n: _random_tensor(rng, n, s, dtype) for n, s in tensor_shapes(config).items()}
     if not own_mtp and config.get("num_nextn_predict_layers", 0):
         mtp = f"model.layers.{config['num_hidden_layers']}"
         head = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
@@ -102,7 +102,7 @@ def random_tensors(config: Mapping[str, Any], seed: int, *, own_mtp: bool = Fals
     return tensors
 
 
-def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+def _random_tensor(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
     values = rng.standard_normal(shape)
     if name.endswith("e_score_correction_bias"):
         return (0.3 * values).astype(np.float32)
@@ -112,7 +112,7 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: An
     return (gain * values / np.sqrt(shape[-1])).astype(dtype)
 
 
-def write(folder: Path, config: Mapping[str, Any], tensors: Tensors, *, shards: int = 2) -> Path:
+def write_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Tensors, *, shards: int = 2) -> Path:
     """A Hugging Face folder: config.json and `shards` safetensors files with their index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2))
@@ -127,7 +127,7 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Tensors, *, shards: 
     return folder
 
 
-def read(folder: Path) -> Tensors:
+def read_tensors(folder: Path) -> Tensors:
     """Every tensor of a folder's safetensors files."""
     tensors: Tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -141,11 +141,11 @@ def to_params(tensors: Mapping[str, Any], cfg: Config, dtype: Any = np.float32) 
     if not cfg.tie_word_embeddings:
         params["head"] = tensors["lm_head.weight"]
     params["runs"] = {
-        str(i): _block(tensors, cfg, range(run.start, run.start + run.count), run.kind)
-        for i, run in enumerate(cfg.runs)
+        str(i): _block_params(tensors, cfg, range(run.start, run.start + run.count), run.kind)
+        for i, run in enumerate(cfg.layer_groups)
     }
     if cfg.num_nextn_predict_layers:
-        params["mtp"] = _mtp(tensors, cfg)
+        params["mtp"] = _mtp_params(tensors, cfg)
     return _cast(params, dtype)
 
 
@@ -158,17 +158,17 @@ def _cast(tree: dict[str, Any], dtype: Any) -> dict[str, Any]:
     }
 
 
-def _mtp(tensors: Mapping[str, Any], cfg: Config) -> dict[str, Any]:
+def _mtp_params(tensors: Mapping[str, Any], cfg: Config) -> dict[str, Any]:
     layer = cfg.num_hidden_layers
     name = f"model.layers.{layer}"
     own = {"norm": "shared_head.norm", "enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj"}
     if cfg.mtp_own_embeddings:
         own |= {"embed": "embed_tokens", "head": "shared_head.head"}
-    block = _block(tensors, cfg, range(layer, layer + 1), "sparse")
+    block = _block_params(tensors, cfg, range(layer, layer + 1), "sparse")
     return {key: tensors[f"{name}.{part}.weight"] for key, part in own.items()} | block
 
 
-def _block(tensors: Mapping[str, Any], cfg: Config, members: range, kind: str) -> dict[str, Any]:
+def _block_params(tensors: Mapping[str, Any], cfg: Config, members: range, kind: str) -> dict[str, Any]:
     def stack(name: str) -> np.ndarray[Any, Any]:
         return np.stack([tensors[f"model.layers.{i}.{name}"] for i in members])
 

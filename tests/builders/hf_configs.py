@@ -69,14 +69,14 @@ ODD_SIZES: HfConfig = {
 }
 
 
-def original(**changes: Any) -> HfConfig:
+def original_config(**changes: Any) -> HfConfig:
     """The spelling of the original checkpoint, with changed values."""
     return {**FLASH_ORIGINAL, **changes}
 
 
-def resaved(**changes: Any) -> HfConfig:
+def resaved_config(**changes: Any) -> HfConfig:
     """The spelling after transformers 5 loaded and saved the original: rope moves, and old keys survive as extras."""
-    config = original(**changes)
+    config = original_config(**changes)
     rope = {"rope_type": "default", "rope_theta": config.pop("rope_theta"), "partial_rotary_factor": 1.0}
     del config["rope_scaling"]
     kinds = ["dense"] * config["first_k_dense_replace"]
@@ -94,17 +94,17 @@ def resaved(**changes: Any) -> HfConfig:
     return config | added | {key: value for key, value in changes.items() if key in added}
 
 
-def from_scratch(**changes: Any) -> HfConfig:
+def from_scratch_config(**changes: Any) -> HfConfig:
     """The spelling of a config built by transformers 5 and saved: none of the original's own keys."""
-    config = resaved(**changes)
+    config = resaved_config(**changes)
     for key in ("first_k_dense_replace", "num_nextn_predict_layers", "partial_rotary_factor", "topk_method"):
         config.pop(key, None)
     return {**config, "output_router_logits": False, "transformers_version": "5.23.0"}
 
 
-def odd(**changes: Any) -> HfConfig:
+def odd_size_config(**changes: Any) -> HfConfig:
     """The original spelling at `ODD_SIZES`."""
-    return original(**{**ODD_SIZES, **changes})
+    return original_config(**{**ODD_SIZES, **changes})
 
 
 def layer_kinds(config: Mapping[str, Any]) -> list[str]:

@@ -19,46 +19,46 @@ QUICK_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
 @dataclass(frozen=True)
-class Runner:
+class JittedModel:
     """A model and its parameters."""
 
     cfg: Config
     params: Any
-    jitted: dict[str, Any] = field(default_factory=dict)
+    compiled: dict[str, Any] = field(default_factory=dict)
 
     def apply(self, *inputs: Array, **options: Any) -> Any:
         """`GLM.apply` under `jit`; options that are arrays are traced, the others static."""
         arrays = {k: v for k, v in options.items() if isinstance(v, jax.Array | np.ndarray | LatentCache)}
         static = {k: v for k, v in options.items() if k not in arrays}
         key = repr(sorted(static.items()))
-        if key not in self.jitted:
+        if key not in self.compiled:
             apply = GLM(self.cfg).apply
             call = lambda p, i, a: apply({"params": p}, *i, **a, **static)  # noqa: E731
-            self.jitted[key] = jax.jit(call, compiler_options=QUICK_COMPILE)
-        return self.jitted[key](self.params, inputs, arrays)
+            self.compiled[key] = jax.jit(call, compiler_options=QUICK_COMPILE)
+        return self.compiled[key](self.params, inputs, arrays)
 
     def cache(self, batch: int, capacity: int, layers: int | None = None) -> LatentCache:
         """An empty float32 cache."""
         return LatentCache.create(self.cfg, batch, capacity, jnp.float32, layers=layers)
 
 
-def positions(tokens: Array, start: int | Sequence[int] | Array = 0) -> Array:
+def make_positions(tokens: Array, start: int | Sequence[int] | Array = 0) -> Array:
     """Positions int32 [B, T] of tokens that begin at `start` (one for all rows, or one per row)."""
     first = np.broadcast_to(np.asarray(start, np.int32), (len(tokens),))
     return first[:, None] + np.arange(tokens.shape[1], dtype=np.int32)[None]
 
 
-def tokens(config: dict[str, Any], *shape: int, seed: int = 0) -> Array:
+def random_tokens(config: dict[str, Any], *shape: int, seed: int = 0) -> Array:
     """Random token ids."""
     return np.random.default_rng(seed).integers(0, config["vocab_size"], shape).astype(np.int32)
 
 
-def error(actual: Any, expected: Any) -> float:
+def tolerance_ratio(actual: Any, expected: Any) -> float:
     """Largest difference as a share of what is allowed: 2e-5 x (1 + the largest expected value)."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     return float(np.abs(actual - expected).max() / (2e-5 * (1 + np.abs(expected).max())))
 
 
-def close(actual: Any, expected: Any) -> bool:
+def is_close(actual: Any, expected: Any) -> bool:
     """Whether float32 values equal the exact ones as closely as transformers' would."""
-    return error(actual, expected) <= 1
+    return tolerance_ratio(actual, expected) <= 1

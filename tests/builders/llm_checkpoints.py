@@ -13,31 +13,31 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken
 
-from tests.builders.hf_checkpoints import Tensors, random_tensors, write
-from tests.builders.hf_configs import HfConfig, odd
-from tests.text.fixtures import byte_level
+from tests.builders.hf_checkpoints import Tensors, random_tensors, write_checkpoint
+from tests.builders.hf_configs import HfConfig, odd_size_config
+from tests.text.fixtures import write_byte_level_tokenizer
 
-CONTEXT = 1000  # no power of two
-CONFIG: HfConfig = odd(
+CONTEXT_LENGTH = 1000  # no power of two
+CONFIG: HfConfig = odd_size_config(
     vocab_size=384,
     hidden_size=64,
     num_attention_heads=4,
     num_key_value_heads=4,
     moe_intermediate_size=12,
     intermediate_size=56,
-    max_position_embeddings=CONTEXT,
+    max_position_embeddings=CONTEXT_LENGTH,
 )
-EOS = ("<|endoftext|>", "<|user|>", "<|observation|>")
-GAP = "Q"  # the tokenizer loses this one, so its vocabulary has a hole
+EOS_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
+MISSING_VOCAB_TOKEN = "Q"  # the tokenizer loses this one, so its vocabulary has a hole
 
 
-def random_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
+def write_random_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Random weights, whose text is noise; `changes` to the config."""
     tokenizer, config = _tokenizer(folder, []), CONFIG | changes
     return _write(folder, random_tensors(config, seed), tokenizer, config)
 
 
-def scripted_model(folder: Path, scripts: dict[str, Sequence[str]]) -> Path:
+def write_scripted_model(folder: Path, scripts: dict[str, Sequence[str]]) -> Path:
     """Weights that write a script: after the token named by each key, its pieces one token each, then the end.
 
     A piece is a token of its own, or a single byte given as "0xE2". No token may be in two places.
@@ -46,14 +46,14 @@ def scripted_model(folder: Path, scripts: dict[str, Sequence[str]]) -> Path:
     tokenizer = _tokenizer(folder, pieces)
     successors: dict[int, int] = {}
     for start, script in scripts.items():
-        path = [_id(tokenizer, token) for token in (start, *script, EOS[1])]
+        path = [_token_id(tokenizer, token) for token in (start, *script, EOS_TOKENS[1])]
         assert not successors.keys() & set(path[:-1]), "a token is in two scripts"
         assert len(set(path)) == len(path), "a token is twice in a script"
         successors |= dict(itertools.pairwise(path))
-    return _write(folder, _chain(successors), tokenizer)
+    return _write(folder, _successor_weights(successors), tokenizer)
 
 
-def _id(tokenizer: tokenizers.Tokenizer, text: str) -> int:
+def _token_id(tokenizer: tokenizers.Tokenizer, text: str) -> int:
     """The id of a piece; the byte-level alphabet maps bytes to characters."""
     if text.startswith("0x"):
         value = int(text, 16)
@@ -65,7 +65,7 @@ def _id(tokenizer: tokenizers.Tokenizer, text: str) -> int:
     return found
 
 
-def _chain(successors: dict[int, int]) -> Tensors:
+def _successor_weights(successors: dict[int, int]) -> Tensors:
     """A model whose layers add nothing, and whose head points from each embedding to the token that follows."""
     tensors = random_tensors(CONFIG, 5)
     for name, tensor in tensors.items():
@@ -82,10 +82,12 @@ def _chain(successors: dict[int, int]) -> Tensors:
 
 def _tokenizer(folder: Path, pieces: Sequence[str]) -> tokenizers.Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
-    path = byte_level(folder / "tokenizer.json")
+    path = write_byte_level_tokenizer(folder / "tokenizer.json")
     content = json.loads(path.read_text(encoding="utf-8"))
-    del content["model"]["vocab"][GAP]
-    content["model"]["merges"] = [merge for merge in content["model"]["merges"] if GAP not in "".join(merge)]
+    del content["model"]["vocab"][MISSING_VOCAB_TOKEN]
+    content["model"]["merges"] = [
+        merge for merge in content["model"]["merges"] if MISSING_VOCAB_TOKEN not in "".join(merge)
+    ]
     path.write_text(json.dumps(content), encoding="utf-8")
     made = tokenizers.Tokenizer.from_file(str(path))
     made.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in pieces])
@@ -94,8 +96,8 @@ def _tokenizer(folder: Path, pieces: Sequence[str]) -> tokenizers.Tokenizer:
 
 
 def _write(folder: Path, tensors: Tensors, tokenizer: tokenizers.Tokenizer, config: HfConfig = CONFIG) -> Path:
-    first, *others = (tokenizer.token_to_id(token) for token in EOS)
-    write(folder, {**config, "eos_token_id": others[:1], "pad_token_id": first}, tensors)
+    first, *others = (tokenizer.token_to_id(token) for token in EOS_TOKENS)
+    write_checkpoint(folder, {**config, "eos_token_id": others[:1], "pad_token_id": first}, tensors)
     # The other two are known to this file alone.
     generation: dict[str, Any] = {"eos_token_id": [first, *others], "temperature": 0.8, "top_p": 0.9}
     (folder / "generation_config.json").write_text(json.dumps(generation))

@@ -4,12 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.builders.hf_checkpoints import Tensors, random_tensors, write
-from tests.builders.hf_configs import HfConfig, original
-from tests.builders.quantized_formats import MLX, Format, linear, pack_mlx, pack_tensors
+from tests.builders.hf_checkpoints import Tensors, random_tensors, write_checkpoint
+from tests.builders.hf_configs import HfConfig, original_config
+from tests.builders.quantized_formats import (
+    MLX_FORMAT,
+    QuantFormat,
+    is_linear_weight,
+    pack_checkpoint,
+    pack_mlx_checkpoint,
+)
 
 # Multiples of the groups of 32 and of four devices, and different wherever they can be.
-SIZES: HfConfig = {
+QUANTIZABLE_SIZES: HfConfig = {
     "vocab_size": 96,
     "hidden_size": 64,
     "intermediate_size": 160,
@@ -32,24 +38,33 @@ SIZES: HfConfig = {
 }
 
 
-class Pair(NamedTuple):
+class CheckpointPair(NamedTuple):
     """Two folders of one model."""
 
     config: HfConfig
-    packed: Path
-    plain: Path
+    quantized: Path
+    dequantized: Path
     values: Tensors
 
 
-def make(
-    folder: Path, form: Format, kinds: Sequence[str] = ("experts",), spelling: Any = original, **changes: Any
-) -> Pair:
+def write_checkpoint_pair(
+    folder: Path,
+    form: QuantFormat,
+    kinds: Sequence[str] = ("experts",),
+    spelling: Any = original_config,
+    **changes: Any,
+) -> CheckpointPair:
     """A checkpoint whose matrices of these kinds are packed in a format."""
-    config = spelling(**{**SIZES, **changes})
+    config = spelling(**{**QUANTIZABLE_SIZES, **changes})
     tensors = random_tensors({"num_nextn_predict_layers": 0, **config}, sum(map(ord, form.name)))
-    if form is MLX:
-        packed, plain = pack_mlx(tensors, config)
+    if form is MLX_FORMAT:
+        packed, plain = pack_mlx_checkpoint(tensors, config)
     else:
-        packed, plain = pack_tensors(tensors, form, lambda name: linear(name, kinds))
+        packed, plain = pack_checkpoint(tensors, form, lambda name: is_linear_weight(name, kinds))
     described = {**config, form.key: dict(form.config)}
-    return Pair(config, write(folder / "packed", described, packed), write(folder / "plain", config, plain), plain)
+    return CheckpointPair(
+        config,
+        write_checkpoint(folder / "packed", described, packed),
+        write_checkpoint(folder / "plain", config, plain),
+        plain,
+    )

@@ -14,21 +14,21 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 Parts = dict[str, Array]
 
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedModule:
     """The tensors of one module, and its values in float32."""
 
-    parts: Parts
+    tensors: Parts
     values: Array
 
 
 @dataclass(frozen=True)
-class Format:
+class QuantFormat:
     """A way to store matrices.
 
     Attributes:
@@ -39,29 +39,29 @@ class Format:
     """
 
     name: str
-    pack: Callable[[Array, int], Packed]
+    pack: Callable[[Array, int], PackedModule]
     config: Mapping[str, Any]
     key: str = "quantization_config"
 
 
 @dataclass(frozen=True)
-class Integers:
+class QuantizedIntegers:
     """Codes u8 [O, I] and, for each group of columns, zero points and scales [O, G]; `index` is of each column."""
 
-    codes: Array
-    zeros: Array
+    qvalues: Array
+    zero_points: Array
     scales: Array
-    index: Array
+    group_index: Array
 
     @property
     def values(self) -> Array:
-        zeros, scales = (part.astype(np.float32)[:, self.index] for part in (self.zeros, self.scales))
-        return (self.codes.astype(np.float32) - zeros) * scales
+        zeros, scales = (part.astype(np.float32)[:, self.group_index] for part in (self.zero_points, self.scales))
+        return (self.qvalues.astype(np.float32) - zeros) * scales
 
 
-def integers(
+def quantize_integers(
     weight: Array, bits: int, group: int, *, symmetric: bool, dtype: Any = np.float16, seed: int | None = None
-) -> Integers:
+) -> QuantizedIntegers:
     """Rounds to nearest; with a seed, columns belong to groups in a random order."""
     inputs = weight.shape[1]
     groups = inputs // (group or inputs)
@@ -80,10 +80,10 @@ def integers(
     scales = scales.astype(dtype)
     wide = scales.astype(np.float32)[:, index]
     codes = np.clip(np.round(weight / wide) + zeros[:, index], 0, last).astype(np.uint8)
-    return Integers(codes, zeros.astype(np.int16), scales, index.astype(np.int32))
+    return QuantizedIntegers(codes, zeros.astype(np.int16), scales, index.astype(np.int32))
 
 
-def words(values: Array, bits: int) -> Array:
+def pack_int32(values: Array, bits: int) -> Array:
     """Values along the last axis in 32-bit words, from the lowest bits on; bits divide 32."""
     per_word = 32 // bits
     padded = np.pad(values.astype(np.uint32), [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % per_word)])
@@ -91,27 +91,31 @@ def words(values: Array, bits: int) -> Array:
     return np.bitwise_or.reduce(grouped << (np.arange(per_word, dtype=np.uint32) * np.uint32(bits)), -1).view(np.int32)
 
 
-def compressed_tensors(q: Integers, bits: int, *, symmetric: bool, ordered: bool = False) -> Parts:
-    parts = {"weight_packed": words(q.codes, bits), "weight_scale": q.scales, "weight_shape": np.array(q.codes.shape)}
+def pack_compressed_tensors(q: QuantizedIntegers, bits: int, *, symmetric: bool, act_order: bool = False) -> Parts:
+    parts = {
+        "weight_packed": pack_int32(q.qvalues, bits),
+        "weight_scale": q.scales,
+        "weight_shape": np.array(q.qvalues.shape),
+    }
     if not symmetric:
-        parts["weight_zero_point"] = words(q.zeros.T, bits).T
-    return parts | ({"weight_g_idx": q.index} if ordered else {})
+        parts["weight_zero_point"] = pack_int32(q.zero_points.T, bits).T
+    return parts | ({"weight_g_idx": q.group_index} if act_order else {})
 
 
-def gptq(q: Integers, bits: int, *, less_one: bool, indexed: bool = True) -> Parts:
-    stored = (q.zeros.T - less_one) & (2**bits - 1)
-    parts = {"qweight": words(q.codes, bits).T, "qzeros": words(stored, bits), "scales": q.scales.T}
-    return parts | ({"g_idx": q.index} if indexed else {})
+def pack_gptq(q: QuantizedIntegers, bits: int, *, zero_points_minus_one: bool, with_g_idx: bool = True) -> Parts:
+    stored = (q.zero_points.T - zero_points_minus_one) & (2**bits - 1)
+    parts = {"qweight": pack_int32(q.qvalues, bits).T, "qzeros": pack_int32(stored, bits), "scales": q.scales.T}
+    return parts | ({"g_idx": q.group_index} if with_g_idx else {})
 
 
-def awq(q: Integers) -> Parts:
+def pack_awq(q: QuantizedIntegers) -> Parts:
     def interleaved(values: Array) -> Array:
-        return words(values.reshape(len(values), -1, 8)[..., AWQ_ORDER].reshape(values.shape), 4)
+        return pack_int32(values.reshape(len(values), -1, 8)[..., AWQ_ORDER].reshape(values.shape), 4)
 
-    return {"qweight": interleaved(q.codes.T), "qzeros": interleaved(q.zeros.T), "scales": q.scales.T}
+    return {"qweight": interleaved(q.qvalues.T), "qzeros": interleaved(q.zero_points.T), "scales": q.scales.T}
 
 
-def fp8(weight: Array, block: tuple[int, int] | None, dtype: Any, part: str) -> Packed:
+def pack_fp8(weight: Array, block: tuple[int, int] | None, dtype: Any, scale_name: str) -> PackedModule:
     """Scales per output, or of blocks that may be cut off at the edges."""
     rows, columns = block or (1, weight.shape[1])
     grid = [(range(0, size, step), step) for size, step in zip(weight.shape, (rows, columns), strict=True)]
@@ -120,50 +124,50 @@ def fp8(weight: Array, block: tuple[int, int] | None, dtype: Any, part: str) -> 
     ).astype(dtype)
     spread = scales.astype(np.float32).repeat(rows, 0)[: weight.shape[0]].repeat(columns, 1)[:, : weight.shape[1]]
     codes = np.clip(weight / spread, -448, 448).astype(E4M3)
-    return Packed({"weight": codes, part: scales}, codes.astype(np.float32) * spread)
+    return PackedModule({"weight": codes, scale_name: scales}, codes.astype(np.float32) * spread)
 
 
-def nibbles(codes: Array) -> Array:
+def pack_fp4_nibbles(codes: Array) -> Array:
     """4-bit codes two to a byte, the even column in the low half."""
     return (codes[..., 0::2] | (codes[..., 1::2] << 4)).astype(np.uint8)
 
 
-def fp4_codes(x: Array) -> Array:
+def quantize_fp4(x: Array) -> Array:
     """The nearest 4-bit floats."""
-    magnitude = np.abs(np.abs(x)[..., None] - E2M1).argmin(-1)
+    magnitude = np.abs(np.abs(x)[..., None] - E2M1_VALUES).argmin(-1)
     return (magnitude + 8 * (x < 0)).astype(np.uint8)
 
 
-def fp4_values(codes: Array) -> Array:
-    return np.where(codes & 8, -1, 1).astype(np.float32) * E2M1[codes & 7]
+def dequantize_fp4(codes: Array) -> Array:
+    return np.where(codes & 8, -1, 1).astype(np.float32) * E2M1_VALUES[codes & 7]
 
 
-def nvfp4(weight: Array, *, modelopt: bool) -> Packed:
+def pack_nvfp4(weight: Array, *, modelopt: bool) -> PackedModule:
     """Groups of 16 with e4m3 scales, and one float32 scale that divides (compressed-tensors) or multiplies."""
     amax = np.abs(weight).reshape(len(weight), -1, 16).max(-1)
     outer = np.float32(amax.max() / (448 * 6)) if modelopt else np.float32(448 * 6 / amax.max())
     local = (amax / 6 / outer if modelopt else amax / 6 * outer).astype(E4M3)
     scales = local.astype(np.float32) * outer if modelopt else local.astype(np.float32) / outer
     spread = scales.repeat(16, 1)
-    codes = fp4_codes(weight / spread)
+    codes = quantize_fp4(weight / spread)
     names = ("weight", "weight_scale_2") if modelopt else ("weight_packed", "weight_global_scale")
     whole = np.array(outer) if modelopt else np.array([outer])
     extra = {"input_scale" if modelopt else "input_global_scale": np.ones(whole.shape, np.float32)}
-    parts = {names[0]: nibbles(codes), "weight_scale": local, names[1]: whole}
-    return Packed(parts | extra, fp4_values(codes) * spread)
+    parts = {names[0]: pack_fp4_nibbles(codes), "weight_scale": local, names[1]: whole}
+    return PackedModule(parts | extra, dequantize_fp4(codes) * spread)
 
 
-def mxfp4(weight: Array) -> Packed:
+def pack_mxfp4(weight: Array) -> PackedModule:
     """Groups of 32 with powers of two."""
     amax = np.abs(weight).reshape(len(weight), -1, 32).max(-1)
     exponents = np.ceil(np.log2(amax / 6)).astype(np.int32)
     spread = np.exp2(exponents).astype(np.float32).repeat(32, 1)
-    codes = fp4_codes(weight / spread)
-    parts = {"weight_packed": nibbles(codes), "weight_scale": (exponents + 127).astype(np.uint8)}
-    return Packed(parts, fp4_values(codes) * spread)
+    codes = quantize_fp4(weight / spread)
+    parts = {"weight_packed": pack_fp4_nibbles(codes), "weight_scale": (exponents + 127).astype(np.uint8)}
+    return PackedModule(parts, dequantize_fp4(codes) * spread)
 
 
-def mlx(weight: Array, bits: int, group: int) -> Packed:
+def pack_mlx_matrix(weight: Array, bits: int, group: int) -> PackedModule:
     """A scale and a bias for each group, of any stack of matrices."""
     grouped = weight.reshape(*weight.shape[:-1], -1, group)
     low, high = grouped.min(-1), grouped.max(-1)
@@ -171,20 +175,24 @@ def mlx(weight: Array, bits: int, group: int) -> Packed:
     biases = low.astype(ml_dtypes.bfloat16)
     s, b = (part.astype(np.float32)[..., None] for part in (scales, biases))
     codes = np.clip(np.round((grouped - b) / s), 0, 2**bits - 1)
-    parts = {"weight": words(codes.reshape(weight.shape), bits).view(np.uint32), "scales": scales, "biases": biases}
-    return Packed(parts, (codes.astype(np.float32) * s + b).reshape(weight.shape))
+    parts = {
+        "weight": pack_int32(codes.reshape(weight.shape), bits).view(np.uint32),
+        "scales": scales,
+        "biases": biases,
+    }
+    return PackedModule(parts, (codes.astype(np.float32) * s + b).reshape(weight.shape))
 
 
-def pack_tensors(
-    tensors: Mapping[str, Array], form: Format, chosen: Callable[[str], bool]
+def pack_checkpoint(
+    tensors: Mapping[str, Array], form: QuantFormat, is_packed: Callable[[str], bool]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """A checkpoint with its chosen matrices packed, and the plain checkpoint with the values that these stand for."""
     packed, plain = {}, {}
     for seed, (name, tensor) in enumerate(tensors.items()):
-        if chosen(name):
+        if is_packed(name):
             module = form.pack(np.asarray(tensor, np.float32), seed)
             # Writers of safetensors take the bytes as they lie.
-            parts = {part: np.ascontiguousarray(array) for part, array in module.parts.items()}
+            parts = {part: np.ascontiguousarray(array) for part, array in module.tensors.items()}
             packed |= {f"{name.removesuffix('weight')}{part}": array for part, array in parts.items()}
             plain[name] = module.values
         else:
@@ -192,7 +200,7 @@ def pack_tensors(
     return packed, plain
 
 
-def linear(name: str, kinds: Iterable[str]) -> bool:
+def is_linear_weight(name: str, kinds: Iterable[str]) -> bool:
     """Whether a tensor is a matrix of one of these kinds: experts, shared, attention, dense, mtp, head."""
     if name == "lm_head.weight":
         return "head" in kinds
@@ -211,41 +219,43 @@ def group_scheme(bits: int, symmetric: bool, group: int, **more: Any) -> dict[st
     """A section of compressed-tensors for integers in all Linear modules."""
     strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel", "group_size": None}
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False, **strategy, **more}
-    return _section("pack-quantized", weights)
+    return _quantization_config("pack-quantized", weights)
 
 
-def _section(form: str, weights: Mapping[str, Any]) -> dict[str, Any]:
+def _quantization_config(form: str, weights: Mapping[str, Any]) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": dict(weights)}
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
 
 
-def _ct(name: str, bits: int, group: int, *, symmetric: bool, ordered: bool = False, dtype: Any = np.float16) -> Format:
-    def pack(weight: Array, seed: int) -> Packed:
-        q = integers(weight, bits, group, symmetric=symmetric, dtype=dtype, seed=seed if ordered else None)
-        return Packed(compressed_tensors(q, bits, symmetric=symmetric, ordered=ordered), q.values)
+def _compressed_tensors_format(
+    name: str, bits: int, group: int, *, symmetric: bool, ordered: bool = False, dtype: Any = np.float16
+) -> QuantFormat:
+    def pack(weight: Array, seed: int) -> PackedModule:
+        q = quantize_integers(weight, bits, group, symmetric=symmetric, dtype=dtype, seed=seed if ordered else None)
+        return PackedModule(pack_compressed_tensors(q, bits, symmetric=symmetric, act_order=ordered), q.values)
 
     more = {"actorder": "group"} if ordered else {}
-    return Format(name, pack, group_scheme(bits, symmetric, group, **more))
+    return QuantFormat(name, pack, group_scheme(bits, symmetric, group, **more))
 
 
-def _gptq(name: str, bits: int, *, symmetric: bool, ordered: bool = False, version: int = 1) -> Format:
-    def pack(weight: Array, seed: int) -> Packed:
-        q = integers(weight, bits, 32, symmetric=symmetric, seed=seed if ordered else None)
-        return Packed(gptq(q, bits, less_one=version == 1), q.values)
+def _gptq_format(name: str, bits: int, *, symmetric: bool, ordered: bool = False, version: int = 1) -> QuantFormat:
+    def pack(weight: Array, seed: int) -> PackedModule:
+        q = quantize_integers(weight, bits, 32, symmetric=symmetric, seed=seed if ordered else None)
+        return PackedModule(pack_gptq(q, bits, zero_points_minus_one=version == 1), q.values)
 
     form = "gptq" if version == 1 else "gptq_v2"
     config = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": symmetric, "desc_act": ordered}
-    return Format(name, pack, {**config, "checkpoint_format": form, "meta": {"quantizer": ["gptqmodel:7.7.0"]}})
+    return QuantFormat(name, pack, {**config, "checkpoint_format": form, "meta": {"quantizer": ["gptqmodel:7.7.0"]}})
 
 
-def _autoround(weight: Array, seed: int) -> Packed:
-    q = integers(weight, 4, 32, symmetric=True)
-    return Packed(gptq(q, 4, less_one=True, indexed=False), q.values)
+def _pack_autoround_module(weight: Array, seed: int) -> PackedModule:
+    q = quantize_integers(weight, 4, 32, symmetric=True)
+    return PackedModule(pack_gptq(q, 4, zero_points_minus_one=True, with_g_idx=False), q.values)
 
 
-def _awq(weight: Array, seed: int) -> Packed:
-    q = integers(weight, 4, 32, symmetric=False)
-    return Packed(awq(q), q.values)
+def _pack_awq_module(weight: Array, seed: int) -> PackedModule:
+    q = quantize_integers(weight, 4, 32, symmetric=False)
+    return PackedModule(pack_awq(q), q.values)
 
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -253,55 +263,63 @@ _FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "chann
 _FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
 _AUTOROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32}
 FORMATS = (
-    _ct("compressed-tensors", 4, 32, symmetric=True, dtype=BFLOAT16),
-    _ct("compressed-tensors-asymmetric", 4, 32, symmetric=False, dtype=BFLOAT16),
-    _ct("compressed-tensors-order", 4, 32, symmetric=True, ordered=True),
-    _ct("compressed-tensors-channel", 8, 0, symmetric=True, dtype=np.float32),
-    _gptq("gptq", 4, symmetric=False),
-    _gptq("gptq-symmetric", 4, symmetric=True),
-    _gptq("gptq-order", 4, symmetric=False, ordered=True),
-    _gptq("gptq-v2", 8, symmetric=False, version=2),
-    Format("autoround", _autoround, {**_AUTOROUND, "sym": True, "data_type": "int"}),
-    Format("awq", _awq, {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32, "zero_point": True}),
-    Format(
-        "fp8-channel",
-        lambda weight, seed: fp8(weight, None, BFLOAT16, "weight_scale"),
-        _section("float-quantized", _FLOAT8),
+    _compressed_tensors_format("compressed-tensors", 4, 32, symmetric=True, dtype=BFLOAT16),
+    _compressed_tensors_format("compressed-tensors-asymmetric", 4, 32, symmetric=False, dtype=BFLOAT16),
+    _compressed_tensors_format("compressed-tensors-order", 4, 32, symmetric=True, ordered=True),
+    _compressed_tensors_format("compressed-tensors-channel", 8, 0, symmetric=True, dtype=np.float32),
+    _gptq_format("gptq", 4, symmetric=False),
+    _gptq_format("gptq-symmetric", 4, symmetric=True),
+    _gptq_format("gptq-order", 4, symmetric=False, ordered=True),
+    _gptq_format("gptq-v2", 8, symmetric=False, version=2),
+    QuantFormat("autoround", _pack_autoround_module, {**_AUTOROUND, "sym": True, "data_type": "int"}),
+    QuantFormat(
+        "awq",
+        _pack_awq_module,
+        {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32, "zero_point": True},
     ),
-    Format(
+    QuantFormat(
+        "fp8-channel",
+        lambda weight, seed: pack_fp8(weight, None, BFLOAT16, "weight_scale"),
+        _quantization_config("float-quantized", _FLOAT8),
+    ),
+    QuantFormat(
         "fp8-block",
-        lambda weight, seed: fp8(weight, (32, 32), np.float32, "weight_scale_inv"),
+        lambda weight, seed: pack_fp8(weight, (32, 32), np.float32, "weight_scale_inv"),
         {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"},
     ),
-    Format(
+    QuantFormat(
         "nvfp4",
-        lambda weight, seed: nvfp4(weight, modelopt=False),
-        _section("nvfp4-pack-quantized", _FLOAT4 | {"strategy": "tensor_group", "group_size": 16}),
+        lambda weight, seed: pack_nvfp4(weight, modelopt=False),
+        _quantization_config("nvfp4-pack-quantized", _FLOAT4 | {"strategy": "tensor_group", "group_size": 16}),
     ),
-    Format(
+    QuantFormat(
         "nvfp4-modelopt",
-        lambda weight, seed: nvfp4(weight, modelopt=True),
+        lambda weight, seed: pack_nvfp4(weight, modelopt=True),
         {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
     ),
-    Format(
+    QuantFormat(
         "mxfp4",
-        lambda weight, seed: mxfp4(weight),
-        _section("mxfp4-pack-quantized", _FLOAT4 | {"strategy": "group", "group_size": 32}),
+        lambda weight, seed: pack_mxfp4(weight),
+        _quantization_config("mxfp4-pack-quantized", _FLOAT4 | {"strategy": "group", "group_size": 32}),
     ),
 )
-BY_NAME = {form.name: form for form in FORMATS}
-MLX = Format("mlx", lambda weight, seed: mlx(weight, 4, 32), {"bits": 4, "group_size": 32}, key="quantization")
+FORMATS_BY_NAME = {form.name: form for form in FORMATS}
+MLX_FORMAT = QuantFormat(
+    "mlx", lambda weight, seed: pack_mlx_matrix(weight, 4, 32), {"bits": 4, "group_size": 32}, key="quantization"
+)
 
 
-def pack_mlx(tensors: Mapping[str, Array], config: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array]]:
+def pack_mlx_checkpoint(
+    tensors: Mapping[str, Array], config: Mapping[str, Any]
+) -> tuple[dict[str, Array], dict[str, Array]]:
     """A checkpoint as mlx-lm converts it: experts stacked, kv_b in two, no prediction layer; and its plain values."""
     heads, nope, rank = (config[key] for key in ("num_attention_heads", "qk_nope_head_dim", "kv_lora_rank"))
     packed: dict[str, Array] = {}
     plain: dict[str, Array] = {}
 
     def put(name: str, weight: Array) -> Array:
-        module = mlx(np.asarray(weight, np.float32), 4, 32)
-        packed.update({f"{name}.{part}": array for part, array in module.parts.items()})
+        module = pack_mlx_matrix(np.asarray(weight, np.float32), 4, 32)
+        packed.update({f"{name}.{part}": array for part, array in module.tensors.items()})
         return module.values
 
     last = f"model.layers.{config['num_hidden_layers']}."
@@ -320,7 +338,7 @@ def pack_mlx(tensors: Mapping[str, Array], config: Mapping[str, Any]) -> tuple[d
                 names = [f"{stem}experts.{i}.{kind}.weight" for i in range(config["n_routed_experts"])]
                 values = put(f"{stem}switch_mlp.{kind}", np.stack([tensors[each] for each in names]))
                 plain |= dict(zip(names, values, strict=True))
-        elif linear(name, ("shared", "attention", "dense", "head")) or name == "model.embed_tokens.weight":
+        elif is_linear_weight(name, ("shared", "attention", "dense", "head")) or name == "model.embed_tokens.weight":
             plain[name] = put(name.removesuffix(".weight"), tensor)
         else:
             packed[name] = plain[name] = tensor

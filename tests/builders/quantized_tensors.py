@@ -4,7 +4,7 @@ import numpy as np
 
 from glm_jax.weights import QuantizedTensor, QuantSpec
 
-SPECS = (
+QUANT_SPECS = (
     QuantSpec(kind="int4", block=(1, 4)),
     QuantSpec(kind="int4", block=(1, 3), scale="float32"),
     QuantSpec(kind="int4", block=(1, 0), scale="float16"),
@@ -19,17 +19,17 @@ SPECS = (
     QuantSpec(kind="fp4", block=(1, 4), scale="e4m3", outer="divide"),
     QuantSpec(kind="fp4", block=(1, 4), scale="e8m0"),
 )
-FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def random_tensor(spec: QuantSpec, shape: tuple[int, ...], seed: int = 0) -> QuantizedTensor:
+def random_quantized_tensor(spec: QuantSpec, shape: tuple[int, ...], seed: int = 0) -> QuantizedTensor:
     """A NumPy tensor with codes over their whole range."""
     rng = np.random.default_rng(seed)
-    parts = {name: _draw(rng, spec, name, *of) for name, of in spec.components(shape).items()}
+    parts = {name: _random_component(rng, spec, name, *of) for name, of in spec.component_shapes(shape).items()}
     return QuantizedTensor(**parts, spec=spec)
 
 
-def _draw(rng, spec, name, shape, dtype):
+def _random_component(rng, spec, name, shape, dtype):
     if name == "codes":
         low = -128 if dtype == np.int8 else 0
         codes = rng.integers(low, low + 256, shape).astype(dtype)
@@ -47,14 +47,14 @@ def _draw(rng, spec, name, shape, dtype):
     return np.asarray(0.1 + rng.random(shape), dtype)
 
 
-def values(tensor: QuantizedTensor) -> np.ndarray:
+def dequantized_values(tensor: QuantizedTensor) -> np.ndarray:
     """float64, from the formulas of QuantSpec and nothing else."""
     spec, out = tensor.spec, np.empty(tensor.shape)
     rows, columns = (block or size for block, size in zip(spec.block, tensor.shape[-2:], strict=True))
     for index in np.ndindex(*tensor.shape):
         *stack, row, column = index
         block = (*stack, row // rows, column // columns)
-        u = _code(tensor, (*stack, row), column)
+        u = _qvalue(tensor, (*stack, row), column)
         scale = _scale(tensor, tuple(stack), block)
         zero = 0.0 if tensor.zeros is None else float(tensor.zeros[block])
         value = u * scale + zero if spec.zero == "bias" else (u - zero) * scale
@@ -63,7 +63,7 @@ def values(tensor: QuantizedTensor) -> np.ndarray:
     return out
 
 
-def _code(tensor, row, column):
+def _qvalue(tensor, row, column):
     spec = tensor.spec
     if spec.kind == "int8":
         return float(tensor.codes[(*row, column)])
@@ -71,7 +71,7 @@ def _code(tensor, row, column):
         return _e4m3(int(tensor.codes[(*row, column)]))
     nibble = int(tensor.codes[(*row, column // 2)]) >> (4 * (column % 2)) & 15
     if spec.kind == "fp4":
-        return (-1.0 if nibble & 8 else 1.0) * FP4[nibble & 7]
+        return (-1.0 if nibble & 8 else 1.0) * E2M1_VALUES[nibble & 7]
     return float(nibble - (8 if spec.zero == "none" else 0))
 
 

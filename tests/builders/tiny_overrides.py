@@ -1,6 +1,6 @@
 """The miniature scaled down once more, where only the shape of things matters."""
 
-SMALLER = {
+TINY_OVERRIDES = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "mlp_layer_types": ("dense", "sparse"),

@@ -12,17 +12,24 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from glm_jax.cache import LatentCache
-from glm_jax.cache.latent import CACHE_DTYPES, Rows, bytes_per_row, bytes_per_token, cache_kind, encode
+from glm_jax.cache.latent import (
+    CACHE_DTYPES,
+    LayerCache,
+    bytes_per_token,
+    bytes_per_token_and_layer,
+    canonical_cache_dtype,
+    quantize_cache_rows,
+)
 from glm_jax.config import Config
 from glm_jax.errors import ConfigError
 from glm_jax.model import GLM
 from glm_jax.ops import mla
-from glm_jax.sharding import Rules, make_mesh, preset
+from glm_jax.sharding import Rules, get_sharding_preset, make_mesh
 from glm_jax.weights.storage import abstract_params
-from tests.builders.hf_configs import odd
-from tests.builders.jitted_model import QUICK_COMPILE, Array, close, positions, tokens
-from tests.builders.small_models import VARIANTS, Small
-from tests.reference import Reference, layers
+from tests.builders.hf_configs import odd_size_config
+from tests.builders.jitted_model import QUICK_COMPILE, Array, is_close, make_positions, random_tokens
+from tests.builders.small_models import MODEL_VARIANTS, SmallModel
+from tests.reference import ReferenceModel, layers
 
 KINDS = ["int8", "fp8"]
 # Every value of the format, from its definition: four bits of exponent (7 is 2^0, 0 has no implied one), three more.
@@ -35,8 +42,8 @@ LATENT, ROPE = 14, 6
 
 def decoded(rows: Any, kind: str, latent: int = LATENT, dtype: Any = np.float32) -> Array:
     """What attention sees of rows `[S, R + P]` that were stored."""
-    codes, scales = jax.jit(encode, static_argnums=(1, 2))(jnp.asarray(rows)[None], latent, kind)
-    return np.asarray(Rows(codes, scales).values(latent, dtype))[0]
+    codes, scales = jax.jit(quantize_cache_rows, static_argnums=(1, 2))(jnp.asarray(rows)[None], latent, kind)
+    return np.asarray(LayerCache(codes, scales).dequantize(latent, dtype))[0]
 
 
 def parts(rows: Array, latent: int) -> Iterator[Array]:
@@ -135,10 +142,10 @@ def test_damage_is_not_rounded_away(kind: str, bad: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_read_as_what_is_computed_with(kind: str) -> None:
     row = jnp.linspace(-1, 1, LATENT + ROPE)[None, None]
-    codes, scales = encode(row.astype(jnp.bfloat16), LATENT, kind)
-    assert Rows(codes, scales).values(LATENT, jnp.bfloat16).dtype == jnp.bfloat16
-    assert Rows(codes, scales, "float32").values(LATENT, jnp.bfloat16).dtype == jnp.float32
-    assert Rows(row).values(LATENT, jnp.bfloat16) is row
+    codes, scales = quantize_cache_rows(row.astype(jnp.bfloat16), LATENT, kind)
+    assert LayerCache(codes, scales).dequantize(LATENT, jnp.bfloat16).dtype == jnp.bfloat16
+    assert LayerCache(codes, scales, "float32").dequantize(LATENT, jnp.bfloat16).dtype == jnp.float32
+    assert LayerCache(row).dequantize(LATENT, jnp.bfloat16) is row
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -146,10 +153,10 @@ def test_rows_are_read_as_what_is_computed_with(kind: str) -> None:
 LENGTH = 12
 
 
-class RoundingReference(Reference):
+class RoundingReference(ReferenceModel):
     """The reference, which reads its cache as this kind would have stored it."""
 
-    def __init__(self, small: Small, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, small: SmallModel, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(small.tensors, small.config)
         self.margin = np.inf
         for name in ("attend_expanded", "attend_absorbed"):
@@ -164,29 +171,29 @@ class RoundingReference(Reference):
         return read
 
 
-def clear_case(small: Small, kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Array, list[Array]]:
+def clear_case(small: SmallModel, kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Array, list[Array]]:
     """Tokens `[2, T]` and their logits, in which no cached value is so close to where rounding jumps that the
     order of a float32 sum decides."""
     with monkeypatch.context() as patch:
         reference = RoundingReference(small, kind, patch)
         for seed in range(20):
-            reference.margin, ids = np.inf, tokens(small.config, 2, LENGTH, seed=seed)
+            reference.margin, ids = np.inf, random_tokens(small.config, 2, LENGTH, seed=seed)
             expected = [reference.logits(row) for row in ids]
             if reference.margin > 3e-4:
                 return ids, expected
     raise AssertionError("no such tokens")
 
 
-def run(small: Small, ids: Array, cache: Any, chunk: int, form: str) -> tuple[Array, Any]:
+def run(small: SmallModel, ids: Array, cache: Any, chunk: int, form: str) -> tuple[Array, Any]:
     found = []
     for start in range(0, ids.shape[1], chunk):
         piece = ids[:, start : start + chunk]
-        logits, cache = small.apply(piece, positions=positions(piece, start), cache=cache, attention=form)
+        logits, cache = small.apply(piece, positions=make_positions(piece, start), cache=cache, attention=form)
         found.append(np.asarray(logits))
     return np.concatenate(found, axis=1), cache
 
 
-def empty(small: Small, kind: str, rows: int, **options: Any) -> LatentCache:
+def empty(small: SmallModel, kind: str, rows: int, **options: Any) -> LatentCache:
     return LatentCache.create(small.cfg, rows, 16, kind, **options)
 
 
@@ -195,22 +202,22 @@ def empty(small: Small, kind: str, rows: int, **options: Any) -> LatentCache:
 def test_chunks_steps_and_rows_alone_are_the_reference_with_rounded_rows(
     kind: str, chunk: int, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = VARIANTS["odd"]
+    small = MODEL_VARIANTS["odd"]
     ids, expected = clear_case(small, kind, monkeypatch)
     together, cache = run(small, ids, empty(small, kind, 2), chunk, form)
     alone, _ = run(small, ids[1:], empty(small, kind, 1), chunk, form)
-    assert close(together, np.stack(expected))
-    assert close(alone[0], expected[1])
-    assert not close(together, np.stack([small.reference.logits(row) for row in ids])), "nothing was rounded"
+    assert is_close(together, np.stack(expected))
+    assert is_close(alone[0], expected[1])
+    assert not is_close(together, np.stack([small.reference.logits(row) for row in ids])), "nothing was rounded"
     assert cache.data.dtype == (jnp.int8 if kind == "int8" else jnp.uint8)
     assert cache.kind == kind
 
 
 def test_the_prediction_layer_has_such_a_cache_too() -> None:
-    small = VARIANTS["odd"]
-    ids = tokens(small.config, 1, LENGTH + 1, seed=3)
+    small = MODEL_VARIANTS["odd"]
+    ids = random_tokens(small.config, 1, LENGTH + 1, seed=3)
     hidden = small.reference.hidden(ids[0, :-1])[None].astype(np.float32)
-    place = positions(ids[:, 1:])
+    place = make_positions(ids[:, 1:])
     options: dict[str, Any] = {"method": "draft", "positions": place}
     plain, *_ = small.apply(hidden, ids[:, 1:], cache=small.cache(1, 16, layers=1), **options)
     logits, _, cache = small.apply(hidden, ids[:, 1:], cache=empty(small, "int8", 1, layers=1), **options)
@@ -219,15 +226,19 @@ def test_the_prediction_layer_has_such_a_cache_too() -> None:
     assert 0 < difference < 0.05 * np.abs(np.asarray(plain)).max()
 
 
-@pytest.mark.parametrize("rules", [preset("latency"), Rules(batch="data", heads="model")], ids=["latency", "rows"])
+@pytest.mark.parametrize(
+    "rules", [get_sharding_preset("latency"), Rules(batch="data", heads="model")], ids=["latency", "rows"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_eight_devices(kind: str, rules: Rules, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 136}
     # Rows are split over devices in dense layers only.
     layers = 2 if rules.batch is None else 1
-    small = Small(odd(**sizes, moe_intermediate_size=16, intermediate_size=56, num_hidden_layers=layers), seed=40)
+    small = SmallModel(
+        odd_size_config(**sizes, moe_intermediate_size=16, intermediate_size=56, num_hidden_layers=layers), seed=40
+    )
     mesh = make_mesh(8, (1, 8) if rules.batch is None else (2, 4))
-    on_rows = jax.NamedSharding(mesh, rules.spec("batch", None))
+    on_rows = jax.NamedSharding(mesh, rules.partition_spec("batch", None))
     ids, expected = clear_case(small, kind, monkeypatch)
     places = abstract_params(small.cfg, "float32", rules, mesh)
     params = jax.tree.map(lambda value, place: jax.device_put(value, place.sharding), small.params, places)
@@ -239,9 +250,9 @@ def test_on_eight_devices(kind: str, rules: Rules, monkeypatch: pytest.MonkeyPat
     with jax.set_mesh(mesh):
         for start in (0, 8):
             piece = ids[:, start : start + 8]
-            logits, cache = call(params, *jax.device_put((piece, positions(piece, start)), on_rows), cache)
+            logits, cache = call(params, *jax.device_put((piece, make_positions(piece, start)), on_rows), cache)
             found.append(np.asarray(logits))
-    assert close(np.concatenate(found, axis=1), np.stack(expected))
+    assert is_close(np.concatenate(found, axis=1), np.stack(expected))
     assert cache.scales is not None
     shard = (2, 2, 16) if rules.batch is None else (1, 1, 16)
     assert cache.data.sharding.shard_shape(cache.data.shape) == (*shard, 18)
@@ -253,15 +264,17 @@ def test_on_eight_devices(kind: str, rules: Rules, monkeypatch: pytest.MonkeyPat
 
 def attend(kind: str, form: Any, slots: int = 2500) -> Any:
     """The last four tokens of two rows over `slots` slots, as a function of the rows."""
-    cfg = VARIANTS["odd"].cfg
-    w = {name: VARIANTS["odd"].params["runs"]["0"]["attn"][name] for name in ("k_b", "v_b")}
+    cfg = MODEL_VARIANTS["odd"].cfg
+    w = {name: MODEL_VARIANTS["odd"].params["runs"]["0"]["attn"][name] for name in ("k_b", "v_b")}
     keys = jax.random.split(jax.random.key(0), 2)
     heads = (2, 4, cfg.num_attention_heads)
-    q = mla.Queries(jax.random.normal(keys[0], (*heads, cfg.qk_nope_head_dim)), jax.random.normal(keys[1], (*heads, 4)))
+    q = mla.QueryHeads(
+        jax.random.normal(keys[0], (*heads, cfg.qk_nope_head_dim)), jax.random.normal(keys[1], (*heads, 4))
+    )
     place = np.stack([np.arange(slots - 4, slots), np.arange(4)]).astype(np.int32)
     values = jax.random.normal(jax.random.key(1), (2, slots, cfg.cache_width))
-    rows = Rows(*encode(values, cfg.kv_lora_rank, kind))
-    return (lambda rows: mla.attend(cfg, q, rows, jnp.asarray(place), w, 0, form)), rows
+    rows = LayerCache(*quantize_cache_rows(values, cfg.kv_lora_rank, kind))
+    return (lambda rows: mla.mla_attention(cfg, q, rows, jnp.asarray(place), w, 0, form)), rows
 
 
 @pytest.mark.parametrize("form", ["absorbed", "expanded"])
@@ -270,9 +283,9 @@ def test_long_contexts_in_blocks_of_keys(kind: str, form: str, monkeypatch: pyte
     call, rows = attend(kind, form)
     blocks = np.asarray(call(rows))
     monkeypatch.setattr(mla, "KEY_BLOCK", 2500)
-    assert close(blocks, call(rows))
-    values = Rows(rows.values(LATENT, jnp.float32))
-    assert close(blocks, call(values))
+    assert is_close(blocks, call(rows))
+    values = LayerCache(rows.values(LATENT, jnp.float32))
+    assert is_close(blocks, call(values))
 
 
 @pytest.mark.parametrize("form", ["absorbed", "expanded"])
@@ -299,9 +312,9 @@ def shapes_of(jaxpr: Any) -> Iterator[tuple[tuple[int, ...], str]]:
 
 def test_bytes_of_a_token() -> None:
     """Values, and two scales of four bytes in each layer."""
-    flash, small = Config.flash(), VARIANTS["odd"].cfg
+    flash, small = Config.flash(), MODEL_VARIANTS["odd"].cfg
     for kind in KINDS:
-        assert bytes_per_row(flash, kind) == 576 + 8
+        assert bytes_per_token_and_layer(flash, kind) == 576 + 8
         assert bytes_per_token(flash, kind) == 47 * 584 == 27_448
         assert bytes_per_token(flash, kind, layers=1) == 584
     for kind in CACHE_DTYPES:
@@ -314,19 +327,19 @@ def test_bytes_of_a_token() -> None:
     [("fp8", "fp8"), (jnp.float8_e4m3fn, "fp8"), (np.dtype("int8"), "int8"), (jnp.bfloat16, "bfloat16")],
 )
 def test_names_and_dtypes(given_as: Any, name: str) -> None:
-    assert cache_kind(given_as) == name
-    assert LatentCache.create(VARIANTS["odd"].cfg, 1, 1, given_as).kind == name
+    assert canonical_cache_dtype(given_as) == name
+    assert LatentCache.create(MODEL_VARIANTS["odd"].cfg, 1, 1, given_as).cache_dtype == name
 
 
 @pytest.mark.parametrize("wrong", ["int4", "float8_e5m2", "uint8", jnp.float16, "nonsense", 8, None])
 def test_other_names_are_refused_with_the_four_that_are(wrong: Any) -> None:
     with pytest.raises(ConfigError, match=r"^cache_dtype must be bfloat16, float32, int8 or fp8, not "):
-        LatentCache.create(VARIANTS["odd"].cfg, 1, 1, wrong)
+        LatentCache.create(MODEL_VARIANTS["odd"].cfg, 1, 1, wrong)
 
 
 def test_codes_without_scales_and_scales_without_codes_are_refused() -> None:
-    small, ids = VARIANTS["odd"], tokens(VARIANTS["odd"].config, 1, 2)
+    small, ids = MODEL_VARIANTS["odd"], random_tokens(MODEL_VARIANTS["odd"].config, 1, 2)
     coded, plain = empty(small, "int8", 1), empty(small, "float32", 1)
     for cache in (LatentCache(coded.data), LatentCache(plain.data, coded.scales)):
         with pytest.raises(ConfigError, match=r"the scales of a cache in (int8|float32) .* not (None|\(3, 1, 16, 2\))"):
-            GLM(small.cfg).apply({"params": small.params}, ids, positions(ids), cache)
+            GLM(small.cfg).apply({"params": small.params}, ids, make_positions(ids), cache)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
 from glm_jax.checkpoint import device_stack
-from glm_jax.checkpoint.device_stack import Stack
+from glm_jax.checkpoint.device_stack import StackBuilder
 
 SHAPE = (3, 8, 6, 4)
 VALUES = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
@@ -37,14 +37,14 @@ def test_any_cut_any_layout(mesh, cuts, axes, dropped):
     axes = [None if i < dropped else axis for i, axis in enumerate(axes)]
     axes = [a if a is None or n % MESH_SIZES[a] == 0 else None for a, n in zip(axes, SHAPE[1:], strict=True)]
     sharding = NamedSharding(mesh, jax.P(None, *axes))
-    array = fill(Stack(SHAPE, np.dtype(np.float32), sharding), VALUES, cuts)
+    array = fill(StackBuilder(SHAPE, np.dtype(np.float32), sharding), VALUES, cuts)
     assert array.sharding == sharding
     assert np.array_equal(np.asarray(array), VALUES)
 
 
 def device_region(shape, dtype, device, as_bits):
     assert not as_bits
-    return device_stack._Device(shape, dtype, device or jax.devices()[0])
+    return device_stack._DeviceRegion(shape, dtype, device or jax.devices()[0])
 
 
 @pytest.mark.parametrize("kind", ["host", "device"])
@@ -52,16 +52,16 @@ def device_region(shape, dtype, device, as_bits):
 def test_both_kinds_of_region(mesh, monkeypatch, kind, spec):
     """The accelerators' way, tried out on CPU devices, gives what the host's way gives; also under a set mesh."""
     if kind == "device":
-        monkeypatch.setattr(device_stack, "_region", device_region)
+        monkeypatch.setattr(device_stack, "_create_region", device_region)
     sharding = None if spec is None else NamedSharding(mesh, spec)
     with jax.set_mesh(mesh):
-        array = fill(Stack(SHAPE, np.dtype(np.float32), sharding), VALUES, {3})
+        array = fill(StackBuilder(SHAPE, np.dtype(np.float32), sharding), VALUES, {3})
     assert np.array_equal(np.asarray(array), VALUES)
     assert sharding is None or array.sharding == sharding
 
 
 def test_casts_on_the_way():
-    stack = Stack((2, 5), np.dtype(jax.numpy.bfloat16), None)
+    stack = StackBuilder((2, 5), np.dtype(jax.numpy.bfloat16), None)
     values = np.linspace(0, 1, 10, dtype=np.float32).reshape(2, 5)
     stack.add(None, 0, values)
     assert np.array_equal(np.asarray(stack.finish()), values.astype(jax.numpy.bfloat16))
@@ -69,13 +69,13 @@ def test_casts_on_the_way():
 
 def test_large_pieces_are_written_in_blocks(monkeypatch):
     monkeypatch.setattr(device_stack, "_BLOCK_BYTES", 40)
-    array = fill(Stack(SHAPE, np.dtype(np.float32), None), VALUES, set())
+    array = fill(StackBuilder(SHAPE, np.dtype(np.float32), None), VALUES, set())
     assert np.array_equal(np.asarray(array), VALUES)
 
 
 def test_host_memory_becomes_the_array():
     """On CPU nothing is copied: JAX takes the buffer over."""
-    stack = Stack((4, 1000), np.dtype(np.float32), None)
+    stack = StackBuilder((4, 1000), np.dtype(np.float32), None)
     (region,) = stack._regions.values()
     address = region._buffer.ctypes.data
     stack.add(None, 0, np.ones((4, 1000), np.float32))
@@ -83,7 +83,7 @@ def test_host_memory_becomes_the_array():
 
 
 def test_replicas_on_cpu_share_their_memory(mesh):
-    stack = Stack((4, 64), np.dtype(np.float32), NamedSharding(mesh, jax.P(None, "model")))
+    stack = StackBuilder((4, 64), np.dtype(np.float32), NamedSharding(mesh, jax.P(None, "model")))
     assert len(stack._regions) == 4
     stack.add(None, 0, np.ones((4, 64), np.float32))
     array = stack.finish()
@@ -92,7 +92,7 @@ def test_replicas_on_cpu_share_their_memory(mesh):
 
 def test_donating_a_taken_over_buffer_is_safe():
     """XLA may not reuse memory that it does not own; the values must still be right."""
-    stack = Stack((64, 64), np.dtype(np.float32), None)
+    stack = StackBuilder((64, 64), np.dtype(np.float32), None)
     stack.add(None, 0, np.ones((64, 64), np.float32))
     double = jax.jit(lambda x: x * 2.0, donate_argnums=0)
     array = double(double(stack.finish()))

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 
 from glm_jax.checkpoint import load
-from glm_jax.weights.params import leaves
-from tests.builders.hf_checkpoints import to_params, write
-from tests.builders.small_models import OWN_MTP, VARIANTS, Small
+from glm_jax.weights.params import leaves_with_path
+from tests.builders.hf_checkpoints import to_params, write_checkpoint
+from tests.builders.small_models import MODEL_VARIANTS, OWN_MTP_MODEL, SmallModel
 
-FOLDERS = {**VARIANTS, "own_mtp": OWN_MTP}
+FOLDERS = {**MODEL_VARIANTS, "own_mtp": OWN_MTP_MODEL}
 
 
 @pytest.mark.parametrize("small", FOLDERS.values(), ids=FOLDERS)
-def test_config_and_every_array(small: Small, tmp_path: Path) -> None:
-    cfg, params, _ = load(write(tmp_path, small.config, small.tensors, shards=3), dtype="float32")
+def test_config_and_every_array(small: SmallModel, tmp_path: Path) -> None:
+    cfg, params, _ = load(write_checkpoint(tmp_path, small.config, small.tensors, shards=3), dtype="float32")
     assert cfg == small.cfg
-    loaded, expected = dict(leaves(params)), dict(leaves(to_params(small.tensors, cfg)))
+    loaded, expected = dict(leaves_with_path(params)), dict(leaves_with_path(to_params(small.tensors, cfg)))
     assert loaded.keys() == expected.keys()
     for path, array in expected.items():
         assert loaded[path].dtype == array.dtype
@@ -25,16 +25,16 @@ def test_config_and_every_array(small: Small, tmp_path: Path) -> None:
 
 
 def test_without_the_prediction_layer(tmp_path: Path) -> None:
-    small = VARIANTS["odd"]
-    cfg, params, _ = load(write(tmp_path, small.config, small.tensors), dtype="float32", mtp=False)
+    small = MODEL_VARIANTS["odd"]
+    cfg, params, _ = load(write_checkpoint(tmp_path, small.config, small.tensors), dtype="float32", mtp=False)
     assert cfg == small.cfg.replace(num_nextn_predict_layers=0)
     assert "mtp" not in params
 
 
 def test_a_config_that_promises_a_layer_which_the_files_lack(tmp_path: Path) -> None:
     """transformers drops the prediction layer when it saves and leaves its count in config.json."""
-    small = VARIANTS["odd"]
+    small = MODEL_VARIANTS["odd"]
     kept = {name: value for name, value in small.tensors.items() if not name.startswith("model.layers.3.")}
-    cfg, params, _ = load(write(tmp_path, small.config, kept), dtype="float32")
+    cfg, params, _ = load(write_checkpoint(tmp_path, small.config, kept), dtype="float32")
     assert cfg == small.cfg.replace(num_nextn_predict_layers=0)
     assert "mtp" not in params

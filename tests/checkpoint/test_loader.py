@@ -7,20 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.pipeline import convert
+from convert.pipeline import convert_checkpoint
 from glm_jax import checkpoint
 from glm_jax.errors import CheckpointError, ShardingError
-from glm_jax.sharding import make_mesh, preset
+from glm_jax.sharding import get_sharding_preset, make_mesh
 from glm_jax.weights import Bfloat16Bits
-from glm_jax.weights.params import leaves
+from glm_jax.weights.params import leaves_with_path
 from glm_jax.weights.storage import abstract_params
-from tests.builders import hf_checkpoints as checkpoints
-from tests.builders import hf_configs as spellings
-from tests.checkpoint.assertions import same_tensors
+from tests.builders import hf_checkpoints, hf_configs
+from tests.checkpoint.assertions import assert_same_tensors
 
-CONFIG = spellings.odd()
+CONFIG = hf_configs.odd_size_config()
 # Sizes that divide over four devices.
-EVEN = spellings.odd(
+EVEN = hf_configs.odd_size_config(
     num_attention_heads=8,
     num_key_value_heads=8,
     moe_intermediate_size=16,
@@ -34,15 +33,15 @@ FORMS = ("huggingface", "converted", "exported")
 def make_folders(base, config, **options):
     """One model in all three forms."""
     folders = {form: base / form for form in FORMS}
-    checkpoints.write(folders["huggingface"], config, checkpoints.random_tensors(config, 0, **options))
-    convert(folders["huggingface"], folders["converted"])
-    convert(folders["converted"], folders["exported"], to="safetensors")
+    hf_checkpoints.write_checkpoint(folders["huggingface"], config, hf_checkpoints.random_tensors(config, 0, **options))
+    convert_checkpoint(folders["huggingface"], folders["converted"])
+    convert_checkpoint(folders["converted"], folders["exported"], to="safetensors")
     return folders
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return make_folders(tmp_path_factory.mktemp("odd"), CONFIG, dtype=checkpoints.BFLOAT16)
+    return make_folders(tmp_path_factory.mktemp("odd"), CONFIG, dtype=hf_checkpoints.BFLOAT16)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def values(leaf):
 
 def same(params, wanted):
     """Fails unless two trees have the same paths, dtypes and bits."""
-    left, right = dict(leaves(params)), dict(leaves(wanted))
+    left, right = dict(leaves_with_path(params)), dict(leaves_with_path(wanted))
     assert left.keys() == right.keys()
     for path in left:
         a, b = values(left[path]), values(right[path])
@@ -67,7 +66,7 @@ def same(params, wanted):
 
 
 def by_hand(folder, cfg, dtype):
-    return checkpoints.to_params(checkpoints.read(folder), cfg, jnp.dtype(dtype))
+    return hf_checkpoints.to_params(hf_checkpoints.read_tensors(folder), cfg, jnp.dtype(dtype))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -84,12 +83,12 @@ def test_every_form_gives_the_tree(folders, form, dtype, check):
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        (spellings.odd(q_lora_rank=None), {}),
-        (spellings.odd(tie_word_embeddings=True), {}),
-        (spellings.odd(num_nextn_predict_layers=0, first_k_dense_replace=3), {}),
-        (spellings.odd(first_k_dense_replace=0, n_shared_experts=2), {"own_mtp": True}),
-        (spellings.from_scratch(**spellings.ODD_SIZES), {}),
-        (spellings.resaved(**spellings.ODD_SIZES), {"dtype": np.float16}),
+        (hf_configs.odd_size_config(q_lora_rank=None), {}),
+        (hf_configs.odd_size_config(tie_word_embeddings=True), {}),
+        (hf_configs.odd_size_config(num_nextn_predict_layers=0, first_k_dense_replace=3), {}),
+        (hf_configs.odd_size_config(first_k_dense_replace=0, n_shared_experts=2), {"own_mtp": True}),
+        (hf_configs.from_scratch_config(**hf_configs.ODD_SIZES), {}),
+        (hf_configs.resaved_config(**hf_configs.ODD_SIZES), {"dtype": np.float16}),
     ],
     ids=["full-rank", "tied", "dense", "own-mtp", "from-scratch", "float16"],
 )
@@ -101,9 +100,9 @@ def test_variants(tmp_path, form, config, options):
 
 def test_mixed_layer_kinds(tmp_path):
     """Runs that alternate: each layer goes to its own place."""
-    config = spellings.from_scratch(**spellings.ODD_SIZES, mlp_layer_types=["dense", "sparse", "dense"])
-    checkpoints.write(tmp_path / "hf", config, checkpoints.random_tensors(config, 0))
-    convert(tmp_path / "hf", tmp_path / "ours")
+    config = hf_configs.from_scratch_config(**hf_configs.ODD_SIZES, mlp_layer_types=["dense", "sparse", "dense"])
+    hf_checkpoints.write_checkpoint(tmp_path / "hf", config, hf_checkpoints.random_tensors(config, 0))
+    convert_checkpoint(tmp_path / "hf", tmp_path / "ours")
     for folder in ("hf", "ours"):
         cfg, params, _ = checkpoint.load(tmp_path / folder, dtype="float32")
         assert list(params["runs"]) == ["0", "1", "2"]
@@ -121,18 +120,18 @@ def test_tree_is_what_was_announced(folders, form):
 @pytest.mark.parametrize("name", ["replicated", "latency"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_mesh(even, form, name, dtype):
-    mesh, rules = make_mesh(4), preset(name)
+    mesh, rules = make_mesh(4), get_sharding_preset(name)
     cfg, params, _ = checkpoint.load(even[form], dtype=dtype, mesh=mesh, rules=rules)
     same(params, by_hand(even["huggingface"], cfg, dtype))
-    wanted = dict(leaves(abstract_params(cfg, dtype, rules, mesh)))
-    for path, leaf in leaves(params):
+    wanted = dict(leaves_with_path(abstract_params(cfg, dtype, rules, mesh)))
+    for path, leaf in leaves_with_path(params):
         array = leaf.bits if isinstance(leaf, Bfloat16Bits) else leaf
         assert array.sharding.is_equivalent_to(wanted[path].sharding, array.ndim), path
 
 
 def test_mesh_that_does_not_divide(folders):
     with pytest.raises(ShardingError, match="5 attention heads"):
-        checkpoint.load(folders["huggingface"], mesh=make_mesh(4), rules=preset("latency"))
+        checkpoint.load(folders["huggingface"], mesh=make_mesh(4), rules=get_sharding_preset("latency"))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -155,7 +154,7 @@ def test_synthetic_models_are_the_initialisers():
     from glm_jax.config import Config
     from glm_jax.weights.params import init_params
 
-    cfg = Config.from_hf(spellings.odd(num_hidden_layers=2, num_nextn_predict_layers=0))
+    cfg = Config.from_hf(hf_configs.odd_size_config(num_hidden_layers=2, num_nextn_predict_layers=0))
     source = SyntheticSource(SyntheticSpec(cfg, 5), np.dtype(np.float32), "synthetic:odd")
     loaded, params, info = checkpoint.load(source, dtype="float32")
     assert loaded == cfg
@@ -167,24 +166,24 @@ def test_synthetic_conversion_is_the_synthetic_model(tmp_path):
     from glm_jax.checkpoint.sources.synthetic import SyntheticSource, SyntheticSpec
     from glm_jax.config import Config
 
-    cfg = Config.from_hf(spellings.odd(num_hidden_layers=2))
+    cfg = Config.from_hf(hf_configs.odd_size_config(num_hidden_layers=2))
     source = SyntheticSource(SyntheticSpec(cfg, 5), np.dtype(np.float32), "synthetic:odd")
-    convert(source, tmp_path / "hf", to="safetensors")
+    convert_checkpoint(source, tmp_path / "hf", to="safetensors")
     read, params, _ = checkpoint.load(tmp_path / "hf", dtype="float32")
     assert read == cfg
     same(params, checkpoint.load(source, dtype="float32")[1])
-    names = checkpoints.tensor_shapes(spellings.odd(num_hidden_layers=2))
-    assert {name: t.shape for name, t in checkpoints.read(tmp_path / "hf").items()} == names
+    names = hf_checkpoints.tensor_shapes(hf_configs.odd_size_config(num_hidden_layers=2))
+    assert {name: t.shape for name, t in hf_checkpoints.read_tensors(tmp_path / "hf").items()} == names
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bad_values_are_listed_on_request(tmp_path, form):
-    tensors = checkpoints.random_tensors(CONFIG, 0, dtype=checkpoints.BFLOAT16)
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0, dtype=hf_checkpoints.BFLOAT16)
     tensors["model.layers.2.mlp.experts.6.down_proj.weight"][3, 3] = np.nan
     tensors["model.layers.0.self_attn.kv_b_proj.weight"][-1, 0] = np.inf
-    checkpoints.write(tmp_path / "huggingface", CONFIG, tensors)
-    convert(tmp_path / "huggingface", tmp_path / "converted")
-    convert(tmp_path / "converted", tmp_path / "exported", to="safetensors")
+    hf_checkpoints.write_checkpoint(tmp_path / "huggingface", CONFIG, tensors)
+    convert_checkpoint(tmp_path / "huggingface", tmp_path / "converted")
+    convert_checkpoint(tmp_path / "converted", tmp_path / "exported", to="safetensors")
     checkpoint.load(tmp_path / form)
     with pytest.raises(CheckpointError, match="NaN or infinite") as caught:
         checkpoint.load(tmp_path / form, check=True)
@@ -218,12 +217,12 @@ def test_save_keeps_what_the_original_had(folders, tmp_path):
         (folders["huggingface"] / name).write_text(name)
     cfg, params, info = checkpoint.load(folders["huggingface"], dtype="bfloat16")
     checkpoint.save(tmp_path / "out", cfg, params, origin=info, to="safetensors")
-    same_tensors(folders["huggingface"], tmp_path / "out")
+    assert_same_tensors(folders["huggingface"], tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "tokenizer.json"
 
 
 def test_save_from_a_mesh(even, tmp_path):
-    mesh, rules = make_mesh(4), preset("latency")
+    mesh, rules = make_mesh(4), get_sharding_preset("latency")
     cfg, params, info = checkpoint.load(even["huggingface"], dtype="float32", mesh=mesh, rules=rules)
     with jax.set_mesh(mesh):
         checkpoint.save(tmp_path / "saved", cfg, params, origin=info)

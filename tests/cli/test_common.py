@@ -126,11 +126,11 @@ def test_an_impossible_share_of_memory_is_refused(monkeypatch, fraction):
 def test_text_is_read_as_it_is(tmp_path, monkeypatch):
     text = "naïve\r\n天气\n"
     (tmp_path / "prompt").write_bytes(text.encode())
-    assert common.read_text(str(tmp_path / "prompt")) == text
+    assert common.read_prompt_text(str(tmp_path / "prompt")) == text
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert common.read_text("~/prompt") == text
+    assert common.read_prompt_text("~/prompt") == text
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    assert common.read_text("-") == text
+    assert common.read_prompt_text("-") == text
 
 
 @pytest.mark.parametrize(
@@ -148,19 +148,19 @@ def test_text_that_cannot_be_read(tmp_path, name, message):
     (tmp_path / "half").write_bytes(b"x\xf0\x9f")
     path = str(tmp_path / name)
     with pytest.raises(PromptError) as caught:
-        common.read_text(path)
+        common.read_prompt_text(path)
     assert str(caught.value) == message.format(path)
 
 
 def test_a_home_that_is_nobodys():
     with pytest.raises(PromptError, match="cannot read ~nobody-here/x: No such file"):
-        common.read_text("~nobody-here/x")
+        common.read_prompt_text("~nobody-here/x")
 
 
 def test_stdin_that_is_not_utf8(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     with pytest.raises(PromptError, match="stdin is not UTF-8"):
-        common.read_text("-")
+        common.read_prompt_text("-")
 
 
 def test_peak_memory_is_that_of_the_process_on_a_cpu():

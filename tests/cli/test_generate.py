@@ -18,7 +18,7 @@ import jax
 import pytest
 
 from glm_jax import generate
-from glm_jax.cli.common import finish
+from glm_jax.cli.common import run_and_exit
 from glm_jax.llm import LLM
 from glm_jax.text import render_chat
 
@@ -75,7 +75,7 @@ def run(llm, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(piped, encoding="utf-8"))
         monkeypatch.setattr(sys.stdin, "isatty", lambda: stdin is None, raising=False)
         with pytest.raises(SystemExit) as caught:
-            finish(lambda: generate.main(args))
+            run_and_exit(lambda: generate.main(args))
         captured = capsys.readouterr()
         return caught.value.code, captured.out, captured.err
 
@@ -273,7 +273,7 @@ def test_a_file_that_is_not_utf8(refused, tmp_path):
 def test_a_model_that_cannot_be_loaded(monkeypatch, capsys, tmp_path, args, message):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     with pytest.raises(SystemExit) as caught:
-        finish(lambda: generate.main([word.format(tmp_path) for word in args]))
+        run_and_exit(lambda: generate.main([word.format(tmp_path) for word in args]))
     captured = capsys.readouterr()
     assert (caught.value.code, captured.out) == (2, "")
     assert message.format(tmp_path) in captured.err
@@ -307,7 +307,7 @@ def test_the_help_teaches_and_needs_no_jax():
     assert (done.returncode, done.stderr) == (0, "")
     options = set(re.findall(r"--[a-z][a-z-]+|--n\b", done.stdout))
     assert options >= {
-        "--" + name.replace("_", "-") for name in generate.Options.__dataclass_fields__ if name != "prompt"
+        "--" + name.replace("_", "-") for name in generate.GenerateOptions.__dataclass_fields__ if name != "prompt"
     }
     for text in ("Examples:", "--chat --no-thinking", "Exit codes: 0 done, 2 bad usage", "(default: 512)"):
         assert text in " ".join(done.stdout.split()), text

@@ -6,14 +6,14 @@ import jax
 import pytest
 
 import glm_jax.memory
-from glm_jax.checkpoint.folder.layout import layout
+from glm_jax.checkpoint.folder.layout import checkpoint_layout
 from glm_jax.checkpoint.folder.manifest import ArrayRecord, Manifest
-from glm_jax.checkpoint.sources.base import Original
-from glm_jax.cli.common import BAD_INPUT, finish
+from glm_jax.checkpoint.sources.base import RoundTripInfo
+from glm_jax.cli.common import BAD_INPUT, run_and_exit
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError, ConfigError
-from glm_jax.memory import gpus
-from glm_jax.plan import _compiled_sentence, main, read_model
+from glm_jax.memory import known_gpus
+from glm_jax.plan import _compiled_summary, load_config_and_storage, main
 
 FLASH = "synthetic:flash"
 SMALL = Config.flash(layers=3).replace(
@@ -42,7 +42,7 @@ def run(capsys):
 def refused(capsys):
     def refused(*args: str) -> str:
         with pytest.raises(SystemExit) as caught:
-            finish(lambda: main(args))
+            run_and_exit(lambda: main(args))
         captured = capsys.readouterr()
         assert caught.value.code == BAD_INPUT
         assert captured.out == ""
@@ -74,7 +74,7 @@ def test_json_of_the_real_model(run):
         "cache_bytes_per_token": 54_144,
         "context": 32_768,
         "max_context": 202_752,
-        "device_bytes": int(0.95 * gpus()["h100"].memory_bytes),
+        "device_bytes": int(0.95 * known_gpus()["h100"].memory_bytes),
     }
     assert {name: record[name] for name in wanted} == wanted
     # The rest of the card, in caches of that length.
@@ -132,11 +132,11 @@ def test_options_reach_the_plan(run):
     assert record("--sequences", "3")["device_needs"]["cache"] == 3 * 1000 * 54_144
     bare = record("--no-mtp")
     assert plain["device_needs"]["weights"] - bare["device_needs"]["weights"] == plain["mtp_bytes"] == bare["mtp_bytes"]
-    assert record("--memory-fraction", "0.5")["device_bytes"] == gpus()["b200"].memory_bytes // 2
+    assert record("--memory-fraction", "0.5")["device_bytes"] == known_gpus()["b200"].memory_bytes // 2
 
 
 def test_the_device_at_hand(run, monkeypatch):
-    monkeypatch.setattr(glm_jax.memory.devices, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(glm_jax.memory.devices, "available_host_memory", lambda: 10**9)
     out, err = run("--json")
     record = json.loads(out)
     assert (record["model"], record["on"], record["device_bytes"]) == ("tiny", "1 x cpu", 10**9)
@@ -151,20 +151,22 @@ def test_the_device_at_hand(run, monkeypatch):
 def test_a_folder_needs_nothing_but_its_config(tmp_path, run):
     folder = write_config(tmp_path / "model")
     record = json.loads(run("--model", folder, "--gpu", "l40s", "--json")[0])
-    assert record["parameters"] == glm_jax.memory.plan(SMALL, device_bytes=0).parameters
-    assert read_model(folder)[0] == SMALL
+    assert record["parameters"] == glm_jax.memory.plan_memory(SMALL, device_bytes=0).parameters
+    assert load_config_and_storage(folder)[0] == SMALL
 
 
 def test_a_converted_folder_is_as_its_manifest_says(tmp_path):
     cfg = SMALL.replace(mtp_own_embeddings=True)
     parts = {
         part: {leaf.name: ArrayRecord(leaf.shape, leaf.spec.dtype or "bfloat16", "0" * 64) for leaf in members}
-        for part, members in layout(cfg).items()
+        for part, members in checkpoint_layout(cfg).items()
     }
-    manifest = Manifest(cfg=cfg, dtype="bfloat16", original=Original(), source="test", parts=parts)
+    manifest = Manifest(
+        cfg=cfg, dtype="bfloat16", original=RoundTripInfo(), source_fingerprint="test", array_records=parts
+    )
     folder = write_config(tmp_path / "converted")
     (tmp_path / "converted" / "manifest.json").write_text(manifest.to_json())
-    assert read_model(folder)[0] == cfg
+    assert load_config_and_storage(folder)[0] == cfg
 
 
 def test_a_hub_id_downloads_the_config_alone(tmp_path, monkeypatch):
@@ -176,7 +178,7 @@ def test_a_hub_id_downloads_the_config_alone(tmp_path, monkeypatch):
         return str(tmp_path / filename)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert read_model("someone/Model-1.0")[0] == SMALL
+    assert load_config_and_storage("someone/Model-1.0")[0] == SMALL
     assert asked == [("someone/Model-1.0", "config.json")]
 
 
@@ -188,7 +190,7 @@ def test_the_hub_out_of_reach(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
     with pytest.raises(CheckpointError, match=r"no folder no/such, .*\(cannot find it\): .* or give a folder's path"):
-        read_model("no/such")
+        load_config_and_storage("no/such")
 
 
 @pytest.mark.parametrize(
@@ -202,25 +204,25 @@ def test_the_hub_out_of_reach(monkeypatch):
 )
 def test_sources_that_are_none(source, words):
     with pytest.raises(CheckpointError, match=words):
-        read_model(source)
+        load_config_and_storage(source)
 
 
 def test_files_are_refused(tmp_path):
     for name, words in (("model.bin", "pickle"), ("model.safetensors", "or the folder")):
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(CheckpointError, match=words):
-            read_model(str(tmp_path / name))
+            load_config_and_storage(str(tmp_path / name))
 
 
 def test_configs_that_cannot_be_run_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
-        read_model(str(tmp_path))
+        load_config_and_storage(str(tmp_path))
     with pytest.raises(ConfigError, match="model_type"):
-        read_model(write_config(tmp_path, model_type="llama"))
+        load_config_and_storage(write_config(tmp_path, model_type="llama"))
 
 
 def test_a_quantised_config_without_weights_is_planned_as_if_it_were_not(tmp_path, capsys):
-    assert read_model(write_config(tmp_path, quantization_config={"quant_method": "awq"}))[0] == SMALL
+    assert load_config_and_storage(write_config(tmp_path, quantization_config={"quant_method": "awq"}))[0] == SMALL
     assert "how can be seen in the files alone" in capsys.readouterr().err
 
 
@@ -255,7 +257,12 @@ def test_help_teaches(capsys):
         main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    for text in ("python -m glm_jax.plan --model synthetic:flash --gpu h100", "--context", "for memory only", *gpus()):
+    for text in (
+        "python -m glm_jax.plan --model synthetic:flash --gpu h100",
+        "--context",
+        "for memory only",
+        *known_gpus(),
+    ):
         assert text in out
 
 
@@ -278,4 +285,4 @@ def test_what_was_compiled_is_said_in_a_sentence(changes, words):
         "launches_per_token": 390, "graph_pieces": 1, "launches_outside_graphs": 0, "collectives": [],
         "argument_bytes": 16_998_000_000, "temp_bytes": 2_000_000, "fits": True, "kernels": {"attend_kernel": 47},
     }  # fmt: skip
-    assert words in _compiled_sentence({**made, **changes})
+    assert words in _compiled_summary({**made, **changes})

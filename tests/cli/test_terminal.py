@@ -56,28 +56,28 @@ ANSWER = (Delta(reasoning="Let "), Delta(reasoning="me."), Delta(content="It is 
 
 
 def test_thinking_is_dimmed_on_a_terminal(screen):
-    shown, answer = screen(), terminal.Answer(deltas(*ANSWER))
-    assert answer.show() == 0
+    shown, answer = screen(), terminal.ChatPrinter(deltas(*ANSWER))
+    assert answer.print_all() == 0
     assert shown.getvalue() == f"{DIM}Let me.{PLAIN}\n\nIt is 7.{PLAIN}\n"
     assert answer.content == "It is 7."
 
 
 def test_in_a_file_there_are_no_marks(screen):
-    shown, answer = screen(is_terminal=False), terminal.Answer(deltas(*ANSWER))
-    assert answer.show() == 0
+    shown, answer = screen(is_terminal=False), terminal.ChatPrinter(deltas(*ANSWER))
+    assert answer.print_all() == 0
     assert shown.getvalue() == "Let me.\n\nIt is 7.\n"
 
 
 def test_an_answer_without_thinking_has_no_marks(screen):
     shown = screen()
-    assert terminal.Answer(deltas(*ANSWER[2:])).show() == 0
+    assert terminal.ChatPrinter(deltas(*ANSWER[2:])).print_all() == 0
     assert shown.getvalue() == "It is 7.\n"
 
 
 @pytest.mark.parametrize("count", range(5))
 def test_ctrl_c_while_the_model_works_leaves_the_terminal_as_it_was(screen, count):
-    shown, answer = screen(), terminal.Answer(deltas(*ANSWER[:count], interrupted=True))
-    assert answer.show() == 130
+    shown, answer = screen(), terminal.ChatPrinter(deltas(*ANSWER[:count], interrupted=True))
+    assert answer.print_all() == 130
     assert as_left(shown.getvalue()) == PLAIN
     assert shown.getvalue().endswith("\n")
     assert answer.content == "".join(delta.content for delta in ANSWER[:count])
@@ -85,8 +85,8 @@ def test_ctrl_c_while_the_model_works_leaves_the_terminal_as_it_was(screen, coun
 
 @pytest.mark.parametrize("at", ["Let ", "me.", "It is ", "7."])
 def test_ctrl_c_while_printing_leaves_the_terminal_as_it_was(screen, at):
-    shown, answer = screen(interrupt_at=at), terminal.Answer(deltas(*ANSWER))
-    assert answer.show() == 130
+    shown, answer = screen(interrupt_at=at), terminal.ChatPrinter(deltas(*ANSWER))
+    assert answer.print_all() == 130
     assert answer.content == "It is 7."[: "It is 7.".find(at) + len(at) if at in "It is 7." else 0]
     assert as_left(shown.getvalue()) == PLAIN
     assert at in shown.getvalue()
@@ -105,12 +105,12 @@ def test_an_error_in_the_middle_leaves_the_terminal_as_it_was(screen):
 
     shown = screen()
     with pytest.raises(GlmError):
-        terminal.Answer(broken()).show()
+        terminal.ChatPrinter(broken()).print_all()
     assert as_left(shown.getvalue()) == PLAIN
 
 
 def test_text_ends_with_a_line_end(capsys):
-    assert terminal.show_text(piece for piece in ("def ", "fib")) == 0
+    assert terminal.print_stream(piece for piece in ("def ", "fib")) == 0
     assert capsys.readouterr().out == "def fib\n"
 
 
@@ -120,14 +120,14 @@ CHAT = ChatCompletion("x</think>y", (3, 4), "stop", 7, 2, message=Message("x", "
 
 
 def test_whole_texts(capsys):
-    terminal.show_whole(DONE, as_json=False)
+    terminal.print_completions(DONE, as_json=False)
     assert capsys.readouterr() == ("naïve 🙂\n", "")
-    terminal.show_whole([DONE, LOGPROBS], as_json=False)
+    terminal.print_completions([DONE, LOGPROBS], as_json=False)
     assert capsys.readouterr() == ("naïve 🙂\na\n", "--- 1 of 2, seed 7\n--- 2 of 2, seed 7\n")
 
 
 def test_json_is_one_object_a_line(capsys):
-    terminal.show_whole([DONE, LOGPROBS, CHAT], as_json=True)
+    terminal.print_completions([DONE, LOGPROBS, CHAT], as_json=True)
     out, err = capsys.readouterr()
     assert err == ""
     first, second, third = map(json.loads, out.splitlines())
@@ -141,7 +141,7 @@ def test_json_is_escaped_where_characters_are_lacking(monkeypatch):
     for encoding, escaped in (("utf-8", False), ("UTF8", False), ("latin-1", True), ("ascii", True)):
         raw = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
-        terminal.show_whole(DONE, as_json=True)
+        terminal.print_completions(DONE, as_json=True)
         assert json.loads(raw.getvalue().decode(encoding))["text"] == DONE.text
         assert (b"\\u" in raw.getvalue()) == escaped
 
@@ -167,7 +167,7 @@ class Talk:
             self.seen.append([(turn["role"], turn["content"]) for turn in turns])
             return self.answer(self.seen)
 
-        return terminal.talk(reply, turns)
+        return terminal.run_conversation(reply, turns)
 
 
 def test_a_conversation_keeps_what_was_said(monkeypatch, capsys):

@@ -12,22 +12,22 @@ from typing import Any
 
 import jax
 
-from convert.pipeline import convert
+from convert.pipeline import convert_checkpoint
 from glm_jax import checkpoint
 from glm_jax.checkpoint.sources.open import open_source
 
 
-def resident() -> int:
+def resident_bytes() -> int:
     """Bytes of private and shared memory of this process."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
 
 
-class Peak:
+class PeakResidentMemory:
     """Highest memory while a block runs, sampled every few milliseconds."""
 
-    def __enter__(self) -> "Peak":
-        self.start = self.highest = resident()
+    def __enter__(self) -> "PeakResidentMemory":
+        self.start = self.highest = resident_bytes()
         self._running = True
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -39,11 +39,11 @@ class Peak:
 
     def _watch(self) -> None:
         while self._running:
-            self.highest = max(self.highest, resident())
+            self.highest = max(self.highest, resident_bytes())
             time.sleep(0.003)
 
 
-def load(source: str) -> int:
+def load_checkpoint(source: str) -> int:
     """Loads in bfloat16; gives the checkpoint's size."""
     _, params, info = checkpoint.load(source, dtype="bfloat16")
     jax.block_until_ready(params)
@@ -59,12 +59,12 @@ def main(
 
     jax.block_until_ready(jax.numpy.zeros(8))
     began = time.monotonic()
-    with Peak() as peak:
+    with PeakResidentMemory() as peak:
         if step == "load":
-            size = load(source)
+            size = load_checkpoint(source)
         else:
             options: dict[str, Any] = {"to": form, "quantize": quantize or None, "method": method}
-            size = convert(source, destination, **options).nbytes
+            size = convert_checkpoint(source, destination, **options).nbytes
     seconds = time.monotonic() - began
     weights = open_source(source)
     largest = max(sum(weights.nbytes(leaf) for leaf in members) for members in weights.layout().values())

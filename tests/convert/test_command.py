@@ -10,20 +10,21 @@ from pathlib import Path
 import pytest
 
 from convert.__main__ import main
-from convert.pipeline import convert
+from convert.pipeline import convert_checkpoint
 from glm_jax.checkpoint.sources.open import open_source
-from tests.builders import hf_checkpoints as checkpoints
-from tests.builders import hf_configs as spellings
-from tests.checkpoint.assertions import contents, same_tensors
+from tests.builders import hf_checkpoints, hf_configs
+from tests.checkpoint.assertions import assert_same_tensors, read_converted_folder
 
 ROOT = Path(__file__).parents[2]
-CONFIG = spellings.odd(hidden_size=256, moe_intermediate_size=64)
+CONFIG = hf_configs.odd_size_config(hidden_size=256, moe_intermediate_size=64)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
-    return checkpoints.write(folder, CONFIG, checkpoints.random_tensors(CONFIG, 0, dtype=checkpoints.BFLOAT16))
+    return hf_checkpoints.write_checkpoint(
+        folder, CONFIG, hf_checkpoints.random_tensors(CONFIG, 0, dtype=hf_checkpoints.BFLOAT16)
+    )
 
 
 def run(*arguments):
@@ -40,13 +41,13 @@ def test_there_and_back(source, tmp_path):
     assert "WARNING" not in there.stderr
     back = run(tmp_path / "ours", tmp_path / "back", "--to", "safetensors")
     assert back.returncode == 0, back.stderr
-    same_tensors(source, tmp_path / "back")
+    assert_same_tensors(source, tmp_path / "back")
 
 
 def test_notes_are_told(tmp_path, capsys):
-    tensors = checkpoints.random_tensors(CONFIG, 0)
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0)
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.3.")}
-    checkpoints.write(tmp_path / "hf", CONFIG, kept)
+    hf_checkpoints.write_checkpoint(tmp_path / "hf", CONFIG, kept)
     assert main([str(tmp_path / "hf"), str(tmp_path / "ours"), "--dtype", "bfloat16"]) == 0
     assert "note: layer 3 (multi-token prediction) has no tensors here" in capsys.readouterr().err
     assert open_source(tmp_path / "ours").info.dtype == "bfloat16"
@@ -91,13 +92,13 @@ def test_file_that_cannot_grow(source, tmp_path, to):
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if "GB, " not in line]
     assert lines == [f"error: the disk of {out} is full: make room and run the same command again to go on"]
-    report = convert(source, tmp_path / "out", to=to)
+    report = convert_checkpoint(source, tmp_path / "out", to=to)
     if to == "orbax":
         assert report.kept == 3  # the prediction layer has the first array that is too large
-        convert(source, tmp_path / "fresh")
-        assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+        convert_checkpoint(source, tmp_path / "fresh")
+        assert read_converted_folder(tmp_path / "out") == read_converted_folder(tmp_path / "fresh")
     else:
-        same_tensors(source, tmp_path / "out")
+        assert_same_tensors(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("code", ["EACCES", "EROFS", "EPERM"])

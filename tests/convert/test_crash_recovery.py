@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from convert.calibrate import Calibration
-from convert.pipeline import convert
+from convert.calibrate import CalibrationConfig
+from convert.pipeline import convert_checkpoint
 from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.errors import CheckpointError
-from tests.builders import hf_checkpoints as checkpoints
-from tests.builders import hf_configs as spellings
-from tests.builders.calibration_checkpoint import calibratable
-from tests.checkpoint.assertions import contents, same_tensors
+from tests.builders import hf_checkpoints, hf_configs
+from tests.builders.calibration_checkpoint import write_calibration_checkpoint
+from tests.checkpoint.assertions import assert_same_tensors, read_converted_folder
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["the middle of the second layer", "before a layer's record", "half of the manifest"]
@@ -34,23 +33,23 @@ SOAK = [
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    config = spellings.odd()
-    tensors = checkpoints.random_tensors(config, 0, dtype=checkpoints.BFLOAT16)
-    return checkpoints.write(tmp_path_factory.mktemp("source"), config, tensors)
+    config = hf_configs.odd_size_config()
+    tensors = hf_checkpoints.random_tensors(config, 0, dtype=hf_checkpoints.BFLOAT16)
+    return hf_checkpoints.write_checkpoint(tmp_path_factory.mktemp("source"), config, tensors)
 
 
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
     """What an undisturbed conversion gives."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    convert(source, folder)
-    return contents(folder)
+    convert_checkpoint(source, folder)
+    return read_converted_folder(folder)
 
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory):
     """A small model with a tokenizer, so that calibration text can be encoded."""
-    return calibratable(tmp_path_factory.mktemp("calibrated"))
+    return write_calibration_checkpoint(tmp_path_factory.mktemp("calibrated"))
 
 
 def die(point, source, destination, form="orbax", **options):
@@ -68,8 +67,8 @@ def refused(folder):
 def dies_and_goes_on(point, source, whole, folder):
     die(point, source, folder)
     refused(folder)
-    convert(source, folder)
-    assert contents(folder) == whole
+    convert_checkpoint(source, folder)
+    assert read_converted_folder(folder) == whole
     assert open_source(folder).info.kind == "converted"
 
 
@@ -93,22 +92,22 @@ def test_killed_at_more_points(point, source, whole, tmp_path):
 )
 def test_quantising_killed_at(point, method, calibrated, tmp_path):
     quick = {"windows": 8, "length": 32, "steps": 5}
-    text = {"calibration": Calibration(**quick)} if method == "signround" else {}
+    text = {"calibration": CalibrationConfig(**quick)} if method == "signround" else {}
     options = {"quantize": "int4", "method": method}
-    convert(calibrated, tmp_path / "whole", **options, **text)
+    convert_checkpoint(calibrated, tmp_path / "whole", **options, **text)
     die(point, calibrated, tmp_path / "out", **options, **({"calibration": quick} if text else {}))
     refused(tmp_path / "out")
-    report = convert(calibrated, tmp_path / "out", **options, **text)
+    report = convert_checkpoint(calibrated, tmp_path / "out", **options, **text)
     assert report.kept
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert read_converted_folder(tmp_path / "out") == read_converted_folder(tmp_path / "whole")
 
 
 def test_killed_after_the_manifest(source, whole, tmp_path):
     """The folder is complete: it loads as it is, and the same command only tidies up."""
     die("after the manifest", source, tmp_path / "out")
     assert open_source(tmp_path / "out").info.kind == "converted"
-    assert convert(source, tmp_path / "out").written == 0
-    assert contents(tmp_path / "out") == whole
+    assert convert_checkpoint(source, tmp_path / "out").written == 0
+    assert read_converted_folder(tmp_path / "out") == whole
     assert not (tmp_path / "out" / ".convert").exists()
 
 
@@ -117,28 +116,30 @@ def test_killed_after_the_manifest(source, whole, tmp_path):
 def test_safetensors_killed_at(point, source, tmp_path):
     die(point, source, tmp_path / "out", "safetensors")
     refused(tmp_path / "out")
-    convert(source, tmp_path / "out", to="safetensors")
-    same_tensors(source, tmp_path / "out")
+    convert_checkpoint(source, tmp_path / "out", to="safetensors")
+    assert_same_tensors(source, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 @pytest.mark.soak
 def test_twenty_random_kills(tmp_path):
     """At random moments of a conversion that takes a while, again and again into the same folder."""
-    config = spellings.odd(hidden_size=512, moe_intermediate_size=256, intermediate_size=1024, num_hidden_layers=12)
-    source = checkpoints.write(tmp_path / "hf", config, checkpoints.random_tensors(config, 0))
-    convert(source, tmp_path / "whole")
-    whole, out = contents(tmp_path / "whole"), tmp_path / "out"
+    config = hf_configs.odd_size_config(
+        hidden_size=512, moe_intermediate_size=256, intermediate_size=1024, num_hidden_layers=12
+    )
+    source = hf_checkpoints.write_checkpoint(tmp_path / "hf", config, hf_checkpoints.random_tensors(config, 0))
+    convert_checkpoint(source, tmp_path / "whole")
+    whole, out = read_converted_folder(tmp_path / "whole"), tmp_path / "out"
     moments = random.Random(0)
     kills = finished = 0
     while kills < 20:
         kills += _kill_after(moments.uniform(0, 2.0), source, out)
         if (out / "manifest.json").exists() and not (out / ".convert").exists():
-            assert contents(out) == whole
+            assert read_converted_folder(out) == whole
             finished += 1
             out = tmp_path / f"out{finished}"
-    convert(source, out)
-    assert contents(out) == whole
+    convert_checkpoint(source, out)
+    assert read_converted_folder(out) == whole
 
 
 def _kill_after(seconds, source, out):

@@ -13,20 +13,19 @@ import numpy as np
 import pytest
 
 from convert.__main__ import main
-from convert.pipeline import convert
+from convert.pipeline import convert_checkpoint
 from glm_jax.checkpoint.folder.manifest import load_manifest
 from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.checkpoint.write import conversion_state, targets
-from glm_jax.checkpoint.write.conversion_state import WORK_FOLDER
+from glm_jax.checkpoint.write.conversion_state import STATE_FOLDER
 from glm_jax.errors import CheckpointError
-from tests.builders import hf_checkpoints as checkpoints
-from tests.builders import hf_configs as spellings
-from tests.checkpoint.assertions import contents, same_tensors
+from tests.builders import hf_checkpoints, hf_configs
+from tests.checkpoint.assertions import assert_same_tensors, read_converted_folder
 
 ROOT = Path(__file__).parents[2]
-CONFIG = spellings.odd()
+CONFIG = hf_configs.odd_size_config()
 FORMS = ["orbax", "safetensors"]
-TENSORS = checkpoints.random_tensors(CONFIG, 0, dtype=ml_dtypes.bfloat16)
+TENSORS = hf_checkpoints.random_tensors(CONFIG, 0, dtype=ml_dtypes.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     write_source(folder / "hf", TENSORS)
     for to in FORMS:
-        convert(folder / "hf", folder / to, to=to)
+        convert_checkpoint(folder / "hf", folder / to, to=to)
     return folder
 
 
@@ -56,7 +55,7 @@ def done(base, to, tmp_path):
 
 
 def write_source(folder, tensors):
-    checkpoints.write(folder, CONFIG, tensors, shards=2)
+    hf_checkpoints.write_checkpoint(folder, CONFIG, tensors, shards=2)
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         (folder / name).write_text(f'{{"{name}": 1}}')
     return folder
@@ -65,9 +64,9 @@ def write_source(folder, tensors):
 def same(base, to, folder):
     """Whether a folder is what an undisturbed conversion gives, byte by byte, and nothing more."""
     if to == "orbax":
-        assert contents(folder) == contents(base / to)
+        assert read_converted_folder(folder) == read_converted_folder(base / to)
     else:
-        same_tensors(base / to, folder)
+        assert_same_tensors(base / to, folder)
     plain = [path for path in (base / to).iterdir() if path.is_file()]
     assert sorted(path.name for path in folder.iterdir() if path.is_file()) == sorted(path.name for path in plain)
     for path in plain:
@@ -96,7 +95,7 @@ def grow(path):
 @pytest.mark.parametrize("damage", [Path.unlink, cut, grow])
 def test_finished_folder_is_mended(base, source, to, done, damage):
     damage(a_file(done, to))
-    report = convert(source, done, to=to)
+    report = convert_checkpoint(source, done, to=to)
     assert report.written == 1
     same(base, to, done)
 
@@ -106,7 +105,7 @@ def test_missing_pieces_of_a_part_are_written(base, source, tmp_path, name):
     out = shutil.copytree(base / "orbax", tmp_path / "out")
     path = out / "parts" / "layer-00001" / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    report = convert(source, out)
+    report = convert_checkpoint(source, out)
     assert (report.written, report.kept) == (1, 4)
     same(base, "orbax", out)
 
@@ -114,21 +113,21 @@ def test_missing_pieces_of_a_part_are_written(base, source, tmp_path, name):
 def test_part_that_is_too_many_goes(base, source, tmp_path):
     out = shutil.copytree(base / "orbax", tmp_path / "out")
     shutil.copytree(out / "parts" / "layer-00001", out / "parts" / "layer-00009")
-    assert convert(source, out).written == 0
+    assert convert_checkpoint(source, out).written == 0
     same(base, "orbax", out)
 
 
 def test_changed_bytes_are_mended_under_check(base, source, to, done):
     flip(a_file(done, to))
-    assert convert(source, done, to=to).written == 0  # sizes tell nothing
-    assert convert(source, done, to=to, check=True).written == 1
+    assert convert_checkpoint(source, done, to=to).written == 0  # sizes tell nothing
+    assert convert_checkpoint(source, done, to=to, check=True).written == 1
     same(base, to, done)
-    assert convert(source, done, to=to, check=True).written == 0
+    assert convert_checkpoint(source, done, to=to, check=True).written == 0
 
 
 def test_force_starts_over(base, source, to, done):
     flip(a_file(done, to))
-    report = convert(source, done, to=to, force=True)
+    report = convert_checkpoint(source, done, to=to, force=True)
     assert report.kept == 0
     same(base, to, done)
 
@@ -138,24 +137,24 @@ def test_damaged_manifest_is_written_anew(base, source, tmp_path):
     fields = json.loads((out / "manifest.json").read_text())
     del fields["parts"]["layer-00001"]["moe.up"]
     (out / "manifest.json").write_text(json.dumps(fields))
-    convert(source, out)
+    convert_checkpoint(source, out)
     same(base, "orbax", out)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"])
 def test_companions_are_mended(base, source, to, done, name):
     (done / name).write_text("{}")
-    assert convert(source, done, to=to).written == 0
+    assert convert_checkpoint(source, done, to=to).written == 0
     same(base, to, done)
     (done / name).unlink()
-    assert convert(source, done, to=to).written == 0
+    assert convert_checkpoint(source, done, to=to).written == 0
     same(base, to, done)
 
 
 def test_companions_follow_the_source(base, to, done, tmp_path):
     newer = shutil.copytree(base / "hf", tmp_path / "newer")
     (newer / "chat_template.jinja").write_text("another")
-    assert convert(newer, done, to=to).written == 0
+    assert convert_checkpoint(newer, done, to=to).written == 0
     assert (done / "chat_template.jinja").read_text() == "another"
 
 
@@ -163,7 +162,7 @@ def test_files_of_others_survive_mending(base, source, to, done):
     (done / "adapter.safetensors").write_bytes(b"theirs")
     (done / "special_tokens_map.json").write_text("{}")
     a_file(done, to).unlink()
-    convert(source, done, to=to)
+    convert_checkpoint(source, done, to=to)
     assert (done / "adapter.safetensors").read_bytes() == b"theirs"
     assert (done / "special_tokens_map.json").exists()
 
@@ -171,14 +170,14 @@ def test_files_of_others_survive_mending(base, source, to, done):
 def test_zeros_are_whole(tmp_path):
     """Zarr may leave out chunks of zeros; ours are all there, so that a missing one shows."""
     zeros = {name: np.zeros_like(tensor) for name, tensor in TENSORS.items()}
-    convert(write_source(tmp_path / "hf", zeros), tmp_path / "out")
-    assert convert(tmp_path / "hf", tmp_path / "out").written == 0
+    convert_checkpoint(write_source(tmp_path / "hf", zeros), tmp_path / "out")
+    assert convert_checkpoint(tmp_path / "hf", tmp_path / "out").written == 0
 
 
 def test_arrays_of_several_chunks_are_whole(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("glm_jax.checkpoint.folder.arrays.CHUNK_BYTES", 1000)
-    convert(source, tmp_path / "out")
-    assert convert(source, tmp_path / "out").written == 0
+    monkeypatch.setattr("glm_jax.checkpoint.folder.arrays.ZARR_CHUNK_BYTES", 1000)
+    convert_checkpoint(source, tmp_path / "out")
+    assert convert_checkpoint(source, tmp_path / "out").written == 0
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -193,7 +192,7 @@ def test_arrays_of_several_chunks_are_whole(source, tmp_path, monkeypatch):
 def test_files_of_other_programs_are_never_replaced(source, tmp_path, name, fields, force):
     (tmp_path / name).write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match="holds other files"):
-        convert(source, tmp_path, force=force)
+        convert_checkpoint(source, tmp_path, force=force)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -210,7 +209,7 @@ class Stop(Exception):
 
 def stopped(monkeypatch, source, out):
     """Leaves a conversion that has written two parts."""
-    real, written = targets.write_part, []
+    real, written = targets.write_layer_checkpoint, []
 
     def write(folder, part, leaves, arrays):
         if len(written) == 2:
@@ -219,9 +218,9 @@ def stopped(monkeypatch, source, out):
         written.append(part)
 
     with monkeypatch.context() as patch:
-        patch.setattr(targets, "write_part", write)
+        patch.setattr(targets, "write_layer_checkpoint", write)
         with pytest.raises(Stop):
-            convert(source, out)
+            convert_checkpoint(source, out)
 
 
 def keep_times(source, change):
@@ -236,17 +235,17 @@ def test_another_model_is_not_mixed_in(tmp_path, monkeypatch):
     stopped(monkeypatch, source, tmp_path / "out")
     keep_times(source, lambda: write_source(source, trained()))
     with pytest.raises(CheckpointError, match="from another source or with other options"):
-        convert(source, tmp_path / "out")
+        convert_checkpoint(source, tmp_path / "out")
 
 
 def test_another_model_is_not_up_to_date(to, done, tmp_path):
     source = write_source(tmp_path / "hf", trained())
     with pytest.raises(CheckpointError, match="holds a finished conversion, from another source"):
-        convert(source, done, to=to)
-    convert(source, done, to=to, force=True)
+        convert_checkpoint(source, done, to=to)
+    convert_checkpoint(source, done, to=to, force=True)
     again = tmp_path / "again"
-    convert(done, again, to="safetensors")
-    same_tensors(source, again)
+    convert_checkpoint(done, again, to="safetensors")
+    assert_same_tensors(source, again)
 
 
 def change_one_byte(source):
@@ -263,32 +262,32 @@ def test_a_change_of_a_byte_stops_a_stopped_conversion(tmp_path, monkeypatch):
     stopped(monkeypatch, source, tmp_path / "out")
     name = change_one_byte(source)
     with pytest.raises(CheckpointError, match=rf"since then {name} changed: start over with --force"):
-        convert(source, tmp_path / "out")
-    assert convert(source, tmp_path / "out", force=True).kept == 0
+        convert_checkpoint(source, tmp_path / "out")
+    assert convert_checkpoint(source, tmp_path / "out", force=True).kept == 0
 
 
 def test_a_change_of_a_byte_shows_under_check(tmp_path, monkeypatch, to):
     source = write_source(tmp_path / "hf", TENSORS)
     monkeypatch.setattr("glm_jax.checkpoint.sources.huggingface.Reader.fingerprint", lambda _: "the same")
-    convert(source, tmp_path / "out", to=to)
+    convert_checkpoint(source, tmp_path / "out", to=to)
     change_one_byte(source)
-    assert convert(source, tmp_path / "out", to=to, check=True).written == 1
-    convert(tmp_path / "out", tmp_path / "again", to="safetensors")
-    same_tensors(source, tmp_path / "again")
+    assert convert_checkpoint(source, tmp_path / "out", to=to, check=True).written == 1
+    convert_checkpoint(tmp_path / "out", tmp_path / "again", to="safetensors")
+    assert_same_tensors(source, tmp_path / "again")
 
 
 def test_equal_copies_give_equal_manifests(base, source, tmp_path, monkeypatch):
     """Times decide about going on, and nothing else."""
     copy = write_source(tmp_path / "hf", TENSORS)
-    convert(copy, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(base / "orbax")
-    assert load_manifest(tmp_path / "out").source == load_manifest(base / "orbax").source
+    convert_checkpoint(copy, tmp_path / "out")
+    assert read_converted_folder(tmp_path / "out") == read_converted_folder(base / "orbax")
+    assert load_manifest(tmp_path / "out").source_fingerprint == load_manifest(base / "orbax").source_fingerprint
 
 
 def test_force_starts_a_stopped_conversion_over(base, source, tmp_path, monkeypatch):
     stopped(monkeypatch, source, tmp_path / "out")
     flip(tmp_path / "out" / "parts" / "layer-00001" / "moe.up" / "c" / "3" / "0" / "0")
-    assert convert(source, tmp_path / "out", force=True).kept == 0
+    assert convert_checkpoint(source, tmp_path / "out", force=True).kept == 0
     same(base, "orbax", tmp_path / "out")
 
 
@@ -299,7 +298,7 @@ def test_killed_mending_goes_on(base, source, tmp_path, monkeypatch):
     stopped(monkeypatch, source, out)
     with pytest.raises(CheckpointError, match="unfinished conversion"):
         open_source(out)
-    report = convert(source, out)
+    report = convert_checkpoint(source, out)
     assert (report.written, report.kept) == (1, 4)
     same(base, "orbax", out)
 
@@ -321,13 +320,13 @@ def test_place_that_can_never_work(source, capsys, name):
 )
 def test_destination_that_is_no_name(source, text, words):
     with pytest.raises(CheckpointError, match=words):
-        convert(source, text)
+        convert_checkpoint(source, text)
 
 
 def test_loop_of_links_as_the_destination(source, tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(CheckpointError, match=r"cannot be a folder|cannot be made a folder"):
-        convert(source, tmp_path / "loop")
+        convert_checkpoint(source, tmp_path / "loop")
 
 
 def failing_read(monkeypatch, matching):
@@ -353,7 +352,7 @@ def test_failing_source_is_not_a_failing_destination(base, tmp_path, monkeypatch
         shard._map = None  # opening compared tensors, for which it mapped the file
     failing_read(monkeypatch, lambda path: path == source / name)
     with pytest.raises(CheckpointError) as caught:
-        convert(weights, tmp_path / "out", to=to)
+        convert_checkpoint(weights, tmp_path / "out", to=to)
     assert str(caught.value) == f"cannot read {source / name}: Input/output error"
 
 
@@ -361,9 +360,9 @@ def test_full_disk_under_force_says_how_to_go_on(source, tmp_path, monkeypatch):
     def write(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(targets, "write_part", write)
+    monkeypatch.setattr(targets, "write_layer_checkpoint", write)
     with pytest.raises(CheckpointError, match="run the same command again without --force to go on"):
-        convert(source, tmp_path / "out", force=True)
+        convert_checkpoint(source, tmp_path / "out", force=True)
 
 
 def test_without_locks(source, tmp_path):
@@ -372,5 +371,5 @@ def test_without_locks(source, tmp_path):
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "out"), "--to", "safetensors"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
-    assert not (tmp_path / "out" / WORK_FOLDER).exists()
-    assert conversion_state.finished_key(tmp_path / "out")
+    assert not (tmp_path / "out" / STATE_FOLDER).exists()
+    assert conversion_state.read_finished_key(tmp_path / "out")

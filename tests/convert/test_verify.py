@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 
 from convert import compare, verify
-from convert.quality import chat_tasks as chat
-from convert.quality import divergence, models, task_scoring
-from convert.quality.divergence import Positions
-from convert.quality.weight_errors import KINDS, kind_of, sizes, weight_errors
+from convert.quality import chat_tasks, divergence, models, task_scoring
+from convert.quality.divergence import PositionMetrics
+from convert.quality.weight_errors import WEIGHT_KINDS, model_sizes, weight_errors, weight_kind
 from glm_jax import checkpoint
-from glm_jax.checkpoint.sources.base import build
+from glm_jax.checkpoint.sources.base import build_array
 from glm_jax.checkpoint.sources.open import open_source
-from glm_jax.cli.common import BAD_INPUT, OK, finish
-from glm_jax.engine.assets import Companions
+from glm_jax.cli.common import BAD_INPUT, OK, run_and_exit
+from glm_jax.engine.assets import ModelAssets
 from glm_jax.errors import CheckpointError, GlmError, MemoryPlanError, PromptError
-from tests.builders import hf_checkpoints as checkpoints
-from tests.builders.llm_checkpoints import CONFIG, random_model, scripted_model
-from tests.reference import Reference
+from tests.builders import hf_checkpoints
+from tests.builders.llm_checkpoints import CONFIG, write_random_model, write_scripted_model
+from tests.reference import ReferenceModel
 
 TEXT = "def area(w, h):\n    return w * h\n\nprint(area(3, 4))  # twelve\n" * 3
 WINDOW = 16
@@ -37,27 +36,27 @@ def quick_compile():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A random model, and the same with noise of a twentieth in every matrix but the router's."""
-    first = random_model(tmp_path_factory.mktemp("first"))
-    second = random_model(tmp_path_factory.mktemp("second"))
+    first = write_random_model(tmp_path_factory.mktemp("first"))
+    second = write_random_model(tmp_path_factory.mktemp("second"))
     rng = np.random.default_rng(1)
     noisy = {
         name: (t + 0.05 * t.std() * rng.standard_normal(t.shape)).astype(np.float32)
         if t.ndim == 2 and not name.endswith("mlp.gate.weight")
         else t
-        for name, t in checkpoints.read(first).items()
+        for name, t in hf_checkpoints.read_tensors(first).items()
     }
     for file in second.glob("*.safetensors*"):
         file.unlink()
     eos = {key: json.loads((first / "config.json").read_text())[key] for key in ("eos_token_id", "pad_token_id")}
-    checkpoints.write(second, {**CONFIG, **eos}, noisy)
+    hf_checkpoints.write_checkpoint(second, {**CONFIG, **eos}, noisy)
     return first, second
 
 
 def side(folder, cache_dtype="float32", **quantised):
     source = open_source(folder)
-    companions = Companions.read(source.cfg, folder)
-    return models.load(
-        models.requantised(source, **quantised) if quantised else source,
+    companions = ModelAssets.load(source.cfg, folder)
+    return models.load_compared_model(
+        models.quantize_by_preset(source, **quantised) if quantised else source,
         companions,
         dtype="float32",
         cache_dtype=cache_dtype,
@@ -83,9 +82,9 @@ def log_softmax(logits):
 
 
 def test_every_figure_is_that_of_the_reference_in_float64(folders, pair, ids):
-    (found,) = divergence.measure(pair[0], [pair[1]], [ids], window=WINDOW)
-    rows, lengths = divergence.windows([ids], WINDOW)
-    theirs = [Reference(checkpoints.read(folder), CONFIG) for folder in folders]
+    (found,) = divergence.measure_divergence(pair[0], [pair[1]], [ids], window=WINDOW)
+    rows, lengths = divergence.split_windows([ids], WINDOW)
+    theirs = [ReferenceModel(hf_checkpoints.read_tensors(folder), CONFIG) for folder in folders]
     gap_seen = 0.0
     for row, length, i in zip(rows, lengths, range(4), strict=False):
         logits = [reference.logits(row[:length]) for reference in theirs]
@@ -130,7 +129,7 @@ def test_a_distribution_that_excludes_a_token_is_not_nan():
 
 
 def test_identical_models_do_not_differ_at_all(pair, ids):
-    (found,) = divergence.measure(pair[0], [pair[0]], [ids], window=WINDOW)
+    (found,) = divergence.measure_divergence(pair[0], [pair[0]], [ids], window=WINDOW)
     summary = found.summary()
     assert summary["kl"] == {"mean": 0.0, "median": 0.0, "p99": 0.0, "max": 0.0, "mean_95": [0.0, 0.0]}
     assert summary["top1"]["agreement"] == 1.0
@@ -139,7 +138,7 @@ def test_identical_models_do_not_differ_at_all(pair, ids):
 
 
 def test_the_summary_counts_what_is_there(pair, ids):
-    (found,) = divergence.measure(pair[0], [pair[1]], [ids, ids[:5]], window=WINDOW)
+    (found,) = divergence.measure_divergence(pair[0], [pair[1]], [ids, ids[:5]], window=WINDOW)
     kl = found.kl[~np.isnan(found.kl)].astype(np.float64)
     assert len(kl) == len(ids) + 5 - 2
     summary = found.summary()
@@ -159,16 +158,16 @@ def test_the_summary_counts_what_is_there(pair, ids):
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_an_8_bit_cache_alone_is_a_difference(folders, pair, ids, kind):
     rounded = side(folders[0], cache_dtype=kind)
-    (found,) = divergence.measure(pair[0], [rounded], [ids], window=WINDOW)
+    (found,) = divergence.measure_divergence(pair[0], [rounded], [ids], window=WINDOW)
     assert 0 < found.summary()["kl"]["mean"] < 0.1
 
 
 def test_every_token_but_the_first_of_a_text_is_predicted_once():
     texts = [list(range(100, 100 + n)) for n in (1, 2, 9, 17)]
-    rows, lengths = divergence.windows(texts, 8)
+    rows, lengths = divergence.split_windows(texts, 8)
     predicted = [token for row, n in zip(rows, lengths, strict=True) for token in row[1 : n + 1]]
     assert sorted(predicted) == sorted(token for text in texts for token in text[1:])
-    fewer, _ = divergence.windows([list(range(1001))], 10, tokens=100)
+    fewer, _ = divergence.split_windows([list(range(1001))], 10, max_tokens=100)
     assert len(fewer) == 10
     assert (fewer[0][0], fewer[-1][0]) == (0, 990)
 
@@ -182,12 +181,12 @@ def test_errors_of_weights_are_numpys(folders):
     total = {}
     for part, members in first.layout().items():
         for leaf in members:
-            weight, other = (build(source, leaf).astype(np.float64) for source in (first, second))
+            weight, other = (build_array(source, leaf).astype(np.float64) for source in (first, second))
             exact = np.linalg.norm(weight - other) / np.linalg.norm(weight)
             assert found["by_matrix"][f"{part}/{leaf.name}"] == pytest.approx(exact, rel=1e-5, abs=0), leaf
-            error, square = total.get(kind_of(leaf), (0, 0))
-            total[kind_of(leaf)] = (error + ((weight - other) ** 2).sum(), square + (weight**2).sum())
-    assert set(total) == set(KINDS)
+            error, square = total.get(weight_kind(leaf), (0, 0))
+            total[weight_kind(leaf)] = (error + ((weight - other) ** 2).sum(), square + (weight**2).sum())
+    assert set(total) == set(WEIGHT_KINDS)
     for kind, (error, square) in total.items():
         assert found["by_kind"][kind] == pytest.approx(np.sqrt(error / square), rel=1e-5, abs=0), kind
     assert found["by_kind"]["router"] == found["by_kind"]["norms and biases"] == 0
@@ -197,10 +196,10 @@ def test_errors_of_weights_are_numpys(folders):
 def test_pieces_of_other_heights_are_the_same_rows(folders, monkeypatch):
     first, second = map(open_source, folders)
     expected = weight_errors(first, second)
-    pieces = type(first).pieces
+    pieces = type(first).iter_chunks
     monkeypatch.setattr(
         type(first),
-        "pieces",
+        "iter_chunks",
         lambda self, leaf: (
             (row + i, piece[i : i + 3]) if self is second else (row + i, piece[i : i + 5])
             for row, piece in pieces(self, leaf)
@@ -213,31 +212,35 @@ def test_pieces_of_other_heights_are_the_same_rows(folders, monkeypatch):
 
 def test_bytes_are_those_of_the_loaded_arrays(folders):
     source = open_source(folders[0])
-    for model in (source, models.requantised(source, "int8"), models.requantised(source, "int4-small", "rtn")):
+    for model in (
+        source,
+        models.quantize_by_preset(source, "int8"),
+        models.quantize_by_preset(source, "int4-small", "rtn"),
+    ):
         cfg, params, _ = checkpoint.load(model, dtype="bfloat16")
         mtp = sum(leaf.nbytes for leaf in jax.tree.leaves(params.pop("mtp")))
         main = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        found = sizes(model)
+        found = model_sizes(model)
         assert (found["main"]["bytes"], found["mtp"]["bytes"]) == (main, mtp)
         assert found["bits_per_weight"] == 8 * main / found["main"]["parameters"]
         assert cfg.num_nextn_predict_layers == 1
 
 
 def test_a_model_without_prediction_layer_is_compared_in_the_rest(folders, tmp_path):
-    tensors = {n: t for n, t in checkpoints.read(folders[0]).items() if not n.startswith("model.layers.3.")}
-    bare = open_source(checkpoints.write(tmp_path, CONFIG, tensors))
+    tensors = {n: t for n, t in hf_checkpoints.read_tensors(folders[0]).items() if not n.startswith("model.layers.3.")}
+    bare = open_source(hf_checkpoints.write_checkpoint(tmp_path, CONFIG, tensors))
     first = open_source(folders[0])
-    models.check_same_network(first.cfg, bare.cfg)
+    models.check_same_architecture(first.cfg, bare.cfg)
     found = weight_errors(first, bare)
     assert "prediction layer" not in found["by_kind"]
     assert set(found["by_matrix"].values()) == {0.0}
-    assert sizes(bare)["mtp"] == {"parameters": 0, "bytes": 0}
+    assert model_sizes(bare)["mtp"] == {"parameters": 0, "bytes": 0}
 
 
 def test_nan_weights_are_named(folders, tmp_path):
-    tensors = checkpoints.read(folders[0])
+    tensors = hf_checkpoints.read_tensors(folders[0])
     tensors["lm_head.weight"][3, 3] = np.nan
-    bad = open_source(checkpoints.write(tmp_path, CONFIG, tensors))
+    bad = open_source(hf_checkpoints.write_checkpoint(tmp_path, CONFIG, tensors))
     with pytest.raises(CheckpointError, match="rest head holds NaN"):
         weight_errors(open_source(folders[0]), bad)
 
@@ -252,25 +255,27 @@ def task(answer, **changes):
 
 
 def test_answers_are_marked_and_compared(tmp_path):
-    writer = side(scripted_model(tmp_path / "a", {"</think>": ["Hel", "lo"]}))
-    other = side(scripted_model(tmp_path / "b", {"</think>": ["Bye", "!"]}))
+    writer = side(write_scripted_model(tmp_path / "a", {"</think>": ["Hel", "lo"]}))
+    other = side(write_scripted_model(tmp_path / "b", {"</think>": ["Bye", "!"]}))
     tasks = [task("Hello"), task("Bye!", kind="part"), task("Hello", thinking=True), task("Hello")]
-    companions = Companions.read(writer.cfg, tmp_path / "a")
-    prompts = chat.prompts(tasks, companions)
-    ours, theirs = (chat.answer(each, tasks, prompts, tokens=8) for each in (writer, other))
-    assert [m.right for m in ours[:2]] == [True, False]
-    assert [m.right for m in theirs[:2]] == [False, True]
-    found = chat.compared(ours, theirs)
+    companions = ModelAssets.load(writer.cfg, tmp_path / "a")
+    prompts = chat_tasks.render_prompts(tasks, companions)
+    ours, theirs = (chat_tasks.answer_tasks(each, tasks, prompts, max_tokens=8) for each in (writer, other))
+    assert [m.is_correct for m in ours[:2]] == [True, False]
+    assert [m.is_correct for m in theirs[:2]] == [False, True]
+    found = chat_tasks.summarize_comparison(ours, theirs)
     assert found["reference"]["tasks"] == 4
-    assert found["difference"] == pytest.approx(np.mean(chat.right(theirs)) - np.mean(chat.right(ours)))
+    assert found["difference"] == pytest.approx(
+        np.mean(chat_tasks.correct_flags(theirs)) - np.mean(chat_tasks.correct_flags(ours))
+    )
     low, high = found["difference_95"]
     assert low <= found["difference"] <= high
-    same = chat.compared(ours, ours)
+    same = chat_tasks.summarize_comparison(ours, ours)
     assert (same["difference"], same["difference_95"]) == (0, [0, 0])
 
 
 def test_the_miniatures_tasks_can_be_read():
-    tasks = task_scoring.read_tasks(Path(verify.__file__).parents[1] / "glm_jax" / "tiny" / "heldout_chat.jsonl")
+    tasks = task_scoring.read_chat_tasks(Path(verify.__file__).parents[1] / "glm_jax" / "tiny" / "heldout_chat.jsonl")
     assert len(tasks) == 625
 
 
@@ -287,7 +292,7 @@ def test_bad_tasks_are_refused(tmp_path, line, words):
     file = tmp_path / "tasks.jsonl"
     file.write_text(line + "\n")
     with pytest.raises(PromptError, match=re.escape(words)):
-        task_scoring.read_tasks(file)
+        task_scoring.read_chat_tasks(file)
 
 
 # ---------------------------------------------------------------------------------------------- commands
@@ -295,7 +300,7 @@ def test_bad_tasks_are_refused(tmp_path, line, words):
 
 def run(main, *arguments):
     with pytest.raises(SystemExit) as caught:
-        finish(lambda: main([str(argument) for argument in arguments]))
+        run_and_exit(lambda: main([str(argument) for argument in arguments]))
     return caught.value.code
 
 
@@ -336,9 +341,9 @@ def test_report_files_and_comparison(folders, text, tmp_path, capsys):
 
 
 def test_positions_survive_a_file(pair, ids, tmp_path):
-    (found,) = divergence.measure(pair[0], [pair[1]], [ids], window=WINDOW)
+    (found,) = divergence.measure_divergence(pair[0], [pair[1]], [ids], window=WINDOW)
     found.save(tmp_path / "x")
-    read = Positions.load(tmp_path / "x")
+    read = PositionMetrics.load(tmp_path / "x")
     assert read.text == found.text
     for name in ("kl", "nll", "reference_nll", "agree", "gap"):
         np.testing.assert_array_equal(getattr(read, name), getattr(found, name))
@@ -381,44 +386,44 @@ def test_bad_calls_get_one_line(folders, text, tmp_path, capsys, words):
 
 def test_different_models_are_refused(folders, tmp_path):
     first = open_source(folders[0])
-    bigger = open_source(random_model(tmp_path / "bigger", vocab_size=400))
+    bigger = open_source(write_random_model(tmp_path / "bigger", vocab_size=400))
     with pytest.raises(CheckpointError, match="the vocabularies differ: 384 tokens in the source and 400 here"):
-        models.check_same_network(first.cfg, bigger.cfg)
-    shallow = open_source(random_model(tmp_path / "shallow", num_hidden_layers=2))
+        models.check_same_architecture(first.cfg, bigger.cfg)
+    shallow = open_source(write_random_model(tmp_path / "shallow", num_hidden_layers=2))
     with pytest.raises(CheckpointError, match=r"different models \(num_hidden_layers 3 and 2"):
-        models.check_same_network(first.cfg, shallow.cfg)
+        models.check_same_architecture(first.cfg, shallow.cfg)
     rounded = first.cfg.replace(rms_norm_eps=float(np.float32(first.cfg.rms_norm_eps)), latent_eps=1e-5)
-    models.check_same_network(first.cfg, rounded)
+    models.check_same_architecture(first.cfg, rounded)
 
 
 def test_different_tokenizers_are_refused(folders, tmp_path):
-    odd = scripted_model(tmp_path, {"</think>": ["area"]})
-    ours, theirs = (Companions.read(open_source(folder).cfg, folder) for folder in (folders[0], odd))
+    odd = write_scripted_model(tmp_path, {"</think>": ["area"]})
+    ours, theirs = (ModelAssets.load(open_source(folder).cfg, folder) for folder in (folders[0], odd))
     with pytest.raises(CheckpointError, match="tokenizers of the two models differ"):
-        models.encode([TEXT], ours, theirs)
+        models.encode_texts([TEXT], ours, theirs)
 
 
 def test_models_that_do_not_fit_together_are_refused(folders, monkeypatch):
     from glm_jax.memory import devices
 
-    monkeypatch.setattr(devices, "device_limit", lambda _: 1000)
+    monkeypatch.setattr(devices, "available_device_memory", lambda _: 1000)
     first, second = map(open_source, folders)
     with pytest.raises(MemoryPlanError, match="--weights-only"):
-        models.require_room(first, second, dtype="float32", window=WINDOW)
+        models.require_device_memory(first, second, dtype="float32", window=WINDOW)
 
 
 def test_files_that_are_no_positions_are_refused(tmp_path, pair, ids):
-    (found,) = divergence.measure(pair[0], [pair[1]], [ids], window=WINDOW)
+    (found,) = divergence.measure_divergence(pair[0], [pair[1]], [ids], window=WINDOW)
     found.save(tmp_path / "good")
     (tmp_path / "text").write_text("no archive")
     np.savez(tmp_path / "other.npz", kl=np.zeros(3))
     (tmp_path / "cut").write_bytes((tmp_path / "good").read_bytes()[:-40])
     for name in ("text", "other.npz", "cut"):
         with pytest.raises(GlmError, match="is not a file that"):
-            Positions.load(tmp_path / name)
+            PositionMetrics.load(tmp_path / name)
     with pytest.raises(GlmError, match="cannot read"):
-        Positions.load(tmp_path / "nowhere")
-    (shorter,) = divergence.measure(pair[0], [pair[1]], [ids[:-1]], window=WINDOW)
+        PositionMetrics.load(tmp_path / "nowhere")
+    (shorter,) = divergence.measure_divergence(pair[0], [pair[1]], [ids[:-1]], window=WINDOW)
     shorter.save(tmp_path / "shorter")
     with pytest.raises(PromptError, match="are about different tokens"):
-        compare.compare(tmp_path / "good", tmp_path / "shorter")
+        compare.compare_models(tmp_path / "good", tmp_path / "shorter")

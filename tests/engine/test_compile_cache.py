@@ -12,7 +12,7 @@ import pytest
 from jax._src.monitoring import get_event_listeners
 
 from glm_jax.engine import compile_cache
-from glm_jax.engine.compile_cache import compile_notice, use_compile_cache
+from glm_jax.engine.compile_cache import compile_notice, enable_compile_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = (
@@ -48,7 +48,7 @@ def mode(path):
 def test_the_folder_is_private_whatever_the_umask(home, umask, capsys):
     before = os.umask(umask)
     try:
-        folder = use_compile_cache()
+        folder = enable_compile_cache()
     finally:
         os.umask(before)
     assert folder == home / "glm_jax" / "compiled"
@@ -58,7 +58,7 @@ def test_the_folder_is_private_whatever_the_umask(home, umask, capsys):
 
 
 def test_it_does_not_grow_without_end(home):
-    use_compile_cache()
+    enable_compile_cache()
     assert 1e9 < jax.config.jax_compilation_cache_max_size < 1e10
 
 
@@ -68,13 +68,13 @@ def test_the_home_folder_is_the_place_unless_the_environment_names_another(tmp_p
     monkeypatch.delenv("XDG_CACHE_HOME")
     if given is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", given)
-    assert use_compile_cache() == tmp_path / ".cache" / "glm_jax" / "compiled"
+    assert enable_compile_cache() == tmp_path / ".cache" / "glm_jax" / "compiled"
 
 
 def test_a_cache_that_the_program_set_up_is_left_alone(home, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
     before = jax.config.jax_compilation_cache_max_size
-    assert use_compile_cache() == tmp_path / "own"
+    assert enable_compile_cache() == tmp_path / "own"
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
     assert jax.config.jax_compilation_cache_max_size == before
     assert not home.exists()
@@ -82,13 +82,13 @@ def test_a_cache_that_the_program_set_up_is_left_alone(home, tmp_path):
 
 def test_a_cache_that_is_switched_off_stays_off(home):
     jax.config.update("jax_enable_compilation_cache", False)
-    assert use_compile_cache() is None
+    assert enable_compile_cache() is None
     assert not home.exists()
 
 
 def refused(capsys):
     """What is said on stderr, in one line, when there is no safe folder."""
-    assert use_compile_cache() is None
+    assert enable_compile_cache() is None
     assert jax.config.jax_compilation_cache_dir is None
     out, err = capsys.readouterr()
     assert out == ""
@@ -105,14 +105,14 @@ def test_a_folder_that_others_may_write_to_is_refused(home, capsys, which, bits)
     (home / which).chmod(bits)
     assert f"others may write to {home / which}; run chmod 700 on it" in refused(capsys)
     (home / which).chmod(0o700)
-    assert use_compile_cache() == home / "glm_jax" / "compiled"
+    assert enable_compile_cache() == home / "glm_jax" / "compiled"
 
 
 @pytest.mark.parametrize("bits", [0o750, 0o755, 0o700], ids=oct)
 def test_others_may_read(home, bits):
     (home / "glm_jax").mkdir(parents=True, mode=0o700)
     (home / "glm_jax").chmod(bits)
-    assert use_compile_cache()
+    assert enable_compile_cache()
 
 
 def test_a_folder_that_belongs_to_someone_else_is_refused(home, monkeypatch, capsys):
@@ -135,7 +135,7 @@ def test_a_place_where_anybody_may_replace_it_is_refused(home, capsys):
     home.chmod(0o777)
     assert f"others may write to {home}, in which it would be" in refused(capsys)
     home.chmod(0o1777)
-    assert use_compile_cache(), "in a sticky folder each user's own stay theirs"
+    assert enable_compile_cache(), "in a sticky folder each user's own stay theirs"
 
 
 def test_a_link_through_such_a_place_is_refused(home, tmp_path, capsys):
@@ -238,12 +238,12 @@ def test_without_a_folder_to_keep_them_compiling_is_said_too(tmp_path):
 @pytest.fixture
 def at_once(monkeypatch):
     monkeypatch.setattr(compile_cache, "_NOTICE_AFTER_S", 0.0)
-    monkeypatch.setattr(compile_cache, "_seen", set())
+    monkeypatch.setattr(compile_cache, "_compiled_keys", set())
 
 
 def test_what_takes_a_moment_is_not_said(monkeypatch, capsys):
     monkeypatch.setattr(compile_cache, "_NOTICE_AFTER_S", 600.0)
-    monkeypatch.setattr(compile_cache, "_seen", set())
+    monkeypatch.setattr(compile_cache, "_compiled_keys", set())
     with compile_notice("x", 1):
         pass
     assert capsys.readouterr().err == ""

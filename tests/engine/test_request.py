@@ -7,24 +7,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_jax.engine.request import Row
+from glm_jax.engine.request import Request
 from glm_jax.sampling import SamplingParams
 from glm_jax.text import Tokenizer
-from tests.text.fixtures import byte_level
+from tests.text.fixtures import write_byte_level_tokenizer
 
 END = 300
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path: Path = byte_level(tmp_path_factory.mktemp("rows") / "tokenizer.json")
+    path: Path = write_byte_level_tokenizer(tmp_path_factory.mktemp("rows") / "tokenizer.json")
     return Tokenizer.from_file(path, model_vocab=384)
 
 
 def row_of(tokenizer, stop=(), budget=1000):
     params = SamplingParams(stop=stop, max_tokens=budget)
-    return Row(
-        tokenizer=tokenizer, prompt_ids=(1,), params=params, seed=0, budget=budget, stop_ids=frozenset([END, END + 1])
+    return Request(
+        tokenizer=tokenizer,
+        prompt_ids=(1,),
+        params=params,
+        seed=0,
+        max_new_tokens=budget,
+        stop_ids=frozenset([END, END + 1]),
     )
 
 
@@ -67,18 +72,18 @@ def test_any_tokens_in_any_bursts(tokenizer, texts, loose, stops, sizes, data):
 
     row, shown, at = row_of(tokenizer, stops, budget), "", 0
     for size in [*sizes, len(ids)]:
-        piece = row.feed(ids[at : at + size])
-        if row.finish is None:
+        piece = row.append_tokens(ids[at : at + size])
+        if row.finish_reason is None:
             assert text.startswith(shown + (piece.text if piece else ""))
         if piece:
             shown += piece.text
         at += size
-        if row.finish:
+        if row.finish_reason:
             break
-    assert (shown, len(row.token_ids), row.finish) == (text, count, reason)
-    assert piece.completion == row.completion()
-    assert row.completion().text == text
-    assert row.feed(ids) is None, "a row that has ended takes nothing more"
+    assert (shown, len(row.token_ids), row.finish_reason) == (text, count, reason)
+    assert piece.completion == row.to_completion()
+    assert row.to_completion().text == text
+    assert row.append_tokens(ids) is None, "a row that has ended takes nothing more"
 
 
 def byte_id(tokenizer, byte):
@@ -88,17 +93,17 @@ def byte_id(tokenizer, byte):
 def test_a_piece_carries_its_tokens_and_logprobs(tokenizer):
     from glm_jax.engine.outputs import TokenLogprob
 
-    row = Row(
+    row = Request(
         tokenizer=tokenizer,
         prompt_ids=(1, 2),
         params=SamplingParams(logprobs=0),
         seed=5,
-        budget=3,
+        max_new_tokens=3,
         stop_ids=frozenset(),
         index=2,
     )
     entries = [TokenLogprob(token, -1.0) for token in (65, 66, 67, 68)]
-    first, second = row.feed([65], entries[:1]), row.feed([66, 67, 68], entries[1:])
+    first, second = row.append_tokens([65], entries[:1]), row.append_tokens([66, 67, 68], entries[1:])
     assert (first.token_ids, second.token_ids) == ((65,), (66, 67))
     assert (first.index, first.finish_reason, second.finish_reason) == (2, None, "length")
     assert second.completion.logprobs == tuple(entries[:3])
@@ -106,4 +111,4 @@ def test_a_piece_carries_its_tokens_and_logprobs(tokenizer):
 
 
 def test_nothing_new_gives_no_piece(tokenizer):
-    assert row_of(tokenizer).feed([]) is None
+    assert row_of(tokenizer).append_tokens([]) is None

@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 from glm_jax.cache import LatentCache
 from glm_jax.engine.steps import (
     NO_TOKEN,
-    _compiled_decode,
-    begin,
-    bucket,
-    chunk_logits,
+    _jit_decode,
+    bucket_size,
     decode_steps,
-    mtp_chunk,
+    mtp_chunk_logits,
     prefill_chunk,
+    prefill_chunk_logits,
+    start_decode,
 )
 from glm_jax.model import GLM
 from glm_jax.sampling import SamplerState, SamplingParams
-from tests.builders.jitted_model import close
-from tests.builders.small_models import VARIANTS
+from tests.builders.jitted_model import is_close
+from tests.builders.small_models import MODEL_VARIANTS
 
-SMALL = VARIANTS["odd"]
+SMALL = MODEL_VARIANTS["odd"]
 MODEL, VOCAB = GLM(SMALL.cfg), SMALL.cfg.vocab_size
 SLOTS, STEPS = 32, 4
 PROMPTS = [[5, 9, 2, 77, 31, 8, 64], [3], [12, 13, 14, 15]]
@@ -74,7 +74,7 @@ def started(params=GREEDY, left=(20, 20, 20, 20), logits=None):
     cache, own = prefill()
     filler = np.asarray([False, False, False, True])
     logits = own if logits is None else logits
-    return begin(cache, logits, LENGTHS, np.asarray(left, np.int32), filler, sampler(params))
+    return start_decode(cache, logits, LENGTHS, np.asarray(left, np.int32), filler, sampler(params))
 
 
 def steps(state, limit=STEPS, params=None):
@@ -92,7 +92,7 @@ def written(first, *more):
 
 @given(st.integers(0, 1 << 40), st.integers(0, 12))
 def test_buckets_are_the_next_power_of_two(n, smallest_bits):
-    found = bucket(n, 1 << smallest_bits)
+    found = bucket_size(n, 1 << smallest_bits)
     assert found >= max(n, 1 << smallest_bits)
     assert found & (found - 1) == 0
     assert found == 1 << smallest_bits or found < 2 * n
@@ -102,10 +102,10 @@ def test_a_prompt_in_chunks_is_the_prompt(expected):
     """Rows that ended in an earlier chunk keep their logits; nothing is left of what was there before."""
     whole, chunked = prefill(8), prefill(4)
     for row, prompt in enumerate(PROMPTS):
-        assert close(whole[1][row], expected[row])
-        assert close(chunked[1][row], expected[row])
+        assert is_close(whole[1][row], expected[row])
+        assert is_close(chunked[1][row], expected[row])
         slots = np.s_[:, row, : len(prompt)]
-        assert close(np.asarray(chunked[0].data)[slots], np.asarray(whole[0].data)[slots])
+        assert is_close(np.asarray(chunked[0].data)[slots], np.asarray(whole[0].data)[slots])
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +117,9 @@ def expected():
 def test_logits_of_every_token_in_chunks():
     cache, parts = new_cache(), []
     for start in (0, 4):
-        cache, logits = chunk_logits(MODEL, SMALL.params, cache, block(start, 4), np.int32(start))
+        cache, logits = prefill_chunk_logits(MODEL, SMALL.params, cache, block(start, 4), np.int32(start))
         parts.append(logits)
-    assert close(np.concatenate(parts, axis=1)[0, :7], SMALL.reference.logits(np.asarray(PROMPTS[0])))
+    assert is_close(np.concatenate(parts, axis=1)[0, :7], SMALL.reference.logits(np.asarray(PROMPTS[0])))
 
 
 def mtp(tokens, width):
@@ -132,7 +132,7 @@ def mtp(tokens, width):
     for start in range(0, len(tokens), width):
         here, after = padded[:, start : start + width], padded[:, start + 1 : start + 1 + width]
         place, last = np.int32(start), np.int32(len(tokens) - 1)
-        cache, drafts, logits = mtp_chunk(MODEL, SMALL.params, cache, drafts, here, after, place, last)
+        cache, drafts, logits = mtp_chunk_logits(MODEL, SMALL.params, cache, drafts, here, after, place, last)
         parts.append(logits[0])
     return np.concatenate(parts)[: len(tokens)]
 
@@ -141,8 +141,8 @@ def test_the_prediction_layers_last_entry_is_joined_with_the_argmax(expected):
     """And neither chunks nor padding on the right change anything."""
     narrow = mtp(PROMPTS[0], 8)
     given = mtp([*PROMPTS[0], int(expected[0].argmax())], 8)
-    assert close(narrow, given[:7])
-    assert close(narrow, mtp(PROMPTS[0], 4))
+    assert is_close(narrow, given[:7])
+    assert is_close(narrow, mtp(PROMPTS[0], 4))
 
 
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
@@ -172,7 +172,7 @@ def test_steps_write_what_the_model_says():
             logits = SMALL.reference.logits(np.asarray(row))[-1]
             assert int(token) == int(logits.argmax())
             exact = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
-            assert close(logprob, exact[token])
+            assert is_close(logprob, exact[token])
             row.append(int(token))
 
 
@@ -195,7 +195,7 @@ def test_rows_that_are_done_write_nothing_and_stay_where_they_are():
     assert [int((row != NO_TOKEN).sum()) for row in tokens] == [1, 3, 5, 0]
     assert all((row[count:] == NO_TOKEN).all() for row, count in zip(tokens, [1, 3, 5, 0], strict=True))
     assert [a - b for a, b in zip(state.positions.tolist(), before, strict=True)] == [0, 2, 4, 0]
-    assert state.left.tolist() == [0, 0, 15, 20]
+    assert state.remaining.tolist() == [0, 0, 15, 20]
     free = written(*_run(started()))
     np.testing.assert_array_equal(tokens[2], free[2])
     np.testing.assert_array_equal(tokens[1, :3], free[1, :3])
@@ -232,12 +232,12 @@ def test_a_stop_token_ends_its_row_and_is_written():
 
 def test_a_limit_is_data_and_never_passes_the_buffer():
     state, _ = started()
-    before = _compiled_decode(None)._cache_size()
+    before = _jit_decode(None)._cache_size()
     for limit in (0, 1, 3, STEPS, 10**6):
         state, more = steps(state, limit)
         counts = (np.asarray(more.tokens) != NO_TOKEN).sum(axis=1).tolist()
         assert counts == [min(limit, STEPS)] * 3 + [0]
-    assert _compiled_decode(None)._cache_size() <= before + 1
+    assert _jit_decode(None)._cache_size() <= before + 1
 
 
 def test_without_logprobs_there_are_none():
@@ -270,7 +270,7 @@ def test_what_is_handed_over_is_given_up():
     assert cache.data.is_deleted()
     assert logits.is_deleted()
     filler = np.asarray([False] * 3 + [True])
-    state, _ = begin(after, own, LENGTHS, np.asarray([20] * 4, np.int32), filler, sampler(GREEDY))
+    state, _ = start_decode(after, own, LENGTHS, np.asarray([20] * 4, np.int32), filler, sampler(GREEDY))
     assert after.data.is_deleted()
     later, _ = steps(state)
     assert state.cache.data.is_deleted()

@@ -6,31 +6,43 @@
 import jax
 import pytest
 
-from pallas_kernels import interpreted
-from pallas_kernels.specs import Sweep, Widths
+from pallas_kernels import is_interpreted
+from pallas_kernels.specs import ModelDims, Sweep
 
 # What only a card can show: addresses, launches, more shared memory than a program has without asking.
-collect_ignore = ["test_card.py"] if interpreted() else []
+collect_ignore = ["test_card.py"] if is_interpreted() else []
 
-SMALL = Widths(
-    hidden=128, heads=3, nope=32, rope=32, value=32, latent=128, query_latent=64, experts=6, chosen=3, expert_width=64,
+SMALL_WIDTHS = ModelDims(
+    hidden=128, heads=3, nope=32, rope=32, value=32, latent=128, query_latent=64, experts=6, experts_per_token=3, expert_width=64,
     dense_width=96, vocab=130,
 )  # fmt: skip
-if interpreted():
+if is_interpreted():
     SWEEPS = [
         Sweep(
-            widths=SMALL, rows=(3,), kinds=("int4",), contexts=(48,), chunks=(21,), caches=("fp8",), group=32,
+            dims=SMALL_WIDTHS, batch_sizes=(3,), weight_kinds=("int4",), context_lengths=(48,), prefill_lengths=(21,), cache_kinds=("fp8",), group_size=32,
             dtype="float32",
         )
     ]  # fmt: skip
 else:
     SWEEPS = [
-        Sweep(rows=(1,), contexts=(1000, 8192), chunks=(70, 1000)),
-        Sweep(rows=(17,), kinds=("int4",), contexts=(1000,), chunks=(), caches=("int8",)),
-        Sweep(rows=(33,), kinds=("int8",), contexts=(1000,), chunks=(), caches=("bfloat16",)),
+        Sweep(batch_sizes=(1,), context_lengths=(1000, 8192), prefill_lengths=(70, 1000)),
+        Sweep(
+            batch_sizes=(17,),
+            weight_kinds=("int4",),
+            context_lengths=(1000,),
+            prefill_lengths=(),
+            cache_kinds=("int8",),
+        ),
+        Sweep(
+            batch_sizes=(33,),
+            weight_kinds=("int8",),
+            context_lengths=(1000,),
+            prefill_lengths=(),
+            cache_kinds=("bfloat16",),
+        ),
     ]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if not interpreted() and jax.default_backend() != "gpu":
+    if not is_interpreted() and jax.default_backend() != "gpu":
         pytest.fail("these tests need a GPU (make gpu), or TRITON_INTERPRET=1 (make test-kernels)", pytrace=False)

@@ -8,16 +8,16 @@ import pytest
 import glm_jax
 from glm_jax.cache import LatentCache
 from glm_jax.model import GLM
-from glm_jax.weights.tiling import has_tiles
-from pallas_kernels import interpreted
+from glm_jax.weights.tiling import has_tiled_weights
+from pallas_kernels import is_interpreted
 
 pytestmark = pytest.mark.gpu
-DTYPE = "float32" if interpreted() else "bfloat16"
+DTYPE = "float32" if is_interpreted() else "bfloat16"
 CODE = "def fib(n):\n    if n < 2:\n        return n\n    return fib(n - 1) + fib(n - 2)\n\nprint(fib(10))\n"
-STEPS = 2 if interpreted() else 32
+STEPS = 2 if is_interpreted() else 32
 BATCH = 2
 MODELS = [(model, preset) for model in ("tiny", "synthetic:flash?layers=2&seed=0") for preset in ("int4", None)]
-if interpreted():  # minutes
+if is_interpreted():  # minutes
     MODELS = [pytest.param(("tiny", "int4"), marks=pytest.mark.soak)]
 
 
@@ -28,8 +28,8 @@ def pair(request):
     options = {"dtype": DTYPE, "quantize": preset, "max_model_len": 512}
     by_kernels = glm_jax.LLM.load(model, kernels="triton", **options)
     reference = glm_jax.LLM.load(model, kernels="reference", **options)
-    assert has_tiles(by_kernels.params)
-    assert not has_tiles(reference.params)
+    assert has_tiled_weights(by_kernels.params)
+    assert not has_tiled_weights(reference.params)
     return by_kernels, reference
 
 
@@ -60,14 +60,14 @@ def test_next_tokens_diverge_by_less_than_a_thousandth_of_a_nat(pair):
     ours, theirs = forced(by_kernels, ids), forced(reference, ids)
     assert np.isfinite(ours).all()
     divergence = np.sum(np.exp(theirs) * (theirs - ours), axis=-1)
-    assert divergence.mean() < (1e-6 if interpreted() else 1e-3), divergence
-    assert divergence.max() < (1e-5 if interpreted() else 1e-2), divergence
+    assert divergence.mean() < (1e-6 if is_interpreted() else 1e-3), divergence
+    assert divergence.max() < (1e-5 if is_interpreted() else 1e-2), divergence
 
 
 def test_the_loop_on_the_device_writes_what_single_steps_write(pair):
     """One program and one graph for all steps, beside a program for each."""
     llm, _ = pair
-    prompt, count = [int(i) for i in ids_of(llm)[0, :2]], 1 if interpreted() else 12
+    prompt, count = [int(i) for i in ids_of(llm)[0, :2]], 1 if is_interpreted() else 12
     at_once = llm.generate(prompt, max_tokens=count, temperature=0, ignore_eos=True).token_ids
     pieces = llm.stream(prompt, max_tokens=count, temperature=0, ignore_eos=True)
     assert [token for piece in pieces for token in piece.token_ids] == list(at_once)

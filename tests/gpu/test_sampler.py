@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from glm_jax.sampling import SamplerFeatures, SamplerState, SamplingParams, sample
-from pallas_kernels import interpreted
-from pallas_kernels import random_arrays as noise
-from pallas_kernels.sample import Rows, Vocabulary, draw, head
-from pallas_kernels.tiles import from_tiles
+from pallas_kernels import is_interpreted, random_arrays
+from pallas_kernels.sample import SamplingTensors, Vocabulary, lm_head_sample, sample_logits
+from pallas_kernels.tiles import dequantize_tiles
 
 pytestmark = pytest.mark.gpu
-WIDTH, TIMES = (300, 2) if interpreted() else (154_880, 50)
+WIDTH, TIMES = (300, 2) if is_interpreted() else (154_880, 50)
 ASKED = [
     SamplingParams(temperature=0),
     SamplingParams(top_p=1),
@@ -38,7 +37,7 @@ def asked(count, *, filters):
 
 def rows_of(state, positions):
     names = ("temperature", "top_k", "top_p", "min_p", "seeds")
-    return Rows(**{name: getattr(state, name) for name in names}, positions=positions - 1)
+    return SamplingTensors(**{name: getattr(state, name) for name in names}, positions=positions - 1)
 
 
 def same_every_time(run, counters):
@@ -55,11 +54,13 @@ def same_every_time(run, counters):
 @pytest.mark.parametrize("rows", [1, 6, 17])
 def test_filters(rows):
     state, positions = asked(rows, filters=True)
-    logits = noise.normal((rows, WIDTH), 7, size=4.0)
+    logits = random_arrays.random_normal((rows, WIDTH), 7, std=4.0)
     expected = sample(logits, state, positions)
     vocabulary = Vocabulary(state.valid_vocab, state.unused_ids)
     run = jax.jit(
-        lambda c: draw(logits, rows_of(state, positions), vocabulary, c, drawn=True, filters=True, logprob=True)
+        lambda c: sample_logits(
+            logits, rows_of(state, positions), vocabulary, c, has_random=True, has_filters=True, return_logprob=True
+        )
     )
     found = same_every_time(run, jnp.zeros(64, jnp.int32))
     np.testing.assert_array_equal(found.tokens, expected.tokens)
@@ -71,12 +72,15 @@ def test_filters(rows):
 def test_the_head_draws_what_its_logits_say(rows):
     """Each token's key is the row's highest, but for the rounding of logits that the kernel never writes."""
     state, positions = asked(rows, filters=False)
-    dtype, inputs = ("float32", 64) if interpreted() else ("bfloat16", 2048)
-    x, weight = noise.normal((rows, inputs), 1, dtype), noise.tiles((WIDTH, inputs), "int8", seed=2)
+    dtype, inputs = ("float32", 64) if is_interpreted() else ("bfloat16", 2048)
+    x, weight = (
+        random_arrays.random_normal((rows, inputs), 1, dtype),
+        random_arrays.random_tiles((WIDTH, inputs), "int8", seed=2),
+    )
     vocabulary = Vocabulary(state.valid_vocab, state.unused_ids)
-    run = jax.jit(lambda c: head(x, weight, rows_of(state, positions), vocabulary, c, drawn=True))
+    run = jax.jit(lambda c: lm_head_sample(x, weight, rows_of(state, positions), vocabulary, c, has_random=True))
     found = same_every_time(run, jnp.zeros(64, jnp.int32))
     assert found.ok.all()
-    logits = jnp.matmul(x.astype(jnp.float32), from_tiles(weight).T, precision="highest")
+    logits = jnp.matmul(x.astype(jnp.float32), dequantize_tiles(weight).T, precision="highest")
     near = logits.at[jnp.arange(rows), found.tokens].add(2.0**-7 * jnp.abs(logits).max())
     np.testing.assert_array_equal(sample(near, state, positions).tokens, found.tokens)

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from glm_jax.llm import LLM
-from tests.builders.llm_checkpoints import random_model, scripted_model
+from tests.builders.llm_checkpoints import write_random_model, write_scripted_model
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -21,7 +21,7 @@ def quick_compile() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint."""
-    return random_model(tmp_path_factory.mktemp("random"))
+    return write_random_model(tmp_path_factory.mktemp("random"))
 
 
 @pytest.fixture(scope="session")
@@ -30,10 +30,10 @@ def llm(folder: Path) -> LLM:
     return LLM.load(folder, dtype="float32")
 
 
-Script = Callable[[dict[str, Sequence[str]]], LLM]
+ScriptedModelFactory = Callable[[dict[str, Sequence[str]]], LLM]
 
 
 @pytest.fixture
-def script(tmp_path: Path) -> Script:
+def script(tmp_path: Path) -> ScriptedModelFactory:
     """Makes a model that writes what it is told to."""
-    return lambda scripts: LLM.load(scripted_model(tmp_path / "scripted", scripts), dtype="float32")
+    return lambda scripts: LLM.load(write_scripted_model(tmp_path / "scripted", scripts), dtype="float32")

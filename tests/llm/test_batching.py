@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from glm_jax.engine.runner import Runner
+from glm_jax.engine.runner import ModelRunner
 from glm_jax.llm import LLM
 from glm_jax.sampling import SamplingParams
-from tests.builders.llm_checkpoints import CONTEXT
+from tests.builders.llm_checkpoints import CONTEXT_LENGTH
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, seed=7, ignore_eos=True)
 TEXTS = ["def", "def fib(n):", "x = 1", "naïve", "return"]
@@ -17,7 +17,7 @@ TEXTS = ["def", "def fib(n):", "x = 1", "naïve", "return"]
 def batches(monkeypatch):
     """The number of rows of each batch, none of which is run."""
     seen = []
-    monkeypatch.setattr(Runner, "run", lambda self, rows, *_, **__: seen.append(len(rows)) or ())
+    monkeypatch.setattr(ModelRunner, "run", lambda self, rows, *_, **__: seen.append(len(rows)) or ())
     return seen
 
 
@@ -27,7 +27,7 @@ def holding(llm, monkeypatch):
 
     def holding(rows, slots=128):
         room = llm._setup.need(rows, slots).total
-        monkeypatch.setattr(llm, "_setup", dataclasses.replace(llm._setup, device_bytes=room))
+        monkeypatch.setattr(llm, "_memory_model", dataclasses.replace(llm._setup, device_bytes=room))
 
     return holding
 
@@ -35,7 +35,7 @@ def holding(llm, monkeypatch):
 def test_the_plan_of_loading_is_kept(llm):
     assert llm._setup.cfg == llm.config
     assert llm._setup.placement.cache_dtype == "float32"
-    assert llm._setup.longest(1) >= llm.max_model_len == CONTEXT
+    assert llm._setup.longest(1) >= llm.max_model_len == CONTEXT_LENGTH
 
 
 @pytest.mark.parametrize(("rows", "sizes"), [(8, [5]), (7, [4, 1]), (4, [4, 1]), (3, [2, 2, 1]), (1, [1] * 5)])

@@ -10,8 +10,8 @@ from glm_jax.errors import PromptError, SamplingError
 from glm_jax.llm import LLM
 from glm_jax.sampling import SamplingParams
 from glm_jax.text import Delta, render_chat
-from tests.builders.llm_checkpoints import scripted_model
-from tests.text.fixtures import TIME, WEATHER
+from tests.builders.llm_checkpoints import write_scripted_model
+from tests.text.fixtures import TIME_TOOL, WEATHER_TOOL
 
 GREEDY = SamplingParams(temperature=0, max_tokens=30, seed=0)
 HELLO = [{"role": "user", "content": "hi"}]
@@ -26,7 +26,7 @@ TEMPLATE = "{% if tools %}{{ tools | length }}{% endif %}{{ messages[-1].content
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scripted_model(tmp_path_factory.mktemp("chat"), SCRIPTS)
+    return write_scripted_model(tmp_path_factory.mktemp("chat"), SCRIPTS)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def writer(folder: Path) -> LLM:
 
 @pytest.fixture(scope="module")
 def templated(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    folder = scripted_model(tmp_path_factory.mktemp("templated"), SCRIPTS)
+    folder = write_scripted_model(tmp_path_factory.mktemp("templated"), SCRIPTS)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return LLM.load(folder, dtype="float32")
 
@@ -70,7 +70,7 @@ def test_an_answer_without_tools_keeps_their_tags_as_text(writer):
 
 
 def test_tool_calls(templated):
-    answer = templated.chat(HELLO, GREEDY, tools=[WEATHER, TIME], suffix="<think>")
+    answer = templated.chat(HELLO, GREEDY, tools=[WEATHER_TOOL, TIME_TOOL], suffix="<think>")
     assert (answer.reasoning, answer.content, answer.finish_reason) == ("Let me see.", "It is € 5.", "tool_calls")
     assert [(call.name, call.arguments) for call in answer.tool_calls] == [("get_weather", {"city": "Berlin"})]
     assert answer.prompt_tokens == len(templated.tokenizer.encode("2hi<think>"))
@@ -87,13 +87,13 @@ def test_tool_calls(templated):
     ids=str,
 )
 def test_tool_choice(templated: LLM, choice: Any, called: list[str], reason: str) -> None:
-    answer = templated.chat(HELLO, GREEDY, tools=[WEATHER, TIME], tool_choice=choice, suffix="<think>")
+    answer = templated.chat(HELLO, GREEDY, tools=[WEATHER_TOOL, TIME_TOOL], tool_choice=choice, suffix="<think>")
     assert ([call.name for call in answer.tool_calls], answer.finish_reason) == (called, reason)
     assert answer.content.strip() == "It is € 5."
 
 
 def test_a_call_that_is_cut_off_is_no_call(templated):
-    answer = templated.chat(HELLO, GREEDY, tools=[WEATHER], suffix="<think>", max_tokens=14)
+    answer = templated.chat(HELLO, GREEDY, tools=[WEATHER_TOOL], suffix="<think>", max_tokens=14)
     assert (answer.tool_calls, answer.finish_reason) == ([], "length")
     assert [call.name for call in answer.message.incomplete_calls] == ["get_weather"]
 
@@ -117,9 +117,9 @@ def test_the_checkpoints_own_template_and_its_switches_are_used(templated):
     "options",
     [
         {"suffix": "<think>"},
-        {"suffix": "<think>", "tools": [WEATHER, TIME]},
-        {"suffix": "<think>", "tools": [WEATHER, TIME], "tool_choice": "none"},
-        {"suffix": "<think>", "tools": [WEATHER], "max_tokens": 14},
+        {"suffix": "<think>", "tools": [WEATHER_TOOL, TIME_TOOL]},
+        {"suffix": "<think>", "tools": [WEATHER_TOOL, TIME_TOOL], "tool_choice": "none"},
+        {"suffix": "<think>", "tools": [WEATHER_TOOL], "max_tokens": 14},
         {"suffix": "<think>", "max_tokens": 2},
         {"suffix": "[MASK]"},
         {"suffix": "[MASK]", "stop": "o, w"},
@@ -146,7 +146,7 @@ def test_n_answers(writer):
 
 
 def test_an_answer_and_a_result_go_back_into_the_conversation(templated):
-    first = templated.chat(HELLO, GREEDY, tools=[WEATHER], suffix="<think>")
+    first = templated.chat(HELLO, GREEDY, tools=[WEATHER_TOOL], suffix="<think>")
     result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "[MASK]"}
     second = templated.chat([*HELLO, first.message.as_turn(), result], GREEDY, suffix="")
     assert second.content == "Hello, world"
@@ -159,8 +159,8 @@ def test_an_answer_and_a_result_go_back_into_the_conversation(templated):
         ([], {}, PromptError, "message"),
         ([{"content": "hi"}], {}, PromptError, "role"),
         ("hi", {}, PromptError, "messages"),
-        (HELLO, {"tool_choice": "required", "tools": [TIME]}, PromptError, '"required" cannot be promised'),
-        (HELLO, {"tool_choice": "sometimes", "tools": [TIME]}, PromptError, "tool_choice must be"),
+        (HELLO, {"tool_choice": "required", "tools": [TIME_TOOL]}, PromptError, '"required" cannot be promised'),
+        (HELLO, {"tool_choice": "sometimes", "tools": [TIME_TOOL]}, PromptError, "tool_choice must be"),
         (HELLO, {"tool_choice": {"type": "function", "function": {"name": "f"}}}, PromptError, "not among the tools"),
         (HELLO, {"tools": [{"type": "function"}]}, PromptError, "no function name"),
         (HELLO, {"temprature": 0}, PromptError, "unknown switch 'temprature'"),

@@ -10,7 +10,7 @@ from glm_jax.engine.outputs import Completion
 from glm_jax.errors import GlmError, PromptError, SamplingError
 from glm_jax.llm import LLM
 from glm_jax.sampling import SamplingParams
-from tests.builders.llm_checkpoints import CONTEXT
+from tests.builders.llm_checkpoints import CONTEXT_LENGTH
 
 TEXTS = ["def", "def fib(n):\n    return n", "天气很好 🙂", "naïve café, x"]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, seed=7, ignore_eos=True)
@@ -104,7 +104,7 @@ def test_every_form_of_prompt(llm, together):
         ([[1, 2], [3, "4"]], "prompt 2 of 2 is neither"),
         ([3, 384], "token id 384, which is outside the vocabulary of 384"),
         ([[3], [-1]], "prompt 2 of 2 has token id -1"),
-        ([3] * CONTEXT, f"the prompt has {CONTEXT:,} tokens; at most {CONTEXT - 1:,} fit"),
+        ([3] * CONTEXT_LENGTH, f"the prompt has {CONTEXT_LENGTH:,} tokens; at most {CONTEXT_LENGTH - 1:,} fit"),
         ("def \udcff", "lone surrogate"),
     ],
     ids=lambda value: repr(value)[:30],
@@ -173,7 +173,7 @@ def test_streams_of_n_completions_carry_their_index(llm):
 
 
 def test_more_rows_than_a_batch_holds(llm, monkeypatch):
-    monkeypatch.setattr("glm_jax.llm._MAX_ROWS", 4)
+    monkeypatch.setattr("glm_jax.llm._MAX_BATCH_SIZE", 4)
     prompts = [TEXTS[i % 4] for i in range(9)]
     assert llm.generate(prompts, DRAWN) == [llm.generate(text, DRAWN) for text in prompts]
 
@@ -225,13 +225,13 @@ def test_a_prompt_in_chunks_gives_the_same_tokens(llm, monkeypatch):
     texts = [*TEXTS[1:], "def fib(n):\n    return n if n < 2 else fib(n - 1)\n" * 2]
     lengths = [len(llm.tokenizer.encode(text)) for text in texts]
     whole = llm.generate(texts, DRAWN)
-    monkeypatch.setattr(runner, "chunk_length", lambda rows, on_cpu: 16)
+    monkeypatch.setattr(runner, "prefill_chunk_length", lambda rows, on_cpu: 16)
     assert min(lengths) < 16 < 32 < max(lengths), "some rows must end in an earlier chunk than others"
     assert llm.generate(texts, DRAWN) == whole
 
 
 def test_chunks_are_narrower_for_many_rows(llm, together, monkeypatch):
-    monkeypatch.setattr(runner, "PREFILL_TOKENS", 64)  # 4 rows of 16
+    monkeypatch.setattr(runner, "MAX_BATCHED_PREFILL_TOKENS", 64)  # 4 rows of 16
     assert llm.generate(TEXTS, DRAWN) == together[DRAWN]
 
 

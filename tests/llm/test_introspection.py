@@ -9,17 +9,17 @@ import pytest
 from glm_jax.engine import runner
 from glm_jax.errors import ConfigError, GlmError, PromptError
 from glm_jax.llm import LLM
-from tests.builders.hf_checkpoints import read
-from tests.builders.jitted_model import close
-from tests.builders.llm_checkpoints import CONFIG, random_model
-from tests.reference import Reference
+from tests.builders.hf_checkpoints import read_tensors
+from tests.builders.jitted_model import is_close
+from tests.builders.llm_checkpoints import CONFIG, write_random_model
+from tests.reference import ReferenceModel
 
 ROWS = [[5, 9, 77, 120, 3, 250], [60, 61], [7, 7, 7, 300, 12, 13, 14, 15, 16]]
 
 
 @pytest.fixture(scope="module")
-def reference(folder: Path) -> Reference:
-    return Reference(read(folder), CONFIG)
+def reference(folder: Path) -> ReferenceModel:
+    return ReferenceModel(read_tensors(folder), CONFIG)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -31,7 +31,7 @@ def test_logits_of_one_row(llm, reference):
     for form in (ROWS[0], tuple(ROWS[0]), np.asarray(ROWS[0]), jnp.asarray(ROWS[0])):
         found = llm.logits(form)
         assert (found.shape, found.dtype, type(found)) == ((6, 384), np.float32, np.ndarray)
-        assert close(found, expected)
+        assert is_close(found, expected)
     text = "def fib(n):"
     np.testing.assert_array_equal(llm.logits(text), llm.logits(llm.tokenizer.encode(text)))
 
@@ -40,7 +40,7 @@ def test_logits_of_a_rectangle_are_one_array(llm, reference):
     square = np.asarray([ROWS[0], ROWS[0][::-1], ROWS[2][:6], ROWS[2][3:]])
     found = llm.logits(square)
     assert (found.shape, found.dtype) == ((4, 6, 384), np.float32)
-    assert all(close(a, reference.logits(row)) for a, row in zip(found, square, strict=True))
+    assert all(is_close(a, reference.logits(row)) for a, row in zip(found, square, strict=True))
     np.testing.assert_array_equal(llm.logits(square.tolist()), found)
 
 
@@ -48,34 +48,34 @@ def test_logits_of_different_lengths_are_a_list(llm, reference):
     found = llm.logits(ROWS)
     assert isinstance(found, list)
     assert [a.shape for a in found] == [(6, 384), (2, 384), (9, 384)]
-    assert all(close(a, reference.logits(row)) for a, row in zip(found, ROWS, strict=True))
+    assert all(is_close(a, reference.logits(row)) for a, row in zip(found, ROWS, strict=True))
 
 
 def test_logits_in_chunks_and_groups(llm, reference, monkeypatch):
     """More rows than are run together, longer than a chunk."""
     rows = [[(i * k) % 340 for i in range(1, 21 + k)] for k in range(1, 6)]
-    monkeypatch.setattr(runner, "PREFILL_CHUNK", 16)
-    monkeypatch.setattr(runner, "LOGITS_TOKENS", 64)
+    monkeypatch.setattr(runner, "PREFILL_CHUNK_SIZE", 16)
+    monkeypatch.setattr(runner, "MAX_BATCHED_LOGITS_TOKENS", 64)
     found = llm.logits(rows)
-    assert all(close(a, reference.logits(row)) for a, row in zip(found, rows, strict=True))
+    assert all(is_close(a, reference.logits(row)) for a, row in zip(found, rows, strict=True))
 
 
 def test_trace_and_edit(llm, reference):
     names = ["block.1.moe.router", "block.2.out", "embed"]
     logits, trace = llm.logits(ROWS[0], trace=names)
     record: dict[str, np.ndarray] = {}
-    assert close(logits, reference.logits(ROWS[0], record=record))
+    assert is_close(logits, reference.logits(ROWS[0], record=record))
     assert sorted(trace) == sorted(names)
     assert trace["block.1.moe.router"].shape == (6, 7)
     for name in names:
-        assert close(trace[name], record[name]), name
+        assert is_close(trace[name], record[name]), name
     batch, traced = llm.logits([ROWS[0]], trace=names)
     assert (batch.shape, traced["embed"].shape) == ((1, 6, 384), (1, 6, 64))
     np.testing.assert_array_equal(batch[0], logits)
 
     edited, _ = llm.logits(ROWS[0], edit={"block.1.attn": jnp.zeros_like})
-    assert close(edited, reference.logits(ROWS[0], edits={"block.1.attn": np.zeros_like}))
-    assert not close(edited, logits)
+    assert is_close(edited, reference.logits(ROWS[0], edits={"block.1.attn": np.zeros_like}))
+    assert not is_close(edited, logits)
 
 
 def test_what_cannot_be_traced(llm):
@@ -93,24 +93,24 @@ def test_mtp_logits(llm, reference):
         expected, _ = reference.draft(hidden, following)
         found = llm.mtp_logits(row)
         assert found.shape == (len(row), 384)
-        assert close(found, expected)
+        assert is_close(found, expected)
     together = llm.mtp_logits(ROWS)
     assert [a.shape[0] for a in together] == [6, 2, 9]
-    assert close(together[2], found)
+    assert is_close(together[2], found)
     assert llm.mtp_logits([ROWS[0], ROWS[2][:6]]).shape == (2, 6, 384)
 
 
 @pytest.fixture
 def long_row(monkeypatch):
     """Two chunks and a part of one."""
-    monkeypatch.setattr(runner, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(runner, "PREFILL_CHUNK_SIZE", 16)
     return [(7 * i) % 340 for i in range(1, 40)]
 
 
 def test_mtp_logits_in_chunks(llm, reference, long_row):
     hidden = reference.hidden(long_row)
     following = [*long_row[1:], int(reference.head(hidden[-1:]).argmax())]
-    assert close(llm.mtp_logits(long_row), reference.draft(hidden, following)[0])
+    assert is_close(llm.mtp_logits(long_row), reference.draft(hidden, following)[0])
 
 
 @pytest.mark.parametrize("split", [3, 16, 17, 36])
@@ -143,12 +143,12 @@ def test_a_score_needs_both_parts(llm):
 def test_latent_eps_changes_the_norms_inside_the_attention(folder):
     other = LLM.load(folder, dtype="float32", latent_eps=0.5)
     assert other.config.latent_eps == 0.5
-    expected = Reference(read(folder), CONFIG, latent_eps=0.5).logits(ROWS[0])
-    assert close(other.logits(ROWS[0]), expected)
-    assert not close(Reference(read(folder), CONFIG).logits(ROWS[0]), expected)
+    expected = ReferenceModel(read_tensors(folder), CONFIG, latent_eps=0.5).logits(ROWS[0])
+    assert is_close(other.logits(ROWS[0]), expected)
+    assert not is_close(ReferenceModel(read_tensors(folder), CONFIG).logits(ROWS[0]), expected)
 
 
 def test_a_model_without_a_prediction_layer_says_so(tmp_path):
-    bare = LLM.load(random_model(tmp_path / "bare", num_nextn_predict_layers=0), dtype="float32")
+    bare = LLM.load(write_random_model(tmp_path / "bare", num_nextn_predict_layers=0), dtype="float32")
     with pytest.raises(GlmError, match="no multi-token-prediction layer"):
         bare.mtp_logits(ROWS[0])

@@ -16,7 +16,7 @@ from glm_jax.engine import runner
 from glm_jax.errors import CheckpointError, GlmError, SamplingError, ShardingError
 from glm_jax.llm import LLM
 from glm_jax.sampling import SamplingParams
-from tests.builders.llm_checkpoints import scripted_model
+from tests.builders.llm_checkpoints import write_scripted_model
 
 TEXTS = ["def", "def fib(n):\n    return n", "天气很好 🙂", "naïve café, x"]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, seed=7, ignore_eos=True)
@@ -160,7 +160,7 @@ def test_one_device_may_be_given_as_a_mesh(folder):
 
 
 def test_bfloat16_writes_the_same_where_the_margin_is_clear(tmp_path):
-    folder = scripted_model(tmp_path / "clear", {"x": ["one ", "two ", "three"]})
+    folder = write_scripted_model(tmp_path / "clear", {"x": ["one ", "two ", "three"]})
     model = LLM.load(folder, cache_dtype="bfloat16")
     assert model.params["embed"].dtype == jax.numpy.bfloat16
     found = model.generate("x", GREEDY, ignore_eos=False)

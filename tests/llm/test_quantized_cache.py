@@ -106,7 +106,7 @@ def test_it_is_planned_for_and_made(narrow):
 
 def test_activations_keep_their_dtype(folder):
     model = LLM.load(folder, cache_dtype="int8")
-    cache = model._runner().cache(1, 4)
+    cache = model._make_runner().allocate_cache(1, 4)
     place = jnp.arange(4, dtype=jnp.int32)[None]
     call = functools.partial(model.model.apply, method="hidden")
     hidden, after = jax.eval_shape(call, {"params": model.params}, place + 3, place, cache)

@@ -7,7 +7,7 @@ import pytest
 
 from glm_jax.llm import LLM
 from glm_jax.sampling import SamplingParams
-from tests.builders.llm_checkpoints import scripted_model
+from tests.builders.llm_checkpoints import write_scripted_model
 
 PIECES = ["one ", "tw", "o th", "ree", "0xE2", "0x82", "0xAC", " four", " fi", "ve"]
 TEXT = "one two three€ four five"
@@ -18,7 +18,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=20, seed=0)
 def writer(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     """Writes TEXT after "x", and ends; after "y" half a character, and ends."""
     folder: Path = tmp_path_factory.mktemp("stops")
-    return LLM.load(scripted_model(folder, {"x": PIECES, "y": ["yes", "0xF0", "0x9F"]}), dtype="float32")
+    return LLM.load(write_scripted_model(folder, {"x": PIECES, "y": ["yes", "0xF0", "0x9F"]}), dtype="float32")
 
 
 def test_the_end_of_sequence_ends_it(writer):

@@ -12,14 +12,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from glm_jax.cache.latent import AXES as CACHE_AXES
+from glm_jax.cache.latent import CACHE_AXES as CACHE_AXES
 from glm_jax.config import Config
 from glm_jax.errors import MemoryPlanError, ShardingError
-from glm_jax.memory import PREDICTION_LAYER, MemoryPlan, distinct_experts, find_gpus, gpus, plan, plan_on
+from glm_jax.memory import (
+    MTP_LAYER,
+    MemoryPlan,
+    expected_active_experts,
+    known_gpus,
+    parse_gpus,
+    plan_memory,
+    plan_memory_on_devices,
+)
 from glm_jax.memory import devices as hardware
-from glm_jax.memory.estimates import Placement, cache_bytes, chunk_length, part_of, workspace
-from glm_jax.sharding import Rules, make_mesh, preset
-from glm_jax.weights.params import leaves, param_specs
+from glm_jax.memory.estimates import (
+    PlacementSpec,
+    cache_bytes,
+    estimate_workspace,
+    prefill_chunk_length,
+    weight_group_name,
+)
+from glm_jax.sharding import Rules, get_sharding_preset, make_mesh
+from glm_jax.weights.params import leaves_with_path, param_specs
 from glm_jax.weights.storage import abstract_params
 
 FLASH = Config.flash()
@@ -57,17 +71,17 @@ LARGE = 10**15
 
 
 def on(cfg: Config = FLASH, gpu: str = "h100", **options) -> MemoryPlan:
-    card, count = find_gpus(gpu)
-    rules = preset("latency" if count > 1 else "replicated")
+    card, count = parse_gpus(gpu)
+    rules = get_sharding_preset("latency" if count > 1 else "replicated")
     free = math.floor(card.memory_bytes * 0.95)
-    return plan(cfg, device_bytes=free, devices=count, rules=rules, bandwidth=card.bandwidth, **options)
+    return plan_memory(cfg, device_bytes=free, devices=count, rules=rules, bandwidth=card.bandwidth, **options)
 
 
 def test_the_real_model_in_numbers():
     made = on()
     assert made.parameters == 29_943_393_920
     assert made.parameters_on_disk == 31_221_488_576
-    assert made.parts[PREDICTION_LAYER].parameters == 643_706_176
+    assert made.weight_groups[MTP_LAYER].parameters == 643_706_176
     # Two bytes each; the router biases, 46 x 64 of them, have four.
     assert made.weight_bytes == 59_886_793_728 == 2 * 29_943_393_920 + 2 * 46 * 64
     assert made.mtp_bytes == 2 * 643_706_176 + 2 * 64
@@ -75,11 +89,11 @@ def test_the_real_model_in_numbers():
     assert on(cache_dtype="float32").cache_bytes_per_token == 108_288
     assert on(dtype="float32").weight_bytes == 4 * 29_943_393_920
     assert made.context == made.max_context == 202_752
-    assert made.need.cache == 202_752 * 54_144
+    assert made.requirement.cache == 202_752 * 54_144
 
 
 def test_the_real_model_by_part():
-    assert {name: part.parameters for name, part in on().parts.items()} == {
+    assert {name: part.parameters for name, part in on().weight_groups.items()} == {
         "embedding": 317_194_240,
         "attention": 47 * 21_759_232,
         "dense_mlp": 62_914_560,
@@ -88,7 +102,7 @@ def test_the_real_model_by_part():
         "routers": 46 * (131_072 + 64),
         "norms": 47 * 4096 + 2048,
         "head": 317_194_240,
-        PREDICTION_LAYER: 643_706_176,
+        MTP_LAYER: 643_706_176,
     }
 
 
@@ -96,30 +110,30 @@ def test_the_real_model_by_part():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_bytes_are_those_of_the_parameter_tree(cfg, dtype):
     tree = jax.tree.leaves(abstract_params(cfg, dtype))
-    made = plan(cfg, device_bytes=LARGE, dtype=dtype)
+    made = plan_memory(cfg, device_bytes=LARGE, dtype=dtype)
     assert made.weight_bytes + made.mtp_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in tree)
-    assert made.need.weights == made.weight_bytes + made.mtp_bytes
-    assert plan(cfg, device_bytes=LARGE, dtype=dtype, mtp=False).need.weights == made.weight_bytes
-    assert sum(part.parameters for part in made.parts.values()) == sum(leaf.size for leaf in tree)
+    assert made.requirement.weights == made.weight_bytes + made.mtp_bytes
+    assert plan_memory(cfg, device_bytes=LARGE, dtype=dtype, mtp=False).requirement.weights == made.weight_bytes
+    assert sum(part.parameters for part in made.weight_groups.values()) == sum(leaf.size for leaf in tree)
 
 
 @pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)
 def test_every_parameter_has_a_part(cfg):
-    paths = [path for path, _ in leaves(param_specs(cfg))]
-    assert set(map(part_of, paths)) <= set(plan(cfg, device_bytes=LARGE).parts)
+    paths = [path for path, _ in leaves_with_path(param_specs(cfg))]
+    assert set(map(weight_group_name, paths)) <= set(plan_memory(cfg, device_bytes=LARGE).weight_groups)
 
 
 def test_parameters_on_disk_count_what_checkpoints_store():
     table = SMALL.vocab_size * SMALL.hidden_size
-    bare = plan(VARIANTS["no prediction layer"], device_bytes=LARGE)
+    bare = plan_memory(VARIANTS["no prediction layer"], device_bytes=LARGE)
     assert bare.parameters_on_disk == bare.parameters
-    copied, own = (plan(VARIANTS[name], device_bytes=LARGE) for name in ("small", "own copies"))
+    copied, own = (plan_memory(VARIANTS[name], device_bytes=LARGE) for name in ("small", "own copies"))
     assert copied.parameters_on_disk == own.parameters_on_disk
     assert own.mtp_bytes - copied.mtp_bytes == 2 * 2 * table
 
 
 RULES = {
-    "latency": preset("latency"),
+    "latency": get_sharding_preset("latency"),
     "experts": Rules(experts="model"),
     "both": Rules(heads="model", experts="data", vocab="model"),
     "batch": Rules(batch="data", ffn="model"),
@@ -132,20 +146,20 @@ def test_device_bytes_are_those_of_jax_shardings(rules):
     cfg = SMALL.replace(vocab_size=400, n_routed_experts=8)
     tree = jax.tree.leaves(abstract_params(cfg, "float32", rules, mesh))
     expected = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in tree)
-    made = plan(
+    made = plan_memory(
         cfg, device_bytes=LARGE, dtype="float32", rules=rules, devices=dict(mesh.shape), context=96, sequences=6
     )
     assert made.devices == 8
-    assert made.need.weights == expected
+    assert made.requirement.weights == expected
     shape = (cfg.num_hidden_layers, 6, 96, cfg.cache_width)
     shard = jax.NamedSharding(mesh, rules.spec(*CACHE_AXES)).shard_shape(shape)
-    assert made.need.cache == 4 * math.prod(shard)
+    assert made.requirement.cache == 4 * math.prod(shard)
 
 
 def test_the_cache_is_whole_on_every_device_when_heads_are_split():
     alone, four = on(gpu="b200", context=8192), on(gpu="b200x4", context=8192)
-    assert four.need.cache == alone.need.cache == 8192 * 54_144
-    assert alone.need.weights / 4 < four.need.weights < alone.need.weights / 3
+    assert four.requirement.cache == alone.requirement.cache == 8192 * 54_144
+    assert alone.requirement.weights / 4 < four.requirement.weights < alone.requirement.weights / 3
 
 
 @pytest.mark.parametrize(
@@ -162,7 +176,7 @@ def test_the_cache_is_whole_on_every_device_when_heads_are_split():
 )
 def test_bytes_read_per_step(rows, experts, weight_gb):
     made = on(context=1024, sequences=rows)
-    assert distinct_experts(FLASH, rows) == pytest.approx(experts, abs=0.05)
+    assert expected_active_experts(FLASH, rows) == pytest.approx(experts, abs=0.05)
     assert (made.decode_bytes - rows * 1024 * 54_144) / 1e9 == pytest.approx(weight_gb, abs=0.05)
 
 
@@ -171,11 +185,11 @@ def test_the_bound_of_one_sequence():
     made = on(context=32_768)
     assert made.decode_bytes == 2 * active + 2 * 46 * 64 + 32_768 * 54_144
     assert made.bound_tokens_per_s == pytest.approx(3_352_320_000_000 / made.decode_bytes)
-    assert plan(FLASH, device_bytes=LARGE).bound_tokens_per_s is None
+    assert plan_memory(FLASH, device_bytes=LARGE).bound_tokens_per_s is None
 
 
 def test_a_tied_head_is_read():
-    tied, untied = (plan(VARIANTS[name], device_bytes=LARGE, context=8) for name in ("tied", "small"))
+    tied, untied = (plan_memory(VARIANTS[name], device_bytes=LARGE, context=8) for name in ("tied", "small"))
     assert tied.decode_bytes == untied.decode_bytes
     assert tied.weight_bytes < untied.weight_bytes
 
@@ -195,7 +209,7 @@ MEASURED = [
 
 @pytest.mark.parametrize(("rows", "chunk", "slots", "mib"), MEASURED)
 def test_the_workspace_covers_what_the_compiler_asks_for(rows, chunk, slots, mib):
-    space = workspace(FLASH, Placement(), rows, slots, chunk)
+    space = estimate_workspace(FLASH, PlacementSpec(), rows, slots, chunk)
     assert mib * 2**20 <= space.activations + space.layer_weights <= 1.8 * mib * 2**20
     assert space.logits >= 4 * FLASH.vocab_size * max(rows, chunk)
 
@@ -214,36 +228,38 @@ def test_the_workspace_covers_what_the_compiler_asks_for(rows, chunk, slots, mib
     ],
 )
 def test_the_workspace_covers_what_a_cpu_asks_for(dtype, cache, rows, slots, mib):
-    space = workspace(FLASH, Placement(dtype=dtype, cache_dtype=cache, on_cpu=True), rows, slots)
+    space = estimate_workspace(FLASH, PlacementSpec(dtype=dtype, cache_dtype=cache, on_cpu=True), rows, slots)
     assert mib * 2**20 <= space.total
 
 
 def test_the_workspace_of_an_8_bit_cache_counts_rows_as_stored_and_as_read():
     """In bfloat16, 16,384 slots: rows as stored, and a block of keys and the chunk, in float32 and rounded."""
-    plain, narrow = (workspace(FLASH, Placement(cache_dtype=kind), 2, 16_384, 512) for kind in ("bfloat16", "int8"))
+    plain, narrow = (
+        estimate_workspace(FLASH, PlacementSpec(cache_dtype=kind), 2, 16_384, 512) for kind in ("bfloat16", "int8")
+    )
     stored, wide = 16_384 * (576 + 8), (1024 + 512) * 576 * (4 + 2)
     assert plain.activations - narrow.activations == 2 * (16_384 * 576 * 2 - stored - wide)
 
 
 def test_bfloat16_in_place_of_float32_leaves_an_8_bit_cache_as_it_is():
     made = on(gpu="h100", dtype="float32", cache_dtype="fp8", context=4096)
-    assert made.setup.in_dtype("bfloat16").placement.cache_dtype == "fp8"
-    assert "cache_dtype" not in made.refusal()
+    assert made.memory_model.with_dtype("bfloat16").placement.cache_dtype == "fp8"
+    assert "cache_dtype" not in made.oom_message()
 
 
 @pytest.mark.parametrize(
     ("rows", "on_cpu", "tokens"), [(1, False, 2048), (8, False, 1024), (64, False, 512), (1, True, 512)]
 )
 def test_few_rows_have_longer_chunks_on_a_gpu(rows, on_cpu, tokens):
-    assert chunk_length(rows, on_cpu=on_cpu) == tokens
-    placement = Placement(on_cpu=on_cpu)
-    assert workspace(FLASH, placement, rows, 8192) == workspace(FLASH, placement, rows, 8192, tokens)
+    assert prefill_chunk_length(rows, on_cpu=on_cpu) == tokens
+    placement = PlacementSpec(on_cpu=on_cpu)
+    assert estimate_workspace(FLASH, placement, rows, 8192) == estimate_workspace(FLASH, placement, rows, 8192, tokens)
 
 
 def test_splitting_makes_the_workspace_smaller():
-    alone = workspace(FLASH, Placement(), 4, 8192)
-    split = Placement(rules=preset("latency"), axis_sizes=(("data", 1), ("model", 4)))
-    assert workspace(FLASH, split, 4, 8192).total < alone.total
+    alone = estimate_workspace(FLASH, PlacementSpec(), 4, 8192)
+    split = PlacementSpec(rules=get_sharding_preset("latency"), axis_sizes=(("data", 1), ("model", 4)))
+    assert estimate_workspace(FLASH, split, 4, 8192).total < alone.total
 
 
 CONFIGS = st.sampled_from(list(VARIANTS.values()))
@@ -257,19 +273,21 @@ BUDGETS = st.one_of(st.integers(0, 10**8), st.integers(10**8, 3 * 10**11))
 
 
 def split_plan(cfg, devices, **options) -> MemoryPlan:
-    return plan(cfg, devices=devices, rules=preset("latency" if devices > 1 else "replicated"), **options)
+    return plan_memory(
+        cfg, devices=devices, rules=get_sharding_preset("latency" if devices > 1 else "replicated"), **options
+    )
 
 
 @given(SPLITS, DTYPES, CACHES, st.booleans(), st.data())
 def test_more_never_needs_less(split, dtype, cache_dtype, on_cpu, data):
     cfg, devices = split
-    setup = split_plan(cfg, devices, device_bytes=0, dtype=dtype, cache_dtype=cache_dtype, on_cpu=on_cpu).setup
+    setup = split_plan(cfg, devices, device_bytes=0, dtype=dtype, cache_dtype=cache_dtype, on_cpu=on_cpu).memory_model
     lengths = st.one_of(st.integers(1, cfg.max_position_embeddings), st.integers(2040, 2060))
     short, long = sorted(data.draw(st.tuples(lengths, lengths)))
     few, many = sorted(data.draw(st.tuples(st.integers(1, 300), st.integers(1, 300))))
-    assert setup.need(few, short).total <= setup.need(few, long).total
-    assert setup.need(few, short).total <= setup.need(many, short).total
-    assert min(setup.need(few, short)) >= 0
+    assert setup.requirement(few, short).total <= setup.requirement(few, long).total
+    assert setup.requirement(few, short).total <= setup.requirement(many, short).total
+    assert min(setup.requirement(few, short)) >= 0
 
 
 @given(SPLITS, st.integers(1, 5000), st.integers(1, 100))
@@ -278,7 +296,7 @@ def test_more_devices_never_need_more_each(split, context, rows):
     fewer, more = (
         split_plan(cfg, n, device_bytes=LARGE, context=context, sequences=rows, bandwidth=10**12) for n in (1, devices)
     )
-    assert more.need.total <= fewer.need.total
+    assert more.requirement.total <= fewer.requirement.total
     assert more.bound_tokens_per_s >= fewer.bound_tokens_per_s
 
 
@@ -286,21 +304,21 @@ def test_more_devices_never_need_more_each(split, context, rows):
 def test_the_longest_and_the_most_that_fit_are_just_that(split, dtype, budget, context, rows, mtp):
     cfg, devices = split
     made = split_plan(cfg, devices, device_bytes=budget, dtype=dtype, context=context, sequences=rows, mtp=mtp)
-    fits, longest, most = made.setup.fits, made.max_context, made.max_sequences
+    fits, longest, most = made.memory_model.fits, made.max_context, made.max_sequences
     assert 0 <= longest <= cfg.max_position_embeddings
     assert longest == 0 or fits(1, longest)
     assert longest == cfg.max_position_embeddings or not fits(1, longest + 1)
     assert most == 0 or fits(most, context)
     assert not fits(most + 1, context)
-    assert made.fits == (rows <= most) == (made.need.total <= budget)
+    assert made.fits == (rows <= most) == (made.requirement.total <= budget)
     assert made.fits is fits(rows, context)
 
 
 @given(CONFIGS, BUDGETS, st.integers(1, 20))
 def test_the_context_is_the_longest_unless_given(cfg, budget, rows):
-    made = plan(cfg, device_bytes=budget, sequences=rows)
-    assert made.context == max(1, made.setup.longest(rows))
-    assert made.fits == (made.setup.longest(rows) > 0)
+    made = plan_memory(cfg, device_bytes=budget, sequences=rows)
+    assert made.context == max(1, made.memory_model.max_context(rows))
+    assert made.fits == (made.memory_model.max_context(rows) > 0)
 
 
 @settings(max_examples=40)
@@ -309,12 +327,12 @@ def test_a_refusal_is_raised_exactly_when_it_must_and_its_sum_is_right(split, dt
     cfg, devices = split
     made = split_plan(cfg, devices, device_bytes=budget, dtype=dtype, context=context, sequences=rows)
     if made.fits:
-        assert made.require() is made
+        assert made.require_fits() is made
         return
     with pytest.raises(MemoryPlanError) as caught:
-        made.require()
-    assert str(caught.value) == made.refusal()
-    assert sum(made.need) == made.need.total > budget
+        made.require_fits()
+    assert str(caught.value) == made.oom_message()
+    assert sum(made.requirement) == made.requirement.total > budget
 
 
 def test_the_plan_is_plain_json():
@@ -327,7 +345,7 @@ def test_the_plan_is_plain_json():
 
 def test_a_refusal_shows_the_arithmetic_and_what_would_fit():
     made = on(gpu="rtx6000-adax2", context=32_768, sequences=16)
-    assert made.refusal().splitlines() == [
+    assert made.oom_message().splitlines() == [
         "30.73 GB weights + 28.39 GB cache (16 sequences of 32,768 tokens at 54,144 bytes) + 2.08 GB workspace "
         "= 61.21 GB, but each of the 2 devices has 48.95 GB",
         "what would fit: 9 sequences of that length",
@@ -343,41 +361,44 @@ def test_a_refusal_shows_the_arithmetic_and_what_would_fit():
     assert not on(gpu="rtx6000-adax2", context=18_917, sequences=16).fits
     for kind in ("int8", "fp8"):
         assert on(gpu="rtx6000-adax2", context=32_768, sequences=16, cache_dtype=kind).fits
-    assert made.setup.quantised("int8").fits(16, 32_768)
+    assert made.memory_model.with_quantization("int8").fits(16, 32_768)
     assert on(gpu="rtx6000-adax4", context=32_768, sequences=16).fits
 
 
 def test_a_refusal_of_the_weights_themselves_offers_fewer_bits_or_more_devices():
-    lines = on(gpu="rtx4090", context=100).refusal().splitlines()
+    lines = on(gpu="rtx4090", context=100).oom_message().splitlines()
     assert lines[1:] == [
         'what would fit: weights in fewer bits, with quantize="int4"',
         "what would fit: 4 such devices, with mesh=4",
     ]
     alone = on(gpu="rtx4090")
     assert (alone.fits, alone.context, alone.max_context, alone.max_sequences) == (False, 1, 0, 0)
-    assert "1 sequence of 1 token at" in alone.refusal()
+    assert "1 sequence of 1 token at" in alone.oom_message()
 
 
 def test_a_refusal_offers_bfloat16():
     made = on(gpu="h100", dtype="float32", context=4096)
-    assert 'what would fit: half the bytes per value, with dtype="bfloat16"' in made.refusal().splitlines()
+    assert 'what would fit: half the bytes per value, with dtype="bfloat16"' in made.oom_message().splitlines()
     assert on(gpu="h100", dtype="bfloat16", context=4096).fits
 
 
 def test_more_cpu_devices_are_not_offered_because_they_share_one_memory():
-    assert "devices" not in plan(FLASH, device_bytes=10**10, on_cpu=True).refusal()
+    assert "devices" not in plan_memory(FLASH, device_bytes=10**10, on_cpu=True).oom_message()
 
 
 def test_a_gpu_of_which_jax_took_too_little_gets_a_line_for_the_notebook():
-    size = gpus()["h100"].memory_bytes
+    size = known_gpus()["h100"].memory_bytes
     wanted = {"context": 100_000, "default_share": True}
-    lines = plan(FLASH, device_bytes=int(0.75 * size), **wanted).refusal().splitlines()
+    lines = plan_memory(FLASH, device_bytes=int(0.75 * size), **wanted).oom_message().splitlines()
     assert lines[-1] == 'import os; os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"'
     assert "75% of a GPU" in lines[-2]
-    assert plan(FLASH, device_bytes=int(0.95 * size), context=100_000).fits
+    assert plan_memory(FLASH, device_bytes=int(0.95 * size), context=100_000).fits
     # Not where it would not help, and not where the share was chosen.
-    assert "import os" not in plan(FLASH, device_bytes=int(0.75 * gpus()["l40s"].memory_bytes), **wanted).refusal()
-    assert "import os" not in plan(FLASH, device_bytes=int(0.75 * size), context=100_000).refusal()
+    assert (
+        "import os"
+        not in plan_memory(FLASH, device_bytes=int(0.75 * known_gpus()["l40s"].memory_bytes), **wanted).oom_message()
+    )
+    assert "import os" not in plan_memory(FLASH, device_bytes=int(0.75 * size), context=100_000).oom_message()
 
 
 @pytest.mark.parametrize(
@@ -391,23 +412,23 @@ def test_a_gpu_of_which_jax_took_too_little_gets_a_line_for_the_notebook():
 )
 def test_impossible_numbers_are_refused(options, words):
     with pytest.raises(MemoryPlanError, match=words):
-        plan(FLASH, device_bytes=LARGE, **options)
+        plan_memory(FLASH, device_bytes=LARGE, **options)
 
 
 def test_devices_that_do_not_divide_the_model_are_refused():
     with pytest.raises(ShardingError, match="20 attention heads do not divide over 3"):
-        plan(FLASH, device_bytes=LARGE, devices=3, rules=preset("latency"))
+        plan_memory(FLASH, device_bytes=LARGE, devices=3, rules=get_sharding_preset("latency"))
 
 
 def test_the_cards():
-    assert list(gpus())[:5] == ["rtx6000-ada", "rtxpro6000", "h100", "h200", "b200"]
-    for name, card in gpus().items():
+    assert list(known_gpus())[:5] == ["rtx6000-ada", "rtxpro6000", "h100", "h200", "b200"]
+    for name, card in known_gpus().items():
         assert 20e9 < card.memory_bytes < 200e9, name
         assert 8e11 < card.bandwidth < 8e12, name
         assert card.source.startswith("https://"), name
-        assert find_gpus(name) == (card, 1)
-        assert find_gpus(f" {name.upper()}X16 ") == (card, 16)
-    assert {name for name in gpus() if on(gpu=name).fits} == {"rtxpro6000", "h100", "h200", "b200", "a100-80gb"}
+        assert parse_gpus(name) == (card, 1)
+        assert parse_gpus(f" {name.upper()}X16 ") == (card, 16)
+    assert {name for name in known_gpus() if on(gpu=name).fits} == {"rtxpro6000", "h100", "h200", "b200", "a100-80gb"}
 
 
 @pytest.mark.parametrize(
@@ -415,12 +436,12 @@ def test_the_cards():
 )
 def test_unknown_cards_are_refused_with_a_list(text):
     with pytest.raises(MemoryPlanError, match="there are rtx6000-ada, rtxpro6000, h100"):
-        find_gpus(text)
+        parse_gpus(text)
 
 
 def test_a_close_name_is_offered():
     with pytest.raises(MemoryPlanError, match="did you mean rtx6000-ada"):
-        find_gpus("rtx6000ada")
+        parse_gpus("rtx6000ada")
 
 
 def fake(kind: str = "NVIDIA H100 80GB HBM3", platform: str = "gpu", **stats: int) -> SimpleNamespace:
@@ -428,9 +449,9 @@ def fake(kind: str = "NVIDIA H100 80GB HBM3", platform: str = "gpu", **stats: in
 
 
 def test_the_limit_of_a_device_is_its_share_less_what_is_in_use():
-    assert hardware.device_limit(fake(bytes_limit=1000)) == 1000
-    assert hardware.device_limit(fake(bytes_limit=1000, bytes_in_use=300)) == 700
-    assert hardware.device_limit(fake(bytes_limit=1000, bytes_in_use=1300)) == 0
+    assert hardware.available_device_memory(fake(bytes_limit=1000)) == 1000
+    assert hardware.available_device_memory(fake(bytes_limit=1000, bytes_in_use=300)) == 700
+    assert hardware.available_device_memory(fake(bytes_limit=1000, bytes_in_use=1300)) == 0
 
 
 @pytest.fixture
@@ -449,26 +470,26 @@ def machine(tmp_path, monkeypatch):
 
 
 def test_the_limit_of_a_cpu_is_the_memory_available(machine):
-    whole = hardware.device_limit(jax.devices("cpu")[0])
+    whole = hardware.available_device_memory(jax.devices("cpu")[0])
     assert whole > 1 << 28
     machine("meminfo", "MemTotal:       8000 kB\nMemAvailable:   3000 kB\nSwapFree: 1 kB\n")
-    assert hardware.available_memory() == 3000 * 1024
+    assert hardware.available_host_memory() == 3000 * 1024
     machine("meminfo", "nothing known")
-    assert hardware.available_memory() == whole
+    assert hardware.available_host_memory() == whole
 
 
 def test_a_container_leaves_what_it_does_not_use(machine):
     machine("self", "0::/\n")
     machine("groups/memory.max", "max\n")
-    whole = hardware.available_memory()
+    whole = hardware.available_host_memory()
     assert whole > 1 << 28
     machine("groups/memory.max", "1000000\n")
-    assert hardware.available_memory() == 1_000_000
+    assert hardware.available_host_memory() == 1_000_000
     machine("groups/memory.current", "700000\n")
     machine("groups/memory.stat", "anon 5\ninactive_file 100000\n")
-    assert hardware.available_memory() == 400_000
+    assert hardware.available_host_memory() == 400_000
     machine("groups/memory.current", "3000000\n")
-    assert hardware.available_memory() == 0
+    assert hardware.available_host_memory() == 0
 
 
 def test_the_narrowest_of_nested_containers_counts(machine):
@@ -476,7 +497,7 @@ def test_the_narrowest_of_nested_containers_counts(machine):
     machine("groups/user/memory.max", "9000000\n")
     machine("groups/user/memory.current", "8800000\n")
     machine("groups/user/job/memory.max", "5000000\n")
-    assert hardware.available_memory() == 200_000
+    assert hardware.available_host_memory() == 200_000
 
 
 def test_a_container_of_the_first_version(machine):
@@ -484,7 +505,7 @@ def test_a_container_of_the_first_version(machine):
     machine("groups/memory/job/memory.limit_in_bytes", "5000000\n")
     machine("groups/memory/job/memory.usage_in_bytes", "4000000\n")
     machine("groups/memory/job/memory.stat", "inactive_file 7\ntotal_inactive_file 500000\n")
-    assert hardware.available_memory() == 1_500_000
+    assert hardware.available_host_memory() == 1_500_000
 
 
 @pytest.mark.parametrize(
@@ -497,42 +518,42 @@ def test_a_container_of_the_first_version(machine):
     ],
 )
 def test_bandwidth_of_devices_at_hand(kind, bandwidth):
-    assert hardware.bandwidth_of(fake(kind)) == bandwidth
+    assert hardware.device_bandwidth(fake(kind)) == bandwidth
 
 
 def test_the_default_share_is_recognised(monkeypatch):
     for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(name, raising=False)
-    assert hardware.has_default_share(fake())
-    assert not hardware.has_default_share(fake(platform="cpu"))
+    assert hardware.uses_default_memory_fraction(fake())
+    assert not hardware.uses_default_memory_fraction(fake(platform="cpu"))
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
-    assert not hardware.has_default_share(fake())
+    assert not hardware.uses_default_memory_fraction(fake())
 
 
 def test_a_plan_for_devices_at_hand(monkeypatch):
-    monkeypatch.setattr(hardware, "available_memory", lambda: 8_000_000)
+    monkeypatch.setattr(hardware, "available_host_memory", lambda: 8_000_000)
     cpus = make_mesh(4)
-    made = plan_on(SMALL, cpus, rules=preset("latency"), dtype="float32", context=64)
+    made = plan_memory_on_devices(SMALL, cpus, rules=get_sharding_preset("latency"), dtype="float32", context=64)
     assert (made.devices, made.device_bytes, made.bandwidth) == (4, 2_000_000, None)
-    assert made.setup.placement.on_cpu
-    assert plan_on(SMALL, jax.devices()[:1], context=64).device_bytes == 8_000_000
+    assert made.memory_model.placement.on_cpu
+    assert plan_memory_on_devices(SMALL, jax.devices()[:1], context=64).device_bytes == 8_000_000
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     cards = [fake(bytes_limit=9 * 10**9, bytes_in_use=n) for n in (5, 10**9)]
-    made = plan_on(SMALL, cards, rules=preset("latency"), context=64)
+    made = plan_memory_on_devices(SMALL, cards, rules=get_sharding_preset("latency"), context=64)
     assert (made.devices, made.device_bytes, made.bandwidth) == (2, 8 * 10**9, 3_352_320_000_000)
-    assert made.setup.default_share
-    assert not made.setup.placement.on_cpu
+    assert made.memory_model.default_memory_fraction
+    assert not made.memory_model.placement.on_cpu
 
 
 def test_a_mesh_of_several_axes():
     mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "model"))
-    made = plan_on(SMALL, mesh, rules=Rules(batch="data", heads="model"), context=10, sequences=4)
+    made = plan_memory_on_devices(SMALL, mesh, rules=Rules(batch="data", heads="model"), context=10, sequences=4)
     assert made.devices == 8
-    assert made.need.cache == cache_bytes(SMALL, Placement(), 2, 10)
+    assert made.requirement.cache == cache_bytes(SMALL, PlacementSpec(), 2, 10)
 
 
 def test_dtypes_may_be_given_as_jax_has_them():
-    made = plan(SMALL, device_bytes=LARGE, dtype=jnp.bfloat16, cache_dtype=jnp.dtype(jnp.float32), context=10)
-    assert (made.setup.placement.dtype, made.setup.placement.cache_dtype) == ("bfloat16", "float32")
-    assert made.need.cache == 10 * made.cache_bytes_per_token == 10 * 3 * 40 * 4
+    made = plan_memory(SMALL, device_bytes=LARGE, dtype=jnp.bfloat16, cache_dtype=jnp.dtype(jnp.float32), context=10)
+    assert (made.memory_model.placement.dtype, made.memory_model.placement.cache_dtype) == ("bfloat16", "float32")
+    assert made.requirement.cache == 10 * made.cache_bytes_per_token == 10 * 3 * 40 * 4

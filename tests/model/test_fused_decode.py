@@ -11,10 +11,10 @@ from glm_jax.cache import LatentCache
 from glm_jax.config import Config
 from glm_jax.model import GLM, fused_decode
 from glm_jax.sampling import SamplerState, SamplingParams, sample
-from glm_jax.sharding import Rules, make_mesh, preset
+from glm_jax.sharding import Rules, get_sharding_preset, make_mesh
 from glm_jax.weights import TiledWeight
-from glm_jax.weights.params import init_params, leaves, map_specs, param_specs
-from glm_jax.weights.tiling import Placement, has_tiles, tiled_tree, untiled_tree
+from glm_jax.weights.params import init_params, leaves_with_path, map_specs, param_specs
+from glm_jax.weights.tiling import ModelSharding, has_tiled_weights, tile_params, untile_params
 from pallas_kernels import _launch
 from tests.pallas_kernels.builders import assert_close
 
@@ -34,7 +34,7 @@ def small(**changes):
 
 
 def step(cfg, params, kernels, cache, tokens, positions):
-    given = tiled_tree(params) if kernels else params
+    given = tile_params(params) if kernels else params
     return jax.jit(lambda p, t, at, c: GLM(cfg).apply({"params": p}, t, at, c))(given, tokens, positions, cache)
 
 
@@ -60,7 +60,7 @@ def test_one_step(changes):
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, cfg.vocab_size, (BATCH, PROMPT)), jnp.int32)
     cache = after_prompt(cfg, params, "float32", tokens)
-    assert fused_decode.obstacle(cfg, tiled_tree(params)) is None
+    assert fused_decode.unsupported_reason(cfg, tile_params(params)) is None
     positions = jnp.asarray([[PROMPT], [2]], jnp.int32)  # rows of different lengths
     expected, after = step(cfg, params, False, cache, tokens[:, :1], positions)
     found, written = step(cfg, params, True, cache, tokens[:, :1], positions)
@@ -100,11 +100,11 @@ def test_the_miniature(miniature, quantize, cache):
     options = {"dtype": "float32", "quantize": quantize, "cache_dtype": cache}
     plain = glm_jax.LLM.load("tiny", **options, kernels="reference")
     kernels = glm_jax.LLM.load("tiny", **options, kernels="triton")
-    assert has_tiles(kernels.params)
-    assert not has_tiles(plain.params)
+    assert has_tiled_weights(kernels.params)
+    assert not has_tiled_weights(plain.params)
     cfg, text = plain.config, "def fib(n):\n    if n < 2:\n        return n"
     ids = jnp.asarray([miniature.tokenizer.encode(text)], jnp.int32)
-    start = LatentCache.create(cfg, 1, 64, cache, reads_as="float32")
+    start = LatentCache.create(cfg, 1, 64, cache, dequant_dtype="float32")
     seen = ids.shape[1] - 1
     positions = jnp.arange(seen, dtype=jnp.int32)[None]
     _, start = GLM(cfg).apply({"params": plain.params}, ids[:, :seen], positions, start)
@@ -146,14 +146,14 @@ def test_generate(miniature, sampling):
 def test_a_step_draws_what_the_sampler_draws_from_its_logits(sampling, changes):
     cfg = small(num_hidden_layers=1, mlp_layer_types=("dense",), **changes)
     params = init_params(cfg, 0, "float32")
-    tiled = tiled_tree(params)
-    assert (fused_decode.obstacle(cfg, tiled) is None) == (not changes)
+    tiled = tile_params(params)
+    assert (fused_decode.unsupported_reason(cfg, tiled) is None) == (not changes)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (BATCH, 1)), jnp.int32)
     positions, cache = jnp.asarray([[0], [3]], jnp.int32), LatentCache.create(cfg, BATCH, 32, "float32")
     options = SamplingParams(**sampling)
     rows = SamplerState.create([options] * BATCH, [5, 6], [(0,)] * BATCH, vocab_size=96, valid_vocab=90)
     logits, expected = GLM(cfg).apply({"params": params}, tokens, positions, cache)
-    run = jax.jit(lambda *given: GLM(cfg).apply({"params": tiled}, *given, rows, method="draw"))
+    run = jax.jit(lambda *given: GLM(cfg).apply({"params": tiled}, *given, rows, method="decode_and_sample"))
     found, after = run(tokens, positions, cache)
     assert found.tokens.tolist() == sample(logits[:, 0], rows, positions[:, 0] + 1).tokens.tolist()
     assert found.ok.all()
@@ -163,9 +163,9 @@ def test_a_step_draws_what_the_sampler_draws_from_its_logits(sampling, changes):
 def test_parameters_come_out_of_their_tiles():
     cfg = small()
     params = init_params(cfg, 0, "float32")
-    there = tiled_tree(params)
+    there = tile_params(params)
     assert isinstance(there["runs"]["1"]["moe"]["gate"], TiledWeight)
-    back = untiled_tree(there)
+    back = untile_params(there)
     assert jax.tree.structure(back) == jax.tree.structure(params)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True))
 
@@ -173,7 +173,7 @@ def test_parameters_come_out_of_their_tiles():
 def test_without_room_for_two_copies_stacks_are_laid_out_by_layers(monkeypatch):
     expected = glm_jax.LLM.load("tiny", quantize="int4", kernels="triton").params
     asked = []
-    monkeypatch.setattr("glm_jax.checkpoint.loader._has_room", asked.append)
+    monkeypatch.setattr("glm_jax.checkpoint.loader._fits_second_copy", asked.append)
     found = glm_jax.LLM.load("tiny", quantize="int4", kernels="triton").params
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -191,12 +191,12 @@ def test_a_model_in_tiles_is_saved_as_any_other(tmp_path):
 
 def test_what_kernels_cannot_run_goes_by_the_reference():
     cfg = small(qk_nope_head_dim=40)  # heads of 56
-    params = tiled_tree(init_params(cfg, 0, "float32"))
-    assert "multiples of 64" in fused_decode.obstacle(cfg, params)
+    params = tile_params(init_params(cfg, 0, "float32"))
+    assert "multiples of 64" in fused_decode.unsupported_reason(cfg, params)
     tokens = jnp.zeros((1, 1), jnp.int32)
     cache = LatentCache.create(cfg, 1, 16, "float32")
     found = GLM(cfg).apply({"params": params}, tokens, tokens, cache)[0]
-    expected = GLM(cfg).apply({"params": untiled_tree(params)}, tokens, tokens, cache)[0]
+    expected = GLM(cfg).apply({"params": untile_params(params)}, tokens, tokens, cache)[0]
     assert_close(found, expected, 5e-6)
 
 
@@ -229,12 +229,13 @@ SPLIT = {
 
 def on_two_devices(cfg, params):
     """The same parameters, each device with its part of them in tiles."""
-    rules, mesh = preset("latency"), make_mesh(2)
-    held = dict(leaves(params))
+    rules, mesh = get_sharding_preset("latency"), make_mesh(2)
+    held = dict(leaves_with_path(params))
     placed = map_specs(
-        lambda path, param: jax.device_put(held[path], NamedSharding(mesh, rules.spec(*param.axes))), param_specs(cfg)
+        lambda path, param: jax.device_put(held[path], NamedSharding(mesh, rules.partition_spec(*param.axes))),
+        param_specs(cfg),
     )
-    return rules, mesh, tiled_tree(placed, Placement(cfg, rules, mesh)), placed
+    return rules, mesh, tile_params(placed, ModelSharding(cfg, rules, mesh)), placed
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.soak), 40])
@@ -253,7 +254,7 @@ def test_two_devices(tokens):
         over = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, jax.P())), (ids, positions, cache))
         found, written = call(there, over[0][:, :tokens], over[1], over[2])
         body = {name: there[name] for name in ("embed", "runs", "norm")}
-        assert fused_decode.obstacle(cfg, body, rules) is None
+        assert fused_decode.unsupported_reason(cfg, body, rules) is None
     assert_close(found, expected, 5e-6)
     assert_close(written.data, after.data, 5e-6)
 
@@ -261,13 +262,13 @@ def test_two_devices(tokens):
 def test_parts_come_out_of_their_tiles():
     cfg = small(**SPLIT)
     rules, mesh, there, placed = on_two_devices(cfg, init_params(cfg, 0, "float32"))
-    back = untiled_tree(there, Placement(cfg, rules, mesh))
-    for (path, one), (_, other) in zip(leaves(back), leaves(placed), strict=True):
+    back = untile_params(there, ModelSharding(cfg, rules, mesh))
+    for (path, one), (_, other) in zip(leaves_with_path(back), leaves_with_path(placed), strict=True):
         assert one.sharding.is_equivalent_to(other.sharding, one.ndim), path
         assert np.array_equal(one, other), path
 
 
 def test_experts_on_devices_of_their_own_are_for_the_reference():
     cfg = small()
-    problem = fused_decode.obstacle(cfg, tiled_tree(init_params(cfg, 0, "float32")), Rules(experts="model"))
+    problem = fused_decode.unsupported_reason(cfg, tile_params(init_params(cfg, 0, "float32")), Rules(experts="model"))
     assert problem == "they run on devices that split heads, widths and vocabulary, not experts"

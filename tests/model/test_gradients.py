@@ -10,21 +10,21 @@ import pytest
 
 from glm_jax.model import GLM
 from glm_jax.ops import experts
-from glm_jax.weights.params import leaves
+from glm_jax.weights.params import leaves_with_path
 from tests.builders.hf_checkpoints import Tensors, to_params
-from tests.builders.hf_configs import odd
-from tests.builders.jitted_model import QUICK_COMPILE, Array, tokens
-from tests.builders.small_models import VARIANTS, Small
-from tests.reference import Reference
+from tests.builders.hf_configs import odd_size_config
+from tests.builders.jitted_model import QUICK_COMPILE, Array, random_tokens
+from tests.builders.small_models import MODEL_VARIANTS, SmallModel
+from tests.reference import ReferenceModel
 
 
-def loss_weights(small: Small, ids: Array) -> Array:
+def loss_weights(small: SmallModel, ids: Array) -> Array:
     """Fixed random weights [2, T, V]: the loss is their product with the logits, and with the drafted logits if any."""
     shape = (2, len(ids) - 1, small.config["vocab_size"])
     return (np.random.default_rng(31).standard_normal(shape) / shape[1]).astype(np.float32)
 
 
-def our_gradients(small: Small, ids: Array, form: str) -> Any:
+def our_gradients(small: SmallModel, ids: Array, form: str) -> Any:
     weights = jnp.asarray(loss_weights(small, ids))
     model, inputs, following = GLM(small.cfg), jnp.asarray(ids[None, :-1]), jnp.asarray(ids[None, 1:])
 
@@ -40,8 +40,8 @@ def our_gradients(small: Small, ids: Array, form: str) -> Any:
     return jax.jit(jax.grad(loss), compiler_options=QUICK_COMPILE)(small.params)
 
 
-def reference_loss(small: Small, tensors: Tensors, ids: Array) -> float:
-    reference, weights = Reference(tensors, small.config), loss_weights(small, ids)
+def reference_loss(small: SmallModel, tensors: Tensors, ids: Array) -> float:
+    reference, weights = ReferenceModel(tensors, small.config), loss_weights(small, ids)
     hidden = reference.hidden(ids[:-1])
     loss = np.sum(weights[0] * reference.head(hidden))
     if small.cfg.num_nextn_predict_layers:
@@ -49,7 +49,7 @@ def reference_loss(small: Small, tensors: Tensors, ids: Array) -> float:
     return float(loss)
 
 
-def directions(small: Small) -> dict[str, Tensors]:
+def directions(small: SmallModel) -> dict[str, Tensors]:
     """A random direction for every kind of tensor: all tensors of that kind, over layers and experts, move together."""
     rng, kinds = np.random.default_rng(32), defaultdict(dict)
     for name, value in small.tensors.items():
@@ -62,7 +62,7 @@ def directions(small: Small) -> dict[str, Tensors]:
     return dict(kinds)
 
 
-def moved(small: Small, direction: Tensors, step: float) -> Tensors:
+def moved(small: SmallModel, direction: Tensors, step: float) -> Tensors:
     """The tensors, a step along a direction; the MTP copies stay equal to the main embedding and head."""
     tensors = {name: value.astype(np.float64) for name, value in small.tensors.items()}
     tensors |= {name: tensors[name] + step * change for name, change in direction.items()}
@@ -74,23 +74,23 @@ def moved(small: Small, direction: Tensors, step: float) -> Tensors:
     return tensors
 
 
-SCANNED = Small(odd(num_nextn_predict_layers=0), seed=35)
-DRAFTED = Small(odd(q_lora_rank=None, rope_interleave=False, num_hidden_layers=2), seed=34)
+SCANNED = SmallModel(odd_size_config(num_nextn_predict_layers=0), seed=35)
+DRAFTED = SmallModel(odd_size_config(q_lora_rank=None, rope_interleave=False, num_hidden_layers=2), seed=34)
 # The lengths choose the two sparse ways to apply the experts: sorted into blocks, and pair by pair.
 GRADED = {"scanned_blocks": (SCANNED, "expanded", 7), "drafted_pairs": (DRAFTED, "absorbed", 3)}
 
 
 @pytest.mark.parametrize(("small", "form", "length"), GRADED.values(), ids=GRADED)
-def test_gradients_are_finite_differences(small: Small, form: str, length: int) -> None:
-    ids = tokens(small.config, length + 1, seed=30)
-    assert experts.cheapest(length, 3, 7) == ("blocks" if length == 7 else "pairs")
-    gradients = dict(leaves(our_gradients(small, ids, form)))
+def test_gradients_are_finite_differences(small: SmallModel, form: str, length: int) -> None:
+    ids = random_tokens(small.config, length + 1, seed=30)
+    assert experts.select_expert_method(length, 3, 7) == ("blocks" if length == 7 else "pairs")
+    gradients = dict(leaves_with_path(our_gradients(small, ids, form)))
     zero = {key: np.zeros(value.shape) for key, value in small.tensors.items()}
     step = 1e-5
     for kind, direction in directions(small).items():
         ahead, behind = (reference_loss(small, moved(small, direction, s), ids) for s in (step, -step))
         expected = (ahead - behind) / (2 * step)
-        along = dict(leaves(to_params({**zero, **direction}, small.cfg, np.float64)))
+        along = dict(leaves_with_path(to_params({**zero, **direction}, small.cfg, np.float64)))
         actual = sum(float(np.sum(np.asarray(gradients[path], np.float64) * d)) for path, d in along.items())
         size = np.sqrt(
             sum(np.sum(np.square(gradients[path], dtype=np.float64)) for path, d in along.items() if d.any())
@@ -108,7 +108,7 @@ METHODS = ["pairs", "blocks", "batched", "dense"]
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_the_ways_to_apply_experts_agree(rows: int) -> None:
     """Values and gradients, with experts that nobody chose and one that all chose."""
-    small = VARIANTS["groups"]
+    small = MODEL_VARIANTS["groups"]
     stacked = {name: small.params["runs"]["1"]["moe"][name] for name in ("gate", "up", "down")}
     rng = np.random.default_rng(33)
     x = jnp.asarray(rng.standard_normal((rows, 40)), jnp.float32)

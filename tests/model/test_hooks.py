@@ -11,12 +11,12 @@ import pytest
 from glm_jax.cache import LatentCache
 from glm_jax.errors import ConfigError
 from glm_jax.model import GLM, activation_names
-from tests.builders.jitted_model import QUICK_COMPILE, Array, close, positions, tokens
-from tests.builders.small_models import VARIANTS
+from tests.builders.jitted_model import QUICK_COMPILE, Array, is_close, make_positions, random_tokens
+from tests.builders.small_models import MODEL_VARIANTS
 
-SMALL = VARIANTS["odd"]
+SMALL = MODEL_VARIANTS["odd"]
 NAMES = activation_names(SMALL.cfg)
-TOKENS = tokens(SMALL.config, 1, 9, seed=20)
+TOKENS = random_tokens(SMALL.config, 1, 9, seed=20)
 
 
 def test_names_of_the_contract() -> None:
@@ -50,8 +50,8 @@ def edited() -> Any:
 def test_identity_edits_change_nothing(edited: Any) -> None:
     logits, _, trace = edited({})
     record: dict[str, Array] = {}
-    assert close(np.asarray(logits)[0], SMALL.reference.logits(TOKENS[0], record=record))
-    assert all(close(np.asarray(trace[name])[0], record[name]) for name in NAMES)
+    assert is_close(np.asarray(logits)[0], SMALL.reference.logits(TOKENS[0], record=record))
+    assert all(is_close(np.asarray(trace[name])[0], record[name]) for name in NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,16 +59,16 @@ def test_an_edit_acts_where_its_name_says(edited: Any, name: str) -> None:
     logits, _, trace = edited({name: (0.25, -0.5)})
     record: dict[str, Array] = {}
     expected = SMALL.reference.logits(TOKENS[0], record=record, edits={name: lambda value: change(value, 0.25, -0.5)})
-    assert close(np.asarray(logits)[0], expected)
-    assert close(np.asarray(trace[name])[0], record[name])  # what is traced is what went on
-    assert not close(expected, SMALL.reference.logits(TOKENS[0]))
+    assert is_close(np.asarray(logits)[0], expected)
+    assert is_close(np.asarray(trace[name])[0], record[name])  # what is traced is what went on
+    assert not is_close(expected, SMALL.reference.logits(TOKENS[0]))
 
 
 def test_several_edits_at_once(edited: Any) -> None:
     drawn = np.random.default_rng(21).integers(-4, 8, (len(NAMES), 2)) / 8
     changes = {name: (float(keep), float(turn)) for name, (keep, turn) in zip(NAMES, drawn, strict=True)}
     edits = {name: lambda value, a=a: change(value, *a) for name, a in changes.items()}
-    assert close(np.asarray(edited(changes)[0])[0], SMALL.reference.logits(TOKENS[0], edits=edits))
+    assert is_close(np.asarray(edited(changes)[0])[0], SMALL.reference.logits(TOKENS[0], edits=edits))
 
 
 @pytest.mark.parametrize(
@@ -78,20 +78,20 @@ def test_several_edits_at_once(edited: Any) -> None:
 def test_no_routing_is_no_routed_experts(edited: Any, name: str, equivalent: str) -> None:
     """Zero weights and a zero routed sum leave the shared expert alone, in our model and in the reference."""
     zero = np.asarray(edited({name: (0.0, 0.0)})[0])[0]
-    assert close(zero, SMALL.reference.logits(TOKENS[0], edits={equivalent: np.zeros_like}))
+    assert is_close(zero, SMALL.reference.logits(TOKENS[0], edits={equivalent: np.zeros_like}))
 
 
 def test_trace_with_a_cache_and_in_the_middle_of_a_row() -> None:
-    ids, cache = tokens(SMALL.config, 2, 9, seed=22), SMALL.cache(2, 9)
+    ids, cache = random_tokens(SMALL.config, 2, 9, seed=22), SMALL.cache(2, 9)
     names = ("block.2.attn", "block.0.mlp", "norm")
     for start in (0, 3, 6):
         piece = ids[:, start : start + 3]
-        _, cache, trace = SMALL.apply(piece, positions=positions(piece, start), cache=cache, trace=names)
+        _, cache, trace = SMALL.apply(piece, positions=make_positions(piece, start), cache=cache, trace=names)
         assert set(trace) == set(names)
     for row in range(2):
         record: dict[str, Array] = {}
         SMALL.reference.hidden(ids[row], record=record)
-        assert all(close(np.asarray(trace[name])[row], record[name][6:]) for name in names)
+        assert all(is_close(np.asarray(trace[name])[row], record[name][6:]) for name in names)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
@@ -126,17 +126,17 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "positions_shape": (TOKENS, {"positions": np.zeros((1, 8), np.int32)}, r"\(1, 8\).*\(1, 9\)"),
     "cache_rows": (
         TOKENS,
-        {"positions": positions(TOKENS), "cache": SMALL.cache(2, 9)},
+        {"positions": make_positions(TOKENS), "cache": SMALL.cache(2, 9)},
         r"\(3, 2, 9, 18\).*\(3, 1, 9, 18\)",
     ),
     "cache_layers": (
         TOKENS,
-        {"positions": positions(TOKENS), "cache": SMALL.cache(1, 9, layers=2)},
+        {"positions": make_positions(TOKENS), "cache": SMALL.cache(1, 9, layers=2)},
         r"\(2, 1, 9, 18\)",
     ),
     "cache_width": (
         TOKENS,
-        {"positions": positions(TOKENS), "cache": LatentCache(jnp.zeros((3, 1, 9, 19)))},
+        {"positions": make_positions(TOKENS), "cache": LatentCache(jnp.zeros((3, 1, 9, 19)))},
         r"\(3, 1, 9, 19\)",
     ),
 }
@@ -155,6 +155,6 @@ def test_draft_refuses_states_and_caches_of_another_shape() -> None:
 
     with pytest.raises(ConfigError, match=r"hidden \(1, 8, 40\).*\(1, 9\)"):
         draft(np.zeros((1, 8, 40), np.float32))
-    place = {"positions": jnp.asarray(positions(TOKENS)), "cache": SMALL.cache(1, 9)}
+    place = {"positions": jnp.asarray(make_positions(TOKENS)), "cache": SMALL.cache(1, 9)}
     with pytest.raises(ConfigError, match=r"\(3, 1, 9, 18\).*\(1, 1, 9, 18\)"):
         draft(np.zeros((1, 9, 40), np.float32), **place)

@@ -12,19 +12,21 @@ from glm_jax.cache import LatentCache
 from glm_jax.config import Config
 from glm_jax.errors import ShardingError
 from glm_jax.model import GLM, activation_names
-from glm_jax.sharding import MESH_AXES, Rules, make_mesh, preset
-from glm_jax.weights.params import init_params, leaves, param_specs
+from glm_jax.sharding import MESH_AXES, Rules, get_sharding_preset, make_mesh
+from glm_jax.weights.params import init_params, leaves_with_path, param_specs
 from glm_jax.weights.storage import abstract_params
-from tests.builders.hf_configs import odd
-from tests.builders.jitted_model import QUICK_COMPILE, Array, close, positions, tokens
-from tests.builders.small_models import Small
+from tests.builders.hf_configs import odd_size_config
+from tests.builders.jitted_model import QUICK_COMPILE, Array, is_close, make_positions, random_tokens
+from tests.builders.small_models import SmallModel
 
 # Sizes that four devices divide, and that stay unequal.
-SMALL = Small(
-    odd(num_attention_heads=4, num_key_value_heads=4, vocab_size=132, moe_intermediate_size=12, intermediate_size=56),
+SMALL = SmallModel(
+    odd_size_config(
+        num_attention_heads=4, num_key_value_heads=4, vocab_size=132, moe_intermediate_size=12, intermediate_size=56
+    ),
     seed=40,
 )
-RULES = preset("latency")
+RULES = get_sharding_preset("latency")
 LENGTH = 16
 
 
@@ -54,8 +56,8 @@ def on_mesh(mesh: Any, method: str | None = None, **static: Any) -> Any:
 
 
 def test_every_parameter_lies_where_the_rules_say(mesh: Any) -> None:
-    made = dict(leaves(init_params(SMALL.cfg, 0, "float32", RULES, mesh)))
-    for path, spec in leaves(param_specs(SMALL.cfg)):
+    made = dict(leaves_with_path(init_params(SMALL.cfg, 0, "float32", RULES, mesh)))
+    for path, spec in leaves_with_path(param_specs(SMALL.cfg)):
         expected = NamedSharding(mesh, PartitionSpec(*(getattr(RULES, a) if a else None for a in spec.axes)))
         assert made[path].sharding == expected, path
         assert {shard.device for shard in made[path].addressable_shards} == set(jax.devices()[:4])
@@ -86,7 +88,7 @@ def test_every_parameter_lies_where_the_rules_say(mesh: Any) -> None:
     ],
 )
 def test_latency_splits_heads_widths_and_vocabulary(mesh: Any, path: str, dimension: int | None) -> None:
-    leaf = dict(leaves(abstract_params(SMALL.cfg, "float32", RULES, mesh)))[tuple(path.split("."))]
+    leaf = dict(leaves_with_path(abstract_params(SMALL.cfg, "float32", RULES, mesh)))[tuple(path.split("."))]
     part = list(leaf.shape)
     if dimension is not None:
         part[dimension] //= 4
@@ -94,22 +96,22 @@ def test_latency_splits_heads_widths_and_vocabulary(mesh: Any, path: str, dimens
 
 
 def test_logits_and_every_activation(mesh: Any, sharded: Any) -> None:
-    names, ids = activation_names(SMALL.cfg), tokens(SMALL.config, 2, LENGTH, seed=41)
+    names, ids = activation_names(SMALL.cfg), random_tokens(SMALL.config, 2, LENGTH, seed=41)
     logits, _, trace = on_mesh(mesh, trace=names)(sharded, ids)
     for row in range(2):
         record: dict[str, Array] = {}
         expected = SMALL.reference.logits(ids[row], record=record)
         assert np.abs(np.asarray(logits)[row] - expected).max() < 1e-4
-        assert close(np.asarray(logits)[row], expected)
-        assert all(close(np.asarray(trace[name])[row], record[name]) for name in names)
+        assert is_close(np.asarray(logits)[row], expected)
+        assert all(is_close(np.asarray(trace[name])[row], record[name]) for name in names)
 
 
 def test_greedy_tokens_and_cache(mesh: Any, sharded: Any) -> None:
     """A padded prompt, then steps: logits within 1e-4 of the single device's, and its greedy tokens."""
     run, lengths = on_mesh(mesh), np.array([8, 3])
-    ids = tokens(SMALL.config, 2, 8, seed=42)
+    ids = random_tokens(SMALL.config, 2, 8, seed=42)
     cache = LatentCache.create(SMALL.cfg, 2, LENGTH, jnp.float32, rules=RULES, mesh=mesh)
-    place = positions(ids)
+    place = make_positions(ids)
     new: list[Array] = []
     for step in range(6):
         here, cache = run(sharded, ids, positions=place, cache=cache)
@@ -120,18 +122,20 @@ def test_greedy_tokens_and_cache(mesh: Any, sharded: Any) -> None:
         at = lengths - 1 if step == 0 else np.zeros(2, int)
         new.append(np.asarray(here)[np.arange(2), at].argmax(-1).astype(np.int32))
         ids, place = new[-1][:, None], (lengths + step).astype(np.int32)[:, None]
-    expected = [SMALL.reference.greedy(tokens(SMALL.config, 2, 8, seed=42)[r, : lengths[r]], 6) for r in range(2)]
+    expected = [
+        SMALL.reference.greedy(random_tokens(SMALL.config, 2, 8, seed=42)[r, : lengths[r]], 6) for r in range(2)
+    ]
     assert np.stack(new, axis=1).tolist() == expected
     assert cache.data.sharding.is_fully_replicated
 
 
 def test_draft(mesh: Any, sharded: Any) -> None:
-    ids = tokens(SMALL.config, 1, LENGTH + 1, seed=43)
+    ids = random_tokens(SMALL.config, 1, LENGTH + 1, seed=43)
     hidden = SMALL.reference.hidden(ids[0, :-1])
     logits, state, _ = on_mesh(mesh, "draft")(sharded, hidden[None].astype(np.float32), ids[:, 1:])
     expected, after = SMALL.reference.draft(hidden, ids[0, 1:])
-    assert close(np.asarray(logits)[0], expected)
-    assert close(np.asarray(state)[0], after)
+    assert is_close(np.asarray(logits)[0], expected)
+    assert is_close(np.asarray(state)[0], after)
 
 
 def test_rules_without_a_mesh_say_what_to_do() -> None:
@@ -153,7 +157,7 @@ def test_flash_on_four_devices_is_possible(mesh: Any) -> None:
 
 def test_an_axis_can_split_an_array_once() -> None:
     with pytest.raises(ShardingError, match="twice"):
-        Rules(heads="model", embed="model").spec("heads", "embed")
+        Rules(heads="model", embed="model").partition_spec("heads", "embed")
 
 
 def test_rules_must_fit_the_mesh(mesh: Any) -> None:
@@ -163,7 +167,7 @@ def test_rules_must_fit_the_mesh(mesh: Any) -> None:
 
 def test_names_and_numbers_that_are_not_there() -> None:
     with pytest.raises(ShardingError, match=r"fastest.*latency"):
-        preset("fastest")
+        get_sharding_preset("fastest")
     for devices in (0, 9, -1):
         with pytest.raises(ShardingError, match=rf"mesh={devices}.*8 cpu"):
             make_mesh(devices)

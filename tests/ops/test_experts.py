@@ -25,7 +25,7 @@ def _expected(x: np.ndarray, routing: experts.Routing, w: dict[str, Any]) -> np.
     gate, up, down = (np.asarray(w[name][0], np.float64) for name in ("gate", "up", "down"))
     out = np.zeros(x.shape)
     for token, (chosen, weights) in enumerate(
-        zip(np.asarray(routing.experts), np.asarray(routing.weights), strict=True)
+        zip(np.asarray(routing.expert_ids), np.asarray(routing.weights), strict=True)
     ):
         for expert, weight in zip(chosen, weights, strict=True):
             if expert < EXPERTS:
@@ -39,15 +39,15 @@ def _expected(x: np.ndarray, routing: experts.Routing, w: dict[str, Any]) -> np.
 def test_methods_agree(tokens: int, load: str) -> None:
     rng = np.random.default_rng(tokens)
     x, w = rng.standard_normal((tokens, HIDDEN)).astype(np.float32), _weights(rng)
-    experts = np.stack([rng.permutation(EXPERTS)[:CHOSEN] for _ in range(tokens)]).astype(np.int32)
+    chosen = np.stack([rng.permutation(EXPERTS)[:CHOSEN] for _ in range(tokens)]).astype(np.int32)
     if load == "warm":  # a few rows more than "batched" has room for; when hot, many more
-        experts[:, 0] = 2
+        chosen[:, 0] = 2
     if load == "hot":
-        experts[:] = [2, 5, 7]
+        chosen[:] = [2, 5, 7]
     if load == "some elsewhere":
-        experts[rng.random(experts.shape) < 0.6] = EXPERTS  # on another device
-    routing = experts.Routing(jnp.asarray(experts), jnp.asarray(rng.random((tokens, CHOSEN), np.float32)))
-    routing = routing._replace(weights=jnp.where(routing.experts < EXPERTS, routing.weights, 0.0))
+        chosen[rng.random(chosen.shape) < 0.6] = EXPERTS  # on another device
+    routing = experts.Routing(jnp.asarray(chosen), jnp.asarray(rng.random((tokens, CHOSEN), np.float32)))
+    routing = routing._replace(weights=jnp.where(routing.expert_ids < EXPERTS, routing.weights, 0.0))
     expected = _expected(x, routing, w)
     for method in ("pairs", "blocks", "batched", "dense"):
         found = jax.jit(lambda x, r, w, m=method: experts.apply_experts(x, r, w, 0, method=m))(x, routing, w)
@@ -55,7 +55,7 @@ def test_methods_agree(tokens: int, load: str) -> None:
 
 
 def test_a_batch_is_used_only_where_nothing_is_copied() -> None:
-    assert experts.cheapest(512, 4, 64, in_place=True) == "batched"
-    assert experts.cheapest(512, 4, 64) == "blocks"
-    assert experts.cheapest(8, 4, 64, in_place=True) == "pairs"
-    assert experts.cheapest(512, 4, 8, in_place=True) == "dense"
+    assert experts.select_expert_method(512, 4, 64, in_place=True) == "batched"
+    assert experts.select_expert_method(512, 4, 64) == "blocks"
+    assert experts.select_expert_method(8, 4, 64, in_place=True) == "pairs"
+    assert experts.select_expert_method(512, 4, 8, in_place=True) == "dense"

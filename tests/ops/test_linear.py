@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from glm_jax.ops.linear import embed, heads_linear, linear, pick
+from glm_jax.ops.linear import embed_tokens, index_weight, linear, per_head_linear
 from glm_jax.weights import Bfloat16Bits
 
 RNG = np.random.default_rng(50)
@@ -68,18 +68,18 @@ def test_gradients(rows: int) -> None:
 def test_heads(weight: Any) -> None:
     """[experts, out, in] as heads: each head has its own matrix, or its transpose."""
     x, y = (RNG.standard_normal((2, 4, 3, size)).astype(np.float32) for size in (20, 7))
-    out = jax.jit(lambda x, i: heads_linear(x, weight, i))(x, jnp.int32(1))
+    out = jax.jit(lambda x, i: per_head_linear(x, weight, i))(x, jnp.int32(1))
     np.testing.assert_allclose(out, np.einsum("btni,noi->btno", x.astype(np.float64), EXACT[1]), atol=1e-5)
-    back = jax.jit(lambda y, i: heads_linear(y, weight, i, transpose=True))(y, jnp.int32(1))
+    back = jax.jit(lambda y, i: per_head_linear(y, weight, i, transpose=True))(y, jnp.int32(1))
     np.testing.assert_allclose(back, np.einsum("btno,noi->btni", y.astype(np.float64), EXACT[1]), atol=1e-5)
 
 
 @pytest.mark.parametrize("weight", FORMS.values(), ids=FORMS)
 def test_pick_and_embed_are_exact(weight: Any) -> None:
-    picked = jax.jit(lambda i: pick(weight, i, 2))(jnp.int32(1))
+    picked = jax.jit(lambda i: index_weight(weight, i, 2))(jnp.int32(1))
     assert np.array_equal(np.asarray(picked).astype(np.float64), EXACT[1, 2])
     table = jax.tree.map(lambda leaf: leaf[0, 0], weight)
-    rows = jax.jit(lambda t: embed(table, t, first_row=10))(jnp.asarray([[10, 16, 9, 17]]))
+    rows = jax.jit(lambda t: embed_tokens(table, t, first_row=10))(jnp.asarray([[10, 16, 9, 17]]))
     assert rows.dtype == weight.dtype
     expected = np.stack([EXACT[0, 0, 0], EXACT[0, 0, 6], np.zeros(20), np.zeros(20)])
     assert np.array_equal(np.asarray(rows)[0].astype(np.float64), expected)

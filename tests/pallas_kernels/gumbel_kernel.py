@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
-from pallas_kernels.sample.triton import gumbel
+from pallas_kernels.sample.triton import gumbel_noise
 
 
 @triton.jit
-def noise_kernel(seed, position, out, N: tl.constexpr):
+def gumbel_noise_kernel(seed, position, out, N: tl.constexpr):
     """Noise of the ids up to N."""
     ids = tl.arange(0, N)
-    tl.store(out + ids, gumbel(tl.load(seed), tl.load(seed + 1), tl.load(position), ids))
+    tl.store(out + ids, gumbel_noise(tl.load(seed), tl.load(seed + 1), tl.load(position), ids))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.tiles import BITS, decode
+from pallas_kernels.tiles import BITS_PER_QVALUE, decode_qvalues
 
 pytestmark = pytest.mark.kernels
 KINDS = ["int4", "uint4", "fp4", "int8", "uint8", "fp8", "bfloat16"]
@@ -85,15 +85,17 @@ def run(text, first, second):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_code_in_every_place(kind):
     """Each beside random neighbours, which must not be seen."""
-    from pallas_kernels._dequantize import assembly
+    from pallas_kernels._dequantize import dequant_ptx
 
-    bits, rng = BITS[kind], np.random.default_rng(0)
+    bits, rng = BITS_PER_QVALUE[kind], np.random.default_rng(0)
     codes = np.arange(1 << bits, dtype=np.uint32)
-    expected = np.asarray(decode(jnp.asarray(codes), kind))
+    expected = np.asarray(decode_qvalues(jnp.asarray(codes), kind))
     for place in range(32 // bits):
         shift, hole = np.uint32(place * bits), np.uint32(((1 << bits) - 1) << (place * bits))
         noise = [rng.integers(0, 1 << 32, codes.size, np.uint32) & ~hole for _ in range(2)]
-        low, high = halves(run(assembly(kind, place), noise[0] | (codes << shift), noise[1] | (codes[::-1] << shift)))
+        low, high = halves(
+            run(dequant_ptx(kind, place), noise[0] | (codes << shift), noise[1] | (codes[::-1] << shift))
+        )
         finite = np.isfinite(expected)  # a weight is never one of the others
         np.testing.assert_array_equal(low[finite], expected[finite])
         np.testing.assert_array_equal(high[finite[::-1]], expected[::-1][finite[::-1]])

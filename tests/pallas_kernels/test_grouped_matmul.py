@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels._launch import LaunchError
-from pallas_kernels.grouped_matmul import Blocks, gated, height, matmul
-from pallas_kernels.grouped_matmul.config import RowsShape
-from pallas_kernels.grouped_matmul.reference import gated_ref, matmul_ref
-from tests.pallas_kernels.builders import assert_close, normal, tiles
+from pallas_kernels.grouped_matmul import RowBlocks, choose_block_m, gated_linear_unit, grouped_matmul
+from pallas_kernels.grouped_matmul.config import GroupedMatmulConfig
+from pallas_kernels.grouped_matmul.reference import gated_linear_unit_ref, grouped_matmul_ref
+from tests.pallas_kernels.builders import assert_close, make_random_tiles, random_normal
 
 pytestmark = pytest.mark.kernels
 ONE = jnp.ones(1, jnp.int32)
@@ -30,42 +30,45 @@ def in_blocks(owner_of_row, experts, rows):
             part = mine[first : first + rows]
             owners.append(expert)
             table.append(part + [-1] * (rows - len(part)))
-    return Blocks(jnp.asarray([*owners, -1], jnp.int32), jnp.asarray([*table, [-1] * rows], jnp.int32))
+    return RowBlocks(jnp.asarray([*owners, -1], jnp.int32), jnp.asarray([*table, [-1] * rows], jnp.int32))
 
 
 @pytest.mark.parametrize(("kind", "group"), STORAGES)
 def test_storages(kind, group):
     rng = np.random.default_rng(0)
-    weight, other = (tiles(rng, (2, 96, 256), kind, group) for _ in range(2))
-    x = normal(rng, 21, 256)
-    assert_close(jax.jit(matmul)(x, weight, ONE), matmul_ref(x, weight, ONE))
-    assert_close(jax.jit(gated)(x, weight, other, ONE), gated_ref(x, weight, other, ONE))
+    weight, other = (make_random_tiles(rng, (2, 96, 256), kind, group) for _ in range(2))
+    x = random_normal(rng, 21, 256)
+    assert_close(jax.jit(grouped_matmul)(x, weight, ONE), grouped_matmul_ref(x, weight, ONE))
+    assert_close(jax.jit(gated_linear_unit)(x, weight, other, ONE), gated_linear_unit_ref(x, weight, other, ONE))
 
 
 @pytest.mark.parametrize("scale", ["bfloat16", "float16", "float32"])
 def test_dtypes_of_scales(scale):
     rng = np.random.default_rng(1)
-    weight = tiles(rng, (2, 64, 128), "int4", 32, scale=scale)
-    x = normal(rng, 17, 128)
-    assert_close(matmul(x, weight, ONE), matmul_ref(x, weight, ONE))
+    weight = make_random_tiles(rng, (2, 64, 128), "int4", 32, scale=scale)
+    x = random_normal(rng, 17, 128)
+    assert_close(grouped_matmul(x, weight, ONE), grouped_matmul_ref(x, weight, ONE))
 
 
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 64, 128), (130, 40, 72), (33, 200, 136), (16, 128, 320)])
 @pytest.mark.parametrize("block_n", [32, 64])
 def test_sizes_that_fill_no_block(rows, outputs, inputs, block_n):
     rng = np.random.default_rng(rows)
-    weight = tiles(rng, (2, outputs, inputs), "int8")
-    x = normal(rng, rows, inputs)
-    shape = RowsShape(block_m=height(rows, 1), block_n=block_n)
-    assert_close(matmul(x, weight, ONE, shape=shape), matmul_ref(x, weight, ONE))
-    assert_close(gated(x, weight, weight, ONE, shape=shape), gated_ref(x, weight, weight, ONE))
+    weight = make_random_tiles(rng, (2, outputs, inputs), "int8")
+    x = random_normal(rng, rows, inputs)
+    shape = GroupedMatmulConfig(block_m=choose_block_m(rows, 1), block_n=block_n)
+    assert_close(grouped_matmul(x, weight, ONE, config=shape), grouped_matmul_ref(x, weight, ONE))
+    assert_close(gated_linear_unit(x, weight, weight, ONE, config=shape), gated_linear_unit_ref(x, weight, weight, ONE))
 
 
 def test_two_tiles_in_a_block():
     rng = np.random.default_rng(2)
-    weight = tiles(rng, (2, 230, 128), "int4", 64)
-    x = normal(rng, 20, 128)
-    assert_close(matmul(x, weight, ONE, shape=RowsShape(block_m=32, block_n=128)), matmul_ref(x, weight, ONE))
+    weight = make_random_tiles(rng, (2, 230, 128), "int4", 64)
+    x = random_normal(rng, 20, 128)
+    assert_close(
+        grouped_matmul(x, weight, ONE, config=GroupedMatmulConfig(block_m=32, block_n=128)),
+        grouped_matmul_ref(x, weight, ONE),
+    )
 
 
 @settings(max_examples=6, deadline=None)
@@ -75,37 +78,37 @@ def test_experts(data, tokens, experts):
     chosen = data.draw(st.integers(1, min(3, experts)))
     owners = data.draw(st.lists(st.integers(-1, experts - 1), min_size=tokens * chosen, max_size=tokens * chosen))
     rng = np.random.default_rng(tokens)
-    gate, up = (tiles(rng, (2, experts, 48, 64), "int8") for _ in range(2))
-    down = tiles(rng, (2, experts, 64, 48), "int4", 16)
-    x, factors = normal(rng, tokens, 64), normal(rng, tokens * chosen)
+    gate, up = (make_random_tiles(rng, (2, experts, 48, 64), "int8") for _ in range(2))
+    down = make_random_tiles(rng, (2, experts, 64, 48), "int4", 16)
+    x, factors = random_normal(rng, tokens, 64), random_normal(rng, tokens * chosen)
     blocks = in_blocks(owners, experts, 16)
     there = np.asarray(owners) >= 0
-    h = gated_ref(x, gate, up, ONE, blocks=blocks, chosen=chosen)
-    found = gated(x, gate, up, ONE, blocks=blocks, chosen=chosen)
+    h = gated_linear_unit_ref(x, gate, up, ONE, blocks=blocks, outputs_per_row=chosen)
+    found = gated_linear_unit(x, gate, up, ONE, blocks=blocks, outputs_per_row=chosen)
     assert_close(np.asarray(found)[there], np.asarray(h)[there])
-    expected = matmul_ref(h, down, ONE, blocks=blocks, factors=factors)
-    found = matmul(h, down, ONE, blocks=blocks, factors=factors)
+    expected = grouped_matmul_ref(h, down, ONE, blocks=blocks, row_scales=factors)
+    found = grouped_matmul(h, down, ONE, blocks=blocks, row_scales=factors)
     assert_close(np.asarray(found)[there], np.asarray(expected)[there])
 
 
 def test_one_expert_takes_every_row():
     rng = np.random.default_rng(3)
-    weight = tiles(rng, (2, 4, 64, 64), "int8")
-    x = normal(rng, 70, 64)
+    weight = make_random_tiles(rng, (2, 4, 64, 64), "int8")
+    x = random_normal(rng, 70, 64)
     blocks = in_blocks([2] * 70, 4, 32)
-    assert_close(matmul(x, weight, ONE, blocks=blocks), matmul_ref(x, weight, ONE, blocks=blocks))
+    assert_close(grouped_matmul(x, weight, ONE, blocks=blocks), grouped_matmul_ref(x, weight, ONE, blocks=blocks))
 
 
 def test_what_does_not_fit_together():
     rng = np.random.default_rng(4)
-    weight, other = tiles(rng, (2, 64, 64), "int8"), tiles(rng, (2, 64, 64), "int4", 32)
-    x = normal(rng, 4, 64)
+    weight, other = make_random_tiles(rng, (2, 64, 64), "int8"), make_random_tiles(rng, (2, 64, 64), "int4", 32)
+    x = random_normal(rng, 4, 64)
     with pytest.raises(LaunchError, match="stored in the same way"):
-        gated(x, weight, other, ONE)
+        gated_linear_unit(x, weight, other, ONE)
     with pytest.raises(LaunchError, match=r"rows \[4, 32\] do not fit a matrix of 64 inputs"):
-        matmul(x[:, :32], weight, ONE)
+        grouped_matmul(x[:, :32], weight, ONE)
     with pytest.raises(LaunchError, match=r"stack \[2\] of matrices"):
-        matmul(x, weight, ONE, blocks=in_blocks([0] * 4, 1, 16))
-    stack = tiles(rng, (2, 3, 64, 64), "int8")
+        grouped_matmul(x, weight, ONE, blocks=in_blocks([0] * 4, 1, 16))
+    stack = make_random_tiles(rng, (2, 3, 64, 64), "int8")
     with pytest.raises(LaunchError, match="blocks of 16 rows, and programs of 32"):
-        matmul(x, stack, ONE, blocks=in_blocks([0] * 4, 3, 16), shape=RowsShape(block_m=32))
+        grouped_matmul(x, stack, ONE, blocks=in_blocks([0] * 4, 3, 16), config=GroupedMatmulConfig(block_m=32))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import LaunchError, Target, _device, _launch, _launch_backends, compiling_for
-from pallas_kernels._compile import compile_kernel, kept_in_private
+from pallas_kernels._compile import compile_kernel, private_triton_cache
 
 triton = pytest.importorskip("triton")
 CARD = Target("a card", 90, 132)
@@ -20,11 +20,11 @@ CARD = Target("a card", 90, 132)
 @pytest.fixture(autouse=True)
 def on_a_card(monkeypatch):
     """A card is said to be there, on which nothing has been tried yet."""
-    monkeypatch.setattr(_device, "_present", lambda: CARD)
+    monkeypatch.setattr(_device, "_detect_target", lambda: CARD)
     monkeypatch.delenv("CUDA_CACHE_DISABLE", raising=False)
-    _launch_backends._found.cache_clear()
+    _launch_backends._find_backend.cache_clear()
     yield
-    _launch_backends._found.cache_clear()
+    _launch_backends._find_backend.cache_clear()
 
 
 def adds(amount, tried):
@@ -40,13 +40,13 @@ def fails(what, x):
 
 
 def with_routes(monkeypatch, ptx, jax_triton):
-    monkeypatch.setattr(_launch_backends, "_ROUTES", {"ptx": ptx, "jax-triton": jax_triton})
+    monkeypatch.setattr(_launch_backends, "_BACKENDS", {"ptx": ptx, "jax-triton": jax_triton})
 
 
 def test_the_call_for_ptx_is_tried_once_and_taken(monkeypatch):
     tried = []
     with_routes(monkeypatch, adds(1, tried), fails)
-    assert [_launch_backends.route() for _ in range(3)] == ["ptx"] * 3
+    assert [_launch_backends.select_backend() for _ in range(3)] == ["ptx"] * 3
     (what,) = tried
     assert what.compiled.shared_memory > 48 << 10  # more than a program has without asking
     assert "add_one_kernel" in what.compiled.ptx
@@ -58,7 +58,7 @@ def test_it_is_tried_while_a_program_is_traced(monkeypatch):
 
     @jax.jit
     def program(x):
-        doubled = jax.lax.fori_loop(0, 2, lambda _, y: y * (2 if _launch_backends.route() == "ptx" else 0), x)
+        doubled = jax.lax.fori_loop(0, 2, lambda _, y: y * (2 if _launch_backends.select_backend() == "ptx" else 0), x)
         return doubled + 1
 
     np.testing.assert_array_equal(program(jnp.ones(2)), 5)
@@ -71,32 +71,32 @@ def test_it_is_tried_while_a_program_is_traced(monkeypatch):
 def test_jax_triton_is_the_second_choice_and_said_once(monkeypatch, broken, reason):
     with_routes(monkeypatch, broken, adds(1, []))
     with pytest.warns(RuntimeWarning, match="launched by jax-triton") as warned:
-        assert _launch_backends.route() == "jax-triton"
+        assert _launch_backends.select_backend() == "jax-triton"
     assert f"({reason})" in str(warned[0].message)
     assert len(warned) == 1
-    assert _launch_backends.route() == "jax-triton"  # another warning would fail the test
+    assert _launch_backends.select_backend() == "jax-triton"  # another warning would fail the test
 
 
 def test_without_any_way_it_is_said_what_to_do(monkeypatch):
     with_routes(monkeypatch, fails, adds(3, []))
     with pytest.raises(LaunchError, match="kernels='reference'") as error:
-        _launch_backends.route()
+        _launch_backends.select_backend()
     assert "by ptx: no such call; by jax-triton: a kernel that adds one gave something else" in str(error.value)
 
 
 def test_for_a_card_that_is_not_here_nothing_is_tried(monkeypatch):
     with_routes(monkeypatch, fails, fails)
     with compiling_for(CARD):
-        assert _launch_backends.route() == "ptx"
+        assert _launch_backends.select_backend() == "ptx"
 
 
 def test_a_driver_that_keeps_nothing_is_warned_of_once(monkeypatch):
     with_routes(monkeypatch, adds(1, []), fails)
     monkeypatch.setenv("CUDA_CACHE_DISABLE", "1")
     with pytest.warns(RuntimeWarning, match="CUDA_CACHE_DISABLE=1") as warned:
-        _launch_backends.route()
+        _launch_backends.select_backend()
     assert len(warned) == 1
-    assert _launch_backends.route() == "ptx"  # another warning would fail the test
+    assert _launch_backends.select_backend() == "ptx"  # another warning would fail the test
 
 
 def add_one(x):
@@ -105,7 +105,7 @@ def add_one(x):
     return _launch.launch(add_one_kernel, [x], [jax.ShapeDtypeStruct(x.shape, x.dtype)], grid=(1,), N=x.size)
 
 
-@pytest.mark.skipif(_launch.interpreted(), reason="the interpreter launches nothing")
+@pytest.mark.skipif(_launch.is_interpreted(), reason="the interpreter launches nothing")
 def test_launches_go_by_the_route_that_was_found(monkeypatch):
     tried = []
     with_routes(monkeypatch, fails, adds(1, tried))
@@ -123,9 +123,11 @@ def test_jax_triton_is_called_as_it_wants_to_be(monkeypatch):
         return [inputs[0] + 1]
 
     monkeypatch.setitem(sys.modules, "jax_triton", types.SimpleNamespace(triton_call=triton_call))
-    monkeypatch.setattr(_launch_backends, "_ROUTES", {"ptx": fails, "jax-triton": _launch_backends._by_jax_triton})
+    monkeypatch.setattr(
+        _launch_backends, "_BACKENDS", {"ptx": fails, "jax-triton": _launch_backends._launch_jax_triton}
+    )
     with pytest.warns(RuntimeWarning, match="jax-triton"):
-        assert _launch_backends.route() == "jax-triton"
+        assert _launch_backends.select_backend() == "jax-triton"
     assert asked.pop("kernel").__name__ == "add_one_kernel"
     (shape,) = asked.pop("out_shape")
     assert (shape.shape, shape.dtype) == ((256,), np.float32)
@@ -143,13 +145,13 @@ def test_importing_jax_triton_leaves_the_environment_alone(monkeypatch, tmp_path
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     if before:
         monkeypatch.setenv("TRITON_CACHE_DIR", before)
-    assert _launch_backends._jax_triton().__name__ == "jax_triton"
+    assert _launch_backends._import_jax_triton().__name__ == "jax_triton"
     assert os.environ.get("TRITON_CACHE_DIR") == before
 
 
 def test_a_missing_jax_triton_is_a_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_triton", None)
-    assert "jax-triton is not usable" in _launch_backends._problem("jax-triton")
+    assert "jax-triton is not usable" in _launch_backends._probe_failure("jax-triton")
 
 
 @pytest.fixture
@@ -164,7 +166,7 @@ def test_what_triton_compiles_is_kept_where_nobody_else_can_write(home):
     from pallas_kernels._self_test.triton import add_one_kernel
 
     before = triton.knobs.cache.dir
-    compile_kernel(add_one_kernel, ("fp32", "fp32"), (("N", 32),), 80, _launch.Shape(num_warps=1))
+    compile_kernel(add_one_kernel, ("fp32", "fp32"), (("N", 32),), 80, _launch.CompileOptions(num_warps=1))
     folder = home / "glm_jax" / "triton"
     assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder.parent)] == [0o700, 0o700]
     assert list(folder.rglob("*.ptx"))
@@ -175,7 +177,7 @@ def test_what_triton_compiles_is_kept_where_nobody_else_can_write(home):
 @pytest.mark.parametrize("name", ["TRITON_CACHE_DIR", "TRITON_HOME"])
 def test_a_place_that_the_user_chose_stays(home, monkeypatch, tmp_path, name):
     monkeypatch.setenv(name, str(tmp_path))
-    with kept_in_private() as folder:
+    with private_triton_cache() as folder:
         assert folder is None
         assert str(tmp_path) in triton.knobs.cache.dir
     assert not home.exists()
@@ -184,7 +186,7 @@ def test_a_place_that_the_user_chose_stays(home, monkeypatch, tmp_path, name):
 def test_where_others_can_write_nothing_is_kept(home):
     (home / "glm_jax").mkdir(parents=True)
     (home / "glm_jax").chmod(0o777)
-    with kept_in_private() as folder:
+    with private_triton_cache() as folder:
         assert folder.is_dir()
         assert home not in folder.parents
         assert triton.knobs.cache.dir == str(folder)

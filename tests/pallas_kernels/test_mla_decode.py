@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels._launch import LaunchError
-from pallas_kernels.mla_decode import Attention, Cache, attend, queries, values
-from pallas_kernels.mla_decode.config import AttendShape, ProjectShape, attend_shape
-from pallas_kernels.mla_decode.reference import attend_ref, queries_ref, values_ref
-from tests.pallas_kernels.builders import assert_close, normal, squares, tiles
+from pallas_kernels.mla_decode import AttentionDims, LatentCacheArrays, absorbed_q_proj, combine_v_proj, flash_decode
+from pallas_kernels.mla_decode.config import FlashDecodeConfig, ProjectionConfig, flash_decode_heuristic
+from pallas_kernels.mla_decode.reference import absorbed_q_proj_ref, combine_v_proj_ref, flash_decode_ref
+from tests.pallas_kernels.builders import assert_close, make_random_tiles, random_normal, random_sum_sq
 
 pytestmark = pytest.mark.kernels
 LAYERS, ONE = 3, jnp.ones(1, jnp.int32)
@@ -17,7 +17,7 @@ CODES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "int8": jnp.int8, "fp
 
 
 def sizes(heads=3, nope=32, rope=32, latent=128, value=32, query_latent=64, interleave=True):
-    return Attention(
+    return AttentionDims(
         heads=heads, nope=nope, rope=rope, latent=latent, value=value, query_latent=query_latent,
         interleave=interleave, eps=1e-5,
     )  # fmt: skip
@@ -26,17 +26,21 @@ def sizes(heads=3, nope=32, rope=32, latent=128, value=32, query_latent=64, inte
 def cache_of(rng, att, kind, batch, slots):
     shape = (LAYERS, batch, slots, att.latent + att.rope)
     if kind in ("bfloat16", "float32"):
-        return Cache(normal(rng, *shape, dtype=CODES[kind]))
+        return LatentCacheArrays(random_normal(rng, *shape, dtype=CODES[kind]))
     codes = rng.integers(-127, 128, shape) if kind == "int8" else rng.integers(0, 0x7F, shape)
     scales = rng.uniform(0.001, 0.02, (*shape[:3], 2)) / (1 if kind == "int8" else 2)
-    return Cache(jnp.asarray(codes, CODES[kind]), jnp.asarray(scales, jnp.float32))
+    return LatentCacheArrays(jnp.asarray(codes, CODES[kind]), jnp.asarray(scales, jnp.float32))
 
 
 def new_tokens(rng, m):
     """What the projection before leaves: rows, sums of squares of both latents, cosines and sines."""
-    both, angles = squares(rng, m, 6), rng.standard_normal((m, 16))
-    latents = (type(both)(both.parts, 0, 2), type(both)(both.parts, 2, 4))
-    return normal(rng, m, 64 + 160), latents, jnp.asarray(np.stack([np.cos(angles), np.sin(angles)]), jnp.float32)
+    both, angles = random_sum_sq(rng, m, 6), rng.standard_normal((m, 16))
+    latents = (type(both)(both.partials, 0, 2), type(both)(both.partials, 2, 4))
+    return (
+        random_normal(rng, m, 64 + 160),
+        latents,
+        jnp.asarray(np.stack([np.cos(angles), np.sin(angles)]), jnp.float32),
+    )
 
 
 def positions_of(rng, batch, tokens, slots):
@@ -53,15 +57,19 @@ def test_attention_and_values(kind, batch, tokens):
     rng = np.random.default_rng([batch, tokens])
     att, slots = sizes(), 96
     cache = cache_of(rng, att, kind, batch, slots)
-    query = normal(rng, batch * tokens, att.heads, att.latent + att.rope)
+    query = random_normal(rng, batch * tokens, att.heads, att.latent + att.rope)
     positions = positions_of(rng, batch, tokens, slots)
-    v_b = tiles(rng, (2, att.heads, att.value, att.latent), "int8")
-    expected = values_ref(att, attend_ref(att, query, cache, ONE, positions, cache_from=1), ONE, v_b, dtype=jnp.float32)
+    v_b = make_random_tiles(rng, (2, att.heads, att.value, att.latent), "int8")
+    expected = combine_v_proj_ref(
+        att, flash_decode_ref(att, query, cache, ONE, positions, cache_layer_offset=1), ONE, v_b, dtype=jnp.float32
+    )
     for splits in (1, 4):
-        shape = AttendShape(block_q=16, block_s=16, splits=splits)
-        parts = jax.jit(lambda q, c, s=shape: attend(att, q, c, ONE, positions, cache_from=1, shape=s))(query, cache)
-        assert_close(values_ref(att, parts, ONE, v_b, dtype=jnp.float32), expected)
-        assert_close(jax.jit(lambda p: values(att, p, ONE, v_b, dtype=jnp.float32))(parts), expected)
+        shape = FlashDecodeConfig(block_q=16, block_s=16, splits=splits)
+        parts = jax.jit(lambda q, c, s=shape: flash_decode(att, q, c, ONE, positions, cache_layer_offset=1, config=s))(
+            query, cache
+        )
+        assert_close(combine_v_proj_ref(att, parts, ONE, v_b, dtype=jnp.float32), expected)
+        assert_close(jax.jit(lambda p: combine_v_proj(att, p, ONE, v_b, dtype=jnp.float32))(parts), expected)
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 1023])
@@ -69,27 +77,29 @@ def test_every_length_of_a_context(length):
     """At and around the edges of blocks and shares, with what nobody has written behind it."""
     rng = np.random.default_rng(length)
     att = sizes(heads=2)
-    codes = np.array(normal(rng, LAYERS, 1, 1024, 160))
+    codes = np.array(random_normal(rng, LAYERS, 1, 1024, 160))
     codes[:, :, length:] = np.nan
-    cache, query = Cache(jnp.asarray(codes)), normal(rng, 1, 2, 160)
+    cache, query = LatentCacheArrays(jnp.asarray(codes)), random_normal(rng, 1, 2, 160)
     positions = jnp.full(1, length - 1, jnp.int32)
-    parts = attend(att, query, cache, ONE, positions, shape=AttendShape(block_q=16, block_s=32, splits=8))
-    clean = Cache(jnp.nan_to_num(cache.codes))
-    v_b = tiles(rng, (2, 2, 32, 128), "float32")
-    expected = values_ref(att, attend_ref(att, query, clean, ONE, positions), ONE, v_b, dtype=jnp.float32)
-    assert_close(values(att, parts, ONE, v_b, dtype=jnp.float32), expected)
+    parts = flash_decode(att, query, cache, ONE, positions, config=FlashDecodeConfig(block_q=16, block_s=32, splits=8))
+    clean = LatentCacheArrays(jnp.nan_to_num(cache.data))
+    v_b = make_random_tiles(rng, (2, 2, 32, 128), "float32")
+    expected = combine_v_proj_ref(att, flash_decode_ref(att, query, clean, ONE, positions), ONE, v_b, dtype=jnp.float32)
+    assert_close(combine_v_proj(att, parts, ONE, v_b, dtype=jnp.float32), expected)
 
 
 def test_more_queries_than_a_program_takes():
     """Two tokens of 20 heads are three blocks of 16 queries."""
     rng = np.random.default_rng(0)
     att, batch, tokens = sizes(heads=20), 2, 2
-    query, positions = normal(rng, batch * tokens, 20, 160), positions_of(rng, batch, tokens, 48)
-    cache, v_b = cache_of(rng, att, "float32", batch, 48), tiles(rng, (2, 20, 32, 128), "float32")
-    expected = values_ref(att, attend_ref(att, query, cache, ONE, positions), ONE, v_b, dtype=jnp.float32)
+    query, positions = random_normal(rng, batch * tokens, 20, 160), positions_of(rng, batch, tokens, 48)
+    cache, v_b = cache_of(rng, att, "float32", batch, 48), make_random_tiles(rng, (2, 20, 32, 128), "float32")
+    expected = combine_v_proj_ref(att, flash_decode_ref(att, query, cache, ONE, positions), ONE, v_b, dtype=jnp.float32)
     for block in (16, 32):
-        parts = attend(att, query, cache, ONE, positions, shape=AttendShape(block_q=block, block_s=16, splits=2))
-        assert_close(values(att, parts, ONE, v_b, dtype=jnp.float32), expected)
+        parts = flash_decode(
+            att, query, cache, ONE, positions, config=FlashDecodeConfig(block_q=block, block_s=16, splits=2)
+        )
+        assert_close(combine_v_proj(att, parts, ONE, v_b, dtype=jnp.float32), expected)
 
 
 def test_more_rows_of_queries_than_a_program_takes():
@@ -97,14 +107,17 @@ def test_more_rows_of_queries_than_a_program_takes():
     att, m = sizes(), 18
     a, latents, table = new_tokens(rng, m)
     given = (att, a, latents, ONE, positions_of(rng, m, 1, 48), table)
-    weights = tiles(rng, (2, 3 * 64, 64), "int8"), tiles(rng, (2, 3, 128, 32), "int8", factors=1)
+    weights = (
+        make_random_tiles(rng, (2, 3 * 64, 64), "int8"),
+        make_random_tiles(rng, (2, 3, 128, 32), "int8", factors=1),
+    )
     cache = cache_of(rng, att, "float32", m, 48)
-    expected, after = queries_ref(*given, *weights, cache, dtype=jnp.float32)
+    expected, after = absorbed_q_proj_ref(*given, *weights, cache, dtype=jnp.float32)
     for block in (16, 32):
-        shape = ProjectShape(block_m=block)
-        found, written = queries(*given, *weights, cache, dtype=jnp.float32, shape=shape)
+        shape = ProjectionConfig(block_m=block)
+        found, written = absorbed_q_proj(*given, *weights, cache, dtype=jnp.float32, config=shape)
         assert_close(found, expected)
-        assert_close(written.codes, after.codes)
+        assert_close(written.data, after.data)
 
 
 @pytest.mark.parametrize("kind", CODES)
@@ -115,23 +128,27 @@ def test_queries_and_the_new_row(kind, weights):
     att = sizes(interleave=weights != "int8")
     m = batch * tokens
     a, latents, table = new_tokens(rng, m)
-    q_b = tiles(rng, (2, 3 * 64, 64), weights, 32 if weights == "int4" else 0)
-    k_b = tiles(rng, (2, 3, 128, 32), weights, factors=0 if weights == "float32" else 2)
+    q_b = make_random_tiles(rng, (2, 3 * 64, 64), weights, 32 if weights == "int4" else 0)
+    k_b = make_random_tiles(rng, (2, 3, 128, 32), weights, factors=0 if weights == "float32" else 2)
     cache, positions = cache_of(rng, att, kind, batch, slots), positions_of(rng, batch, tokens, slots)
     given = (att, a, latents, ONE, positions, table, q_b, k_b)
-    expected, after = queries_ref(*given, cache, cache_from=1, dtype=jnp.float32)
+    expected, after = absorbed_q_proj_ref(*given, cache, cache_layer_offset=1, dtype=jnp.float32)
     for per in (1, 2):
-        run = jax.jit(lambda c, p=per: queries(*given, c, cache_from=1, dtype=jnp.float32, shape=ProjectShape(per=p)))
+        run = jax.jit(
+            lambda c, p=per: absorbed_q_proj(
+                *given, c, cache_layer_offset=1, dtype=jnp.float32, config=ProjectionConfig(per=p)
+            )
+        )
         found, written = run(cache)
         assert_close(found, expected)
         if kind in ("int8", "fp8"):
             # A value exactly between two codes may fall to either side: the next code, in a few of the new ones.
-            steps = np.abs(np.asarray(written.codes, np.int32) - np.asarray(after.codes, np.int32))
+            steps = np.abs(np.asarray(written.codes, np.int32) - np.asarray(after.data, np.int32))
             assert steps.max() <= 1
             assert np.count_nonzero(steps) <= 2
             assert_close(written.scales, after.scales)
         else:
-            assert_close(written.codes, after.codes, 1e-2 if kind == "bfloat16" else 2e-6)
+            assert_close(written.codes, after.data, 1e-2 if kind == "bfloat16" else 2e-6)
 
 
 @pytest.mark.parametrize("position", [32, -1])
@@ -139,13 +156,13 @@ def test_rows_beyond_the_cache_are_dropped(position):
     rng = np.random.default_rng(0)
     att, slots = sizes(), 32
     cache = cache_of(rng, att, "float32", 2, slots)
-    both = squares(rng, 2, 6)
-    latents = (type(both)(both.parts, 0, 2), type(both)(both.parts, 2, 4))
-    _, written = queries(
-        att, normal(rng, 2, 224), latents, ONE, jnp.full(2, position, jnp.int32), normal(rng, 2, 2, 16),
-        tiles(rng, (2, 192, 64), "int8"), tiles(rng, (2, 3, 128, 32), "int8", factors=1), cache, dtype=jnp.float32,
+    both = random_sum_sq(rng, 2, 6)
+    latents = (type(both)(both.partials, 0, 2), type(both)(both.partials, 2, 4))
+    _, written = absorbed_q_proj(
+        att, random_normal(rng, 2, 224), latents, ONE, jnp.full(2, position, jnp.int32), random_normal(rng, 2, 2, 16),
+        make_random_tiles(rng, (2, 192, 64), "int8"), make_random_tiles(rng, (2, 3, 128, 32), "int8", factors=1), cache, dtype=jnp.float32,
     )  # fmt: skip
-    np.testing.assert_array_equal(written.codes, cache.codes)
+    np.testing.assert_array_equal(written.data, cache.data)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
@@ -154,14 +171,14 @@ def test_a_row_that_is_not_finite_reads_as_nan(kind):
     rng = np.random.default_rng(0)
     att = sizes()
     cache = cache_of(rng, att, kind, 1, 32)
-    both = squares(rng, 1, 6)
-    latents = (type(both)(both.parts, 0, 2), type(both)(both.parts, 2, 4))
-    a = normal(rng, 1, 224).at[0, 64 + 5].set(jnp.nan).at[0, 64 + 128 + 3].set(jnp.inf)
-    _, written = queries(
-        att, a, latents, ONE, jnp.zeros(1, jnp.int32), normal(rng, 2, 1, 16), tiles(rng, (2, 192, 64), "int8"),
-        tiles(rng, (2, 3, 128, 32), "int8", factors=1), cache, dtype=jnp.float32,
+    both = random_sum_sq(rng, 1, 6)
+    latents = (type(both)(both.partials, 0, 2), type(both)(both.partials, 2, 4))
+    a = random_normal(rng, 1, 224).at[0, 64 + 5].set(jnp.nan).at[0, 64 + 128 + 3].set(jnp.inf)
+    _, written = absorbed_q_proj(
+        att, a, latents, ONE, jnp.zeros(1, jnp.int32), random_normal(rng, 2, 1, 16), make_random_tiles(rng, (2, 192, 64), "int8"),
+        make_random_tiles(rng, (2, 3, 128, 32), "int8", factors=1), cache, dtype=jnp.float32,
     )  # fmt: skip
-    codes = np.asarray(written.codes[1, 0, 0].astype(jnp.float32))
+    codes = np.asarray(written.data[1, 0, 0].astype(jnp.float32))
     assert not np.isfinite(np.asarray(written.scales[1, 0, 0])).any()
     with np.errstate(invalid="ignore"):
         assert np.isnan(codes[:128] * np.asarray(written.scales[1, 0, 0, 0])).all()
@@ -171,14 +188,16 @@ def test_real_widths():
     """Twenty heads of 192 + 64 over latents of 512, a short context."""
     rng = np.random.default_rng(0)
     att = sizes(heads=20, nope=192, rope=64, latent=512, value=256, query_latent=768)
-    cache, query = cache_of(rng, att, "float32", 1, 64), normal(rng, 1, 20, 576)
+    cache, query = cache_of(rng, att, "float32", 1, 64), random_normal(rng, 1, 20, 576)
     positions = jnp.full(1, 40, jnp.int32)
-    v_b = tiles(rng, (1, 20, 64, 512), "int4", 64)
+    v_b = make_random_tiles(rng, (1, 20, 64, 512), "int4", 64)
     zero = jnp.zeros(1, jnp.int32)
-    parts = attend(att, query, cache, zero, positions, shape=AttendShape(splits=2))
+    parts = flash_decode(att, query, cache, zero, positions, config=FlashDecodeConfig(splits=2))
     narrow = sizes(heads=20, nope=192, rope=64, latent=512, value=64, query_latent=768)
-    expected = values_ref(narrow, attend_ref(att, query, cache, zero, positions), zero, v_b, dtype=jnp.float32)
-    assert_close(values(narrow, parts, zero, v_b, dtype=jnp.float32), expected)
+    expected = combine_v_proj_ref(
+        narrow, flash_decode_ref(att, query, cache, zero, positions), zero, v_b, dtype=jnp.float32
+    )
+    assert_close(combine_v_proj(narrow, parts, zero, v_b, dtype=jnp.float32), expected)
 
 
 @pytest.mark.parametrize("memory", [101_376, 232_448])
@@ -186,7 +205,7 @@ def test_real_widths():
 @pytest.mark.parametrize("slots", [256, 1024, 32_768, 262_144])
 @pytest.mark.parametrize("batch", [1, 8, 64, 256])
 def test_shares_that_are_chosen_without_a_measurement(memory, itemsize, slots, batch):
-    shape = attend_shape(20, batch, slots, 576, itemsize, memory, 142)
+    shape = flash_decode_heuristic(20, batch, slots, 576, itemsize, memory, 142)
     assert shape.splits & (shape.splits - 1) == 0
     assert shape.splits == 1 or batch * shape.splits <= 142
 
@@ -198,12 +217,12 @@ def in_pages(rng, cache, page):
     pages = rng.permutation(count + 3)[:count].reshape(batch, -1)
 
     def moved(rows):
-        pool = np.array(normal(rng, layers, count + 3, page, rows.shape[-1])).astype(rows.dtype)
+        pool = np.array(random_normal(rng, layers, count + 3, page, rows.shape[-1])).astype(rows.dtype)
         pool[:, pages.reshape(-1)] = np.asarray(rows).reshape(layers, count, page, -1)
         return jnp.asarray(pool)
 
     scales = None if cache.scales is None else moved(cache.scales)
-    return Cache(moved(cache.codes), scales, jnp.asarray(pages, jnp.int32))
+    return LatentCacheArrays(moved(cache.codes), scales, jnp.asarray(pages, jnp.int32))
 
 
 def in_one_piece(cache):
@@ -229,20 +248,23 @@ def test_a_cache_in_pages(kind, newest):
     plain = cache_of(rng, att, kind, batch, 96)
     cache = in_pages(rng, plain, 32)
     positions = jnp.asarray([newest - 1, newest, 5, 6], jnp.int32)
-    query = normal(rng, batch * tokens, att.heads, att.latent + att.rope)
-    v_b = tiles(rng, (2, att.heads, att.value, att.latent), "float32")
-    expected = values_ref(att, attend_ref(att, query, plain, ONE, positions), ONE, v_b, dtype=jnp.float32)
-    parts = attend(att, query, cache, ONE, positions, shape=AttendShape(block_q=16, block_s=16, splits=2))
-    assert_close(values(att, parts, ONE, v_b, dtype=jnp.float32), expected)
-    assert_close(values_ref(att, attend_ref(att, query, cache, ONE, positions), ONE, v_b, dtype=jnp.float32), expected)
+    query = random_normal(rng, batch * tokens, att.heads, att.latent + att.rope)
+    v_b = make_random_tiles(rng, (2, att.heads, att.value, att.latent), "float32")
+    expected = combine_v_proj_ref(att, flash_decode_ref(att, query, plain, ONE, positions), ONE, v_b, dtype=jnp.float32)
+    parts = flash_decode(att, query, cache, ONE, positions, config=FlashDecodeConfig(block_q=16, block_s=16, splits=2))
+    assert_close(combine_v_proj(att, parts, ONE, v_b, dtype=jnp.float32), expected)
+    assert_close(
+        combine_v_proj_ref(att, flash_decode_ref(att, query, cache, ONE, positions), ONE, v_b, dtype=jnp.float32),
+        expected,
+    )
     a, latents, table = new_tokens(rng, batch * tokens)
-    q_b, k_b = tiles(rng, (2, 2 * 64, 64), "float32"), tiles(rng, (2, 2, 128, 32), "float32")
+    q_b, k_b = make_random_tiles(rng, (2, 2 * 64, 64), "float32"), make_random_tiles(rng, (2, 2, 128, 32), "float32")
     given = (att, a, latents, ONE, positions, table, q_b, k_b)
-    _, plain_after = queries_ref(*given, plain, dtype=jnp.float32)
-    _, after = queries(*given, cache, dtype=jnp.float32)
-    _, by_reference = queries_ref(*given, cache, dtype=jnp.float32)
-    np.testing.assert_array_equal(in_one_piece(by_reference), np.asarray(plain_after.codes))
-    found, wanted = in_one_piece(after), np.asarray(plain_after.codes)
+    _, plain_after = absorbed_q_proj_ref(*given, plain, dtype=jnp.float32)
+    _, after = absorbed_q_proj(*given, cache, dtype=jnp.float32)
+    _, by_reference = absorbed_q_proj_ref(*given, cache, dtype=jnp.float32)
+    np.testing.assert_array_equal(in_one_piece(by_reference), np.asarray(plain_after.data))
+    found, wanted = in_one_piece(after), np.asarray(plain_after.data)
     if kind in ("int8", "fp8"):  # a value between two codes may fall to either
         assert np.count_nonzero(found != wanted) <= 2
     else:
@@ -253,6 +275,6 @@ def test_pages_that_hold_no_whole_block():
     rng = np.random.default_rng(0)
     att = sizes(heads=2)
     cache = in_pages(rng, cache_of(rng, att, "float32", 1, 96), 24)
-    query, positions = normal(rng, 1, 2, att.latent + att.rope), jnp.zeros(1, jnp.int32)
+    query, positions = random_normal(rng, 1, 2, att.latent + att.rope), jnp.zeros(1, jnp.int32)
     with pytest.raises(LaunchError, match="pages of 24 slots cannot be read 16 at a time"):
-        attend(att, query, cache, ONE, positions, shape=AttendShape(block_q=16, block_s=16))
+        flash_decode(att, query, cache, ONE, positions, config=FlashDecodeConfig(block_q=16, block_s=16))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels._launch import LaunchError
-from pallas_kernels.moe import Routed, down, gate_up, sort_pairs
-from pallas_kernels.moe.config import PairShape
-from pallas_kernels.moe.reference import choose_ref, down_ref, gate_up_ref
-from tests.pallas_kernels.builders import assert_close, normal, squares, tiles
+from pallas_kernels.moe import RouterConfig, build_dispatch, down, gate_up
+from pallas_kernels.moe.config import MoeConfig
+from pallas_kernels.moe.reference import down_ref, gate_up_ref, route_ref
+from tests.pallas_kernels.builders import assert_close, make_random_tiles, random_normal, random_sum_sq
 
 pytestmark = pytest.mark.kernels
 ONE = jnp.ones(1, jnp.int32)
@@ -21,32 +21,32 @@ class Case:
 
     def __init__(self, seed, rows, *, width=64, shared=96, hidden=128, kind="int4", other="int8", routed=None):
         rng = np.random.default_rng(seed)
-        self.routed = routed or Routed(experts=6, chosen=3, normalised=True, factor=1.8)
+        self.routed = routed or RouterConfig(experts=6, experts_per_token=3, normalize_weights=True, scaling_factor=1.8)
         experts = self.routed.experts
         group, other_group = GROUPS.get(kind, 0), GROUPS.get(other, 0)
-        self.gate, self.up = (tiles(rng, (2, experts, width, hidden), kind, group) for _ in range(2))
-        self.down = tiles(rng, (2, experts, hidden, width), kind, group)
+        self.gate, self.up = (make_random_tiles(rng, (2, experts, width, hidden), kind, group) for _ in range(2))
+        self.down = make_random_tiles(rng, (2, experts, hidden, width), kind, group)
         self.shared = self.shared_down = None
         if shared:
-            self.shared = tuple(tiles(rng, (2, shared, hidden), other, other_group) for _ in range(2))
-            self.shared_down = tiles(rng, (2, hidden, shared), other, other_group)
-        self.x, self.squares = normal(rng, rows, hidden), squares(rng, rows, 5)
-        self.squares = type(self.squares)(self.squares.parts, 0, self.squares.parts.shape[1])
-        self.logits, self.bias = normal(rng, rows, experts), 0.1 * normal(rng, 2, experts)
-        self.residual, self.norms = normal(rng, rows, hidden), normal(rng, 4, hidden)
+            self.shared = tuple(make_random_tiles(rng, (2, shared, hidden), other, other_group) for _ in range(2))
+            self.shared_down = make_random_tiles(rng, (2, hidden, shared), other, other_group)
+        self.x, self.squares = random_normal(rng, rows, hidden), random_sum_sq(rng, rows, 5)
+        self.squares = type(self.squares)(self.squares.partials, 0, self.squares.partials.shape[1])
+        self.logits, self.bias = random_normal(rng, rows, experts), 0.1 * random_normal(rng, 2, experts)
+        self.residual, self.norms = random_normal(rng, rows, hidden), random_normal(rng, 4, hidden)
 
-    def check(self, shape=PairShape(), ways=(False, True)):
+    def check(self, shape=MoeConfig(), ways=(False, True)):
         given = (self.routed, self.x, self.squares, ONE, self.logits, self.bias, self.gate, self.up, self.shared)
         h = gate_up_ref(*given, eps=1e-5)
         rest = (self.down, self.shared_down, self.residual, self.norms)
-        made = down_ref(self.routed, h, ONE, self.logits, self.bias, *rest, next_from=2)
+        made = down_ref(self.routed, h, ONE, self.logits, self.bias, *rest, next_norm_offset=2)
         for in_order in ways:
-            plan = sort_pairs(self.routed, ONE, self.logits, self.bias) if in_order else None
-            found, plan = jax.jit(lambda x, p: gate_up(given[0], x, *given[2:], eps=1e-5, plan=p, shape=shape))(
+            plan = build_dispatch(self.routed, ONE, self.logits, self.bias) if in_order else None
+            found, plan = jax.jit(lambda x, p: gate_up(given[0], x, *given[2:], eps=1e-5, dispatch=p, config=shape))(
                 self.x, plan
             )
             assert_close(found, h)
-            run = jax.jit(lambda h, p, c: down(self.routed, h, p, ONE, *rest, c, next_from=2, shape=shape))
+            run = jax.jit(lambda h, p, c: down(self.routed, h, p, ONE, *rest, c, next_norm_offset=2, config=shape))
             self.compare(*run(h, plan, jnp.zeros(64, jnp.int32)), made)
 
     @staticmethod
@@ -67,7 +67,7 @@ def test_storages_of_experts_and_shared_expert(rows, kind, other):
 
 @pytest.mark.parametrize("rows", [8, 17])
 def test_more_tokens(rows):
-    Case(rows, rows, kind="int8", width=32, shared=32).check(PairShape(block_n=64))
+    Case(rows, rows, kind="int8", width=32, shared=32).check(MoeConfig(block_n=64))
 
 
 @pytest.mark.parametrize(
@@ -76,13 +76,13 @@ def test_more_tokens(rows):
 def test_sorting_pairs(tokens, experts, chosen):
     """Every pair is in a block of its expert, in the order of tokens; blocks of an expert are full but the last."""
     rng = np.random.default_rng(tokens)
-    routed = Routed(experts=experts, chosen=chosen, normalised=True, factor=1.8)
-    logits, bias = normal(rng, tokens, experts), 0.1 * normal(rng, 2, experts)
-    numbers, weights = choose_ref(routed, logits, bias[1])
-    plan = sort_pairs(routed, ONE, logits, bias)
+    routed = RouterConfig(experts=experts, experts_per_token=chosen, normalize_weights=True, scaling_factor=1.8)
+    logits, bias = random_normal(rng, tokens, experts), 0.1 * random_normal(rng, 2, experts)
+    numbers, weights = route_ref(routed, logits, bias[1])
+    plan = build_dispatch(routed, ONE, logits, bias)
     assert_close(plan.weights, weights.reshape(-1))
     owner_of_pair, seen = np.asarray(numbers).reshape(-1), []
-    owners, sizes, pairs = (np.asarray(x) for x in (plan.owners, plan.sizes, plan.pairs))
+    owners, sizes, pairs = (np.asarray(x) for x in (plan.expert_ids, plan.block_sizes, plan.pair_ids))
     for owner, size, row in zip(owners, sizes, pairs, strict=True):
         assert set(owner_of_pair[row[:size]]) <= {owner}
         seen += row[:size].tolist()
@@ -92,10 +92,10 @@ def test_sorting_pairs(tokens, experts, chosen):
 
 def test_blocks_of_another_height():
     case = Case(0, 9, kind="int8")
-    plan = sort_pairs(case.routed, ONE, case.logits, case.bias)
+    plan = build_dispatch(case.routed, ONE, case.logits, case.bias)
     given = (case.routed, case.x, case.squares, ONE, case.logits, case.bias, case.gate, case.up, case.shared)
     with pytest.raises(LaunchError, match="blocks of 16 pairs, and programs of 32 rows"):
-        gate_up(*given, eps=1e-5, plan=plan, shape=PairShape(block_m=32))
+        gate_up(*given, eps=1e-5, dispatch=plan, config=MoeConfig(block_m=32))
 
 
 def test_no_shared_expert():
@@ -107,9 +107,14 @@ def test_widths_that_fill_no_block():
 
 
 def test_one_expert_takes_every_token():
-    case = Case(0, 4, kind="int8", routed=Routed(experts=5, chosen=1, normalised=False, factor=1.0))
+    case = Case(
+        0,
+        4,
+        kind="int8",
+        routed=RouterConfig(experts=5, experts_per_token=1, normalize_weights=False, scaling_factor=1.0),
+    )
     case.logits = jnp.zeros((4, 5)).at[:, 2].set(9.0)
-    assert set(np.asarray(choose_ref(case.routed, case.logits, case.bias[1])[0]).ravel()) == {2}
+    assert set(np.asarray(route_ref(case.routed, case.logits, case.bias[1])[0]).ravel()) == {2}
     case.check()
 
 
@@ -124,14 +129,14 @@ def test_a_logit_that_is_not_a_number_is_seen(in_order):
     """As the reference has it, where a NaN is the first choice: its token is NaN, and the others are not."""
     case = Case(5, 3, kind="float32", width=32, shared=32, hidden=64)
     case.logits = case.logits.at[1].set(jnp.nan).at[2, 4].set(jnp.nan)
-    plan = sort_pairs(case.routed, ONE, case.logits, case.bias) if in_order else None
+    plan = build_dispatch(case.routed, ONE, case.logits, case.bias) if in_order else None
     h, plan = gate_up(
         case.routed, case.x, case.squares, ONE, case.logits, case.bias, case.gate, case.up, case.shared, eps=1e-5,
-        plan=plan,
+        dispatch=plan,
     )  # fmt: skip
     counters = jnp.zeros(64, jnp.int32)
     rest = (case.down, case.shared_down, case.residual, case.norms, counters)
-    made, _ = down(case.routed, h, plan, ONE, *rest, next_from=2)
+    made, _ = down(case.routed, h, plan, ONE, *rest, next_norm_offset=2)
     assert np.isfinite(made.out[0]).all()
     assert np.isnan(made.out[1:]).all()
 
@@ -139,24 +144,24 @@ def test_a_logit_that_is_not_a_number_is_seen(in_order):
 def test_equal_scores_go_to_the_first_expert():
     case = Case(0, 2, kind="float32", other="float32")
     case.logits, case.bias = jnp.zeros((2, 6)), jnp.zeros((2, 6))
-    assert np.asarray(choose_ref(case.routed, case.logits, case.bias[1])[0]).tolist() == [[0, 1, 2]] * 2
+    assert np.asarray(route_ref(case.routed, case.logits, case.bias[1])[0]).tolist() == [[0, 1, 2]] * 2
     case.check()
 
 
 def test_a_feed_forward_without_experts():
-    none = Routed(experts=1, chosen=0, normalised=False, factor=1.0)
+    none = RouterConfig(experts=1, experts_per_token=0, normalize_weights=False, scaling_factor=1.0)
     case = Case(0, 3, kind="int8")
     given = (none, case.x, case.squares, ONE, case.logits, case.bias, *case.shared, case.shared)
     found, _ = gate_up(*given, eps=1e-5)
-    wide = case.x * jax.lax.rsqrt(jnp.sum(case.squares.parts, axis=1, keepdims=True) / 128 + 1e-5)
-    from pallas_kernels.tiles import from_tiles
+    wide = case.x * jax.lax.rsqrt(jnp.sum(case.squares.partials, axis=1, keepdims=True) / 128 + 1e-5)
+    from pallas_kernels.tiles import dequantize_tiles
 
-    gate, up = (wide @ from_tiles(jax.tree.map(lambda x: x[1], w)).T for w in case.shared)
+    gate, up = (wide @ dequantize_tiles(jax.tree.map(lambda x: x[1], w)).T for w in case.shared)
     assert_close(found, (jax.nn.silu(gate) * up).reshape(-1), 1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_the_real_router(rows):
     """64 experts, four of them, from real widths cut to one block of outputs."""
-    routed = Routed(experts=64, chosen=4, normalised=True, factor=1.8)
+    routed = RouterConfig(experts=64, experts_per_token=4, normalize_weights=True, scaling_factor=1.8)
     Case(rows, rows, width=32, shared=32, hidden=64, kind="int8", routed=routed).check()

@@ -7,39 +7,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels._interpreter import only
-from pallas_kernels.grouped_matmul import gated, matmul
-from pallas_kernels.grouped_matmul.config import RowsShape
-from pallas_kernels.mla_decode import Attention, Cache, attend, values
-from pallas_kernels.mla_decode.config import AttendShape
-from pallas_kernels.mla_decode.reference import attend_ref, values_ref
-from pallas_kernels.moe import Plan, Routed, down, gate_up, sort_pairs
-from pallas_kernels.moe.reference import choose_ref
-from pallas_kernels.quant_matmul import linear
-from pallas_kernels.quant_matmul.config import LinearShape
-from pallas_kernels.tiles import Tiles, chunk, from_tiles
-from tests.pallas_kernels.builders import assert_close, normal, squares
+from pallas_kernels._interpreter import restrict_programs
+from pallas_kernels.grouped_matmul import gated_linear_unit, grouped_matmul
+from pallas_kernels.grouped_matmul.config import GroupedMatmulConfig
+from pallas_kernels.mla_decode import AttentionDims, LatentCacheArrays, combine_v_proj, flash_decode
+from pallas_kernels.mla_decode.config import FlashDecodeConfig
+from pallas_kernels.mla_decode.reference import combine_v_proj_ref, flash_decode_ref
+from pallas_kernels.moe import Dispatch, RouterConfig, build_dispatch, down, gate_up
+from pallas_kernels.moe.reference import route_ref
+from pallas_kernels.quant_matmul import fused_linear
+from pallas_kernels.quant_matmul.config import LinearConfig
+from pallas_kernels.tiles import Tiles, chunk_inputs, dequantize_tiles
+from tests.pallas_kernels.builders import assert_close, random_normal, random_sum_sq
 
 pytestmark = pytest.mark.kernels
 ZERO = jnp.zeros(1, jnp.int32)
-ROUTED = Routed(experts=64, chosen=4, normalised=True, factor=1.8)
+ROUTED = RouterConfig(experts=64, experts_per_token=4, normalize_weights=True, scaling_factor=1.8)
 
 
-def random_tiles(rng, stack, outputs, inputs, kind, group=0):
+def random_tiles(rng, stack, outputs, inputs, kind, group_size=0):
     """Words of random bits: every code is one of an integer."""
-    columns, chunks = -(-outputs // 64), inputs // chunk(kind)
+    columns, chunks = -(-outputs // 64), inputs // chunk_inputs(kind)
     words = rng.integers(0, 1 << 32, (*stack, columns, chunks, 16, 64), np.uint32)
-    shape = (*stack, columns, inputs // group if group else 1, 64)
+    shape = (*stack, columns, inputs // group_size if group_size else 1, 64)
     scales = rng.uniform(0.5, 1.5, shape) * inputs**-0.5 / (4 if kind == "int4" else 64)
     made = Tiles(jnp.asarray(words), jnp.asarray(scales, jnp.bfloat16), kind=kind, outputs=outputs, inputs=inputs)
-    return dataclasses.replace(made, group=group)
+    return dataclasses.replace(made, group_size=group_size)
 
 
 def block(tiles, *index):
     """The values ``[64, K]`` of one tile."""
     *stack, column = index
     one = jax.tree.map(lambda array: array[tuple(stack)][column : column + 1], tiles)
-    return np.asarray(from_tiles(dataclasses.replace(one, outputs=64)))
+    return np.asarray(dequantize_tiles(dataclasses.replace(one, outputs=64)))
 
 
 def some(rng, count):
@@ -56,13 +56,13 @@ PROJECTIONS = [
 @pytest.mark.parametrize("rows", [1, pytest.param(64, marks=pytest.mark.soak)])
 def test_projections(name, outputs, inputs, kind, group, rows):
     rng = np.random.default_rng([outputs, rows])
-    weight, x = random_tiles(rng, (1,), outputs, inputs, kind, group), normal(rng, rows, inputs)
-    shape = LinearShape(block_m=16 if rows == 1 else 32, splits=2 if outputs < 6000 else 1)
+    weight, x = random_tiles(rng, (1,), outputs, inputs, kind, group), random_normal(rng, rows, inputs)
+    shape = LinearConfig(block_m=16 if rows == 1 else 32, splits=2 if outputs < 6000 else 1)
     counters = jnp.zeros(8192, jnp.int32)
-    for column in some(rng, weight.tiles):
+    for column in some(rng, weight.num_tiles):
         last = -(-rows // shape.block_m) - 1
-        with only([(last, split, column) for split in range(shape.splits)]):
-            made, _ = linear(x, weight, ZERO, counters, shape=shape)
+        with restrict_programs([(last, split, column) for split in range(shape.splits)]):
+            made, _ = fused_linear(x, weight, ZERO, counters, config=shape)
         here = slice(last * shape.block_m, None), slice(column * 64, column * 64 + 64)
         assert_close(np.asarray(made.out)[here], np.asarray(x)[here[0]] @ block(weight, 0, column).T)
 
@@ -72,21 +72,21 @@ def test_experts_of_a_step(tokens):
     """One token, whose pairs are programs of their own, and 64, whose pairs are sorted."""
     rng = np.random.default_rng(tokens)
     gate, up = (random_tiles(rng, (1, 64), 1536, 2048, "int4", 64) for _ in range(2))
-    x, parts = normal(rng, tokens, 2048), squares(rng, tokens, 7)
-    parts = type(parts)(parts.parts, 0, parts.parts.shape[1])
-    logits, bias = normal(rng, tokens, 64), 0.1 * normal(rng, 1, 64)
-    numbers, _ = choose_ref(ROUTED, logits, bias[0])
-    plan = sort_pairs(ROUTED, ZERO, logits, bias) if tokens > 1 else None
-    factor = 1 / np.sqrt(np.asarray(parts.parts).sum(axis=1, keepdims=True) / 2048 + 1e-5)
+    x, parts = random_normal(rng, tokens, 2048), random_sum_sq(rng, tokens, 7)
+    parts = type(parts)(parts.partials, 0, parts.partials.shape[1])
+    logits, bias = random_normal(rng, tokens, 64), 0.1 * random_normal(rng, 1, 64)
+    numbers, _ = route_ref(ROUTED, logits, bias[0])
+    plan = build_dispatch(ROUTED, ZERO, logits, bias) if tokens > 1 else None
+    factor = 1 / np.sqrt(np.asarray(parts.partials).sum(axis=1, keepdims=True) / 2048 + 1e-5)
     rows = np.asarray(x) * factor
-    filled = np.arange(4) if plan is None else np.flatnonzero(np.asarray(plan.sizes))
+    filled = np.arange(4) if plan is None else np.flatnonzero(np.asarray(plan.block_sizes))
     for column in some(rng, 24):
         who = int(rng.choice(filled))
-        with only([(2 * column, who), (2 * column + 1, who)]):
+        with restrict_programs([(2 * column, who), (2 * column + 1, who)]):
             h, _ = gate_up(
-                ROUTED, x, parts, ZERO, logits, bias, gate, up, None, eps=1e-5, plan=plan
+                ROUTED, x, parts, ZERO, logits, bias, gate, up, None, eps=1e-5, dispatch=plan
             )  # the shape's blocks have 32 outputs
-        pairs = [who] if plan is None else np.asarray(plan.pairs)[who, : int(plan.sizes[who])].tolist()
+        pairs = [who] if plan is None else np.asarray(plan.pair_ids)[who, : int(plan.block_sizes[who])].tolist()
         found = np.asarray(h).reshape(-1, 1536)[pairs][:, column * 64 : column * 64 + 64]
         expert = int(np.asarray(numbers).reshape(-1)[pairs[0]])
         mine = rows[[pair // 4 for pair in pairs]]
@@ -97,15 +97,17 @@ def test_experts_of_a_step(tokens):
 def test_experts_down():
     rng = np.random.default_rng(5)
     weight, shared = (random_tiles(rng, (1, *n), 2048, 1536, "int4", 64) for n in ((64,), ()))
-    h, residual = normal(rng, 5 * 1536), normal(rng, 1, 2048)
-    plan = Plan(jnp.asarray([3, 63, 0, 17], jnp.int32), normal(rng, 4))
+    h, residual = random_normal(rng, 5 * 1536), random_normal(rng, 1, 2048)
+    plan = Dispatch(jnp.asarray([3, 63, 0, 17], jnp.int32), random_normal(rng, 4))
     counters = jnp.zeros(64, jnp.int32)
     for column in some(rng, 32):
         half = 2 * column + 1
-        with only([(half, who) for who in range(5)]):
+        with restrict_programs([(half, who) for who in range(5)]):
             made, _ = down(ROUTED, h, plan, ZERO, weight, shared, residual, residual, counters)
         rows = np.asarray(h).reshape(5, 1536)
-        outs = [rows[i] @ block(weight, 0, int(plan.owners[i]), column).T * float(plan.weights[i]) for i in range(4)]
+        outs = [
+            rows[i] @ block(weight, 0, int(plan.expert_ids[i]), column).T * float(plan.weights[i]) for i in range(4)
+        ]
         here = slice(half * 32, half * 32 + 32)
         expected = sum([*outs, rows[4] @ block(shared, 0, column).T])[32:] + np.asarray(residual)[0, here]
         assert_close(np.asarray(made.out)[0, here], expected)
@@ -114,15 +116,17 @@ def test_experts_down():
 @pytest.mark.parametrize("length", [pytest.param(2048, marks=pytest.mark.soak), 4097])
 def test_attention(length):
     rng = np.random.default_rng(length)
-    att = Attention(heads=20, nope=192, rope=64, latent=512, value=256, query_latent=768, interleave=True, eps=1e-6)
-    cache, query = Cache(normal(rng, 1, 1, 4352, 576)), normal(rng, 1, 20, 576)
+    att = AttentionDims(heads=20, nope=192, rope=64, latent=512, value=256, query_latent=768, interleave=True, eps=1e-6)
+    cache, query = LatentCacheArrays(random_normal(rng, 1, 1, 4352, 576)), random_normal(rng, 1, 20, 576)
     positions = jnp.full(1, length - 1, jnp.int32)
-    parts = attend(att, query, cache, ZERO, positions, shape=AttendShape(splits=8))
+    parts = flash_decode(att, query, cache, ZERO, positions, config=FlashDecodeConfig(splits=8))
     v_b = random_tiles(rng, (1, 20), 256, 512, "int8")
-    expected = values_ref(att, attend_ref(att, query, cache, ZERO, positions), ZERO, v_b, dtype=jnp.float32)
-    assert_close(values_ref(att, parts, ZERO, v_b, dtype=jnp.float32), expected)
-    with only([(0, 0, 0), (19, 3, 0)]):
-        found = values(att, parts, ZERO, v_b, dtype=jnp.float32)
+    expected = combine_v_proj_ref(
+        att, flash_decode_ref(att, query, cache, ZERO, positions), ZERO, v_b, dtype=jnp.float32
+    )
+    assert_close(combine_v_proj_ref(att, parts, ZERO, v_b, dtype=jnp.float32), expected)
+    with restrict_programs([(0, 0, 0), (19, 3, 0)]):
+        found = combine_v_proj(att, parts, ZERO, v_b, dtype=jnp.float32)
     for head, column in ((0, 0), (19, 3)):
         here = slice(head * 256 + column * 64, head * 256 + column * 64 + 64)
         assert_close(np.asarray(found)[:, here], np.asarray(expected)[:, here])
@@ -132,12 +136,12 @@ def test_attention(length):
 def test_many_rows(kind, group):
     rng = np.random.default_rng(group)
     gate, up = (random_tiles(rng, (1,), 1536, 2048, kind, group) for _ in range(2))
-    x = normal(rng, 300, 2048)
-    shape = RowsShape()
+    x = random_normal(rng, 300, 2048)
+    shape = GroupedMatmulConfig()
     for column in some(rng, 24)[1:]:
         here = slice(256, 300), slice(column * 64, column * 64 + 64)
         one, two = (np.asarray(x)[here[0]] @ block(w, 0, column).T for w in (gate, up))
-        with only([(2, column)]):
-            assert_close(np.asarray(matmul(x, gate, ZERO, shape=shape))[here], one)
-            made = np.asarray(gated(x, gate, up, ZERO, shape=shape))[here]
+        with restrict_programs([(2, column)]):
+            assert_close(np.asarray(grouped_matmul(x, gate, ZERO, config=shape))[here], one)
+            made = np.asarray(gated_linear_unit(x, gate, up, ZERO, config=shape))[here]
         assert_close(made, one / (1 + np.exp(-one)) * two)

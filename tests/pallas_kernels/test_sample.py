@@ -9,24 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm_jax.model.fused_decode import Stream
-from glm_jax.model.fused_sampling import sample_states
-from glm_jax.sampling import SamplerFeatures, SamplerState, SamplingParams, sample, update
-from glm_jax.sampling.gumbel import gumbel
-from glm_jax.sampling.numerics import token_grid
+from glm_jax.model.fused_decode import ResidualStream
+from glm_jax.model.fused_sampling import sample_from_residual
+from glm_jax.sampling import SamplerFeatures, SamplerState, SamplingParams, sample, update_state
+from glm_jax.sampling.gumbel import gumbel_noise
+from glm_jax.sampling.numerics import token_ids_like
 from glm_jax.weights import TiledWeight
 from pallas_kernels._interpreter import interpret
-from pallas_kernels.quant_matmul.config import LinearShape
-from pallas_kernels.quant_matmul.reference import factor_ref
-from pallas_kernels.sample import Rows, Vocabulary, draw, head, thresholds
-from pallas_kernels.sample.config import SampleShape
-from pallas_kernels.sample.reference import draw_ref, gaps_ref, head_ref
-from pallas_kernels.tiles import from_tiles, make_tiles
-from tests.pallas_kernels.builders import normal, squares, tiles
+from pallas_kernels.quant_matmul.config import LinearConfig
+from pallas_kernels.quant_matmul.reference import inv_rms_ref
+from pallas_kernels.sample import SamplingTensors, Vocabulary, filter_thresholds, lm_head_sample, sample_logits
+from pallas_kernels.sample.config import SampleConfig
+from pallas_kernels.sample.reference import lm_head_sample_ref, sample_logits_ref, scaled_gaps_ref
+from pallas_kernels.tiles import dequantize_tiles, make_tiles
+from tests.pallas_kernels.builders import make_random_tiles, random_normal, random_sum_sq
 
 pytestmark = pytest.mark.kernels
 INF, NAN = float("inf"), float("nan")
-SMALL = SampleShape(share=256, run=2)
+SMALL = SampleConfig(block_v=256, blocks_per_sum=2)
 
 
 def state_of(params, width, **options):
@@ -38,11 +38,11 @@ def state_of(params, width, **options):
 def rows_of(state, positions):
     """``positions`` are those that will be drawn, as the reference has them."""
     names = ("temperature", "top_k", "top_p", "min_p", "seeds")
-    return Rows(**{name: getattr(state, name) for name in names}, positions=positions - 1)
+    return SamplingTensors(**{name: getattr(state, name) for name in names}, positions=positions - 1)
 
 
 def noise_of(state, positions, width):
-    return gumbel(state.seeds, positions, token_grid(jnp.zeros((len(positions), width))))
+    return gumbel_noise(state.seeds, positions, token_ids_like(jnp.zeros((len(positions), width))))
 
 
 def positions_of(count, first=5):
@@ -54,7 +54,7 @@ def by_kernels(logits, state, positions, shape=SMALL, **options):
     options = {"filters": state.features.filters, "drawn": not state.features.greedy_only, **options}
     vocabulary = Vocabulary(state.valid_vocab, state.unused_ids)
     counters = jnp.zeros(64, jnp.int32)
-    run = jax.jit(lambda x, c: draw(x, rows_of(state, positions), vocabulary, c, shape=shape, **options))
+    run = jax.jit(lambda x, c: sample_logits(x, rows_of(state, positions), vocabulary, c, config=shape, **options))
     found, after = run(jnp.asarray(logits), counters)
     assert not np.any(after), "counters must be left at zero"
     return found
@@ -85,19 +85,19 @@ def test_tokens_of_logits(width):
     np.testing.assert_allclose(found.logprob, expected.logprob, rtol=0, atol=4e-6)
     vocabulary = Vocabulary(state.valid_vocab, state.unused_ids)
     noise = noise_of(state, positions, width)
-    plain = draw_ref(jnp.asarray(logits), rows_of(state, positions), vocabulary, noise, filters=True)
+    plain = sample_logits_ref(jnp.asarray(logits), rows_of(state, positions), vocabulary, noise, has_filters=True)
     assert plain.tokens.tolist() == expected.tokens.tolist()
 
 
 def test_noise_is_that_of_the_sampler():
-    from tests.pallas_kernels.gumbel_kernel import noise_kernel
+    from tests.pallas_kernels.gumbel_kernel import gumbel_noise_kernel
 
     width = 1 << 16
     for seed, position in [((0, 0), 0), ((1 << 30, 2**32 - 1), 131_072)]:
         given = (jnp.asarray(seed, jnp.uint32), jnp.full(1, position - 1, jnp.int32))
         output = [jax.ShapeDtypeStruct((width,), jnp.float32)]
-        (found,) = interpret(noise_kernel, output, (1,), {"N": width}, {}, *given)
-        expected = gumbel(given[0][None], given[1] + 1, token_grid(jnp.zeros((1, width))))[0]
+        (found,) = interpret(gumbel_noise_kernel, output, (1,), {"N": width}, {}, *given)
+        expected = gumbel_noise(given[0][None], given[1] + 1, token_ids_like(jnp.zeros((1, width))))[0]
         # Two logarithms, of which the inner one is near 1 for most ids: nothing may be lost there.
         np.testing.assert_allclose(found, expected, rtol=4e-7, atol=4e-7)
         assert found.max() > 9
@@ -122,7 +122,7 @@ def test_bad_logits_are_flagged_and_never_drawn(filters):
     logits = np.asarray([[*row, *[-INF] * (6 - len(row))] for row, *_ in BAD] * 2, np.float32)
     params = [SamplingParams(temperature=t, top_p=0.95 if filters else 1) for t in (0, 1) for _ in BAD]
     found = by_kernels(
-        logits, state_of(params, 6, valid_vocab=4), positions_of(len(params)), SampleShape(share=16), logprob=True
+        logits, state_of(params, 6, valid_vocab=4), positions_of(len(params)), SampleConfig(block_v=16), logprob=True
     )
     assert found.tokens.tolist() == [token for _, token, _ in BAD] * 2
     assert found.ok.tolist() == [ok for *_, ok in BAD] * 2
@@ -133,7 +133,7 @@ def test_bad_logits_are_flagged_and_never_drawn(filters):
 def test_no_id_at_all(drawn):
     state = state_of([SamplingParams(temperature=float(drawn), top_p=1)], 6, unused_ids=range(6))
     expected = sample(jnp.zeros((1, 6)), state, positions_of(1))
-    found = by_kernels(np.zeros((1, 6), np.float32), state, positions_of(1), SampleShape(share=16), drawn=drawn)
+    found = by_kernels(np.zeros((1, 6), np.float32), state, positions_of(1), SampleConfig(block_v=16), drawn=drawn)
     assert (
         (found.tokens.tolist(), found.ok.tolist()) == (expected.tokens.tolist(), expected.ok.tolist()) == ([6], [False])
     )
@@ -157,11 +157,13 @@ def searched(scores, params):
     state = state_of(params, scores.shape[1], features=SamplerFeatures(filters=True))
     rows, vocabulary = rows_of(state, positions_of(len(params))), Vocabulary(scores.shape[1])
     counters = jnp.zeros(64, jnp.int32)
-    edges, after = thresholds(jnp.asarray(scores), rows, vocabulary, counters, SampleShape(share=64, run=2))
+    edges, after = filter_thresholds(
+        jnp.asarray(scores), rows, vocabulary, counters, SampleConfig(block_v=64, blocks_per_sum=2)
+    )
     assert not np.any(after)
     first, second = (np.asarray(edge)[:, None] for edge in edges)
     top_k, top_p, min_p = (np.asarray(x)[:, None] for x in (rows.top_k, rows.top_p, rows.min_p))
-    gap, ranks = np.asarray(gaps_ref(jnp.asarray(scores), rows)), ranks_of(scores)
+    gap, ranks = np.asarray(scaled_gaps_ref(jnp.asarray(scores), rows)), ranks_of(scores)
     with np.errstate(divide="ignore"):
         left = gap <= -np.log(min_p)
     above = (scores[:, None, :] > scores[:, :, None]).sum(axis=2)
@@ -237,7 +239,7 @@ def head_case(rng, rows, ids, inputs=64):
 def from_the_head(x, weight, state, positions, **options):
     vocabulary = Vocabulary(state.valid_vocab, state.unused_ids)
     rows, drawn = rows_of(state, positions), not state.features.greedy_only
-    run = jax.jit(lambda x, c: head(x, weight, rows, vocabulary, c, drawn=drawn, **options))
+    run = jax.jit(lambda x, c: lm_head_sample(x, weight, rows, vocabulary, c, has_random=drawn, **options))
     found, after = run(x, jnp.zeros(64, jnp.int32))
     assert not np.any(after), "counters must be left at zero"
     return found
@@ -256,19 +258,19 @@ def test_tokens_from_the_head(rows, ids, block_n):
     unused = (0, 33) if ids > 40 else ()
     params = [PLAIN[i % 4 if rows > 1 else 1] for i in range(rows)]
     state, positions = state_of(params, ids, valid_vocab=ids - 1, unused_ids=unused), positions_of(rows)
-    shape = LinearShape(block_m=16, block_n=block_n)
+    shape = LinearConfig(block_m=16, block_n=block_n)
     found = from_the_head(x, weight, state, positions, shape=shape)
-    expected = sample(x @ from_tiles(weight).T, state, positions)
+    expected = sample(x @ dequantize_tiles(weight).T, state, positions)
     assert found.tokens.tolist() == expected.tokens.tolist()
     assert found.ok.all()
     noise = noise_of(state, positions, ids)
-    plain = head_ref(x, weight, rows_of(state, positions), Vocabulary(ids - 1, unused), noise)
+    plain = lm_head_sample_ref(x, weight, rows_of(state, positions), Vocabulary(ids - 1, unused), noise)
     assert plain.tokens.tolist() == expected.tokens.tolist()
 
 
 def test_greedy_takes_the_lowest_of_equals():
     x, weight = head_case(np.random.default_rng(0), 2, 200, inputs=4)
-    logits = np.asarray(x @ from_tiles(weight).T)
+    logits = np.asarray(x @ dequantize_tiles(weight).T)
     assert ((logits == logits.max(axis=1, keepdims=True)).sum(axis=1) > 1).all()
     state = state_of([SamplingParams(temperature=0)] * 2, 200)
     assert from_the_head(x, weight, state, positions_of(2)).tokens.tolist() == logits.argmax(axis=1).tolist()
@@ -278,8 +280,8 @@ def test_more_blocks_than_are_looked_at_together():
     rng = np.random.default_rng(1)
     x, weight = head_case(rng, 18, 1100, inputs=8)
     state, positions = state_of([PLAIN[i % 4] for i in range(18)], 1100), positions_of(18)
-    found = from_the_head(x, weight, state, positions, shape=LinearShape(block_m=32, block_n=32))
-    assert found.tokens.tolist() == sample(x @ from_tiles(weight).T, state, positions).tokens.tolist()
+    found = from_the_head(x, weight, state, positions, shape=LinearConfig(block_m=32, block_n=32))
+    assert found.tokens.tolist() == sample(x @ dequantize_tiles(weight).T, state, positions).tokens.tolist()
 
 
 def test_a_row_alone_draws_the_same():
@@ -311,14 +313,14 @@ def test_bad_logits_from_the_head(temperature):
 @pytest.mark.parametrize("kind", ["int4", "int8", "bfloat16"])
 def test_the_norm_is_part_of_the_head(kind):
     rng = np.random.default_rng(0)
-    weight = jax.tree.map(lambda x: x[0], tiles(rng, (1, 100, 128), kind, 64 if kind == "int4" else 0))
-    x, given = normal(rng, 2, 128), squares(rng, 2, 3, first=1)
+    weight = jax.tree.map(lambda x: x[0], make_random_tiles(rng, (1, 100, 128), kind, 64 if kind == "int4" else 0))
+    x, given = random_normal(rng, 2, 128), random_sum_sq(rng, 2, 3, first=1)
     state, positions = state_of([PLAIN[0], PLAIN[1]], 100), positions_of(2)
     found = from_the_head(x, weight, state, positions, squares=given, eps=1e-5)
-    logits = x * factor_ref(given, 128, 1e-5) @ from_tiles(weight).T
+    logits = x * inv_rms_ref(given, 128, 1e-5) @ dequantize_tiles(weight).T
     assert found.tokens.tolist() == sample(logits, state, positions).tokens.tolist()
     noise = noise_of(state, positions, 100)
-    other = head_ref(x, weight, rows_of(state, positions), Vocabulary(100), noise, squares=given, eps=1e-5)
+    other = lm_head_sample_ref(x, weight, rows_of(state, positions), Vocabulary(100), noise, sum_sq=given, eps=1e-5)
     assert other.tokens.tolist() == found.tokens.tolist()
 
 
@@ -346,15 +348,17 @@ EVERYTHING = [
 def test_every_option(params):
     rng = np.random.default_rng(len(params))
     rows, ids, eps = len(params), 150, 1e-5
-    weight = jax.tree.map(lambda x: x[0], tiles(rng, (1, ids, 64), "int8"))
-    parts, counters = squares(rng, rows, 2).parts, jnp.zeros(64, jnp.int32)
-    states: Any = Stream(normal(rng, rows, 64), 4 * normal(rng, rows, 64), parts, None, counters)
+    weight = jax.tree.map(lambda x: x[0], make_random_tiles(rng, (1, ids, 64), "int8"))
+    parts, counters = random_sum_sq(rng, rows, 2).partials, jnp.zeros(64, jnp.int32)
+    states: Any = ResidualStream(random_normal(rng, rows, 64), 4 * random_normal(rng, rows, 64), parts, None, counters)
     state = state_of(params, ids, valid_vocab=ids - 3, unused_ids=(9,))
-    state = update(state, jnp.full(rows, 7, jnp.int32), jnp.ones(rows, bool))
+    state = update_state(state, jnp.full(rows, 7, jnp.int32), jnp.ones(rows, bool))
     factor = jax.lax.rsqrt(states.squares.sum(axis=1, keepdims=True) / 64 + eps)
-    logits = jnp.matmul(states.scaled * factor, from_tiles(weight).T, precision=jax.lax.Precision.HIGHEST)
+    logits = jnp.matmul(states.scaled * factor, dequantize_tiles(weight).T, precision=jax.lax.Precision.HIGHEST)
     expected = sample(logits, state, positions_of(rows))
-    found = jax.jit(lambda s: sample_states(s, TiledWeight(weight), state, positions_of(rows) - 1, eps=eps))(states)
+    found = jax.jit(lambda s: sample_from_residual(s, TiledWeight(weight), state, positions_of(rows) - 1, eps=eps))(
+        states
+    )
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for name in ("tokens", "ok", "top_ids"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)

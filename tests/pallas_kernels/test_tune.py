@@ -9,20 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import LaunchError, Target, compiling_for, interpreted, timing, tune, tuned
-from pallas_kernels._launch import recording
-from pallas_kernels.quant_matmul.config import LinearShape
-from pallas_kernels.specs import Sweep, cases
-from pallas_kernels.tune import Found, Trial, Unfit, search
+from pallas_kernels import LaunchError, Target, compiling_for, is_interpreted, timing, tune, tuned
+from pallas_kernels._launch import record_kernels
+from pallas_kernels.quant_matmul.config import LinearConfig
+from pallas_kernels.specs import Sweep, list_specs
+from pallas_kernels.tune import CandidateTimer, SearchResult, Unfit, search_config
 
 CARD = Target("NVIDIA Test 1", 90, 132)
-RULE = LinearShape(block_n=64, splits=1, num_warps=4, num_stages=4)
+RULE = LinearConfig(block_n=64, splits=1, num_warps=4, num_stages=4)
 AXES = {"block_n": (32, 64), "splits": (1, 2, 4, 8), "num_warps": (2, 4, 8), "num_stages": (2, 4)}
-PROBLEM = tuned.Problem("linear", "m1 n64 k64 int4 g64", RULE, AXES)
+PROBLEM = tuned.TuningKey("linear", "m1 n64 k64 int4 g64", RULE, AXES)
 
 
 def test_the_search_changes_one_size_after_the_other():
-    best = LinearShape(block_n=32, splits=4, num_warps=2, num_stages=4)
+    best = LinearConfig(block_n=32, splits=4, num_warps=2, num_stages=4)
     asked = []
 
     def seconds(shape):
@@ -30,16 +30,16 @@ def test_the_search_changes_one_size_after_the_other():
         differences = sum(getattr(shape, name) != getattr(best, name) for name in AXES)
         return 1e-6 * (1 + differences)
 
-    found = search(PROBLEM, seconds)
-    assert found.shape == best
-    assert (found.seconds, found.rule_seconds) == (1e-6, 4e-6)
-    assert len(asked) == len(set(asked)) == found.tried  # nothing is timed twice
-    assert found.tried < 2 * 4 * 3 * 2 / 2
+    found = search_config(PROBLEM, seconds)
+    assert found.config == best
+    assert (found.seconds, found.heuristic_seconds) == (1e-6, 4e-6)
+    assert len(asked) == len(set(asked)) == found.num_tried  # nothing is timed twice
+    assert found.num_tried < 2 * 4 * 3 * 2 / 2
 
 
 def test_a_gain_within_the_noise_is_none():
-    found = search(PROBLEM, lambda shape: 1.0 if shape == RULE else 0.99)
-    assert found.shape == RULE
+    found = search_config(PROBLEM, lambda shape: 1.0 if shape == RULE else 0.99)
+    assert found.config == RULE
 
 
 def test_what_cannot_be_used_is_passed_over_and_counted():
@@ -50,8 +50,8 @@ def test_what_cannot_be_used_is_passed_over_and_counted():
             raise Unfit("gives something else")
         return 1.0
 
-    found = search(PROBLEM, seconds)
-    assert (found.shape, found.unfit) == (RULE, Counter({"too much shared memory": 1, "gives something else": 1}))
+    found = search_config(PROBLEM, seconds)
+    assert (found.config, found.rejections) == (RULE, Counter({"too much shared memory": 1, "gives something else": 1}))
     assert found.to_json()["unfit"] == {"too much shared memory": 1, "gives something else": 1}
 
 
@@ -60,7 +60,7 @@ def test_where_the_rule_itself_fails_there_is_nothing_to_find():
         raise Unfit("does not compile")
 
     with pytest.raises(Unfit):
-        search(PROBLEM, seconds)
+        search_config(PROBLEM, seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Scaled:
 
 
 def test_a_trial_compares_with_the_rule_before_it_times():
-    trial = Trial(timing.made(Scaled()), clock=lambda work: work.calls / 32e6)
+    trial = CandidateTimer(timing.make_arrays(Scaled()), clock=lambda work: work.calls_per_round / 32e6)
     assert [trial(Sizes(warps)) for warps in (4, 2)] == [1e-6, 1e-6]
     for warps, reason in (
         (8, "too much shared memory"),
@@ -111,43 +111,43 @@ def test_a_trial_compares_with_the_rule_before_it_times():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where files are looked for first."""
-    monkeypatch.setenv(tuned.FOLDER, str(tmp_path))
-    tuned._entries.cache_clear()
+    monkeypatch.setenv(tuned.TUNED_DIR_ENV, str(tmp_path))
+    tuned._cached_entries.cache_clear()
     yield tmp_path
-    tuned._entries.cache_clear()
+    tuned._cached_entries.cache_clear()
 
 
 def linear_cases():
-    return cases(Sweep(rows=(1, 8), kinds=("int4",)), ["linear"], "o/")
+    return list_specs(Sweep(batch_sizes=(1, 8), weight_kinds=("int4",)), ["linear"], "o/")
 
 
 def fake(case, problem):
     if case.name.endswith("m8"):
         raise RuntimeError("broken\nand more")
-    return Found(dataclasses.replace(problem.rule, num_warps=8), 1e-6, 2e-6, 5, Counter(why=1))
+    return SearchResult(dataclasses.replace(problem.rule, num_warps=8), 1e-6, 2e-6, 5, Counter(why=1))
 
 
 def test_the_file_is_written_case_by_case_and_taken_up_again(folder, capsys):
-    path, kept = folder / tuned.file_name(CARD.name), {}
+    path, kept = folder / tuned.tuned_filename(CARD.name), {}
     assert path.name == "nvidia-test-1.json"
-    assert tune.tune(linear_cases(), path, CARD.name, kept, found_by=fake) == 1
+    assert tune.tune(linear_cases(), path, CARD.name, kept, search_spec=fake) == 1
     assert "linear/o/int4/m8: failed, RuntimeError: broken" in capsys.readouterr().err
     held = json.loads(path.read_text())
     assert held["device"] == CARD.name
     assert set(held["machine"]) >= {"device", "versions", "commit"}
     (entry,) = held["ops"]["linear"].values()
     assert (entry["us"], entry["rule_us"], entry["tried"], entry["unfit"]) == (1.0, 2.0, 5, {"why": 1})
-    assert tuned.read(path, CARD.name) == kept
+    assert tuned.load_tuned(path, CARD.name) == kept
 
     asked = []
 
     def other(case, problem):
         asked.append(case.name)
-        return Found(problem.rule, 3e-6, 3e-6, 1, Counter())
+        return SearchResult(problem.rule, 3e-6, 3e-6, 1, Counter())
 
-    assert tune.tune(linear_cases(), path, CARD.name, kept, found_by=other) == 0
+    assert tune.tune(linear_cases(), path, CARD.name, kept, search_spec=other) == 0
     assert asked == ["o/int4/m8"]  # the other was there
-    assert tune.tune(linear_cases(), path, CARD.name, kept, again=True, found_by=other) == 0
+    assert tune.tune(linear_cases(), path, CARD.name, kept, retune=True, search_spec=other) == 0
     assert len(asked) == 3
     assert len(json.loads(path.read_text())["ops"]["linear"]) == 2
 
@@ -157,26 +157,26 @@ def test_a_run_ends_in_time(folder, monkeypatch, capsys):
     monkeypatch.setattr(tune.time, "monotonic", lambda: next(now))
     kept = {}
     every = [*linear_cases()[:1], *linear_cases()]
-    tune.tune(every, folder / "x.json", CARD.name, kept, minutes=1, found_by=fake)
+    tune.tune(every, folder / "x.json", CARD.name, kept, minutes=1, search_spec=fake)
     assert len(kept["linear"]) == 1
     assert "stopped after 1 minutes: the same command goes on" in capsys.readouterr().err
 
 
 def write_file(folder, shape, device=CARD.name, op="linear", key=PROBLEM.key):
     entry = {"shape": shape, "us": 1.0}
-    (folder / tuned.file_name(CARD.name)).write_text(json.dumps({"device": device, "ops": {op: {key: entry}}}))
+    (folder / tuned.tuned_filename(CARD.name)).write_text(json.dumps({"device": device, "ops": {op: {key: entry}}}))
 
 
 def test_what_was_measured_is_used_on_that_card_alone(folder):
-    chosen = dataclasses.asdict(LinearShape(block_n=32, splits=2, num_stages=2))
+    chosen = dataclasses.asdict(LinearConfig(block_n=32, splits=2, num_stages=2))
     write_file(folder, chosen)
-    assert tuned.best(PROBLEM) is RULE  # no card here
+    assert tuned.lookup_config(PROBLEM) is RULE  # no card here
     with compiling_for(CARD):
-        assert tuned.best(PROBLEM) == LinearShape(**chosen)
-        assert tuned.best(dataclasses.replace(PROBLEM, key="another")) is RULE
-        assert tuned.best(dataclasses.replace(PROBLEM, op="another")) is RULE
+        assert tuned.lookup_config(PROBLEM) == LinearConfig(**chosen)
+        assert tuned.lookup_config(dataclasses.replace(PROBLEM, key="another")) is RULE
+        assert tuned.lookup_config(dataclasses.replace(PROBLEM, op="another")) is RULE
     with compiling_for(Target("NVIDIA Test 2", 90, 132)):
-        assert tuned.best(PROBLEM) is RULE
+        assert tuned.lookup_config(PROBLEM) is RULE
 
 
 @pytest.mark.parametrize(
@@ -193,28 +193,36 @@ def test_what_was_measured_is_used_on_that_card_alone(folder):
 def test_sizes_that_cannot_be_are_refused_by_name(folder, change, why):
     write_file(folder, dataclasses.asdict(RULE) | change)
     with compiling_for(CARD), pytest.raises(LaunchError, match=why) as error:
-        tuned.best(PROBLEM)
+        tuned.lookup_config(PROBLEM)
     assert str(folder) in str(error.value)
     assert "pallas_kernels.tune" in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"device": "x", "ops": {"linear": {"a": 1}}}', "\\xff"])
 def test_a_damaged_file_is_refused_by_name(folder, text):
-    (folder / tuned.file_name(CARD.name)).write_bytes(text.encode("latin-1"))
+    (folder / tuned.tuned_filename(CARD.name)).write_bytes(text.encode("latin-1"))
     with compiling_for(CARD), pytest.raises(LaunchError, match="cannot be used"):
-        tuned.best(PROBLEM)
+        tuned.lookup_config(PROBLEM)
 
 
 def test_a_file_of_another_card_is_refused(folder):
     write_file(folder, dataclasses.asdict(RULE), device="NVIDIA Test 9")
     with compiling_for(CARD), pytest.raises(LaunchError, match="it is of 'NVIDIA Test 9', not of 'NVIDIA Test 1'"):
-        tuned.best(PROBLEM)
+        tuned.lookup_config(PROBLEM)
 
 
-@pytest.mark.skipif(interpreted(), reason="the interpreter compiles nothing")
+@pytest.mark.skipif(is_interpreted(), reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(
     "case",
-    cases(Sweep(rows=(2,), kinds=("int8",), contexts=(64,), chunks=(128,), caches=("int8",))),
+    list_specs(
+        Sweep(
+            batch_sizes=(2,),
+            weight_kinds=("int8",),
+            context_lengths=(64,),
+            prefill_lengths=(128,),
+            cache_kinds=("int8",),
+        )
+    ),
     ids=lambda c: c.op,
 )
 def test_every_operation_asks_for_what_was_measured(folder, case):
@@ -225,7 +233,7 @@ def test_every_operation_asks_for_what_was_measured(folder, case):
         problem = case.problem(given)
         changed = next(n for n in problem.axes["num_warps"] if n != problem.rule.num_warps)
         write_file(folder, dataclasses.asdict(problem.rule) | {"num_warps": changed}, op=case.op, key=problem.key)
-        with recording() as kernels:
+        with record_kernels() as kernels:
             jax.eval_shape(lambda g, s: case.run(g, s, jnp.ones(1, jnp.int32), None)[0], given, state)
     assert {kernel.num_warps for kernel in kernels} == {changed}
     assert problem.op == case.op
@@ -234,15 +242,15 @@ def test_every_operation_asks_for_what_was_measured(folder, case):
 
 def test_files_that_are_shipped_can_be_used():
     """There is one for a card only if somebody has measured on it."""
-    shipped = sorted(tuned.folders()[-1].glob("*.json"))
+    shipped = sorted(tuned.tuned_dirs()[-1].glob("*.json"))
     for path in shipped:
         held = json.loads(path.read_text(encoding="utf-8"))
-        assert path.name == tuned.file_name(held["device"])
-        assert tuned.read(path, held["device"])
+        assert path.name == tuned.tuned_filename(held["device"])
+        assert tuned.load_tuned(path, held["device"])
 
 
 def test_keys_of_few_rows_are_shared():
-    assert [tuned.rows_key(rows) for rows in (1, 2, 3, 8, 9, 64)] == ["m1", "m2", "m4", "m8", "m16", "m64"]
+    assert [tuned.rows_bucket(rows) for rows in (1, 2, 3, 8, 9, 64)] == ["m1", "m2", "m4", "m8", "m16", "m64"]
 
 
 def test_without_a_card_there_is_nothing_to_tune(capsys):
@@ -258,8 +266,8 @@ def test_help(capsys):
 
 
 def test_the_command_reads_and_writes_where_it_is_told(folder, monkeypatch, capsys):
-    monkeypatch.setattr(tune, "obstacle", lambda out: None)
-    monkeypatch.setattr(tune, "_on_card", fake)
+    monkeypatch.setattr(tune, "unsupported_reason", lambda out: None)
+    monkeypatch.setattr(tune, "_search_on_device", fake)
     args = ["--ops", "linear", "--match", "o/", "--batch", "1", "--kinds", "int4", "--out", str(folder)]
     assert tune.main(args) == 0
     assert f"1 choices of block sizes in {folder / 'cpu.json'}" in capsys.readouterr().out

@@ -3,29 +3,29 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.builders.hf_configs import ODD_SIZES, HfConfig, from_scratch, original, resaved
+from tests.builders.hf_configs import ODD_SIZES, HfConfig, from_scratch_config, original_config, resaved_config
 
-SPELLINGS = {"original": original, "resaved": resaved, "scratch": from_scratch}
+CONFIG_STYLES = {"original": original_config, "resaved": resaved_config, "scratch": from_scratch_config}
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class ParityCase:
     """A checkpoint that transformers makes: `changes` to `ODD_SIZES`, written in one of the three spellings."""
 
     name: str
-    spelling: str = "original"
+    config_style: str = "original"
     seed: int = 0
     changes: dict[str, Any] = field(default_factory=dict)
-    biased: float = 0.0  # added to every router bias
+    router_bias_shift: float = 0.0  # added to every router bias
 
     @property
     def config(self) -> HfConfig:
         """The config.json that is put beside the weights."""
-        return SPELLINGS[self.spelling](**{**ODD_SIZES, **self.changes})
+        return CONFIG_STYLES[self.config_style](**{**ODD_SIZES, **self.changes})
 
 
-def _case(name: str, spelling: str = "original", biased: float = 0.0, **changes: Any) -> Case:
-    return Case(name, spelling, sum(map(ord, name)), changes, biased)
+def _case(name: str, spelling: str = "original", biased: float = 0.0, **changes: Any) -> ParityCase:
+    return ParityCase(name, spelling, sum(map(ord, name)), changes, biased)
 
 
 _ALL_AT_ONCE: HfConfig = {

@@ -7,12 +7,12 @@ import pytest
 from tests.parity.cases import CASES
 
 if TYPE_CHECKING:  # the module needs torch, and this file is read without it too
-    from tests.parity.fixtures import Made
+    from tests.parity.fixtures import SavedCheckpoint
 
 
 @pytest.fixture(scope="session", params=CASES, ids=lambda case: case.name)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "Made":
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "SavedCheckpoint":
     """Each checkpoint in turn."""
-    from tests.parity.fixtures import make
+    from tests.parity.fixtures import save_checkpoint
 
-    return make(request.param, tmp_path_factory.mktemp(request.param.name))
+    return save_checkpoint(request.param, tmp_path_factory.mktemp(request.param.name))

@@ -7,35 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax.checkpoint import load
-from tests.builders.hf_checkpoints import read
-from tests.builders.jitted_model import Runner
-from tests.parity import hf_models as theirs
-from tests.parity.cases import Case
-from tests.reference import Reference
+from tests.builders.hf_checkpoints import read_tensors
+from tests.builders.jitted_model import JittedModel
+from tests.parity import hf_models
+from tests.parity.cases import ParityCase
+from tests.reference import ReferenceModel
 
 
 @dataclass(frozen=True)
-class Made:
+class SavedCheckpoint:
     """One checkpoint; each model of it is loaded on demand, once."""
 
-    case: Case
+    case: ParityCase
     folder: Path
 
     @cached_property
-    def theirs(self) -> Any:
+    def hf_model(self) -> Any:
         """transformers' float32 model."""
-        return theirs.load(self.folder)
+        return hf_models.load_model(self.folder)
 
     @cached_property
-    def reference(self) -> Reference:
+    def reference(self) -> ReferenceModel:
         """The float64 NumPy model."""
-        return Reference(read(self.folder), self.config)
+        return ReferenceModel(read_tensors(self.folder), self.config)
 
     @cached_property
-    def ours(self) -> Runner:
+    def jitted_model(self) -> JittedModel:
         """Our float32 model, through the real loader."""
         cfg, params, _ = load(self.folder, dtype="float32")
-        return Runner(cfg, params)
+        return JittedModel(cfg, params)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -43,8 +43,8 @@ class Made:
         return json.loads((self.folder / "config.json").read_text())
 
 
-def make(case: Case, folder: Path) -> Made:
+def save_checkpoint(case: ParityCase, folder: Path) -> SavedCheckpoint:
     """transformers builds a random model and saves it; then the config.json is put into the case's spelling."""
-    theirs.build(case).save_pretrained(folder)
+    hf_models.build_random_model(case).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(case.config, indent=2))
-    return Made(case, folder)
+    return SavedCheckpoint(case, folder)

@@ -9,31 +9,31 @@ import numpy as np
 import torch
 from transformers import DynamicCache, Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
-from tests.parity.cases import Case
+from tests.parity.cases import ParityCase
 
 Array = np.ndarray[Any, Any]
 
 
-def build(case: Case) -> Glm4MoeLiteForCausalLM:
+def build_random_model(case: ParityCase) -> Glm4MoeLiteForCausalLM:
     """A float32 model with every parameter and buffer random: norms round 1, router biases round 0."""
-    theirs = _first_dense_is_explicit(case.config)
+    theirs = _with_explicit_layer_types(case.config)
     model = Glm4MoeLiteForCausalLM(Glm4MoeLiteConfig(**theirs))
     generator = torch.Generator().manual_seed(case.seed)
     for name, tensor in model.state_dict().items():
-        tensor.copy_(_draw(name, tensor.shape, generator))
+        tensor.copy_(_random_tensor(name, tensor.shape, generator))
         if name.endswith("e_score_correction_bias"):
-            tensor += case.biased
+            tensor += case.router_bias_shift
     return model.float().eval()
 
 
-def _first_dense_is_explicit(config: dict[str, Any]) -> dict[str, Any]:
+def _with_explicit_layer_types(config: dict[str, Any]) -> dict[str, Any]:
     """transformers ignores `first_k_dense_replace`, so the layer kinds are spelled out for it."""
     dense = config.get("first_k_dense_replace", 1)
     kinds = ["dense"] * dense + ["sparse"] * (config["num_hidden_layers"] - dense)
     return {"mlp_layer_types": kinds, **{k: v for k, v in config.items() if k not in ("architectures", "model_type")}}
 
 
-def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+def _random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     values = torch.randn(shape, generator=generator)
     if name.endswith("e_score_correction_bias"):
         return 0.3 * values
@@ -43,22 +43,22 @@ def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Ten
     return gain * values / shape[-1] ** 0.5
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Glm4MoeLiteForCausalLM:
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Glm4MoeLiteForCausalLM:
     """transformers' model of a folder, with plain attention and the layer kinds of its config.json."""
-    config = Glm4MoeLiteConfig(**_first_dense_is_explicit(json.loads((folder / "config.json").read_text())))
+    config = Glm4MoeLiteConfig(**_with_explicit_layer_types(json.loads((folder / "config.json").read_text())))
     options: dict[str, Any] = {"attn_implementation": "eager", "dtype": dtype}
     return Glm4MoeLiteForCausalLM.from_pretrained(folder, config=config, **options).eval()
 
 
 @torch.no_grad()
-def logits(model: Glm4MoeLiteForCausalLM, tokens: Array, lengths: Sequence[int] | None = None) -> Array:
+def compute_logits(model: Glm4MoeLiteForCausalLM, tokens: Array, lengths: Sequence[int] | None = None) -> Array:
     """Logits [B, T, V]; rows are right-padded when lengths are given."""
     mask = None if lengths is None else torch.arange(tokens.shape[1])[None] < torch.tensor(lengths)[:, None]
     return model(torch.from_numpy(tokens).long(), attention_mask=mask).logits.float().numpy()
 
 
 @torch.no_grad()
-def greedy(model: Glm4MoeLiteForCausalLM, tokens: Sequence[int], count: int) -> list[int]:
+def greedy_tokens(model: Glm4MoeLiteForCausalLM, tokens: Sequence[int], count: int) -> list[int]:
     """`count` greedy tokens with transformers' own cache."""
     cache = DynamicCache(config=model.config)
     out = model(torch.tensor([list(tokens)]), past_key_values=cache).logits[0, -1]
@@ -69,7 +69,7 @@ def greedy(model: Glm4MoeLiteForCausalLM, tokens: Sequence[int], count: int) -> 
 
 
 @torch.no_grad()
-def block(model: Glm4MoeLiteForCausalLM, layer: int, x: Array) -> dict[str, Array]:
+def block_activations(model: Glm4MoeLiteForCausalLM, layer: int, x: Array) -> dict[str, Array]:
     """What layer `layer` makes of block input x [B, T, D]: attn, mlp or moe, moe.router, moe.experts, out."""
     seen: dict[str, Any] = {}
     module = model.model.layers[layer]
@@ -78,7 +78,7 @@ def block(model: Glm4MoeLiteForCausalLM, layer: int, x: Array) -> dict[str, Arra
         parts["mlp"] = module.mlp
     else:
         parts |= {"moe": module.mlp, "moe.router": module.mlp.gate, "moe.experts": module.mlp.experts}
-    hooks = [part.register_forward_hook(_keep(seen, name)) for name, part in parts.items()]
+    hooks = [part.register_forward_hook(_record_output(seen, name)) for name, part in parts.items()]
     hidden = torch.from_numpy(x)
     positions = torch.arange(x.shape[1])[None]
     causal = torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)[None, None]
@@ -86,17 +86,17 @@ def block(model: Glm4MoeLiteForCausalLM, layer: int, x: Array) -> dict[str, Arra
     seen["out"] = module(hidden, attention_mask=causal, position_ids=positions, position_embeddings=rotary)
     for hook in hooks:
         hook.remove()
-    return _arrays(seen, model.config.n_routed_experts, x.shape)
+    return _to_arrays(seen, model.config.n_routed_experts, x.shape)
 
 
-def _keep(seen: dict[str, Any], name: str) -> Callable[..., None]:
+def _record_output(seen: dict[str, Any], name: str) -> Callable[..., None]:
     def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         seen[name] = output
 
     return hook
 
 
-def _arrays(seen: dict[str, Any], experts: int, shape: tuple[int, ...]) -> dict[str, Array]:
+def _to_arrays(seen: dict[str, Any], experts: int, shape: tuple[int, ...]) -> dict[str, Array]:
     """Hook outputs as [B, T, ...]; the router's weights are put at their experts."""
     out = {name: value for name, value in seen.items() if isinstance(value, torch.Tensor)}
     out["attn"] = seen["attn"][0]

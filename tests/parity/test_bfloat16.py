@@ -18,12 +18,12 @@ import torch
 
 from glm_jax.checkpoint import load
 from glm_jax.model import GLM
-from glm_jax.weights.params import leaves
-from tests.builders.hf_checkpoints import read, to_params
-from tests.builders.jitted_model import Runner, close, tokens
-from tests.parity import hf_models as theirs
-from tests.parity.cases import CASES, Case
-from tests.reference import Reference
+from glm_jax.weights.params import leaves_with_path
+from tests.builders.hf_checkpoints import read_tensors, to_params
+from tests.builders.jitted_model import JittedModel, is_close, random_tokens
+from tests.parity import hf_models
+from tests.parity.cases import CASES, ParityCase
+from tests.reference import ReferenceModel
 
 # torch multiplies grouped bfloat16 matrices only when their rows are multiples of 16 bytes.
 CHOSEN = [
@@ -34,41 +34,41 @@ CHOSEN = [
 
 
 @pytest.fixture(scope="module", params=CHOSEN, ids=lambda case: case.name)
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Path]:
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ParityCase, Path]:
     """A checkpoint of which every tensor, the router bias too, was saved in bfloat16."""
     folder = tmp_path_factory.mktemp("bfloat16")
-    theirs.build(request.param).bfloat16().save_pretrained(folder)
+    hf_models.build_random_model(request.param).bfloat16().save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(request.param.config))
     return request.param, folder
 
 
-def test_loading_keeps_every_bit(saved: tuple[Case, Path]) -> None:
+def test_loading_keeps_every_bit(saved: tuple[ParityCase, Path]) -> None:
     _, folder = saved
     cfg, params, _ = load(folder, dtype="bfloat16")
-    expected = dict(leaves(to_params(read(folder), cfg, np.float32)))
-    for path, leaf in leaves(params):
+    expected = dict(leaves_with_path(to_params(read_tensors(folder), cfg, np.float32)))
+    for path, leaf in leaves_with_path(params):
         assert str(leaf.dtype) == ("float32" if path[-1] == "router_bias" else "bfloat16"), path
         assert np.array_equal(np.asarray(leaf).astype(np.float32), expected[path]), path
 
 
-def test_float32_logits_of_a_bfloat16_checkpoint(saved: tuple[Case, Path]) -> None:
+def test_float32_logits_of_a_bfloat16_checkpoint(saved: tuple[ParityCase, Path]) -> None:
     case, folder = saved
     cfg, params, _ = load(folder, dtype="float32")
-    ids = tokens(case.config, 1, 20)
-    expected = theirs.logits(theirs.load(folder), ids)
-    assert close(Runner(cfg, params).apply(ids)[0], expected)
+    ids = random_tokens(case.config, 1, 20)
+    expected = hf_models.compute_logits(hf_models.load_model(folder), ids)
+    assert is_close(JittedModel(cfg, params).apply(ids)[0], expected)
 
 
-def test_bfloat16_is_as_exact_as_transformers(saved: tuple[Case, Path]) -> None:
+def test_bfloat16_is_as_exact_as_transformers(saved: tuple[ParityCase, Path]) -> None:
     case, folder = saved
-    ids = tokens(case.config, 4, 24, seed=7)
-    reference, routing = Reference(read(folder), case.config), {}
+    ids = random_tokens(case.config, 4, 24, seed=7)
+    reference, routing = ReferenceModel(read_tensors(folder), case.config), {}
     exact = np.stack([reference.logits(row, record=routing.setdefault(i, {})) for i, row in enumerate(ids)])
     names = [name for name in routing[0] if name.endswith("moe.router")]
     forced = {name: np.stack([routing[i][name] for i in range(len(ids))]).astype(np.float32) for name in names}
-    model = theirs.load(folder, torch.bfloat16)
-    theirs.force_routing(model, {int(name.split(".")[1]): weights for name, weights in forced.items()})
-    their_error = np.abs(theirs.logits(model, ids) - exact)
+    model = hf_models.load_model(folder, torch.bfloat16)
+    hf_models.force_routing(model, {int(name.split(".")[1]): weights for name, weights in forced.items()})
+    their_error = np.abs(hf_models.compute_logits(model, ids) - exact)
     our_error = np.abs(bfloat16_logits(folder, ids, forced) - exact)
     assert our_error.mean() <= 1.15 * their_error.mean()
     assert np.quantile(our_error, 0.99) <= 1.3 * np.quantile(their_error, 0.99)

@@ -11,10 +11,10 @@ from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
 from glm_jax.config import _DEFAULTS, Config
 from tests.builders.hf_checkpoints import tensor_shapes
-from tests.builders.hf_configs import from_scratch, original, resaved
-from tests.builders.jitted_model import tokens
-from tests.parity import hf_models as theirs
-from tests.parity.cases import CASES, Case
+from tests.builders.hf_configs import from_scratch_config, original_config, resaved_config
+from tests.builders.jitted_model import random_tokens
+from tests.parity import hf_models
+from tests.parity.cases import CASES, ParityCase
 
 SAME = """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads n_shared_experts n_routed_experts routed_scaling_factor kv_lora_rank q_lora_rank
@@ -24,10 +24,10 @@ SAME = """vocab_size hidden_size intermediate_size moe_intermediate_size num_hid
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_written_config_means_the_same(case: Case, tmp_path: Path) -> None:
+def test_written_config_means_the_same(case: ParityCase, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(Config.from_hf(case.config).to_hf()))
     ours: Any = Glm4MoeLiteConfig.from_pretrained(tmp_path)
-    expected: Any = theirs.build(case).config
+    expected: Any = hf_models.build_random_model(case).config
     assert {name: getattr(ours, name) for name in SAME} == {name: getattr(expected, name) for name in SAME}
     assert ours.rope_parameters["rope_theta"] == expected.rope_parameters["rope_theta"]
     assert ours.rope_parameters["rope_type"] == "default"
@@ -35,36 +35,36 @@ def test_written_config_means_the_same(case: Case, tmp_path: Path) -> None:
 
 def test_written_config_gives_the_same_logits(tmp_path: Path) -> None:
     case = next(case for case in CASES if case.name == "all_at_once")
-    model = theirs.build(case)
+    model = hf_models.build_random_model(case)
     model.save_pretrained(tmp_path)
-    ids = tokens(case.config, 1, 12)
-    expected = theirs.logits(theirs.load(tmp_path), ids)
+    ids = random_tokens(case.config, 1, 12)
+    expected = hf_models.compute_logits(hf_models.load_model(tmp_path), ids)
     (tmp_path / "config.json").write_text(json.dumps(Config.from_hf(case.config).to_hf()))
     again = Glm4MoeLiteForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    assert np.array_equal(theirs.logits(again, ids), expected)
+    assert np.array_equal(hf_models.compute_logits(again, ids), expected)
 
 
-@pytest.mark.parametrize("spelling", [original, resaved, from_scratch])
+@pytest.mark.parametrize("spelling", [original_config, resaved_config, from_scratch_config])
 def test_our_spellings_are_transformers_own(spelling: Any, tmp_path: Path) -> None:
     """The dictionaries that the tests use lose nothing and gain nothing when transformers loads and saves them."""
     (tmp_path / "config.json").write_text(json.dumps(spelling()))
     Glm4MoeLiteConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert Config.from_hf(saved) == Config.from_hf(spelling())
-    if spelling is resaved:
-        assert set(saved) - set(resaved()) <= {"output_router_logits", "rope_scaling"}
+    if spelling is resaved_config:
+        assert set(saved) - set(resaved_config()) <= {"output_router_logits", "rope_scaling"}
 
 
 def test_absent_keys_mean_what_they_mean_to_transformers() -> None:
     names = set(SAME) & set(_DEFAULTS)
-    ours = Config.from_hf({key: value for key, value in original().items() if key not in names})
+    ours = Config.from_hf({key: value for key, value in original_config().items() if key not in names})
     theirs_by_default = Glm4MoeLiteConfig()
     assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs_by_default, name) for name in names}
 
 
 def test_names_and_shapes_on_disk(tmp_path: Path) -> None:
     case = CASES[0]
-    theirs.build(case).save_pretrained(tmp_path)
+    hf_models.build_random_model(case).save_pretrained(tmp_path)
     on_disk = {}
     for file in tmp_path.glob("*.safetensors"):
         on_disk |= {name: tuple(t.shape) for name, t in safetensors.torch.load_file(file).items()}

@@ -10,34 +10,34 @@ import torch
 from transformers import Glm4MoeLiteConfig
 
 from glm_jax.checkpoint import load
-from tests.builders.hf_checkpoints import Tensors, random_tensors, write
-from tests.builders.hf_configs import HfConfig, odd
-from tests.builders.jitted_model import Runner, close, tokens
-from tests.parity import hf_models as theirs
+from tests.builders.hf_checkpoints import Tensors, random_tensors, write_checkpoint
+from tests.builders.hf_configs import HfConfig, odd_size_config
+from tests.builders.jitted_model import JittedModel, is_close, random_tokens
+from tests.parity import hf_models
 
 LENGTH = 16
 
 
 @pytest.fixture(params=[False, True], ids=["shared_table", "own_table"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[HfConfig, Tensors, Path]:
-    config = odd(num_hidden_layers=2)
+    config = odd_size_config(num_hidden_layers=2)
     tensors = random_tensors(config, 60, own_mtp=request.param)
-    return config, tensors, write(tmp_path, config, tensors)
+    return config, tensors, write_checkpoint(tmp_path, config, tensors)
 
 
 def test_draft(checkpoint: tuple[HfConfig, Tensors, Path]) -> None:
     """transformers runs the main model, and a model of one sparse layer whose block, norm and head are the MTP's."""
     config, tensors, folder = checkpoint
     cfg, params, _ = load(folder, dtype="float32")
-    ids, ours = tokens(config, 2, LENGTH + 1), Runner(cfg, params)
-    main = theirs.load(folder)
+    ids, ours = random_tokens(config, 2, LENGTH + 1), JittedModel(cfg, params)
+    main = hf_models.load_model(folder)
     with torch.no_grad():
         hidden = main.model(torch.from_numpy(ids[:, :-1]).long()).last_hidden_state
         joined = join(tensors, config, hidden, torch.from_numpy(ids[:, 1:]).long())
         expected = one_block(tensors, config, folder / "block")(inputs_embeds=joined).logits.numpy()
-    assert close(ours.apply(ids[:, :-1], method="hidden")[0], hidden.numpy())
+    assert is_close(ours.apply(ids[:, :-1], method="hidden")[0], hidden.numpy())
     logits, _, _ = ours.apply(hidden.numpy(), ids[:, 1:], method="draft")
-    assert close(logits, expected)
+    assert is_close(logits, expected)
 
 
 def join(tensors: Tensors, config: HfConfig, hidden: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
@@ -58,4 +58,4 @@ def one_block(tensors: Tensors, config: HfConfig, folder: Path) -> Any:
     block["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
     sizes = {k: v for k, v in config.items() if k not in ("architectures", "model_type")}
     alone = Glm4MoeLiteConfig(**{**sizes, "num_hidden_layers": 1, "mlp_layer_types": ["sparse"]})
-    return theirs.load(write(folder, json.loads(alone.to_json_string()), block))
+    return hf_models.load_model(write_checkpoint(folder, json.loads(alone.to_json_string()), block))

@@ -5,6 +5,6 @@ class with the package. Input is what lies on disk: a dict of arrays under their
 `config.json`. It is slow and obvious on purpose: one sequence, one expert at a time, float64 unless told otherwise.
 """
 
-from tests.reference.model import Edits, Record, Reference
+from tests.reference.model import ActivationRecord, Edits, ReferenceModel
 
-__all__ = ["Edits", "Record", "Reference"]
+__all__ = ["ActivationRecord", "Edits", "ReferenceModel"]

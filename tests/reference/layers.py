@@ -35,7 +35,7 @@ def softmax(x: Array) -> Array:
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def rotate(x: Array, positions: Array, theta: float, interleave: bool) -> Array:
+def apply_rope(x: Array, positions: Array, theta: float, interleave: bool) -> Array:
     """Rotary embedding of `x` [T, ..., P]: pair j turns by position * theta^(-2j/P), in place.
 
     A pair is (2j, 2j+1) when `interleave`, else (j, j + P/2).
@@ -57,7 +57,7 @@ def attend_expanded(q: Array, latent: Array, key: Array, value: Array, rank: int
     k = np.einsum("sc,hnc->hsn", content, key)
     v = np.einsum("sc,hvc->hsv", content, value)
     scores = np.einsum("thn,hsn->hts", q[..., :nope], k) + np.einsum("thp,sp->hts", q[..., nope:], position_part)
-    return np.einsum("hts,hsv->thv", _weights(scores, q.shape[-1], start), v)
+    return np.einsum("hts,hsv->thv", _attention_weights(scores, q.shape[-1], start), v)
 
 
 def attend_absorbed(q: Array, latent: Array, key: Array, value: Array, rank: int, start: int) -> Array:
@@ -66,11 +66,11 @@ def attend_absorbed(q: Array, latent: Array, key: Array, value: Array, rank: int
     nope = key.shape[1]
     absorbed = np.concatenate([np.einsum("thn,hnc->thc", q[..., :nope], key), q[..., nope:]], axis=-1)
     scores = np.einsum("thw,sw->hts", absorbed, latent)
-    mixed = np.einsum("hts,sc->thc", _weights(scores, q.shape[-1], start), content)
+    mixed = np.einsum("hts,sc->thc", _attention_weights(scores, q.shape[-1], start), content)
     return np.einsum("thc,hvc->thv", mixed, value)
 
 
-def _weights(scores: Array, head: int, start: int) -> Array:
+def _attention_weights(scores: Array, head: int, start: int) -> Array:
     """Causal softmax of [heads, T, S]; query t sits at position start + t; the scale is that of the expanded head."""
     _, queries, keys = scores.shape
     visible = np.arange(keys)[None, :] <= start + np.arange(queries)[:, None]
@@ -86,7 +86,7 @@ def route(logits: Array, bias: Array, config: dict[str, Any]) -> Array:
     weights = np.zeros_like(logits)
     for token, row in enumerate(logits):
         scores = sigmoid(row)
-        chosen = choose(scores + bias, config["n_group"], config["topk_group"], config["num_experts_per_tok"])
+        chosen = select_experts(scores + bias, config["n_group"], config["topk_group"], config["num_experts_per_tok"])
         kept = scores[chosen]
         if config["norm_topk_prob"]:
             kept = kept / (kept.sum() + 1e-20)
@@ -94,7 +94,7 @@ def route(logits: Array, bias: Array, config: dict[str, Any]) -> Array:
     return weights
 
 
-def choose(biased: Array, groups: int, kept_groups: int, count: int) -> list[int]:
+def select_experts(biased: Array, groups: int, kept_groups: int, count: int) -> list[int]:
     """Expert ids chosen for one token from its biased scores [E]."""
     size = len(biased) // groups
     members = [range(g * size, (g + 1) * size) for g in range(groups)]

@@ -8,12 +8,12 @@ import numpy as np
 from tests.reference import layers
 from tests.reference.layers import Array
 
-Form = Literal["expanded", "absorbed"]
-Record = MutableMapping[str, Array]
+AttentionForm = Literal["expanded", "absorbed"]
+ActivationRecord = MutableMapping[str, Array]
 Edits = Mapping[str, Callable[[Array], Array]]
 
 
-class Reference:
+class ReferenceModel:
     """One checkpoint. Activations are [T, D] of one sequence; a cache is a list with one [S, R + P] array per layer."""
 
     def __init__(
@@ -37,7 +37,7 @@ class Reference:
         self.kinds = layer_kinds(config)
         self.theta = rope_theta(config)
         self.latent_eps = latent_eps
-        self.record: Record | None = None
+        self.record: ActivationRecord | None = None
         self.edits: Edits = {}
 
     # -- what a test calls ----------------------------------------------------------------------------------------
@@ -52,17 +52,17 @@ class Reference:
         tokens: Sequence[int] | Array,
         cache: list[Array] | None = None,
         *,
-        form: Form = "expanded",
-        record: Record | None = None,
+        form: AttentionForm = "expanded",
+        record: ActivationRecord | None = None,
         edits: Edits | None = None,
     ) -> Array:
         """Hidden states after the final norm [T, D]; the positions follow those in `cache`, which is extended."""
         self.record, self.edits = record, edits or {}
         cache = self.empty_cache() if cache is None else cache
-        h = self._point("embed", self.tensors["model.embed_tokens.weight"][np.asarray(tokens)])
+        h = self._hook("embed", self.tensors["model.embed_tokens.weight"][np.asarray(tokens)])
         for layer, kind in enumerate(self.kinds):
             h, cache[layer] = self._block(layer, kind, h, cache[layer], form)
-        return self._point("norm", self._norm("model.norm", h))
+        return self._hook("norm", self._norm("model.norm", h))
 
     def head(self, hidden: Array) -> Array:
         """Logits [T, V]."""
@@ -87,7 +87,7 @@ class Reference:
         next_tokens: Sequence[int] | Array,
         cache: list[Array] | None = None,
         *,
-        form: Form = "expanded",
+        form: AttentionForm = "expanded",
     ) -> tuple[Array, Array]:
         """MTP: from hidden (after the final norm) of position p and token p+1, (logits [T, V] for p+2, state [T, D]).
 
@@ -96,7 +96,7 @@ class Reference:
         self.record, self.edits = None, {}
         cache = self.empty_cache() if cache is None else cache
         own = f"model.layers.{self.layers}"
-        embedding = self._either(f"{own}.embed_tokens.weight", "model.embed_tokens.weight")
+        embedding = self._first_present(f"{own}.embed_tokens.weight", "model.embed_tokens.weight")
         token = self._norm(f"{own}.enorm", embedding[np.asarray(next_tokens)])
         state = self._norm(f"{own}.hnorm", hidden)
         mixed = layers.linear(np.concatenate([token, state], axis=-1), self.tensors[f"{own}.eh_proj.weight"])
@@ -107,19 +107,19 @@ class Reference:
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
-    def _block(self, layer: int, kind: str, h: Array, latent: Array, form: Form) -> tuple[Array, Array]:
+    def _block(self, layer: int, kind: str, h: Array, latent: Array, form: AttentionForm) -> tuple[Array, Array]:
         name, tensor = f"block.{layer}", f"model.layers.{layer}"
-        h = self._point(f"{name}.in", h)
+        h = self._hook(f"{name}.in", h)
         attended, latent = self.attention(layer, self._norm(f"{tensor}.input_layernorm", h), latent, form)
-        h = h + self._point(f"{name}.attn", attended)
+        h = h + self._hook(f"{name}.attn", attended)
         x = self._norm(f"{tensor}.post_attention_layernorm", h)
         if kind == "dense":
-            h = h + self._point(f"{name}.mlp", self._swiglu(f"{tensor}.mlp", x))
+            h = h + self._hook(f"{name}.mlp", self._swiglu(f"{tensor}.mlp", x))
         else:
-            h = h + self._point(f"{name}.moe", self.mixture(layer, x))
-        return self._point(f"{name}.out", h), latent
+            h = h + self._hook(f"{name}.moe", self.moe(layer, x))
+        return self._hook(f"{name}.out", h), latent
 
-    def attention(self, layer: int, x: Array, latent: Array, form: Form = "expanded") -> tuple[Array, Array]:
+    def attention(self, layer: int, x: Array, latent: Array, form: AttentionForm = "expanded") -> tuple[Array, Array]:
         """Attention of normed input x [T, D]: (output [T, D], the cache with the new positions)."""
         c, name = self.config, f"model.layers.{layer}.self_attn"
         heads, nope, rank = c["num_attention_heads"], c["qk_nope_head_dim"], c["kv_lora_rank"]
@@ -127,10 +127,10 @@ class Reference:
         positions = np.arange(start, start + len(x))
         interleave = c.get("rope_interleave", True)
         q = self._queries(name, x).reshape(len(x), heads, nope + c["qk_rope_head_dim"])
-        q[..., nope:] = layers.rotate(q[..., nope:], positions, self.theta, interleave)
+        q[..., nope:] = layers.apply_rope(q[..., nope:], positions, self.theta, interleave)
         new = layers.linear(x, self.tensors[f"{name}.kv_a_proj_with_mqa.weight"])
         content = self._norm(f"{name}.kv_a_layernorm", new[:, :rank], self.latent_eps)
-        turned = layers.rotate(new[:, rank:], positions, self.theta, interleave)
+        turned = layers.apply_rope(new[:, rank:], positions, self.theta, interleave)
         latent = np.concatenate([latent, np.concatenate([content, turned], axis=-1)])
         both = self.tensors[f"{name}.kv_b_proj.weight"].reshape(heads, nope + c["v_head_dim"], rank)
         attend = layers.attend_expanded if form == "expanded" else layers.attend_absorbed
@@ -144,16 +144,16 @@ class Reference:
         low = self._norm(f"{name}.q_a_layernorm", low, self.latent_eps)
         return layers.linear(low, self.tensors[f"{name}.q_b_proj.weight"])
 
-    def mixture(self, layer: int, x: Array) -> Array:
+    def moe(self, layer: int, x: Array) -> Array:
         """Routed plus shared experts of normed input x [T, D]."""
         name, mlp = f"block.{layer}.moe", f"model.layers.{layer}.mlp"
         logits = layers.linear(x, self.tensors[f"{mlp}.gate.weight"])
         weights = layers.route(logits, self.tensors[f"{mlp}.gate.e_score_correction_bias"], self.config)
-        weights = self._point(f"{name}.router", weights)
+        weights = self._hook(f"{name}.router", weights)
         routed = np.zeros_like(x)
         for expert in np.flatnonzero(weights.any(axis=0)):
             routed += weights[:, expert, None] * self._swiglu(f"{mlp}.experts.{expert}", x)
-        routed = self._point(f"{name}.experts", routed)
+        routed = self._hook(f"{name}.experts", routed)
         return routed + self._swiglu(f"{mlp}.shared_experts", x) if self.config["n_shared_experts"] else routed
 
     def _swiglu(self, name: str, x: Array) -> Array:
@@ -163,10 +163,10 @@ class Reference:
     def _norm(self, name: str, x: Array, eps: float | None = None) -> Array:
         return layers.rms_norm(x, self.tensors[f"{name}.weight"], self.config["rms_norm_eps"] if eps is None else eps)
 
-    def _either(self, first: str, second: str) -> Array:
+    def _first_present(self, first: str, second: str) -> Array:
         return self.tensors[first if first in self.tensors else second]
 
-    def _point(self, name: str, value: Array) -> Array:
+    def _hook(self, name: str, value: Array) -> Array:
         """A named activation: edited when an edit is given for it, then recorded."""
         if name in self.edits:
             value = self.edits[name](value)

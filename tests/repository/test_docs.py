@@ -22,11 +22,11 @@ from glm_jax import checkpoint
 from glm_jax.cache.latent import bytes_per_token
 from glm_jax.checkpoint.sources.synthetic import SyntheticSpec
 from glm_jax.config import Config
-from glm_jax.ops.mla import expanded_is_cheaper
-from glm_jax.weights import PRESETS
-from glm_jax.weights.params import ParamSpec, init_params, leaves, param_specs
+from glm_jax.ops.mla import is_expanded_cheaper
+from glm_jax.weights import QUANT_PRESETS
+from glm_jax.weights.params import ParamSpec, init_params, leaves_with_path, param_specs
 from glm_jax.weights.storage import Storage, abstract_params, plan_storage
-from tests.builders.tiny_overrides import SMALLER
+from tests.builders.tiny_overrides import TINY_OVERRIDES
 from tests.repository.test_layers import FILES, LEVELS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,7 +141,7 @@ def test_synthetic_models_in_documents_parse():
 def small_llm(tmp_path) -> glm_jax.LLM:
     """A model as small as they come, which speaks the miniature's tokens."""
     cfg = Config.from_hf(json.loads((TINY / "config.json").read_bytes()))
-    cfg = cfg.replace(**SMALLER)
+    cfg = cfg.replace(**TINY_OVERRIDES)
     checkpoint.save(tmp_path / "small", cfg, init_params(cfg, dtype=jnp.float32))
     shutil.copy(TINY / "tokenizer.json", tmp_path / "small")
     return glm_jax.LLM.load(tmp_path / "small", dtype="float32")
@@ -169,14 +169,14 @@ def test_the_readme_names_the_size_of_the_miniature():
 
 
 def parameters(tree: dict[str, Any]) -> int:
-    return sum(spec.size for _, spec in leaves(tree))
+    return sum(spec.size for _, spec in leaves_with_path(tree))
 
 
 def nbytes(tree: dict[str, Any], dtype: str) -> int:
     def width(spec: ParamSpec) -> int:
         return jnp.dtype(spec.dtype or dtype).itemsize
 
-    return sum(spec.size * width(spec) for _, spec in leaves(tree))
+    return sum(spec.size * width(spec) for _, spec in leaves_with_path(tree))
 
 
 def test_the_memory_table_follows_from_the_config():
@@ -203,14 +203,14 @@ def test_the_costs_of_attention_follow_from_the_config():
     for number in (heads, projection, absorbed, absorbed - heads, int(crossover), FLASH.num_attention_heads * heads):
         assert re.search(rf"\b{number:,}\b", ARCHITECTURE), number
     slots = 1 << 30
-    assert not expanded_is_cheaper(FLASH, int(crossover), slots)
-    assert expanded_is_cheaper(FLASH, int(crossover) + 1, slots)
+    assert not is_expanded_cheaper(FLASH, int(crossover), slots)
+    assert is_expanded_cheaper(FLASH, int(crossover) + 1, slots)
 
 
 def test_the_sizes_of_the_presets_follow_from_the_config():
     table = {name.strip("`"): cells[-2:] for name, *cells in rows(QUANTISATION, "preset")}
     expected = {}
-    for name, rules in {"none": None, **PRESETS}.items():
+    for name, rules in {"none": None, **QUANT_PRESETS}.items():
         storage = plan_storage(FLASH, rules)[0] if rules else Storage()
         held = abstract_params(FLASH, "bfloat16", storage=storage)
         held.pop("mtp")
@@ -223,7 +223,7 @@ def test_the_sizes_of_the_presets_follow_from_the_config():
 def test_the_tables_of_quality_are_those_of_the_results(tmp_path):
     results = json.loads((ROOT / "docs" / "quantisation" / "results.json").read_text(encoding="utf-8"))
     (tmp_path / "page.md").write_text(QUANTISATION, encoding="utf-8")
-    measure_quality.fill(tmp_path / "page.md", measure_quality.tables(results))
+    measure_quality.fill_page(tmp_path / "page.md", measure_quality.markdown_tables(results))
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == QUANTISATION
     assert "| int4/mse |" in QUANTISATION
 
@@ -269,7 +269,7 @@ def test_the_parameter_tree_names_every_parameter():
     (tree,) = (block for block in blocks(ARCHITECTURE, "") if block.startswith("embed "))
     drawn = set(re.findall(r"\w+", tree))
     for cfg in (FLASH, FLASH.replace(q_lora_rank=None)):
-        assert {name for path, _ in leaves(param_specs(cfg)) for name in path} <= drawn
+        assert {name for path, _ in leaves_with_path(param_specs(cfg)) for name in path} <= drawn
 
 
 def resolve(name: str) -> object:

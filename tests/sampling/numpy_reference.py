@@ -5,10 +5,10 @@ import numpy as np
 from glm_jax.sampling import SamplerState
 
 # How far float32 may be from float64 in a sum of probabilities: tokens closer than this to the edge are not judged.
-EDGE = 1e-5
+THRESHOLD_TOLERANCE = 1e-5
 
 
-def scores(logits, params, prompt=(), output=(), valid_vocab=None):
+def penalized_logits(logits, params, prompt=(), output=(), valid_vocab=None):
     """Bias, repetition, frequency, presence, missing ids: the order of vLLM."""
     result = np.where(np.isnan(logits), -np.inf, np.minimum(logits, np.finfo(np.float32).max)).astype(np.float64)
     for token, bias in (params.logit_bias or {}).items():
@@ -27,7 +27,7 @@ def probabilities(values):
     return weights / weights.sum()
 
 
-def mass_above(values):
+def probability_above(values):
     """The probability of the tokens that are strictly more likely, for each token."""
     order = np.argsort(-values, kind="stable")
     total = np.concatenate([[0.0], np.cumsum(probabilities(values)[order])])
@@ -38,25 +38,25 @@ def mass_above(values):
     return result
 
 
-def kept(values, params):
+def kept_tokens(values, params):
     """Which tokens may be drawn, and for which of them float32 is precise enough to say so."""
     values = values / params.temperature
     certain = values.max() - values < 80  # beyond, the probability may be 0 in float32
     if params.min_p > 0:
         edge = values.max() + np.log(params.min_p)
-        certain &= np.abs(values - edge) > EDGE * (1 + np.abs(values.max() - edge))
+        certain &= np.abs(values - edge) > THRESHOLD_TOLERANCE * (1 + np.abs(values.max() - edge))
         values = np.where(values >= edge, values, -np.inf)
     if 0 < params.top_k < len(values):
         values = np.where(values >= np.sort(values)[-params.top_k], values, -np.inf)
     keep = values > -np.inf
     if params.top_p < 1:
-        above = mass_above(values)
-        certain &= np.abs(above - params.top_p) > EDGE
+        above = probability_above(values)
+        certain &= np.abs(above - params.top_p) > THRESHOLD_TOLERANCE
         keep &= above < params.top_p
     return keep, certain
 
 
-def state_of(params, width, *, seed=0, prompt=(), valid_vocab=None, **options):
+def make_sampler_state(params, width, *, seed=0, prompt=(), valid_vocab=None, **options):
     """A state of one row."""
     return SamplerState.create(
         [params], [seed], [prompt], vocab_size=width, valid_vocab=valid_vocab or width, **options

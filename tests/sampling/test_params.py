@@ -191,9 +191,9 @@ def test_what_a_row_uses():
 
 def test_features_of_a_batch():
     greedy = SamplingParams(temperature=0, logprobs=2)
-    assert SamplerFeatures.of([greedy]) == SamplerFeatures(greedy_only=True, logprobs=2)
-    assert SamplerFeatures.of([greedy, SamplingParams(top_p=1, logprobs=0)]) == SamplerFeatures(logprobs=2)
-    assert SamplerFeatures.of([SamplingParams(logit_bias={1: 1.0}, frequency_penalty=1)]) == SamplerFeatures(
+    assert SamplerFeatures.from_params([greedy]) == SamplerFeatures(greedy_only=True, logprobs=2)
+    assert SamplerFeatures.from_params([greedy, SamplingParams(top_p=1, logprobs=0)]) == SamplerFeatures(logprobs=2)
+    assert SamplerFeatures.from_params([SamplingParams(logit_bias={1: 1.0}, frequency_penalty=1)]) == SamplerFeatures(
         bias=True, penalties=True, filters=True
     )
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from glm_jax.errors import SamplingError
 from glm_jax.sampling import SamplerFeatures, SamplerState, SamplingParams
-from glm_jax.sampling.penalties import processed
-from glm_jax.sampling.thresholds import filtered
-from tests.sampling import numpy_reference as reference
+from glm_jax.sampling.penalties import process_logits
+from glm_jax.sampling.thresholds import apply_filters
+from tests.sampling import numpy_reference
 
 INF = float("inf")
 WIDTH = 12
@@ -24,15 +24,17 @@ EVERYTHING = SamplerFeatures(penalties=True, filters=True, bias=True, logprobs=2
 
 @jax.jit
 def scores_and_gaps(logits, state):
-    scores = processed(logits, state)
-    return scores, filtered(scores, state)
+    scores = process_logits(logits, state)
+    return scores, apply_filters(scores, state)
 
 
 def run(logits, params, *, prompt=(), output=(), valid_vocab=None):
     """The scores, and the ids that may be drawn, of one row that has written ``output``."""
     padded = np.full((1, max(len(logits), WIDTH)), -INF, np.float32)  # few widths: few compilations
     padded[0, : len(logits)] = logits
-    state = reference.state_of(params, padded.size, prompt=prompt, valid_vocab=valid_vocab, features=EVERYTHING)
+    state = numpy_reference.make_sampler_state(
+        params, padded.size, prompt=prompt, valid_vocab=valid_vocab, features=EVERYTHING
+    )
     counts = np.bincount(np.asarray(output, np.int64), minlength=padded.size)[None].astype(np.int32)
     scores, gap = scores_and_gaps(padded, dataclasses.replace(state, counts=jnp.asarray(counts)))
     return np.asarray(scores)[0, : len(logits)], set(np.flatnonzero(np.asarray(gap)[0] < NEVER).tolist())
@@ -158,7 +160,7 @@ sampling = st.builds(
 @given(rows, sampling, tokens, tokens, st.sampled_from([5, 12]))
 def test_scores_match_the_reference(logits, params, prompt, output, valid_vocab):
     scores, _ = run(logits, params, prompt=prompt, output=output, valid_vocab=valid_vocab)
-    expected = reference.scores(np.asarray(logits, np.float32), params, prompt, output, valid_vocab)
+    expected = numpy_reference.penalized_logits(np.asarray(logits, np.float32), params, prompt, output, valid_vocab)
     judged = np.abs(expected) < LARGEST / 2  # beyond, float32 may overflow
     # Nine roundings (four of them of the options) of numbers of up to |logit| + 100, scaled by at most 4.
     size = 4 * (np.abs(np.asarray(logits)[judged]) + 100) + 2 * len(output) + 2
@@ -171,7 +173,7 @@ def test_scores_match_the_reference(logits, params, prompt, output, valid_vocab)
 def test_filters_match_a_sort(logits, params):
     params = params.replace(repetition_penalty=1.0, logit_bias=None)
     scores, drawable = run(logits, params)
-    expected, certain = reference.kept(scores.astype(np.float64), params)
+    expected, certain = numpy_reference.kept_tokens(scores.astype(np.float64), params)
     mine = np.isin(np.arange(12), list(drawable))
     np.testing.assert_array_equal(mine[certain], expected[certain])
 
@@ -190,7 +192,7 @@ def test_filters_on_wide_rows(width):
     for top_k, top_p, min_p in [(7, 1.0, 0.0), (0, 0.9, 0.0), (40, 0.5, 0.01), (0, 1.0, 0.05)]:
         params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, temperature=0.8)
         logits = (rng.normal(size=width) * 4).round(2).astype(np.float32)  # rounded: ties
-        expected, certain = reference.kept(logits.astype(np.float64), params)
+        expected, certain = numpy_reference.kept_tokens(logits.astype(np.float64), params)
         _, drawable = run(logits, params)
         np.testing.assert_array_equal(np.isin(np.arange(width), list(drawable))[certain], expected[certain])
 

@@ -10,10 +10,10 @@ import pytest
 import scipy.stats
 from jax import lax
 
-from glm_jax.sampling import SamplerFeatures, SamplerState, SamplingParams, is_stop, sample, update
-from glm_jax.sampling.gumbel import gumbel, threefry2x32
-from glm_jax.sampling.numerics import fixed_sum, smallest_enough, token_grid
-from tests.sampling import numpy_reference as reference
+from glm_jax.sampling import SamplerFeatures, SamplerState, SamplingParams, is_stop, sample, update_state
+from glm_jax.sampling.gumbel import gumbel_noise, threefry2x32
+from glm_jax.sampling.numerics import deterministic_sum, search_threshold, token_ids_like
+from tests.sampling import numpy_reference
 
 INF, NAN = float("inf"), float("nan")
 # A correct sampler fails one such test in a million; seeds are fixed, so each either always passes or never.
@@ -75,9 +75,9 @@ def test_draws_have_the_right_distribution(options, vary):
     counter = list(range(count))
     constant = [7] * count
     seeds, positions = (constant, counter) if vary == "position" else (counter, constant)
-    keep, certain = reference.kept(LOGITS.astype(np.float64), params)
+    keep, certain = numpy_reference.kept_tokens(LOGITS.astype(np.float64), params)
     assert certain.all()
-    expected = reference.probabilities(np.where(keep, LOGITS.astype(np.float64), -INF) / params.temperature)
+    expected = numpy_reference.probabilities(np.where(keep, LOGITS.astype(np.float64), -INF) / params.temperature)
     assert_frequencies(tokens_at(params, LOGITS, seeds, positions), expected)
 
 
@@ -100,7 +100,7 @@ def test_equal_tokens_of_a_wide_row_are_equally_likely():
 
 
 def test_noise_has_the_gumbel_distribution():
-    make = jax.jit(lambda seeds, positions: gumbel(seeds, positions, token_grid(jnp.zeros((4, 25_000)))))
+    make = jax.jit(lambda seeds, positions: gumbel_noise(seeds, positions, token_ids_like(jnp.zeros((4, 25_000)))))
     noise = np.asarray(make(np.zeros((4, 2), np.uint32), np.arange(4, dtype=np.int32)))
     assert np.isfinite(noise).all()
     assert scipy.stats.kstest(noise.ravel(), "gumbel_r").pvalue > RARE
@@ -109,7 +109,7 @@ def test_noise_has_the_gumbel_distribution():
 def test_noise_of_the_extreme_bits_is_finite(monkeypatch):
     extremes = jnp.asarray([[0, 1, 2**31, 2**32 - 2**7, 2**32 - 1]], jnp.uint32)
     monkeypatch.setattr("glm_jax.sampling.gumbel.threefry2x32", lambda key, counter: (extremes, extremes))
-    noise = np.asarray(gumbel(jnp.zeros((1, 2), jnp.uint32), positions_of(0), token_grid(np.zeros((1, 5)))))
+    noise = np.asarray(gumbel_noise(jnp.zeros((1, 2), jnp.uint32), positions_of(0), token_ids_like(np.zeros((1, 5)))))
     assert -2.9 < noise.min() < noise.max() < 22.9
     assert np.all(np.diff(noise[0]) <= 0)
 
@@ -154,7 +154,7 @@ def walk(params, seeds, logits, starts, steps=4, **options):
     outcome = []
     for step in range(steps):
         result = draw(np.roll(logits, step, axis=1), state, np.asarray(starts, np.int32) + np.int32(step))
-        state = jax.jit(update)(state, result.tokens, np.ones(len(params), bool))
+        state = jax.jit(update_state)(state, result.tokens, np.ones(len(params), bool))
         outcome.append(result)
     return jax.tree.map(lambda *leaves: np.stack(leaves), *outcome)
 
@@ -220,7 +220,7 @@ def test_sharded_rows_give_the_same(batch, of_logits, of_rows):
     with jax.set_mesh(mesh):
         rows = place(state, of_rows)
         there = draw(place(logits, *of_logits), rows, place(positions, of_rows))
-        written = jax.jit(update)(rows, there.tokens, place(np.ones(8, bool), of_rows))
+        written = jax.jit(update_state)(rows, there.tokens, place(np.ones(8, bool), of_rows))
     jax.tree.map(np.testing.assert_array_equal, there, here)
     assert there.tokens.sharding.spec == jax.P(of_logits[0])
     np.testing.assert_array_equal(np.asarray(written.counts)[np.arange(8), here.tokens], 1)
@@ -312,11 +312,11 @@ def test_update_counts_active_rows_only():
     params = SamplingParams(frequency_penalty=1)
     state = rows_of([params] * 3, 5, prompts=[(1,), (2, 2), ()])
     for tokens, active in [([1, 2, 3], [True, False, True]), ([1, 0, 4], [True, True, True])]:
-        state = update(state, positions_of(*tokens), jnp.asarray(active))
+        state = update_state(state, positions_of(*tokens), jnp.asarray(active))
     assert state.counts.tolist() == [[0, 2, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 1, 1]]
     assert state.in_prompt.tolist() == [[i in p for i in range(5)] for p in ((1,), (2,), ())]
     plain = rows_of([SamplingParams()], 5)
-    assert update(plain, positions_of(1), jnp.asarray([True])) is plain
+    assert update_state(plain, positions_of(1), jnp.asarray([True])) is plain
 
 
 def test_a_row_moves_into_a_slot():
@@ -357,7 +357,7 @@ def test_a_loop_on_the_device_equals_single_steps():
     def step(carry, _):
         state, last, position, done = carry
         result = sample(table[last], state, position)
-        state = update(state, result.tokens, ~done)
+        state = update_state(state, result.tokens, ~done)
         return (state, result.tokens, position + 1, done | is_stop(result.tokens, state)), (result.tokens, done)
 
     carry = (start, first, first, jnp.zeros(3, bool))
@@ -429,10 +429,10 @@ def tree_sum(values):
 @pytest.mark.parametrize("width", [1, 2, 31, 33, 1000, 1025, 33_000])
 def test_sums_are_added_in_the_promised_order(width):
     values = np.random.default_rng(width).random((3, width), np.float32) ** 8
-    total = np.asarray(jax.jit(fixed_sum)(values))
+    total = np.asarray(jax.jit(deterministic_sum)(values))
     np.testing.assert_array_equal(total, tree_sum(values))
     np.testing.assert_allclose(total, values.astype(np.float64).sum(-1), rtol=2e-6)
-    np.testing.assert_array_equal(jax.jit(fixed_sum)(values[1:2]), total[1:2])
+    np.testing.assert_array_equal(jax.jit(deterministic_sum)(values[1:2]), total[1:2])
 
 
 TINY = np.finfo(np.float32).tiny
@@ -445,7 +445,7 @@ TINY = np.finfo(np.float32).tiny
 )
 def test_thresholds_are_found_to_the_bit(edge):
     edge = np.float32(edge)
-    found = np.asarray(jax.jit(lambda like: smallest_enough(lambda x: x >= edge, like))(np.zeros(3, np.float32)))
+    found = np.asarray(jax.jit(lambda like: search_threshold(lambda x: x >= edge, like))(np.zeros(3, np.float32)))
     if edge == 0:  # what is smaller than the smallest normal number is 0 to a CPU
         found = np.where(np.abs(found) < TINY, 0, found)
     np.testing.assert_array_equal(found, np.full(3, edge))

@@ -5,15 +5,24 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-SPECIAL = ["<|endoftext|>", "[MASK]", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
-TAGS = [f"<{slash}{name}>" for name in ("think", "tool_call", "arg_key", "arg_value") for slash in ("", "/")]
+GLM_SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "[MASK]",
+    "[gMASK]",
+    "<sop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+]
+TAG_TOKENS = [f"<{slash}{name}>" for name in ("think", "tool_call", "arg_key", "arg_value") for slash in ("", "/")]
 CORPUS = [
     "def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n",
     "naïve café, 天气很好 🙂🙃 👨‍👩‍👧 e\u0301",
 ] * 4
 
 
-def byte_level(path: Path, tags_are_special: bool = False) -> Path:
+def write_byte_level_tokenizer(path: Path, tags_are_special: bool = False) -> Path:
     """A tokenizer of GLM's kind: byte-level BPE, special tokens, and tags that are added but not special."""
     made = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -22,13 +31,13 @@ def byte_level(path: Path, tags_are_special: bool = False) -> Path:
     made.train_from_iterator(
         CORPUS, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
     )
-    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
-    made.add_tokens([AddedToken(text, special=tags_are_special, normalized=False) for text in TAGS])
+    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in GLM_SPECIAL_TOKENS])
+    made.add_tokens([AddedToken(text, special=tags_are_special, normalized=False) for text in TAG_TOKENS])
     made.save(str(path))
     return path
 
 
-def byte_fallback(path: Path) -> Path:
+def write_byte_fallback_tokenizer(path: Path) -> Path:
     """A tokenizer converted from SentencePiece: "▁" for a space, and a token for each byte."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "é", "▁a", "ab"]
     merges = [("▁", "a"), ("a", "b")]
@@ -45,13 +54,15 @@ def byte_fallback(path: Path) -> Path:
     return path
 
 
-def function(name: str, **properties) -> dict:
+def make_tool(name: str, **properties) -> dict:
     """A tool with these parameters."""
     parameters = {"type": "object", "properties": properties, "required": list(properties)[:1]}
     return {"type": "function", "function": {"name": name, "description": f"Does {name}.", "parameters": parameters}}
 
 
-WEATHER = function("get_weather", city={"type": "string"}, days={"type": "integer"}, exact={"type": "boolean"})
-SEARCH = function("search", query={"type": "string"}, filters={"type": "object"}, limit={"type": ["integer", "null"]})
-TIME = function("get_time")
-TOOLS = [WEATHER, SEARCH, TIME]
+WEATHER_TOOL = make_tool("get_weather", city={"type": "string"}, days={"type": "integer"}, exact={"type": "boolean"})
+SEARCH_TOOL = make_tool(
+    "search", query={"type": "string"}, filters={"type": "object"}, limit={"type": ["integer", "null"]}
+)
+TIME_TOOL = make_tool("get_time")
+TOOLS = [WEATHER_TOOL, SEARCH_TOOL, TIME_TOOL]

@@ -7,7 +7,7 @@ import pytest
 
 from glm_jax.errors import PromptError
 from glm_jax.text import Message, ToolCall, is_official, opens_thinking, render_chat
-from tests.text.fixtures import TIME
+from tests.text.fixtures import TIME_TOOL
 
 START = "[gMASK]<sop>"
 USER = {"role": "user", "content": "hi"}
@@ -60,7 +60,7 @@ def test_system_and_developer_are_one_role():
 
 def test_tools_come_first():
     declared = '{"type": "function", "function": {"name": "get_time", "description": "Does get_time.", "parameters": {"type": "object", "properties": {}, "required": []}}}'  # noqa: E501
-    text = render({"role": "system", "content": "S"}, USER, tools=[TIME])
+    text = render({"role": "system", "content": "S"}, USER, tools=[TIME_TOOL])
     assert text == TOOL_TEXT % declared + "<|system|>S<|user|>hi"
     assert render(USER, tools=[]) == render(USER, tools=None) == "<|user|>hi"
 
@@ -268,11 +268,11 @@ BAD_TOOLS = {
     "tools must be a list": {"name": "f"},
     r"tools\[0\] must be an object, not str": ["f"],
     r"tools\[0\]: only tools of type \"function\" are supported, not 'web_search'": [{"type": "web_search"}],
-    r"tools\[1\] has no function name": [TIME, {"type": "function", "function": {}}],
+    r"tools\[1\] has no function name": [TIME_TOOL, {"type": "function", "function": {}}],
     r"tools\[0\] has no function name: give": [{"type": "function", "function": None}],
     "must be 1 to 256 characters without white space": [{"name": "get weather"}],
     "parameters must be a JSON schema object, not list": [{"name": "f", "parameters": []}],
-    "the name 'get_time' comes twice": [TIME, TIME],
+    "the name 'get_time' comes twice": [TIME_TOOL, TIME_TOOL],
     r"tools\[0\] cannot be written as JSON": [{"name": "f", "parameters": {"properties": {"a": object()}}}],
 }
 

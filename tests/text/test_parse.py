@@ -6,7 +6,7 @@ import pytest
 
 from glm_jax.errors import PromptError
 from glm_jax.text import OutputParser, opens_thinking, parse_output, render_chat
-from tests.text.fixtures import TOOLS, WEATHER, function
+from tests.text.fixtures import TOOLS, WEATHER_TOOL, make_tool
 
 
 def pairs(**arguments) -> str:
@@ -168,7 +168,7 @@ STRAY = [
 
 @pytest.mark.parametrize("text", STRAY)
 def test_a_tag_that_no_name_follows_is_text(text):
-    for tools in (TOOLS, [WEATHER]):
+    for tools in (TOOLS, [WEATHER_TOOL]):
         assert parse_output(f"A {text}", tools=tools, thinking=False).content == f"A {text}"
         message = parse_output(f"R {text}", tools=tools)
         assert (message.reasoning, message.content) == (f"R {text}", None)
@@ -354,7 +354,7 @@ def test_several_tokens_in_one_piece(size):
 
 def test_long_strings_stream_while_they_are_open():
     """Were held back until the value was closed (vLLM 32829)."""
-    parser = OutputParser([WEATHER], thinking=False)
+    parser = OutputParser([WEATHER_TOOL], thinking=False)
     parser.feed("<tool_call>get_weather<arg_key>city</arg_key><arg_value>")
     for word in ("one ", 'two "', "\\\n", "🙂 "):
         (delta,) = parser.feed(word)
@@ -367,7 +367,7 @@ def test_long_strings_stream_while_they_are_open():
     "schema", [{"type": "integer"}, {"type": ["string", "null"]}, {"anyOf": [{"type": "string"}, {"type": "object"}]}]
 )
 def test_what_may_not_be_a_string_waits_until_it_is_closed(schema):
-    parser = OutputParser([function("f", a=schema)], thinking=False)
+    parser = OutputParser([make_tool("f", a=schema)], thinking=False)
     assert parser.feed("<tool_call>f<arg_key>a</arg_key><arg_value>1")[-1].tool_call.arguments == '{"a": '
     assert parser.feed("23") == []
     value = "123" if "integer" in str(schema) else '"123"'

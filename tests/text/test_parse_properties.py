@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_jax.text import Delta, Message, OutputParser, parse_output, render_chat
-from glm_jax.text import output_parser as parse
+from glm_jax.text import Delta, Message, OutputParser, output_parser, parse_output, render_chat
 from tests.text.fixtures import TOOLS
 
 TAGS = [f"<{slash}{name}>" for name in ("think", "tool_call", "arg_key", "arg_value") for slash in ("", "/")]
@@ -180,8 +179,8 @@ def test_work_grows_with_the_length_alone(kind, piece, monkeypatch):
     text = unit * (MEGABYTE // len(unit))
     if kind.startswith("open"):
         text = unit + "[" * MEGABYTE
-    name = Counting(parse._NAME)
-    monkeypatch.setattr(parse, "_NAME", name)
+    name = Counting(output_parser._NAME)
+    monkeypatch.setattr(output_parser, "_NAME", name)
     parser = OutputParser(TOOLS)
     patterns = {pattern: Counting(pattern) for pattern in set(parser._search.values())}
     parser._search = {state: patterns[pattern] for state, pattern in parser._search.items()}

@@ -11,7 +11,7 @@ import pytest
 
 from glm_jax.errors import CheckpointError, PromptError
 from glm_jax.text import read_template, render_chat, sandbox
-from tests.text.fixtures import TIME
+from tests.text.fixtures import TIME_TOOL
 
 ROOT = Path(__file__).resolve().parents[2]
 USER = {"role": "user", "content": "hi"}
@@ -35,7 +35,7 @@ def test_what_templates_are_given():
         {"role": "assistant", "content": None, "reasoning": "R", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "1", "content": [{"output": "a"}, {"output": 2}]},
     ]
-    shown = render_chat(messages, [TIME], template=template, level=[1]).split("|", 2)
+    shown = render_chat(messages, [TIME_TOOL], template=template, level=[1]).split("|", 2)
     assert json.loads(shown[0]) == [
         {
             "role": "assistant",
@@ -47,7 +47,7 @@ def test_what_templates_are_given():
         {"role": "tool", "content": [{"output": "a"}, {"output": "2"}], "tool_call_id": "1"},
     ]
     assert "é" in shown[0]
-    assert json.loads(shown[1]) == [TIME]
+    assert json.loads(shown[1]) == [TIME_TOOL]
     assert shown[2] == "<|endoftext|>|[1]|"
 
 
@@ -135,15 +135,15 @@ def test_a_child_that_does_not_start_is_one_clear_error(monkeypatch, tmp_path):
     with pytest.raises(PromptError, match=r"cannot start .* to render the chat template"):
         render_chat([USER], template="x")
     monkeypatch.undo()
-    monkeypatch.setattr(sandbox, "_CHILD", tmp_path / "absent.py")
+    monkeypatch.setattr(sandbox, "_CHILD_SCRIPT", tmp_path / "absent.py")
     with pytest.raises(PromptError, match="did not start: is the jinja2 package installed"):
         render_chat([USER], template="x")
 
 
 def test_starting_slowly_is_not_the_templates_fault(monkeypatch, tmp_path):
     slow = tmp_path / "slow.py"
-    slow.write_text(f"import time\ntime.sleep(3)\n{sandbox._CHILD.read_text()}")
-    monkeypatch.setattr(sandbox, "_CHILD", slow)
+    slow.write_text(f"import time\ntime.sleep(3)\n{sandbox._CHILD_SCRIPT.read_text()}")
+    monkeypatch.setattr(sandbox, "_CHILD_SCRIPT", slow)
     started = time.monotonic()
     assert render_chat([USER], template="x") == "x"
     assert time.monotonic() - started > 3
@@ -152,7 +152,7 @@ def test_starting_slowly_is_not_the_templates_fault(monkeypatch, tmp_path):
 def test_the_child_loads_nothing_of_ours():
     limits = {"output_bytes": 9, "memory_bytes": 1 << 30, "cpu_seconds": 9}
     child = subprocess.run(
-        [sys.executable, "-I", "-X", "importtime", str(sandbox._CHILD), *sandbox._library_folders()],
+        [sys.executable, "-I", "-X", "importtime", str(sandbox._CHILD_SCRIPT), *sandbox._library_folders()],
         input=json.dumps({"template": "x", "variables": {}, "switches": {}, **limits}),
         capture_output=True,
         text=True,

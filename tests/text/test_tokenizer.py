@@ -10,8 +10,13 @@ from hypothesis import strategies as st
 
 from glm_jax.errors import CheckpointError, PromptError
 from glm_jax.text import Tokenizer
-from glm_jax.text.tokenizer import MAX_CHARACTERS, StreamDecoder
-from tests.text.fixtures import SPECIAL, TAGS, byte_fallback, byte_level
+from glm_jax.text.tokenizer import MAX_TEXT_LENGTH, StreamDecoder
+from tests.text.fixtures import (
+    GLM_SPECIAL_TOKENS,
+    TAG_TOKENS,
+    write_byte_fallback_tokenizer,
+    write_byte_level_tokenizer,
+)
 
 MODEL_VOCAB = 352
 TRICKY = [
@@ -34,7 +39,7 @@ TRICKY = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    byte_level(folder / "tokenizer.json")
+    write_byte_level_tokenizer(folder / "tokenizer.json")
     return folder
 
 
@@ -50,7 +55,7 @@ def theirs(folder) -> tokenizers.Tokenizer:
 
 @pytest.fixture(scope="module")
 def fallback(tmp_path_factory) -> Tokenizer:
-    path = byte_fallback(tmp_path_factory.mktemp("fallback") / "tokenizer.json")
+    path = write_byte_fallback_tokenizer(tmp_path_factory.mktemp("fallback") / "tokenizer.json")
     return Tokenizer.from_file(path, model_vocab=300)
 
 
@@ -125,17 +130,19 @@ def test_tags_survive_where_special_tokens_are_skipped(tokenizer):
     ids = tokenizer.encode(text + "<|observation|>")
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode(ids, skip_special=False) == text + "<|observation|>"
-    assert tokenizer.special_ids == {tokenizer.token_to_id(name) for name in SPECIAL}
+    assert tokenizer.special_ids == {tokenizer.token_to_id(name) for name in GLM_SPECIAL_TOKENS}
 
 
 def test_tags_survive_a_file_that_marks_them_special(tmp_path):
-    marked = Tokenizer.from_file(byte_level(tmp_path / "t.json", tags_are_special=True), model_vocab=MODEL_VOCAB)
-    assert marked.decode(marked.encode("".join(TAGS))) == "".join(TAGS)
-    assert not marked.special_ids & {marked.token_to_id(tag) for tag in TAGS}
+    marked = Tokenizer.from_file(
+        write_byte_level_tokenizer(tmp_path / "t.json", tags_are_special=True), model_vocab=MODEL_VOCAB
+    )
+    assert marked.decode(marked.encode("".join(TAG_TOKENS))) == "".join(TAG_TOKENS)
+    assert not marked.special_ids & {marked.token_to_id(tag) for tag in TAG_TOKENS}
 
 
 def test_ids_that_stand_for_nothing_are_known(tokenizer):
-    assert tokenizer.vocab_size == 320 + len(SPECIAL) + len(TAGS)
+    assert tokenizer.vocab_size == 320 + len(GLM_SPECIAL_TOKENS) + len(TAG_TOKENS)
     assert tokenizer.unused_ids == tuple(range(tokenizer.vocab_size, MODEL_VOCAB))
     assert tokenizer.decode(tokenizer.unused_ids) == ""
     assert tokenizer.token_bytes(MODEL_VOCAB - 1) is None
@@ -176,7 +183,7 @@ def test_words_without_a_decoder_are_joined_by_spaces(tmp_path):
 
 
 def test_padding_and_truncation_of_the_file_are_ignored(tmp_path):
-    path = byte_level(tmp_path / "tokenizer.json")
+    path = write_byte_level_tokenizer(tmp_path / "tokenizer.json")
     changed = tokenizers.Tokenizer.from_file(str(path))
     changed.enable_padding(length=50)
     changed.enable_truncation(max_length=2)
@@ -191,8 +198,8 @@ def test_a_lone_surrogate_is_one_clear_error(tokenizer):
 
 
 def test_a_huge_text_is_one_clear_error(tokenizer):
-    with pytest.raises(PromptError, match=f"{MAX_CHARACTERS + 1:,} characters, and at most {MAX_CHARACTERS:,}"):
-        tokenizer.encode("a" * (MAX_CHARACTERS + 1))
+    with pytest.raises(PromptError, match=f"{MAX_TEXT_LENGTH + 1:,} characters, and at most {MAX_TEXT_LENGTH:,}"):
+        tokenizer.encode("a" * (MAX_TEXT_LENGTH + 1))
 
 
 def test_a_long_single_word_encodes(tokenizer):

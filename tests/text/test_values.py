@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_jax.text.schema_coercion import schema_types, typed
+from glm_jax.text.schema_coercion import coerce_to_types, schema_types
 
 TYPES = {
     "string": [{"type": "string"}, {}, None, True, {"type": 5}, {"enum": ["a", "b"]}, {"const": 1}, {"$ref": "#/x"}],
@@ -90,7 +90,7 @@ CASES = [
 
 @pytest.mark.parametrize(("types", "text", "value"), CASES)
 def test_typed(types, text, value):
-    found = typed(text, frozenset(types.split()))
+    found = coerce_to_types(text, frozenset(types.split()))
     assert found == value
     assert type(found) is type(value)
 
@@ -98,7 +98,7 @@ def test_typed(types, text, value):
 def test_what_is_too_much_stays_text():
     for types in ("integer", "object", "array", "any", "number"):
         for text in ("[" * 100_000, "9" * 5000):
-            assert typed(text, frozenset([types])) == text
+            assert coerce_to_types(text, frozenset([types])) == text
 
 
 @given(
@@ -106,7 +106,7 @@ def test_what_is_too_much_stays_text():
     types=st.frozensets(st.sampled_from("null integer number boolean object array string".split())),
 )
 def test_a_value_is_always_json(text, types):
-    value = typed(text, types)
+    value = coerce_to_types(text, types)
     assert json.loads(json.dumps(value, allow_nan=False)) == value
     if types == {"string"}:
         assert value == text
@@ -116,10 +116,10 @@ def test_a_value_is_always_json(text, types):
 def test_json_is_read_back(value):
     kinds = {list: "array", bool: "boolean", int: "integer", type(None): "null", str: "string"}
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    assert typed(text, frozenset([kinds[type(value)]])) == value
+    assert coerce_to_types(text, frozenset([kinds[type(value)]])) == value
 
 
 @given(value=st.floats(allow_nan=False, allow_infinity=False))
 def test_numbers_are_read_back(value):
-    found = typed(repr(value), frozenset(["number"]))
+    found = coerce_to_types(repr(value), frozenset(["number"]))
     assert math.isclose(found, value, rel_tol=0, abs_tol=0)

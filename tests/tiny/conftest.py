@@ -5,24 +5,24 @@ import dataclasses
 import jax
 import pytest
 
-from examples.tiny_recipe.schedule import Plan, Rows, Stage, tiny_config
-from tests.builders.tiny_overrides import SMALLER
+from examples.tiny_recipe.schedule import BatchShape, Stage, TrainingSchedule, tiny_config
+from tests.builders.tiny_overrides import TINY_OVERRIDES
 
-CODE = ["def area(w, h):\n    return w * h\n" * 40, "import os\n\nprint(os.getcwd())\n" * 60]
+CODE_TEXTS = ["def area(w, h):\n    return w * h\n" * 40, "import os\n\nprint(os.getcwd())\n" * 60]
 
 
 @pytest.fixture(scope="session")
 def small_config():
-    return tiny_config().replace(**SMALLER)
+    return tiny_config().replace(**TINY_OVERRIDES)
 
 
 @pytest.fixture(scope="session")
 def small_plan():
     """Two compilations: short rows without the prediction layer, then longer ones with it."""
-    short = Stage(start=0, code=Rows(2, 32), chat=Rows(1, 96), mtp=False)
-    long = Stage(start=4, code=Rows(1, 64), chat=Rows(1, 96))
+    short = Stage(start=0, code=BatchShape(2, 32), chat=BatchShape(1, 96), mtp=False)
+    long = Stage(start=4, code=BatchShape(1, 64), chat=BatchShape(1, 96))
     hard = dataclasses.replace(long, start=12, tool_share=0.5, hard_share=0.5)
-    return Plan(steps=20, decay_steps=6, warmup_steps=2, stages=(short, long, hard))
+    return TrainingSchedule(steps=20, decay_steps=6, warmup_steps=2, stages=(short, long, hard))
 
 
 @pytest.fixture(scope="session")

@@ -3,21 +3,21 @@
 import numpy as np
 import pytest
 
-from examples.tiny_recipe.batches import EXTRA, Batches, encode_conversation
+from examples.tiny_recipe.batches import TARGET_LOOKAHEAD, Batches, encode_conversation
 from examples.tiny_recipe.conversations import Conversation
-from examples.tiny_recipe.schedule import Plan, Rows, Stage
-from examples.tiny_recipe.tokenizer import LEARNT, SPECIAL_IDS, SPECIAL_TOKENS
+from examples.tiny_recipe.schedule import BatchShape, Stage, TrainingSchedule
+from examples.tiny_recipe.tokenizer import LEARNED_VOCAB, SPECIAL_IDS, SPECIAL_TOKENS
 from glm_jax.text import render_chat
-from tests.tiny.conftest import CODE
+from tests.tiny.conftest import CODE_TEXTS
 
 
 @pytest.fixture(scope="module")
 def batches(small_plan, tiny_tokenizer):
-    return Batches(small_plan, tiny_tokenizer, CODE, render_chat)
+    return Batches(small_plan, tiny_tokenizer, CODE_TEXTS, render_chat)
 
 
 def test_a_step_always_gives_the_same_bytes(batches, small_plan, tiny_tokenizer):
-    again = Batches(small_plan, tiny_tokenizer, CODE, render_chat)
+    again = Batches(small_plan, tiny_tokenizer, CODE_TEXTS, render_chat)
     backwards = {step: again(step) for step in reversed(range(small_plan.steps))}
     for step in range(small_plan.steps):
         for ours, theirs in zip(batches(step), backwards[step], strict=True):
@@ -29,19 +29,21 @@ def test_shapes_follow_the_plan(batches, small_plan):
     for step in range(small_plan.steps):
         code, chat = batches(step)
         stage = small_plan.stage(step)
-        assert code.tokens.shape == code.weights.shape == (stage.code.count, stage.code.length + EXTRA)
-        assert chat.tokens.shape == chat.weights.shape == (stage.chat.count, stage.chat.length + EXTRA)
+        assert code.tokens.shape == code.weights.shape == (stage.code.count, stage.code.length + TARGET_LOOKAHEAD)
+        assert chat.tokens.shape == chat.weights.shape == (stage.chat.count, stage.chat.length + TARGET_LOOKAHEAD)
         assert code.tokens.dtype == chat.tokens.dtype == np.int32
-        assert max(code.tokens.max(), chat.tokens.max()) < LEARNT + len(SPECIAL_TOKENS)
+        assert max(code.tokens.max(), chat.tokens.max()) < LEARNED_VOCAB + len(SPECIAL_TOKENS)
 
 
 def test_a_pass_reads_every_window_once(tiny_tokenizer):
-    plan = Plan(steps=100, decay_steps=1, stages=(Stage(start=0, code=Rows(3, 16), chat=Rows(1, 96)),))
-    batches = Batches(plan, tiny_tokenizer, CODE, render_chat)
-    windows = (batches.pass_tokens - EXTRA) // 16
+    plan = TrainingSchedule(
+        steps=100, decay_steps=1, stages=(Stage(start=0, code=BatchShape(3, 16), chat=BatchShape(1, 96)),)
+    )
+    batches = Batches(plan, tiny_tokenizer, CODE_TEXTS, render_chat)
+    windows = (batches.epoch_tokens - TARGET_LOOKAHEAD) // 16
     rows = [row for step in range(-(-2 * windows // 3)) for row in batches(step)[0].tokens]
-    stream = [i for text in CODE for i in (SPECIAL_IDS["<|endoftext|>"], *tiny_tokenizer.encode(text).ids)]
-    whole = sorted(tuple(stream[i * 16 : i * 16 + 16 + EXTRA]) for i in range(windows))
+    stream = [i for text in CODE_TEXTS for i in (SPECIAL_IDS["<|endoftext|>"], *tiny_tokenizer.encode(text).ids)]
+    whole = sorted(tuple(stream[i * 16 : i * 16 + 16 + TARGET_LOOKAHEAD]) for i in range(windows))
     first, second = rows[:windows], rows[windows : 2 * windows]
     assert sorted(tuple(row.tolist()) for row in first) == whole
     assert sorted(tuple(row.tolist()) for row in second) == whole
@@ -69,6 +71,6 @@ def test_rows_of_conversations_begin_with_one_and_pad_without_weight(batches):
 def test_another_seed_gives_other_batches(batches, small_plan, tiny_tokenizer):
     import dataclasses
 
-    other = Batches(dataclasses.replace(small_plan, seed=1), tiny_tokenizer, CODE, render_chat)
+    other = Batches(dataclasses.replace(small_plan, seed=1), tiny_tokenizer, CODE_TEXTS, render_chat)
     for ours, theirs in zip(batches(0), other(0), strict=True):
         assert not np.array_equal(ours.tokens, theirs.tokens)

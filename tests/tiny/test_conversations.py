@@ -13,12 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import convert.calibrate
-from convert.calibrate.calibration_data import _LIBRARY as calibration_library_files
-from examples.tiny_recipe.conversations import draw_conversation
+from convert.calibrate.calibration_data import _STDLIB_FILES
+from examples.tiny_recipe.conversations import sample_conversation
 from examples.tiny_recipe.corpus import LibraryFile
-from examples.tiny_recipe.held_out_tasks import conversations, mark, more_conversations, to_record
+from examples.tiny_recipe.held_out_tasks import (
+    evaluation_conversations,
+    large_evaluation_conversations,
+    score_answer,
+    to_record,
+)
 from examples.tiny_recipe.tasks import KINDS, is_held_out
-from examples.tiny_recipe.tools import MAKERS, SCHEMAS, draw_tool_task
+from examples.tiny_recipe.tools import SCHEMAS, TOOL_TASK_SAMPLERS, sample_tool_task
 from glm_jax.text import parse_output, render_chat
 
 SUM = re.compile(r"(?:What is|Add|Compute) (\d+) (?:\+|and) (\d)[.?]")
@@ -42,27 +47,27 @@ def split_end(conversation):
 
 @given(seed=seeds)
 def test_the_answer_continues_the_prompt_and_is_marked_right(seed):
-    conversation = draw_conversation(Random(seed))
+    conversation = sample_conversation(Random(seed))
     text, end = split_end(conversation)
-    judged = mark(to_record(conversation), text, end)
-    assert judged.right
-    assert judged.well_formed
+    judged = score_answer(to_record(conversation), text, end)
+    assert judged.is_correct
+    assert judged.is_well_formed
 
 
 @given(seed=seeds, cut=st.integers(1, 20))
 def test_a_damaged_answer_is_not_right(seed, cut):
-    conversation = draw_conversation(Random(seed))
+    conversation = sample_conversation(Random(seed))
     text, end = split_end(conversation)
     record = to_record(conversation)
-    assert not mark(record, text, None).right
-    assert not mark(record, text + "x", end).right
-    assert not mark(record, text[: len(text) - min(cut, len(record["answer"]) or len(text))], end).right
+    assert not score_answer(record, text, None).is_correct
+    assert not score_answer(record, text + "x", end).is_correct
+    assert not score_answer(record, text[: len(text) - min(cut, len(record["answer"]) or len(text))], end).is_correct
 
 
-@pytest.mark.parametrize("name", sorted(MAKERS))
+@pytest.mark.parametrize("name", sorted(TOOL_TASK_SAMPLERS))
 @given(seed=seeds)
 def test_calls_fit_their_schema(name, seed):
-    task = MAKERS[name](Random(seed))
+    task = TOOL_TASK_SAMPLERS[name](Random(seed))
     message = parse_output(task.call_text, tools=[SCHEMAS[name]], thinking=False)
     assert [(call.name, call.arguments) for call in message.tool_calls] == [(task.name, task.arguments)]
     properties = SCHEMAS[name]["function"]["parameters"]["properties"]
@@ -72,22 +77,22 @@ def test_calls_fit_their_schema(name, seed):
     }
 
 
-@pytest.mark.parametrize("name", sorted(set(MAKERS) - {"list_files"}))
+@pytest.mark.parametrize("name", sorted(set(TOOL_TASK_SAMPLERS) - {"list_files"}))
 def test_no_call_is_both_trained_on_and_held_out(name):
     rng = Random(name)
-    held_out = {str(draw_tool_task(rng, [name], held_out=True).arguments) for _ in range(30)}
-    trained = {str(draw_tool_task(rng, [name], held_out=False).arguments) for _ in range(300)}
+    held_out = {str(sample_tool_task(rng, [name], held_out=True).arguments) for _ in range(30)}
+    trained = {str(sample_tool_task(rng, [name], held_out=False).arguments) for _ in range(300)}
     assert not held_out & trained
 
 
 def test_a_call_without_arguments_is_never_held_out():
-    assert not draw_tool_task(Random(0), ["list_files"], held_out=False).held_out
+    assert not sample_tool_task(Random(0), ["list_files"], held_out=False).held_out
     with pytest.raises(ValueError, match="list_files"):
-        draw_tool_task(Random(0), ["list_files"], held_out=True)
+        sample_tool_task(Random(0), ["list_files"], held_out=True)
 
 
 def test_held_out_conversations_are_always_the_same():
-    first, second = conversations(), conversations()
+    first, second = evaluation_conversations(), evaluation_conversations()
     assert first == second
     assert len(first) >= 500
     assert {item.thinking for item in first} == {True, False}
@@ -95,7 +100,7 @@ def test_held_out_conversations_are_always_the_same():
 
 def test_another_process_draws_the_same_bytes():
     rng = Random(7)
-    text = "".join(draw_conversation(rng).text(render_chat) for _ in range(50))
+    text = "".join(sample_conversation(rng).text(render_chat) for _ in range(50))
     here = hashlib.sha256(text.encode()).hexdigest()
     there = subprocess.run(
         [sys.executable, "-c", DIGEST],
@@ -108,7 +113,7 @@ def test_another_process_draws_the_same_bytes():
 
 
 def test_the_larger_set_is_new_to_training_and_calibration(tiny_folder):
-    items = more_conversations()
+    items = large_evaluation_conversations()
     assert len(items) > 1000
     assert len({str((item.messages[:-1], item.tools, item.thinking)) for item in items}) == len(items)
     assert {item.kind for item in items} == {*KINDS, "tool_call"}
@@ -123,4 +128,4 @@ def test_the_larger_set_is_new_to_training_and_calibration(tiny_folder):
 
 
 def test_calibration_reads_no_held_out_file():
-    assert not [name for name in calibration_library_files if LibraryFile(name, "", "").held_out]
+    assert not [name for name in _STDLIB_FILES if LibraryFile(name, "", "").held_out]

@@ -5,7 +5,7 @@ import hashlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.tiny_recipe.corpus import HELD_OUT_SHARE, LibraryFile, library_files, split
+from examples.tiny_recipe.corpus import HELD_OUT_SHARE, LibraryFile, library_files, split_held_out
 
 names = st.from_regex(r"[a-z]{1,8}(/[a-z]{1,8}){0,2}\.py", fullmatch=True)
 
@@ -42,7 +42,7 @@ def test_what_teaches_nothing_is_left_out(tmp_path):
 @given(st.sets(names, max_size=30))
 def test_the_split_depends_on_names_alone_and_overlaps_nowhere(found):
     files = [LibraryFile(name, "text", "0") for name in sorted(found)]
-    training, held_out = split(files)
+    training, held_out = split_held_out(files)
     assert sorted(f.name for f in training + held_out) == sorted(found)
     assert {f.name for f in held_out} == {name for name in found if LibraryFile(name, "other", "1").held_out}
 
@@ -53,7 +53,7 @@ def test_about_one_file_in_twenty_is_held_out():
 
 
 def test_no_held_out_file_of_this_library_is_trained_on():
-    training, held_out = split(library_files())
+    training, held_out = split_held_out(library_files())
     assert held_out
     assert not {f.name for f in training} & {f.name for f in held_out}
     assert not {f.sha256 for f in training} & {f.sha256 for f in held_out}

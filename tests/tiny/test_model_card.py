@@ -7,9 +7,9 @@ import re
 import jax.numpy as jnp
 import pytest
 
-from examples.tiny_recipe.corpus import library_files, split
-from examples.tiny_recipe.held_out_tasks import conversations, to_record
-from examples.tiny_recipe.model_card import card
+from examples.tiny_recipe.corpus import library_files, split_held_out
+from examples.tiny_recipe.held_out_tasks import evaluation_conversations, to_record
+from examples.tiny_recipe.model_card import render_card
 from examples.tiny_recipe.schedule import tiny_config
 from glm_jax.checkpoint import load
 from glm_jax.config import Config
@@ -84,12 +84,12 @@ def test_the_card_lists_this_library_s_held_out_files(metrics, text):
     listed = re.findall(r"^([0-9a-f]{64})  (\S+)$", text, re.MULTILINE)
     assert len(listed) == metrics["held_out_files"]
     if platform.python_version() == metrics["python"]:
-        held_out = split(library_files())[1]
+        held_out = split_held_out(library_files())[1]
         assert listed == [(file.sha256, file.name) for file in held_out]
-        assert card(metrics, held_out) == text
+        assert render_card(metrics, held_out) == text
 
 
 def test_the_tasks_are_the_held_out_ones(tiny_folder, metrics):
     lines = (tiny_folder / "heldout_chat.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == [to_record(item) for item in conversations()]
+    assert [json.loads(line) for line in lines] == [to_record(item) for item in evaluation_conversations()]
     assert len(lines) == metrics["chat"]["tasks"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.tiny_recipe.tasks import KINDS, TASKS, draw_task
+from examples.tiny_recipe.tasks import KINDS, TASK_SAMPLERS, sample_task
 
 seeds = st.integers(0, 2**32)
 
@@ -87,14 +87,14 @@ def test_every_kind_is_checked():
 @pytest.mark.parametrize("kind", sorted(SOLVERS))
 @given(seed=seeds)
 def test_answers_are_right(kind, seed):
-    task = TASKS[kind](Random(seed))
+    task = TASK_SAMPLERS[kind](Random(seed))
     assert task.kind == kind
     assert task.answer == SOLVERS[kind](task.question)
 
 
 @given(seed=seeds)
 def test_functions_compute_what_was_asked(seed):
-    task = TASKS["function"](Random(seed))
+    task = TASK_SAMPLERS["function"](Random(seed))
     name, a, phrase, b = re.search(r"function (\w+) that returns (\w) (.+) (\w)\.", task.question).groups()
     sign = {"plus": "+", "minus": "-", "times": "*", "divided by": "/", "modulo": "%", "to the power of": "**"}[phrase]
     assert task.answer.splitlines() == [f"def {name}({a}, {b}):", f"    return {a} {sign} {b}"]
@@ -103,8 +103,8 @@ def test_functions_compute_what_was_asked(seed):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_instance_is_both_trained_on_and_held_out(kind):
     rng = Random(kind)
-    trained = {draw_task(rng, held_out=False, kind=kind).question for _ in range(400)}
-    held_out = {draw_task(rng, held_out=True, kind=kind).question for _ in range(40)}
+    trained = {sample_task(rng, held_out=False, kind=kind).question for _ in range(400)}
+    held_out = {sample_task(rng, held_out=True, kind=kind).question for _ in range(40)}
     assert not trained & held_out
 
 
@@ -112,7 +112,7 @@ def test_wording_does_not_move_an_instance():
     found = {}
     rng = Random(0)
     for _ in range(20_000):
-        task = TASKS["add"](rng)
+        task = TASK_SAMPLERS["add"](rng)
         found.setdefault(task.instance, set()).add(task.held_out)
     assert all(len(states) == 1 for states in found.values())
     assert 0.02 < sum(True in states for states in found.values()) / len(found) < 0.1

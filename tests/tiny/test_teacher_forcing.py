@@ -4,10 +4,10 @@ from random import Random
 
 import pytest
 
-from examples.tiny_recipe import held_out_tasks as heldout
+from examples.tiny_recipe import held_out_tasks
 from examples.tiny_recipe.conversations import held_out_conversations
-from examples.tiny_recipe.evaluate import marks
-from examples.tiny_recipe.teacher_forcing import answered_rightly
+from examples.tiny_recipe.evaluate import score_held_out_tasks
+from examples.tiny_recipe.teacher_forcing import teacher_forced_correct
 from glm_jax.checkpoint import load
 from glm_jax.text import render_chat
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("lenient")
 def test_it_says_what_greedy_decoding_does(tiny_tokenizer, monkeypatch):
     items = [item for item in held_out_conversations(Random(5), 2, 4) if not item.thinking]
     cfg, params, _ = load("tiny", dtype="float32")
-    monkeypatch.setattr(heldout, "conversations", lambda: items)
-    written = [mark.right for mark in marks(cfg, params, tiny_tokenizer, render_chat)]
-    assert answered_rightly(cfg, params, tiny_tokenizer, items, render_chat) == written
+    monkeypatch.setattr(held_out_tasks, "evaluation_conversations", lambda: items)
+    written = [mark.is_correct for mark in score_held_out_tasks(cfg, params, tiny_tokenizer, render_chat)]
+    assert teacher_forced_correct(cfg, params, tiny_tokenizer, items, render_chat) == written
     assert {True, False} <= set(written)  # else neither side would have been tested

@@ -5,7 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.tiny_recipe.corpus import library_files
-from examples.tiny_recipe.tokenizer import LEARNT, MODEL_VOCAB, SPECIAL_TOKENS, VISIBLE, train_tokenizer
+from examples.tiny_recipe.tokenizer import (
+    LEARNED_VOCAB,
+    MODEL_VOCAB,
+    NON_SPECIAL_TOKENS,
+    SPECIAL_TOKENS,
+    train_tokenizer,
+)
 
 
 @given(text=st.text())
@@ -21,7 +27,9 @@ def test_library_files_come_back(tiny_tokenizer):
 
 def test_special_tokens_stand_last_in_the_order_of_the_original(tiny_tokenizer):
     assert len(SPECIAL_TOKENS) == 36
-    assert [tiny_tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(LEARNT, LEARNT + 36))
+    assert [tiny_tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(
+        range(LEARNED_VOCAB, LEARNED_VOCAB + 36)
+    )
     assert tiny_tokenizer.get_vocab_size() <= MODEL_VOCAB
     assert MODEL_VOCAB % 256 == 0
 
@@ -30,7 +38,7 @@ def test_tags_of_the_text_survive_a_decoding_without_special_tokens(tiny_tokeniz
     assert {
         *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
         *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
-    } == VISIBLE
+    } == NON_SPECIAL_TOKENS
     text = "<|user|><think>a</think><tool_call>f<arg_key>k</arg_key><arg_value>1</arg_value></tool_call><|observation|>"
     kept = tiny_tokenizer.decode(tiny_tokenizer.encode(text).ids, skip_special_tokens=True)
     assert kept == text.removeprefix("<|user|>").removesuffix("<|observation|>")

@@ -10,26 +10,32 @@ import pytest
 
 from examples.tiny_recipe.batches import Batches
 from examples.tiny_recipe.loss import forward
-from examples.tiny_recipe.optimizer import balanced, optimizer
+from examples.tiny_recipe.optimizer import make_optimizer, update_router_biases
 from examples.tiny_recipe.train_step import initial_state
 from examples.tiny_recipe.training_checkpoint import load_state, save_state
 from examples.tiny_recipe.training_loop import RunFiles, train
 from glm_jax.model import GLM
 from glm_jax.text import render_chat
-from tests.tiny.conftest import CODE
+from tests.tiny.conftest import CODE_TEXTS
 
 pytestmark = pytest.mark.usefixtures("lenient")
 
 
 @pytest.fixture(scope="module")
 def run(small_config, small_plan, tiny_tokenizer):
-    batches = Batches(small_plan, tiny_tokenizer, CODE, render_chat)
+    batches = Batches(small_plan, tiny_tokenizer, CODE_TEXTS, render_chat)
 
     def start(folder, stop=None):
         files = RunFiles(folder=folder, log_every=1, save_every=3, probe_every=5)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return train(
-                small_config, small_plan, batches, files, lambda _: {"bpb": 1.5}, say=lambda _: None, stop=stop
+                small_config,
+                small_plan,
+                batches,
+                files,
+                lambda _: {"bpb": 1.5},
+                write_line=lambda _: None,
+                stop_step=stop,
             )
 
     return start
@@ -113,7 +119,7 @@ def test_the_loss_is_of_the_model_itself(small_config, small_plan):
 def test_biases_move_towards_equal_load(small_config, small_plan):
     params = initial_state(small_config, small_plan).params
     load = jnp.asarray([[10.0, 0, 5, 5, 5, 5, 9, 1]])
-    moved = balanced(params, {"runs/1": load}, jnp.float32(0.5))
+    moved = update_router_biases(params, {"runs/1": load}, jnp.float32(0.5))
     np.testing.assert_array_equal(moved["runs"]["1"]["moe"]["router_bias"], [[-0.5, 0.5, 0, 0, 0, 0, -0.5, 0.5]])
     np.testing.assert_array_equal(moved["mtp"]["moe"]["router_bias"], params["mtp"]["moe"]["router_bias"])
     untouched = jax.tree.map(lambda a, b: a is b, moved, params)
@@ -124,7 +130,7 @@ def test_biases_have_no_other_update(small_config, small_plan):
     state = initial_state(small_config, small_plan)
     gradient = jax.tree.map(jnp.ones_like, state.params)
     gradient["runs"]["1"]["moe"]["router_bias"] = jnp.zeros((1, 8))
-    updates, _ = optimizer(small_plan).update(gradient, state.optimizer, state.params)
+    updates, _ = make_optimizer(small_plan).update(gradient, state.optimizer, state.params)
     assert not np.any(updates["runs"]["1"]["moe"]["router_bias"])
 
 
@@ -133,7 +139,7 @@ def test_a_matrix_update_is_nearly_orthogonal(small_config, small_plan):
     keys = iter(jax.random.split(jax.random.key(1), 200))
     gradient = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), state.params)
     plan = dataclasses.replace(small_plan, weight_decay=0.0, matrix_rate=1.0)
-    updates, _ = optimizer(plan).update(gradient, state.optimizer, state.params)
+    updates, _ = make_optimizer(plan).update(gradient, state.optimizer, state.params)
     for update in (updates["runs"]["1"]["moe"]["gate"][0, 3], updates["runs"]["0"]["attn"]["k_b"][0].reshape(32, 16)):
         values = np.linalg.svd(np.asarray(update), compute_uv=False) / max(1, update.shape[0] / update.shape[1]) ** 0.5
         assert values.min() > 0.4

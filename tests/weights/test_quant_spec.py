@@ -7,13 +7,13 @@ import pytest
 
 from glm_jax.errors import QuantError
 from glm_jax.weights import QuantSpec
-from tests.builders.quantized_tensors import SPECS
+from tests.builders.quantized_tensors import QUANT_SPECS
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name.replace(" ", "-"))
+@pytest.mark.parametrize("spec", QUANT_SPECS, ids=lambda spec: spec.name.replace(" ", "-"))
 def test_json_round_trip(spec):
-    assert QuantSpec.parse(json.loads(json.dumps(spec.to_json()))) == spec
-    assert hash(spec) == hash(QuantSpec.parse(spec.to_json()))
+    assert QuantSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert hash(spec) == hash(QuantSpec.from_json(spec.to_json()))
 
 
 @pytest.mark.parametrize(
@@ -37,20 +37,20 @@ def test_json_round_trip(spec):
 )
 def test_impossible_specs_are_refused(fields, words):
     with pytest.raises(QuantError, match=words):
-        QuantSpec.parse(fields)
+        QuantSpec.from_json(fields)
 
 
 def test_components_of_a_stack():
     spec = QuantSpec(kind="int4", block=(1, 64), zero="point", permuted=True)
-    assert spec.components((2, 8, 16, 128)) == {
+    assert spec.component_shapes((2, 8, 16, 128)) == {
         "codes": ((2, 8, 16, 64), np.dtype(np.uint8)),
         "scales": ((2, 8, 16, 2), spec.scale_dtype),
         "zeros": ((2, 8, 16, 2), np.dtype(np.uint8)),
         "permutation": ((2, 8, 128), np.dtype(np.int32)),
     }
     blocks = QuantSpec(kind="fp8", block=(128, 128), scale="float32", outer="multiply")
-    assert blocks.components((300, 130))["scales"] == ((3, 2), np.dtype(np.float32))
-    assert blocks.components((300, 130))["outer"] == ((), np.dtype(np.float32))
+    assert blocks.component_shapes((300, 130))["scales"] == ((3, 2), np.dtype(np.float32))
+    assert blocks.component_shapes((300, 130))["outer"] == ((), np.dtype(np.float32))
 
 
 def test_bytes_per_weight_of_the_usual_groups():
@@ -64,4 +64,4 @@ def test_bytes_per_weight_of_the_usual_groups():
 @pytest.mark.parametrize("shape", [(7,), (4, 7)])
 def test_a_shape_that_does_not_pack_is_refused(shape):
     with pytest.raises(QuantError, match="packs 2 inputs to a byte"):
-        QuantSpec(kind="int4").components(shape)
+        QuantSpec(kind="int4").component_shapes(shape)

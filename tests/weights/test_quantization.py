@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from glm_jax.errors import QuantError
 from glm_jax.weights import QuantSpec, dequantize, quantize
-from glm_jax.weights.quantized_tensor import expand_planes, scale_values
-from tests.builders.quantized_tensors import FP4
+from glm_jax.weights.quantized_tensor import decode_scales, expand_planes
+from tests.builders.quantized_tensors import E2M1_VALUES
 
 MAKEABLE = (
     QuantSpec(kind="int4", block=(1, 8)),
@@ -28,7 +28,7 @@ def weight(seed=0, shape=(3, 8, 32)):
 
 def steps(tensor):
     """The scale of every element."""
-    (scales, *_) = expand_planes(scale_values(tensor), tensor.spec, tensor.shape)
+    (scales, *_) = expand_planes(decode_scales(tensor), tensor.spec, tensor.shape)
     scales = np.broadcast_to(np.asarray(scales), (*tensor.shape[:-2], *scales.shape[-2:]))
     return np.repeat(scales, tensor.shape[-1] // scales.shape[-1], axis=-1)
 
@@ -39,7 +39,7 @@ def test_rtn_errs_by_half_a_step_at_most():
         made = quantize(jnp.asarray(w), spec, "rtn")
         # The stored scale is rounded too: an end of the range may be off by that share of it.
         slack = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-22}[spec.scale]
-        range_steps = 2.0**spec.code_bits
+        range_steps = 2.0**spec.bits
         assert (np.abs(np.asarray(dequantize(made)) - w) <= steps(made) * (0.5 + slack * range_steps)).all(), spec
 
 
@@ -63,7 +63,7 @@ def test_the_search_never_does_worse_in_any_block(spec):
 def test_whatever_the_size_of_the_weights(seed, spec, size):
     w = weight(seed, (8, 32)) * np.float32(size)
     made = quantize(jnp.asarray(w), spec)
-    scales = np.asarray(scale_values(made))
+    scales = np.asarray(decode_scales(made))
     assert np.isfinite(scales).all()
     assert (scales > 0).all()
     values = np.asarray(dequantize(made))
@@ -88,7 +88,7 @@ def test_values_on_the_grid_are_kept():
 def test_small_floats_round_to_the_nearest():
     w = weight(3, (8, 32))
     for spec, grid in (
-        (QuantSpec(kind="fp4", block=(1, 16), scale="e8m0"), np.array([*FP4, *(-v for v in FP4)])),
+        (QuantSpec(kind="fp4", block=(1, 16), scale="e8m0"), np.array([*E2M1_VALUES, *(-v for v in E2M1_VALUES)])),
         (QuantSpec(kind="fp8", block=(1, 0), scale="float32"), _e4m3_grid()),
     ):
         made = quantize(jnp.asarray(w), spec, "rtn")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from glm_jax.weights import QuantizedTensor, dequantize, pack_nibbles, unpack_nibbles
-from glm_jax.weights.codes import e2m1_values, e4m3_values, e8m0_values
-from tests.builders.quantized_tensors import FP4, SPECS, random_tensor, values
+from glm_jax.weights.codes import decode_e2m1, decode_e4m3, decode_e8m0
+from tests.builders.quantized_tensors import E2M1_VALUES, QUANT_SPECS, dequantized_values, random_quantized_tensor
 
 BYTES = np.arange(256, dtype=np.uint8)
 
@@ -24,11 +24,11 @@ def on_device(tensor):
     return tensor.map(lambda _, array: jnp.asarray(array))
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=named)
+@pytest.mark.parametrize("spec", QUANT_SPECS, ids=named)
 @pytest.mark.parametrize("shape", [(6, 12), (2, 3, 6, 12), (5, 12), (7, 24)])
 def test_values_are_those_of_the_formulas(spec, shape):
-    tensor = random_tensor(spec, shape, seed=sum(shape))
-    made, expected = dequantize(tensor), values(tensor)
+    tensor = random_quantized_tensor(spec, shape, seed=sum(shape))
+    made, expected = dequantize(tensor), dequantized_values(tensor)
     assert made.dtype == np.float32
     # At most three roundings to float32: of the scale, the product and the sum.
     assert np.abs(made - expected).max() <= 3 * 2.0**-24 * np.abs(expected).max()
@@ -36,18 +36,18 @@ def test_values_are_those_of_the_formulas(spec, shape):
     assert np.abs(on_jax - expected).max() <= 4 * 2.0**-24 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=named)
+@pytest.mark.parametrize("spec", QUANT_SPECS, ids=named)
 def test_shape_bytes_and_array(spec):
-    tensor = random_tensor(spec, (2, 3, 6, 12))
+    tensor = random_quantized_tensor(spec, (2, 3, 6, 12))
     assert (tensor.shape, tensor.ndim, tensor.size) == ((2, 3, 6, 12), 4, 432)
     assert tensor.nbytes == spec.nbytes(tensor.shape) == sum(array.nbytes for array in jax.tree.leaves(tensor))
     assert np.array_equal(np.asarray(tensor), dequantize(tensor))
     assert np.array_equal(np.asarray(tensor, np.float16), dequantize(tensor).astype(np.float16))
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=named)
+@pytest.mark.parametrize("spec", QUANT_SPECS, ids=named)
 def test_an_entry_of_the_stack_is_the_entry_of_the_values(spec):
-    tensor = random_tensor(spec, (2, 3, 6, 12))
+    tensor = random_quantized_tensor(spec, (2, 3, 6, 12))
     assert np.array_equal(dequantize(tensor[1]), dequantize(tensor)[1])
     assert np.array_equal(dequantize(tensor[1, 2]), dequantize(tensor)[1, 2])
     with pytest.raises(IndexError, match="no stack axis"):
@@ -55,12 +55,12 @@ def test_an_entry_of_the_stack_is_the_entry_of_the_values(spec):
 
 
 def test_it_is_a_pytree_with_a_static_spec():
-    tensor = random_tensor(SPECS[0], (2, 6, 12))
+    tensor = random_quantized_tensor(QUANT_SPECS[0], (2, 6, 12))
     leaves, treedef = jax.tree.flatten(tensor)
     again = jax.tree.unflatten(treedef, leaves)
     assert isinstance(again, QuantizedTensor)
     assert (again.spec, again.dtype) == (tensor.spec, tensor.dtype)
-    other = random_tensor(SPECS[5], (2, 6, 12))
+    other = random_quantized_tensor(QUANT_SPECS[5], (2, 6, 12))
     assert jax.tree.structure(other) != treedef
 
 
@@ -82,9 +82,12 @@ def test_small_floats_are_those_of_ml_dtypes():
         codes = module.asarray(BYTES)
         finite = ~np.isnan(BYTES.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
         e4m3 = BYTES.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-        assert np.array_equal(np.asarray(e4m3_values(codes))[finite], e4m3[finite])
-        assert np.asarray(e2m1_values(module.asarray(BYTES[:16]))).tolist() == [*FP4, *(-value for value in FP4)]
+        assert np.array_equal(np.asarray(decode_e4m3(codes))[finite], e4m3[finite])
+        assert np.asarray(decode_e2m1(module.asarray(BYTES[:16]))).tolist() == [
+            *E2M1_VALUES,
+            *(-value for value in E2M1_VALUES),
+        ]
         e8m0 = BYTES[:255].view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
         # 2^-127 is not a normal float32, and XLA:CPU may take it for zero.
-        assert np.array_equal(np.asarray(e8m0_values(codes))[1:255], e8m0[1:])
-    assert e8m0_values(BYTES)[0] == 2.0**-127
+        assert np.array_equal(np.asarray(decode_e8m0(codes))[1:255], e8m0[1:])
+    assert decode_e8m0(BYTES)[0] == 2.0**-127

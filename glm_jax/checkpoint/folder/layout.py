@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 from glm_jax.config import Config
 from glm_jax.weights import QuantSpec
-from glm_jax.weights.params import ParamSpec, Path, leaves, param_specs
+from glm_jax.weights.params import ParamPath, ParamSpec, leaves_with_path, param_specs
 
-REST, MTP = "rest", "mtp"
+NON_LAYER, MTP = "rest", "mtp"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,25 +22,25 @@ class Leaf:
     """One array on disk and its place in the parameter tree.
 
     Attributes:
-        part: the part that holds it.
+        checkpoint_name: the part that holds it.
         path: names inside the part, such as ``("moe", "gate")``.
-        target: path of the parameter it belongs to, such as ``("runs", "1", "moe", "gate")``.
-        slot: position along the parameter's layer axis; ``None`` where it has none.
+        param_path: path of the parameter it belongs to, such as ``("runs", "1", "moe", "gate")``.
+        stack_index: position along the parameter's layer axis; ``None`` where it has none.
         layer: number of the layer in the model (0 where the parameter has no layer axis).
         spec: of the whole parameter.
     """
 
-    part: str
-    path: Path
-    target: Path
-    slot: int | None
+    checkpoint_name: str
+    path: ParamPath
+    param_path: ParamPath
+    stack_index: int | None
     layer: int
     spec: ParamSpec
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape on disk: the parameter's without its layer axis."""
-        return self.spec.shape if self.slot is None else self.spec.shape[1:]
+        return self.spec.shape if self.stack_index is None else self.spec.shape[1:]
 
     @property
     def size(self) -> int:
@@ -58,20 +58,20 @@ class DiskArray:
     """One array of a part: a leaf, or one component of a quantised leaf.
 
     Attributes:
-        part: that holds it.
+        checkpoint_name: that holds it.
         path: names inside the part, such as ``("moe", "gate", "codes")``.
         shape: on disk.
         dtype: on disk where the storage fixes it; None for a plain leaf.
         component: of a quantised leaf, else empty.
-        by_expert: whether the first axis counts experts, each of which gets chunks of its own.
+        chunked_by_expert: whether the first axis counts experts, each of which gets chunks of its own.
     """
 
-    part: str
-    path: Path
+    checkpoint_name: str
+    path: ParamPath
     shape: tuple[int, ...]
     dtype: str | None
     component: str
-    by_expert: bool
+    chunked_by_expert: bool
 
     @property
     def name(self) -> str:
@@ -83,39 +83,39 @@ def disk_arrays(leaf: Leaf, spec: QuantSpec | None) -> tuple[DiskArray, ...]:
     """The arrays that a leaf is on disk, codes first."""
     by_expert = "experts" in leaf.spec.axes
     if spec is None:
-        return (DiskArray(leaf.part, leaf.path, leaf.shape, None, "", by_expert),)
+        return (DiskArray(leaf.checkpoint_name, leaf.path, leaf.shape, None, "", by_expert),)
     return tuple(
         # An array without axes has no rows to read; it is one row here.
-        DiskArray(leaf.part, (*leaf.path, name), shape or (1,), dtype.name, name, by_expert)
-        for name, (shape, dtype) in spec.components(leaf.shape).items()
+        DiskArray(leaf.checkpoint_name, (*leaf.path, name), shape or (1,), dtype.name, name, by_expert)
+        for name, (shape, dtype) in spec.component_shapes(leaf.shape).items()
     )
 
 
-def part_name(cfg: Config, layer: int) -> str:
+def layer_checkpoint_name(cfg: Config, layer: int) -> str:
     """The part of a layer, counted as checkpoints count: the one after the last is the prediction layer."""
     return MTP if layer == cfg.num_hidden_layers else f"layer-{layer:05d}"
 
 
-def layout(cfg: Config) -> dict[str, tuple[Leaf, ...]]:
+def checkpoint_layout(cfg: Config) -> dict[str, tuple[Leaf, ...]]:
     """The arrays of every part: the layers in order, then the prediction layer, then the rest."""
-    parts: dict[str, list[Leaf]] = {part_name(cfg, i): [] for i in range(cfg.num_hidden_layers)}
+    parts: dict[str, list[Leaf]] = {layer_checkpoint_name(cfg, i): [] for i in range(cfg.num_hidden_layers)}
     if cfg.num_nextn_predict_layers:
         parts[MTP] = []
-    parts[REST] = []
-    for target, spec in leaves(param_specs(cfg)):
+    parts[NON_LAYER] = []
+    for target, spec in leaves_with_path(param_specs(cfg)):
         for leaf in _leaves(cfg, target, spec):
-            parts[leaf.part].append(leaf)
+            parts[leaf.checkpoint_name].append(leaf)
     return {part: tuple(members) for part, members in parts.items()}
 
 
-def _leaves(cfg: Config, target: Path, spec: ParamSpec) -> Iterator[Leaf]:
+def _leaves(cfg: Config, target: ParamPath, spec: ParamSpec) -> Iterator[Leaf]:
     if target[0] == "runs":
-        run = cfg.runs[int(target[1])]
+        run = cfg.layer_groups[int(target[1])]
         for slot in range(run.count):
             layer = run.start + slot
-            yield Leaf(part_name(cfg, layer), target[2:], target, slot, layer, spec)
+            yield Leaf(layer_checkpoint_name(cfg, layer), target[2:], target, slot, layer, spec)
     elif target[0] == MTP:
         # Of the prediction layer's parameters only its block has a layer axis, of length one.
         yield Leaf(MTP, target[1:], target, 0 if len(target) > 2 else None, 0, spec)
     else:
-        yield Leaf(REST, target, target, None, 0, spec)
+        yield Leaf(NON_LAYER, target, target, None, 0, spec)

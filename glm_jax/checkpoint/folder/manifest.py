@@ -14,20 +14,20 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from glm_jax.checkpoint.folder.layout import disk_arrays, layout
+from glm_jax.checkpoint.folder.layout import checkpoint_layout, disk_arrays
 from glm_jax.checkpoint.safetensors.header import printable
-from glm_jax.checkpoint.safetensors.reader import listing
-from glm_jax.checkpoint.sources.base import Original
+from glm_jax.checkpoint.safetensors.reader import format_names
+from glm_jax.checkpoint.sources.base import RoundTripInfo
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError, ConfigError, QuantError
 from glm_jax.weights import QuantSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-FORMAT = "glm-jax"
-FORMAT_VERSION = 2  # the first with quantised weights; a folder without any is still of version 1
-MANIFEST = "manifest.json"
-DTYPES: dict[str, np.dtype[Any]] = {
+MANIFEST_FORMAT = "glm-jax"
+MANIFEST_VERSION = 2  # the first with quantised weights; a folder without any is still of version 1
+MANIFEST_NAME = "manifest.json"
+FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
@@ -35,7 +35,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 # Codes, zero points and permutations of quantised weights.
-ARRAY_DTYPES = DTYPES | {name: np.dtype(name) for name in ("uint8", "int8", "int16", "int32")}
+ARRAY_DTYPES = FLOAT_DTYPES | {name: np.dtype(name) for name in ("uint8", "int8", "int16", "int32")}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,12 +47,12 @@ class ArrayRecord:
     sha256: str
 
     @classmethod
-    def of(cls, array: Array) -> ArrayRecord:
+    def from_array(cls, array: Array) -> ArrayRecord:
         """The record of a contiguous array."""
-        return cls.of_pieces(array.shape, array.dtype.name, [array])
+        return cls.from_blocks(array.shape, array.dtype.name, [array])
 
     @classmethod
-    def of_pieces(cls, shape: tuple[int, ...], dtype: str, pieces: Iterable[Array]) -> ArrayRecord:
+    def from_blocks(cls, shape: tuple[int, ...], dtype: str, pieces: Iterable[Array]) -> ArrayRecord:
         """The record of an array that comes as contiguous blocks of rows."""
         digest = hashlib.sha256()
         for piece in pieces:
@@ -60,8 +60,8 @@ class ArrayRecord:
         return cls(shape, dtype, digest.hexdigest())
 
     @classmethod
-    def parse(cls, value: Any) -> ArrayRecord:
-        """From JSON; raises ValueError unless it is exactly what :meth:`of` makes."""
+    def from_json(cls, value: Any) -> ArrayRecord:
+        """From JSON; raises ValueError unless it is exactly what :meth:`from_array` makes."""
         if not isinstance(value, dict) or set(value) != {"shape", "dtype", "sha256"}:
             raise ValueError(f"an array must have shape, dtype and sha256, not {value!r}")
         shape = value["shape"]
@@ -72,7 +72,7 @@ class ArrayRecord:
         return cls(tuple(shape), value["dtype"], value["sha256"])
 
 
-Records = Mapping[str, ArrayRecord]  # array name -> record, of one part
+ArrayRecords = Mapping[str, ArrayRecord]  # array name -> record, of one part
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,36 +83,36 @@ class Manifest:
         cfg: of the model.
         dtype: of most arrays.
         original: what is needed to write the source checkpoint back as it was.
-        source: fingerprint of the source and the options it was converted with.
-        parts: the arrays of each part.
-        storage: how leaves are quantised, by ``part/leaf``.
+        source_fingerprint: fingerprint of the source and the options it was converted with.
+        array_records: the arrays of each part.
+        quant_specs: how leaves are quantised, by ``part/leaf``.
     """
 
     cfg: Config
     dtype: str
-    original: Original
-    source: str
-    parts: Mapping[str, Records]
-    storage: Mapping[str, QuantSpec] = dataclasses.field(default_factory=dict)
+    original: RoundTripInfo
+    source_fingerprint: str
+    array_records: Mapping[str, ArrayRecords]
+    quant_specs: Mapping[str, QuantSpec] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """Canonical text: equal manifests are equal bytes."""
         extra = {"latent_eps": self.cfg.latent_eps, "mtp_own_embeddings": self.cfg.mtp_own_embeddings}
         fields = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION if self.storage else 1,
+            "format": MANIFEST_FORMAT,
+            "format_version": MANIFEST_VERSION if self.quant_specs else 1,
             "config": {**self.cfg.to_hf(), **extra},
             "dtype": self.dtype,
             "original": dataclasses.asdict(self.original),
-            "source": self.source,
-            "parts": {part: records_to_json(records) for part, records in self.parts.items()},
+            "source": self.source_fingerprint,
+            "parts": {part: records_to_json(records) for part, records in self.array_records.items()},
         }
-        if self.storage:
-            fields["storage"] = {leaf: spec.to_json() for leaf, spec in self.storage.items()}
+        if self.quant_specs:
+            fields["storage"] = {leaf: spec.to_json() for leaf, spec in self.quant_specs.items()}
         return json.dumps(fields, indent=1, sort_keys=True) + "\n"
 
     @classmethod
-    def parse(cls, text: str | bytes, where: Path) -> Manifest:
+    def from_json(cls, text: str | bytes, where: Path) -> Manifest:
         """Reads and checks a manifest.
 
         Raises:
@@ -133,15 +133,15 @@ class Manifest:
         extra = {key: config.pop(key) for key in ("latent_eps", "mtp_own_embeddings")}
         return cls(
             cfg=Config.from_hf(config).replace(**extra),
-            dtype=DTYPES[fields["dtype"]].name,
-            original=_original(fields["original"]),
-            source=str(fields["source"]),
-            parts={part: records_from_json(records) for part, records in fields["parts"].items()},
-            storage={leaf: QuantSpec.parse(spec) for leaf, spec in fields.get("storage", {}).items()},
+            dtype=FLOAT_DTYPES[fields["dtype"]].name,
+            original=_parse_round_trip_info(fields["original"]),
+            source_fingerprint=str(fields["source"]),
+            array_records={part: records_from_json(records) for part, records in fields["parts"].items()},
+            quant_specs={leaf: QuantSpec.from_json(spec) for leaf, spec in fields.get("storage", {}).items()},
         )
 
 
-def records_to_json(records: Records) -> dict[str, Any]:
+def records_to_json(records: ArrayRecords) -> dict[str, Any]:
     """The arrays of one part as JSON values."""
     return {name: dataclasses.asdict(record) for name, record in records.items()}
 
@@ -150,12 +150,12 @@ def records_from_json(value: Any) -> dict[str, ArrayRecord]:
     """The inverse of :func:`records_to_json`; raises ValueError for anything else."""
     if not isinstance(value, dict):
         raise ValueError("a part must map array names to arrays")
-    return {name: ArrayRecord.parse(record) for name, record in value.items()}
+    return {name: ArrayRecord.from_json(record) for name, record in value.items()}
 
 
-def digest(parts: Mapping[str, Records]) -> str:
+def hash_records(array_records: Mapping[str, ArrayRecords]) -> str:
     """One hash of the records of all parts."""
-    fields = {part: records_to_json(records) for part, records in parts.items()}
+    fields = {part: records_to_json(records) for part, records in array_records.items()}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -165,29 +165,29 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         CheckpointError: if it cannot be read or used.
     """
-    path = folder / MANIFEST
+    path = folder / MANIFEST_NAME
     try:
-        return Manifest.parse(path.read_bytes(), path)
+        return Manifest.from_json(path.read_bytes(), path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
 
 
-def is_converted(folder: Path) -> bool:
+def is_converted_folder(folder: Path) -> bool:
     """Whether a folder's manifest.json is one of ours, even a damaged one: it says so, or parts lie beside it.
 
     Other programs have files of that name too.
     """
-    path = folder / MANIFEST
+    path = folder / MANIFEST_NAME
     if not path.exists() or (folder / "parts").is_dir():
         return path.exists()
     try:
         fields = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(fields, dict) and fields.get("format") == FORMAT
+    return isinstance(fields, dict) and fields.get("format") == MANIFEST_FORMAT
 
 
-def write_changed(path: Path, text: str | bytes) -> None:
+def write_if_changed(path: Path, text: str | bytes) -> None:
     """Writes a file atomically unless it has that very content."""
     data = text.encode() if isinstance(text, str) else text
     if not path.is_file() or path.read_bytes() != data:
@@ -204,44 +204,52 @@ def write_atomic(path: Path, text: str | bytes) -> None:
     os.replace(temporary, path)
 
 
-def _fits(dtype: str, fixed: str | None) -> bool:
-    return dtype in DTYPES if fixed is None else dtype == fixed
+def _is_allowed_dtype(dtype: str, fixed: str | None) -> bool:
+    return dtype in FLOAT_DTYPES if fixed is None else dtype == fixed
 
 
-def _original(fields: dict[str, Any]) -> Original:
+def _parse_round_trip_info(fields: dict[str, Any]) -> RoundTripInfo:
     copies = tuple(name for name in ("embed", "head") if name in fields["mtp_copies"])
-    dtypes = {str(key): DTYPES[value].name for key, value in fields["dtypes"].items()}
-    return Original(copies, fields["head_copy"] is True, dtypes)
+    dtypes = {str(key): FLOAT_DTYPES[value].name for key, value in fields["dtypes"].items()}
+    return RoundTripInfo(copies, fields["head_copy"] is True, dtypes)
 
 
 def _check_version(fields: Any, where: Path) -> None:
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise ValueError(f"it does not say format {FORMAT!r}")
+    if not isinstance(fields, dict) or fields.get("format") != MANIFEST_FORMAT:
+        raise ValueError(f"it does not say format {MANIFEST_FORMAT!r}")
     version = fields.get("format_version")
     if type(version) is not int or version < 1:
         raise ValueError(f"impossible format_version {version!r}")
-    if version > FORMAT_VERSION:
+    if version > MANIFEST_VERSION:
         raise CheckpointError(
-            f"{where} has format version {version}, this program reads up to version {FORMAT_VERSION}: "
+            f"{where} has format version {version}, this program reads up to version {MANIFEST_VERSION}: "
             "update it, or convert the checkpoint again"
         )
 
 
 def _check_arrays(manifest: Manifest, where: Path) -> None:
-    leaves = {f"{leaf.part}/{leaf.name}": leaf for members in layout(manifest.cfg).values() for leaf in members}
-    needed = {
-        f"{array.part}/{array.name}": array
-        for key, leaf in leaves.items()
-        for array in disk_arrays(leaf, manifest.storage.get(key))
+    leaves = {
+        f"{leaf.checkpoint_name}/{leaf.name}": leaf
+        for members in checkpoint_layout(manifest.cfg).values()
+        for leaf in members
     }
-    listed = {f"{part}/{name}": record for part, records in manifest.parts.items() for name, record in records.items()}
+    needed = {
+        f"{array.checkpoint_name}/{array.name}": array
+        for key, leaf in leaves.items()
+        for array in disk_arrays(leaf, manifest.quant_specs.get(key))
+    }
+    listed = {
+        f"{part}/{name}": record for part, records in manifest.array_records.items() for name, record in records.items()
+    }
     groups = {
         "missing": [key for key in needed if key not in listed],
         "unknown": [printable(key) for key in listed if key not in needed],
         "of the wrong shape": [k for k, a in needed.items() if k in listed and listed[k].shape != a.shape],
-        "of the wrong dtype": [k for k, a in needed.items() if k in listed and not _fits(listed[k].dtype, a.dtype)],
-        "quantised, but not in the model": [printable(key) for key in manifest.storage if key not in leaves],
+        "of the wrong dtype": [
+            k for k, a in needed.items() if k in listed and not _is_allowed_dtype(listed[k].dtype, a.dtype)
+        ],
+        "quantised, but not in the model": [printable(key) for key in manifest.quant_specs if key not in leaves],
     }
-    problems = [f"{len(items)} arrays {title}: {listing(items)}" for title, items in groups.items() if items]
+    problems = [f"{len(items)} arrays {title}: {format_names(items)}" for title, items in groups.items() if items]
     if problems:
         raise CheckpointError(f"{where} does not fit its own config.\n  " + "\n  ".join(problems))

@@ -9,7 +9,7 @@ from typing import Any
 from orbax.checkpoint import type_handlers
 
 
-class PatientNumpyHandler(type_handlers.NumpyHandler):
+class NoCopyNumpyHandler(type_handlers.NumpyHandler):
     """Writes NumPy arrays from where they lie, and raises only when no write is under way.
 
     Orbax copies arrays first, in case they change; ours do not. And it drops its event loop at the first error (a full

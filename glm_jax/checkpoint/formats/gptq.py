@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.checkpoint.formats.base import SCALES, Array, Module, Stored, scale_kind
-from glm_jax.checkpoint.formats.bit_packing import unpack, word_count
-from glm_jax.checkpoint.formats.groups import equal_groups, read_groups
-from glm_jax.checkpoint.formats.integers import Integers, Layout, stored_integers, unpack_codes
-from glm_jax.checkpoint.formats.quantization_config import Declared, Description
+from glm_jax.checkpoint.formats.base import SCALE_DTYPES, Array, QuantizedModule, StoredWeight, scale_kind
+from glm_jax.checkpoint.formats.bit_packing import packed_word_count, unpack_bits
+from glm_jax.checkpoint.formats.groups import has_equal_groups, read_group_index
+from glm_jax.checkpoint.formats.integers import IntegerLayout, UnpackedIntegers, stored_integer_weight, unpack_codes
+from glm_jax.checkpoint.formats.quantization_config import DeclaredScheme, QuantizationConfig
 
 BITS = range(2, 9)
-_STRAIGHT = (2, 4, 8)  # bits whose values never straddle a word
+_WORD_ALIGNED_BITS = (2, 4, 8)  # bits whose values never straddle a word
 # checkpoint_format or packing_format -> whether zero points are stored less one.
-_LESS_ONE = {
+_MINUS_ONE_FORMATS = {
     "gptq": True,
     "gptq_v2": False,
     "auto_round:auto_gptq": True,
@@ -33,37 +33,43 @@ _LESS_ONE = {
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Zeros:
+class ZeroPointEncoding:
     """How zero points are stored: less one or as they are, and by whom."""
 
-    less_one: bool
-    wraps: bool
+    is_minus_one: bool
+    is_modular: bool
 
 
-def zeros_of(description: Description) -> Zeros:
+def zero_point_encoding(description: QuantizationConfig) -> ZeroPointEncoding:
     """From the configuration.
 
     Raises:
         CheckpointError: for layouts that are not read.
     """
-    section, method = description.section, description.method
-    said = description.packing if method == "auto-round" else str(section.get("checkpoint_format") or "gptq").lower()
-    return Zeros(_LESS_ONE[said], _writer(section) == "gptqmodel")
+    section, method = description.section, description.quant_method
+    said = (
+        description.packing_format
+        if method == "auto-round"
+        else str(section.get("checkpoint_format") or "gptq").lower()
+    )
+    return ZeroPointEncoding(_MINUS_ONE_FORMATS[said], _writer(section) == "gptqmodel")
 
 
-def layout_problem(description: Description) -> str | None:
+def unsupported_gptq_layout(description: QuantizationConfig) -> str | None:
     """Why such a file is not read, or None if it is."""
-    method = description.method
+    method = description.quant_method
     key = "packing_format" if method == "auto-round" else "checkpoint_format"
-    said = description.packing if method == "auto-round" else str(description.section.get(key) or "gptq").lower()
+    said = description.packing_format if method == "auto-round" else str(description.section.get(key) or "gptq").lower()
     if method not in ("gptq", "auto-round"):
         return f"the configuration describes {method or 'no quantisation'}, but the tensors are GPTQ's"
-    if said not in _LESS_ONE:
-        return f"{key} {said} is not read (known are {', '.join(_LESS_ONE)})"
+    if said not in _MINUS_ONE_FORMATS:
+        return f"{key} {said} is not read (known are {', '.join(_MINUS_ONE_FORMATS)})"
     return None
 
 
-def read_gptq(module: Module, declared: Declared, zeros: Zeros, *, planar: bool) -> Stored:
+def read_gptq(
+    module: QuantizedModule, scheme: DeclaredScheme, encoding: ZeroPointEncoding, *, planar: bool
+) -> StoredWeight:
     """A module of ``qweight``, ``qzeros``, ``scales`` and perhaps ``g_idx``.
 
     Args:
@@ -72,41 +78,41 @@ def read_gptq(module: Module, declared: Declared, zeros: Zeros, *, planar: bool)
     Raises:
         CheckpointError: if tensors are missing, or contradict each other or the configuration.
     """
-    words = module.need("qweight", ("I32",), 2).shape[0]
-    scale = module.need("scales", tuple(SCALES), 2)
+    words = module.require("qweight", ("I32",), 2).shape[0]
+    scale = module.require("scales", tuple(SCALE_DTYPES), 2)
     groups, outputs = scale.shape
-    zero_words = module.need("qzeros", ("I32",), 2).shape[1]
-    module.need_shape("qweight", ("I32",), (words, outputs))
-    module.need_shape("qzeros", ("I32",), (groups, zero_words))
-    indexed = module.need("g_idx", ("I32", "I64"), 1).shape[0] if "g_idx" in module else None
-    bits, inputs = _size(module, words, zero_words, outputs, indexed, declared)
+    zero_words = module.require("qzeros", ("I32",), 2).shape[1]
+    module.require_shape("qweight", ("I32",), (words, outputs))
+    module.require_shape("qzeros", ("I32",), (groups, zero_words))
+    indexed = module.require("g_idx", ("I32", "I64"), 1).shape[0] if "g_idx" in module else None
+    bits, inputs = _infer_bits_and_inputs(module, words, zero_words, outputs, indexed, scheme)
     if planar and bits in (5, 6, 7):
         raise module.error(f"{bits}-bit GPTQ is packed in planes, which is not read")
-    group = declared.group if declared.group is not None else 0 if groups == 1 else -(-inputs // groups)
+    group = scheme.group_size if scheme.group_size is not None else 0 if groups == 1 else -(-inputs // groups)
     if -(-inputs // (group or inputs)) != groups:
-        said = "the configuration says" if declared.group is not None else "the shapes make"
+        said = "the configuration says" if scheme.group_size is not None else "the shapes make"
         raise module.error(f"{said} groups of {group}, but {inputs} inputs have {groups} scales")
-    ordered = indexed is not None and declared.ordered is not False
-    layout = Layout(
+    ordered = indexed is not None and scheme.desc_act is not False
+    layout = IntegerLayout(
         shape=(outputs, inputs),
         bits=bits,
-        group=0 if group >= inputs else group,
-        scale=scale_kind(scale),
-        zero="none" if declared.symmetric else "point",
-        permuted=ordered,
-        regular=not ordered or equal_groups(module, "g_idx", groups),
+        group_size=0 if group >= inputs else group,
+        scale_kind=scale_kind(scale),
+        zero_kind="none" if scheme.symmetric else "point",
+        is_permuted=ordered,
+        has_equal_groups=not ordered or has_equal_groups(module, "g_idx", groups),
     )
-    return stored_integers(module, layout, lambda row: _unpack(module, layout, groups, zeros))
+    return stored_integer_weight(module, layout, lambda row: _unpack(module, layout, groups, encoding))
 
 
-def _size(
-    module: Module, words: int, zero_words: int, outputs: int, indexed: int | None, declared: Declared
+def _infer_bits_and_inputs(
+    module: QuantizedModule, words: int, zero_words: int, outputs: int, indexed: int | None, declared: DeclaredScheme
 ) -> tuple[int, int]:
     """Bits and inputs that fit all shapes."""
     fitting = []
     for bits in BITS:
         inputs = words * 32 // bits if indexed is None else indexed
-        if word_count(inputs, bits) == words and word_count(outputs, bits) == zero_words:
+        if packed_word_count(inputs, bits) == words and packed_word_count(outputs, bits) == zero_words:
             fitting.append((bits, inputs))
     found = [pair for pair in fitting if declared.bits in (None, pair[0])]
     if len(found) == 1:
@@ -115,35 +121,35 @@ def _size(
     raise module.error(f"{said}qweight has {words} rows and qzeros {zero_words} columns for {outputs} outputs")
 
 
-def _unpack(module: Module, layout: Layout, groups: int, zeros: Zeros) -> Integers:
+def _unpack(module: QuantizedModule, layout: IntegerLayout, groups: int, zeros: ZeroPointEncoding) -> UnpackedIntegers:
     outputs = layout.shape[0]
     codes, nibbles = unpack_codes(module.read("qweight").T, layout)
-    points = _points(module.read("qzeros"), layout.bits, outputs, zeros).T
+    points = _unpack_zero_points(module.read("qzeros"), layout.bits, outputs, zeros).T
     middle = 1 << (layout.bits - 1)
-    if layout.zero == "none":
+    if layout.zero_kind == "none":
         if (points != middle).any():
             raise module.error(f"the configuration says symmetric, but not all zero points are {middle}")
         points = None
-    return Integers(codes, module.read("scales").T, points, _index(module, layout, groups), nibbles)
+    return UnpackedIntegers(codes, module.read("scales").T, points, _read_group_index(module, layout, groups), nibbles)
 
 
-def _index(module: Module, layout: Layout, groups: int) -> Array | None:
+def _read_group_index(module: QuantizedModule, layout: IntegerLayout, groups: int) -> Array | None:
     if "g_idx" not in module:
         return None
-    index, inputs = read_groups(module, "g_idx", groups), layout.shape[-1]
-    if not layout.permuted and (index != np.arange(inputs) // (layout.group or inputs)).any():
+    index, inputs = read_group_index(module, "g_idx", groups), layout.shape[-1]
+    if not layout.is_permuted and (index != np.arange(inputs) // (layout.group_size or inputs)).any():
         raise module.error("g_idx reorders the inputs, but the configuration says desc_act is false")
     return index
 
 
-def _points(words: Array, bits: int, outputs: int, zeros: Zeros) -> Array:
+def _unpack_zero_points(words: Array, bits: int, outputs: int, zeros: ZeroPointEncoding) -> Array:
     """Zero points [G, O], int16."""
-    if zeros.less_one and zeros.wraps and bits in _STRAIGHT:
+    if zeros.is_minus_one and zeros.is_modular and bits in _WORD_ALIGNED_BITS:
         ones = sum(1 << (bits * i) for i in range(32 // bits))
         words = words.view(np.uint32) + np.uint32(ones)
-        return unpack(words, bits, outputs).astype(np.int16)
-    points = unpack(words, bits, outputs).astype(np.int16) + np.int16(zeros.less_one)
-    return points & np.int16((1 << bits) - 1) if zeros.wraps else points
+        return unpack_bits(words, bits, outputs).astype(np.int16)
+    points = unpack_bits(words, bits, outputs).astype(np.int16) + np.int16(zeros.is_minus_one)
+    return points & np.int16((1 << bits) - 1) if zeros.is_modular else points
 
 
 def _writer(section: Mapping[str, Any]) -> str:

@@ -6,30 +6,30 @@ two words. The modes mxfp4, mxfp8 and nvfp4 have 8-bit scales and no biases.
 
 from __future__ import annotations
 
-from glm_jax.checkpoint.formats.base import SCALES, Module, Stored, check_byte_scales, scale_kind
-from glm_jax.checkpoint.formats.integers import Integers, Layout, stored_integers, unpack_codes
-from glm_jax.checkpoint.formats.quantization_config import Declared
+from glm_jax.checkpoint.formats.base import SCALE_DTYPES, QuantizedModule, StoredWeight, check_byte_scales, scale_kind
+from glm_jax.checkpoint.formats.integers import IntegerLayout, UnpackedIntegers, stored_integer_weight, unpack_codes
+from glm_jax.checkpoint.formats.quantization_config import DeclaredScheme
 from glm_jax.weights import QuantizedTensor, QuantSpec
-from glm_jax.weights.quant_spec import Kind, ScaleKind
+from glm_jax.weights.quant_spec import QuantDtype, ScaleDtype
 
 BITS = (2, 3, 4, 5, 6, 8)
 # mode -> bits, kind of the codes, kind of the scales.
-_FLOATS: dict[str, tuple[int, Kind, ScaleKind]] = {
+_FLOAT_MODES: dict[str, tuple[int, QuantDtype, ScaleDtype]] = {
     "mxfp4": (4, "fp4", "e8m0"),
     "mxfp8": (8, "fp8", "e8m0"),
     "nvfp4": (4, "fp4", "e4m3"),
 }
 
 
-def read_mlx(module: Module, declared: Declared) -> Stored:
+def read_mlx(module: QuantizedModule, scheme: DeclaredScheme) -> StoredWeight:
     """A module of ``weight`` (uint32), ``scales`` and, where it is affine, ``biases``.
 
     Raises:
         CheckpointError: if tensors are missing, or contradict each other or the configuration.
     """
-    packed = module.need("weight", ("U32",)).shape
-    scales = module.need("scales", (*SCALES, "U8"))
-    bits, group, mode = declared.bits, declared.group, declared.mode
+    packed = module.require("weight", ("U32",)).shape
+    scales = module.require("scales", (*SCALE_DTYPES, "U8"))
+    bits, group, mode = scheme.bits, scheme.group_size, scheme.mode
     if bits is None or not group or mode is None:
         raise module.error("MLX's tensors need bits and group_size under quantization in config.json")
     if len(packed) < 2 or scales.shape[:-1] != packed[:-1]:
@@ -41,30 +41,30 @@ def read_mlx(module: Module, declared: Declared) -> Stored:
             f"{scales.shape[-1]} scales"
         )
     shape = (*packed[:-1], inputs)
-    if mode in _FLOATS:
-        return _floats(module, shape, declared)
+    if mode in _FLOAT_MODES:
+        return _read_float_mode(module, shape, scheme)
     if mode != "affine" or bits not in BITS:
         raise module.error(f"MLX's mode {mode} with {bits} bits is not read")
-    scales = module.need("scales", tuple(SCALES))
-    if module.need_shape("biases", tuple(SCALES), scales.shape).dtype != scales.dtype:
+    scales = module.require("scales", tuple(SCALE_DTYPES))
+    if module.require_shape("biases", tuple(SCALE_DTYPES), scales.shape).dtype != scales.dtype:
         raise module.error("biases has another dtype than scales")
-    layout = Layout(shape, bits, group, scale_kind(scales), zero="bias")
+    layout = IntegerLayout(shape, bits, group, scale_kind(scales), zero_kind="bias")
 
-    def read(row: int | None) -> Integers:
+    def read(row: int | None) -> UnpackedIntegers:
         codes, nibbles = unpack_codes(module.read("weight", row), layout)
-        return Integers(codes, module.read("scales", row), module.read("biases", row), nibbles=nibbles)
+        return UnpackedIntegers(codes, module.read("scales", row), module.read("biases", row), is_nibble_packed=nibbles)
 
-    return stored_integers(module, layout, read)
+    return stored_integer_weight(module, layout, read)
 
 
-def _floats(module: Module, shape: tuple[int, ...], declared: Declared) -> Stored:
-    bits, kind, scale = _FLOATS[str(declared.mode)]
+def _read_float_mode(module: QuantizedModule, shape: tuple[int, ...], declared: DeclaredScheme) -> StoredWeight:
+    bits, kind, scale = _FLOAT_MODES[str(declared.mode)]
     if declared.bits != bits:
         raise module.error(f"MLX's mode {declared.mode} with {declared.bits} bits is not read")
-    module.need("scales", ("U8",))
+    module.require("scales", ("U8",))
     if "biases" in module:
         raise module.error(f"there are biases, which the mode {declared.mode} does not have")
-    spec = QuantSpec(kind=kind, block=(1, declared.group or 0), scale=scale)
+    spec = QuantSpec(kind=kind, block=(1, declared.group_size or 0), scale=scale)
 
     def build(row: int | None) -> QuantizedTensor:
         codes = module.read("weight", row).view("uint8")
@@ -73,4 +73,4 @@ def _floats(module: Module, shape: tuple[int, ...], declared: Declared) -> Store
         scales = check_byte_scales(module, "scales", module.read("scales", row), scale)
         return QuantizedTensor(codes, scales, spec=spec)
 
-    return module.stored(shape, "float32", spec, build)
+    return module.stored_weight(shape, "float32", spec, build)

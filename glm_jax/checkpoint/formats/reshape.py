@@ -11,7 +11,7 @@ from glm_jax.errors import QuantError
 from glm_jax.weights import QuantizedTensor, pack_nibbles, unpack_nibbles
 
 
-def rows(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
+def slice_rows(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
     """Outputs ``start`` to ``stop`` of ``[*stack, O, I]``.
 
     Where the cut goes through a block of outputs, each output gets a copy of the block's scale.
@@ -24,7 +24,7 @@ def rows(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
         raise QuantError(f"a matrix with {outputs} outputs has no outputs {start} to {stop}")
     height = tensor.spec.block[0]
     if height > 1 and (start % height or (stop % height and stop != outputs)):
-        tensor, height = one_scale_per_row(tensor), 1
+        tensor, height = expand_row_scales(tensor), 1
     first, last = (start // height, -(-stop // height)) if height else (0, 1)
 
     def cut(name: str, array: Array) -> Array:
@@ -32,10 +32,10 @@ def rows(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
             return array[..., start:stop, :]
         return array[..., first:last, :] if name in ("scales", "zeros") else array
 
-    return tensor.map(cut)
+    return tensor.map_components(cut)
 
 
-def transpose(tensor: QuantizedTensor) -> QuantizedTensor:
+def transpose_quantized(tensor: QuantizedTensor) -> QuantizedTensor:
     """``[*stack, O, I]`` as ``[*stack, I, O]``: codes packed anew, blocks turned.
 
     Columns that are permuted are put in order first, each with a copy of its group's scale.
@@ -44,9 +44,9 @@ def transpose(tensor: QuantizedTensor) -> QuantizedTensor:
         QuantError: if 4-bit codes cannot be packed along the outputs because those are odd in number.
     """
     if tensor.spec.permuted:
-        tensor = in_order(tensor)
+        tensor = undo_permutation(tensor)
     spec, outputs = tensor.spec, tensor.shape[-2]
-    packed = spec.per_byte == 2
+    packed = spec.values_per_byte == 2
     if packed and outputs % 2:
         raise QuantError(f"4-bit codes of {outputs} outputs cannot be packed in pairs: the matrix cannot be transposed")
     codes = np.swapaxes(unpack_nibbles(tensor.codes) if packed else tensor.codes, -1, -2)
@@ -57,27 +57,27 @@ def transpose(tensor: QuantizedTensor) -> QuantizedTensor:
             return pack_nibbles(codes) if packed else np.ascontiguousarray(codes)
         return np.ascontiguousarray(np.swapaxes(array, -1, -2)) if name in ("scales", "zeros") else array
 
-    return dataclasses.replace(tensor.map(turn), spec=dataclasses.replace(spec, block=(width, height)))
+    return dataclasses.replace(tensor.map_components(turn), spec=dataclasses.replace(spec, block=(width, height)))
 
 
-def one_scale_per_row(tensor: QuantizedTensor) -> QuantizedTensor:
+def expand_row_scales(tensor: QuantizedTensor) -> QuantizedTensor:
     """The same with a copy of its block's scale for each output."""
     (height, width), outputs = tensor.spec.block, tensor.shape[-2]
 
     def repeat(name: str, array: Array) -> Array:
         return np.repeat(array, height, axis=-2)[..., :outputs, :] if name in ("scales", "zeros") else array
 
-    return dataclasses.replace(tensor.map(repeat), spec=dataclasses.replace(tensor.spec, block=(1, width)))
+    return dataclasses.replace(tensor.map_components(repeat), spec=dataclasses.replace(tensor.spec, block=(1, width)))
 
 
-def in_order(tensor: QuantizedTensor) -> QuantizedTensor:
+def undo_permutation(tensor: QuantizedTensor) -> QuantizedTensor:
     """The same with its permuted columns in the order of the inputs, each with a copy of its group's scale.
 
     One scale per output (or for all) needs no copies and stays as it is.
     """
     (height, width), inputs = tensor.spec.block, tensor.shape[-1]
     place = np.argsort(np.asarray(tensor.permutation), axis=-1)[..., None, :]
-    packed = tensor.spec.per_byte == 2
+    packed = tensor.spec.values_per_byte == 2
 
     def order(array: Array) -> Array:
         return np.take_along_axis(array, np.broadcast_to(place, (*array.shape[:-1], inputs)), axis=-1)
@@ -90,4 +90,4 @@ def in_order(tensor: QuantizedTensor) -> QuantizedTensor:
         return array
 
     spec = dataclasses.replace(tensor.spec, block=(height, 1 if width else 0), permuted=False)
-    return dataclasses.replace(tensor.map(sort), permutation=None, spec=spec)
+    return dataclasses.replace(tensor.map_components(sort), permutation=None, spec=spec)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from glm_jax.checkpoint.formats.quantization_config import Description
+from glm_jax.checkpoint.formats.quantization_config import QuantizationConfig
 from glm_jax.checkpoint.safetensors.header import printable
 from glm_jax.errors import CheckpointError
 
-READ = ("compressed-tensors", "gptq", "auto-round", "awq", "fp8", "modelopt", "mlx")
+SUPPORTED_METHODS = ("compressed-tensors", "gptq", "auto-round", "awq", "fp8", "modelopt", "mlx")
 # compressed-tensors' "format", in the whole configuration or in a group of it.
 _LAYOUTS = ("dense", "pack-quantized", "float-quantized", "naive-quantized", "int-quantized", "mixed-precision")
 _FLOAT_LAYOUTS = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
-_NAMES = {
+_UNSUPPORTED_METHODS = {
     "bitsandbytes": "bitsandbytes",
     "bitsandbytes-4bit": "bitsandbytes",
     "bitsandbytes-8bit": "bitsandbytes",
@@ -30,7 +30,7 @@ _NAMES = {
     "fbgemm-fp8": "FBGEMM FP8",
 }
 # Last part of a tensor's name -> what writes such tensors.
-_SUFFIXES = {
+_WRITER_BY_SUFFIX = {
     "absmax": "bitsandbytes",
     "quant_map": "bitsandbytes",
     "SCB": "bitsandbytes",
@@ -47,10 +47,10 @@ _SUFFIXES = {
     "gate_up_proj_blocks": "MXFP4 of gpt-oss",
 }
 # Sections that say the stored weights are not the model's, but belong to turned activations.
-_TURNED = ("transform_config", "rotation_config", "rotation")
+_ROTATION_KEYS = ("transform_config", "rotation_config", "rotation")
 
 
-def refuse_unread(description: Description, names: Iterable[str]) -> None:
+def reject_unsupported_formats(description: QuantizationConfig, names: Iterable[str]) -> None:
     """Refuses a checkpoint in a format that nothing here reads.
 
     Args:
@@ -63,7 +63,7 @@ def refuse_unread(description: Description, names: Iterable[str]) -> None:
     found = _from_description(description)
     if found is None:
         endings = {name.rpartition(".")[2] for name in names}
-        found = next((writer for suffix, writer in _SUFFIXES.items() if suffix in endings), None)
+        found = next((writer for suffix, writer in _WRITER_BY_SUFFIX.items() if suffix in endings), None)
     if found is not None:
         raise CheckpointError(
             f"this checkpoint is quantised ({found}), which is not read: use one of compressed-tensors, GPTQ, AWQ, "
@@ -71,17 +71,17 @@ def refuse_unread(description: Description, names: Iterable[str]) -> None:
         )
 
 
-def _from_description(description: Description) -> str | None:
-    method, section = description.method, description.section
-    if method is not None and method not in READ:
-        return _NAMES.get(method, f"unknown quant_method {printable(method)}")
-    turned = next((key for key in _TURNED if section.get(key)), None)
+def _from_description(description: QuantizationConfig) -> str | None:
+    method, section = description.quant_method, description.section
+    if method is not None and method not in SUPPORTED_METHODS:
+        return _UNSUPPORTED_METHODS.get(method, f"unknown quant_method {printable(method)}")
+    turned = next((key for key in _ROTATION_KEYS if section.get(key)), None)
     if turned:
         return f"{method} with {turned}"
-    return _sparse(section) if method == "compressed-tensors" else None
+    return _unsupported_layout(section) if method == "compressed-tensors" else None
 
 
-def _sparse(section: Any) -> str | None:
+def _unsupported_layout(section: Any) -> str | None:
     groups = section.get("config_groups")
     schemes = groups.values() if isinstance(groups, dict) else ()
     layouts = [section.get("format"), *(scheme.get("format") for scheme in schemes if isinstance(scheme, dict))]

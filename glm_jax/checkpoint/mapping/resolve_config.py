@@ -6,70 +6,70 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from glm_jax.checkpoint.formats.base import Array, Stored
+from glm_jax.checkpoint.formats.base import Array, StoredWeight
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import QuantizedTensor
 
 _COMPARE_ROWS = 4096
-_COPIES = {"embed": "embed_tokens.weight", "head": "shared_head.head.weight"}
-_PREDICTION_ONLY = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
+_MTP_COPY_NAMES = {"embed": "embed_tokens.weight", "head": "shared_head.head.weight"}
+_MTP_ONLY_NAMES = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
 
 
-class Settled:
+class ResolvedConfig:
     """What only the tensors can tell: whether there is a prediction layer, and which tensors are mere copies."""
 
-    def __init__(self, cfg: Config, weights: Mapping[str, Stored]) -> None:
+    def __init__(self, cfg: Config, weights: Mapping[str, StoredWeight]) -> None:
         self.cfg, self._weights = cfg, weights
-        self.dropped: set[str] = set()
+        self.redundant_tensors: set[str] = set()
         self.aliases: dict[str, str] = {}
         self.notes: list[str] = []
         self.mtp_copies: tuple[str, ...] = ()
-        self._mains = {"embed": "model.embed_tokens.weight", "head": "lm_head.weight"}
-        self.head_copy = self._settle_head()
-        self._settle_prediction()
+        self._main_names = {"embed": "model.embed_tokens.weight", "head": "lm_head.weight"}
+        self.head_copy = self._resolve_tied_head()
+        self._resolve_mtp_layer()
         if self.cfg.num_nextn_predict_layers:
-            self._settle_copies()
+            self._resolve_mtp_copies()
 
-    def _settle_head(self) -> bool:
+    def _resolve_tied_head(self) -> bool:
         """Whether a tied model has a head tensor, which must then be the embedding."""
-        head, embed = self._mains["head"], self._mains["embed"]
+        head, embed = self._main_names["head"], self._main_names["embed"]
         if not self.cfg.tie_word_embeddings:
             return False
-        self._mains["head"] = embed
+        self._main_names["head"] = embed
         if head not in self._weights:
             return False
-        if not self._same(head, embed):
+        if not self._is_identical(head, embed):
             raise CheckpointError(
                 "config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight: "
                 "set tie_word_embeddings to false, or remove the tensor"
             )
-        self.dropped.add(head)
+        self.redundant_tensors.add(head)
         return True
 
-    def _settle_prediction(self) -> None:
+    def _resolve_mtp_layer(self) -> None:
         layer = self.cfg.num_hidden_layers
         prefix = f"model.layers.{layer}."
         claimed = self.cfg.num_nextn_predict_layers == 1
         if claimed and not any(name.startswith(prefix) for name in self._weights):
             self.cfg = self.cfg.replace(num_nextn_predict_layers=0)
             self.notes.append(f"layer {layer} (multi-token prediction) has no tensors here: loaded without it")
-        elif not claimed and any(prefix + name in self._weights for name in _PREDICTION_ONLY):
+        elif not claimed and any(prefix + name in self._weights for name in _MTP_ONLY_NAMES):
             self.cfg = self.cfg.replace(num_nextn_predict_layers=1)
             self.notes.append(f"layer {layer} (multi-token prediction) is here although config.json does not say so")
 
-    def _settle_copies(self) -> None:
+    def _resolve_mtp_copies(self) -> None:
         prefix = f"model.layers.{self.cfg.num_hidden_layers}."
-        names = {key: prefix + name for key, name in _COPIES.items()}
+        names = {key: prefix + name for key, name in _MTP_COPY_NAMES.items()}
         self.mtp_copies = tuple(key for key, name in names.items() if name in self._weights)
-        if all(self._same(names[key], self._mains[key]) for key in self.mtp_copies):
-            self.dropped.update(names[key] for key in self.mtp_copies)
+        if all(self._is_identical(names[key], self._main_names[key]) for key in self.mtp_copies):
+            self.redundant_tensors.update(names[key] for key in self.mtp_copies)
             return
         self.cfg = self.cfg.replace(mtp_own_embeddings=True)
-        absent = [key for key in names if key not in self.mtp_copies and self._mains[key] in self._weights]
-        self.aliases = {names[key]: self._mains[key] for key in absent}
+        absent = [key for key in names if key not in self.mtp_copies and self._main_names[key] in self._weights]
+        self.aliases = {names[key]: self._main_names[key] for key in absent}
 
-    def _same(self, name: str, main: str) -> bool:
+    def _is_identical(self, name: str, main: str) -> bool:
         """Whether two tensors are equal bit for bit. A missing main tensor is reported elsewhere."""
         if main not in self._weights:
             return True

@@ -19,9 +19,9 @@ import numpy as np
 from glm_jax.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
-LENGTH_BYTES = 8
+HEADER_LENGTH_BYTES = 8
 
-DTYPES: dict[str, np.dtype[Any]] = {
+SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(dtype)
     for name, dtype in {
         "BOOL": np.bool_,
@@ -42,11 +42,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
         "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     }.items()
 }
-NAMES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.items()}
+SAFETENSORS_DTYPE_NAMES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class TensorEntry:
+class TensorInfo:
     """Where one tensor lies: dtype, shape and its byte range within the file."""
 
     dtype: np.dtype[Any]
@@ -56,23 +56,23 @@ class TensorEntry:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Header:
+class SafetensorsHeader:
     """The tensors of one file by name, and the free-form metadata."""
 
-    tensors: Mapping[str, TensorEntry]
+    tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
 
 
-def header_length(prefix: bytes, file_size: int, file: str) -> int:
+def parse_header_length(prefix: bytes, file_size: int, file: str) -> int:
     """Length of the JSON header, from the first eight bytes.
 
     Raises:
         CheckpointError: if the file is too short for it.
     """
-    if len(prefix) < LENGTH_BYTES:
+    if len(prefix) < HEADER_LENGTH_BYTES:
         raise CheckpointError(f"{file} has {file_size} bytes, too few for a safetensors file: download it again")
-    length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
-    if length > min(MAX_HEADER_BYTES, file_size - LENGTH_BYTES):
+    length = int.from_bytes(prefix[:HEADER_LENGTH_BYTES], "little")
+    if length > min(MAX_HEADER_BYTES, file_size - HEADER_LENGTH_BYTES):
         raise CheckpointError(
             f"{file} announces a header of {length} bytes but has {file_size} bytes in all: "
             "it is truncated or not a safetensors file"
@@ -80,7 +80,7 @@ def header_length(prefix: bytes, file_size: int, file: str) -> int:
     return length
 
 
-def parse_header(raw: bytes, file_size: int, file: str) -> Header:
+def parse_header(raw: bytes, file_size: int, file: str) -> SafetensorsHeader:
     """Parses and checks a header.
 
     Args:
@@ -96,10 +96,10 @@ def parse_header(raw: bytes, file_size: int, file: str) -> Header:
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{file}: __metadata__ must map names to strings")
-    base = LENGTH_BYTES + len(raw)
+    base = HEADER_LENGTH_BYTES + len(raw)
     tensors = {name: _entry(name, value, base, file) for name, value in fields.items()}
     _check_ranges(tensors, base, file_size, file)
-    return Header(tensors, metadata)
+    return SafetensorsHeader(tensors, metadata)
 
 
 def _load_object(raw: bytes, file: str) -> dict[str, Any]:
@@ -124,30 +124,32 @@ def _unique(file: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
     return build
 
 
-def _entry(name: str, value: Any, base: int, file: str) -> TensorEntry:
+def _entry(name: str, value: Any, base: int, file: str) -> TensorInfo:
     where = f"{file}: tensor {printable(name)}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where} must have dtype, shape and data_offsets, and nothing else")
-    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPES:
-        raise CheckpointError(f"{where} has dtype {printable(str(value['dtype']))}; known are {', '.join(DTYPES)}")
+    if not isinstance(value["dtype"], str) or value["dtype"] not in SAFETENSORS_DTYPES:
+        raise CheckpointError(
+            f"{where} has dtype {printable(str(value['dtype']))}; known are {', '.join(SAFETENSORS_DTYPES)}"
+        )
     shape, offsets = value["shape"], value["data_offsets"]
-    if not _naturals(shape) or len(shape) > 32 or not _naturals(offsets) or len(offsets) != 2:
+    if not _is_natural_list(shape) or len(shape) > 32 or not _is_natural_list(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where} has a shape or data_offsets that are not non-negative integers")
-    dtype, (begin, end) = DTYPES[value["dtype"]], offsets
+    dtype, (begin, end) = SAFETENSORS_DTYPES[value["dtype"]], offsets
     expected = math.prod(shape) * dtype.itemsize
     if end - begin != expected:
         raise CheckpointError(
             f"{where} has {end - begin} bytes where {value['dtype']} {shape} needs {expected}: the file is damaged"
         )
-    return TensorEntry(dtype, tuple(shape), base + begin, base + end)
+    return TensorInfo(dtype, tuple(shape), base + begin, base + end)
 
 
-def _naturals(value: Any) -> bool:
+def _is_natural_list(value: Any) -> bool:
     # Sizes past 2**62 cannot be mapped and would overflow in C code further on.
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**62 for n in value)
 
 
-def _check_ranges(tensors: Mapping[str, TensorEntry], base: int, file_size: int, file: str) -> None:
+def _check_ranges(tensors: Mapping[str, TensorInfo], base: int, file_size: int, file: str) -> None:
     at = base
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.end > file_size:

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from glm_jax.checkpoint.safetensors.header import (
-    LENGTH_BYTES,
-    Header,
-    TensorEntry,
-    header_length,
+    HEADER_LENGTH_BYTES,
+    SafetensorsHeader,
+    TensorInfo,
     parse_header,
+    parse_header_length,
     printable,
 )
 from glm_jax.errors import CheckpointError
@@ -34,9 +34,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Index = Any  # whatever numpy takes between brackets
 
 INDEX_NAME = "model.safetensors.index.json"
-PAGE_BYTES = 4096  # of a tensor, sampled at its beginning, middle and end
+SAMPLE_PAGE_BYTES = 4096  # of a tensor, sampled at its beginning, middle and end
 MAX_NAME_BYTES = 255  # of a file, on every common system
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -55,16 +55,16 @@ class MappedFile(abc.ABC):
     _map: mmap.mmap | None = None
 
     @abc.abstractmethod
-    def ranges(self) -> Iterator[tuple[int, int]]:
+    def byte_ranges(self) -> Iterator[tuple[int, int]]:
         """First byte and end of every tensor."""
 
-    def sample(self) -> str:
+    def sample_digest(self) -> str:
         """A hash of the header and of pages of every tensor: its first, middle and last (all of a small one)."""
         digest = hashlib.sha256(self.digest.encode())
         # Plain reads: touching a mapped page would bring its neighbours into memory as well.
-        with explain_reading(self.path), self.path.open("rb", buffering=0) as file:
-            for tensor in self.ranges():
-                for begin, end in pages(*tensor):
+        with wrap_read_errors(self.path), self.path.open("rb", buffering=0) as file:
+            for tensor in self.byte_ranges():
+                for begin, end in sample_ranges(*tensor):
                     file.seek(begin)
                     page = file.read(end - begin)
                     if len(page) != end - begin:
@@ -74,7 +74,7 @@ class MappedFile(abc.ABC):
 
     def _mapped(self) -> mmap.mmap:
         if self._map is None:
-            with explain_reading(self.path), self.path.open("rb") as file:
+            with wrap_read_errors(self.path), self.path.open("rb") as file:
                 # A file cut since its header was read would end the process at the first missing page.
                 if os.fstat(file.fileno()).st_size != self.size:
                     raise self._changed()
@@ -85,7 +85,7 @@ class MappedFile(abc.ABC):
         return CheckpointError(f"{printable(self.path.name)} changed while it was being read")
 
 
-class Shard(MappedFile):
+class SafetensorsFile(MappedFile):
     """One safetensors file, its header checked, mapped when first touched.
 
     Raises:
@@ -94,15 +94,15 @@ class Shard(MappedFile):
 
     def __init__(self, path: Path) -> None:
         self.path, name = path, printable(path.name)
-        with explain_reading(path), path.open("rb") as file:
+        with wrap_read_errors(path), path.open("rb") as file:
             status = os.fstat(file.fileno())
-            self.size, self.modified = status.st_size, status.st_mtime_ns
-            length = header_length(file.read(LENGTH_BYTES), self.size, name)
+            self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
+            length = parse_header_length(file.read(HEADER_LENGTH_BYTES), self.size, name)
             raw = file.read(length)
-        self.header: Header = parse_header(raw, self.size, name)
+        self.header: SafetensorsHeader = parse_header(raw, self.size, name)
         self.digest = hashlib.sha256(raw).hexdigest()
 
-    def get(self, name: str) -> Array:
+    def get_tensor(self, name: str) -> Array:
         """The tensor as a read-only view of the mapped file."""
         entry = self.header.tensors[name]
         if entry.begin == entry.end:
@@ -110,13 +110,13 @@ class Shard(MappedFile):
         raw = np.frombuffer(self._mapped(), np.uint8, entry.end - entry.begin, entry.begin)
         return raw.view(entry.dtype).reshape(entry.shape)
 
-    def ranges(self) -> Iterator[tuple[int, int]]:
+    def byte_ranges(self) -> Iterator[tuple[int, int]]:
         """Of every tensor."""
         return ((entry.begin, entry.end) for entry in self.header.tensors.values())
 
 
 @contextlib.contextmanager
-def explain_reading(path: Path) -> Iterator[None]:
+def wrap_read_errors(path: Path) -> Iterator[None]:
     """Turns the operating system's errors into a :class:`CheckpointError` that names the file."""
     try:
         yield
@@ -124,32 +124,32 @@ def explain_reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot read {path.parent / printable(path.name)}: {error.strerror}") from None
 
 
-def pages(begin: int, end: int) -> list[tuple[int, int]]:
+def sample_ranges(begin: int, end: int) -> list[tuple[int, int]]:
     """The byte ranges of a tensor that are sampled: its first, middle and last page, or all of a small one."""
-    if end - begin <= 3 * PAGE_BYTES:
+    if end - begin <= 3 * SAMPLE_PAGE_BYTES:
         return [(begin, end)]
-    middle = (begin + end - PAGE_BYTES) // 2
-    return [(at, at + PAGE_BYTES) for at in (begin, middle, end - PAGE_BYTES)]
+    middle = (begin + end - SAMPLE_PAGE_BYTES) // 2
+    return [(at, at + SAMPLE_PAGE_BYTES) for at in (begin, middle, end - SAMPLE_PAGE_BYTES)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Reader:
+class SafetensorsReader:
     """Every tensor of a folder of safetensors files.
 
     Attributes:
         folder: where the files are.
         shards: the files by name.
-        homes: tensor name -> file name.
+        weight_map: tensor name -> file name.
         notes: harmless oddities worth telling.
     """
 
     folder: Path
-    shards: Mapping[str, Shard]
-    homes: Mapping[str, str]
+    shards: Mapping[str, SafetensorsFile]
+    weight_map: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, folder: Path) -> Reader:
+    def open(cls, folder: Path) -> SafetensorsReader:
         """Opens every shard of a folder and checks that they belong together.
 
         Raises:
@@ -157,59 +157,61 @@ class Reader:
                 not agree with the shards.
         """
         index = _read_index(folder)
-        files = _complete(_files(folder), folder) if index is None else _indexed_files(index, folder)
-        shards = {name: Shard(folder / name) for name in files}
-        homes = _homes(shards)
+        files = (
+            _require_all_shards(_find_weight_files(folder), folder) if index is None else _indexed_files(index, folder)
+        )
+        shards = {name: SafetensorsFile(folder / name) for name in files}
+        homes = _build_weight_map(shards)
         if index is not None:
             _check_index(index["weight_map"], homes)
-        return cls(folder, shards, homes, _total_notes(index, shards))
+        return cls(folder, shards, homes, _total_size_notes(index, shards))
 
     def __contains__(self, name: str) -> bool:
-        return name in self.homes
+        return name in self.weight_map
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.homes)
+        return iter(self.weight_map)
 
-    def entry(self, name: str) -> TensorEntry:
+    def tensor_info(self, name: str) -> TensorInfo:
         """Dtype, shape and place of a tensor."""
-        return self.shards[self.homes[name]].header.tensors[name]
+        return self.shards[self.weight_map[name]].header.tensors[name]
 
-    def get(self, name: str) -> Array:
+    def get_tensor(self, name: str) -> Array:
         """A whole tensor as a read-only view; no byte is read before it is used."""
-        return self.shards[self.homes[name]].get(name)
+        return self.shards[self.weight_map[name]].get_tensor(name)
 
-    def slice(self, name: str, index: Index) -> Array:
+    def get_slice(self, name: str, index: Index) -> Array:
         """A piece of a tensor, touching no other page than its own."""
-        return self.get(name)[index]
+        return self.get_tensor(name)[index]
 
     def fingerprint(self) -> str:
         """A hash of every shard's name, size and header, and of three pages of every tensor.
 
         Training that touched a tensor as a whole, as every usual kind does, changes it. A few bytes changed between
-        the pages do not: a stopped conversion sees those by :meth:`modified`, a finished one under ``--check``.
+        the pages do not: a stopped conversion sees those by :meth:`mtimes_ns`, a finished one under ``--check``.
         """
-        lines = [f"{name} {shard.size} {shard.sample()}" for name, shard in sorted(self.shards.items())]
+        lines = [f"{name} {shard.size} {shard.sample_digest()}" for name, shard in sorted(self.shards.items())]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def modified(self) -> dict[str, int]:
+    def mtimes_ns(self) -> dict[str, int]:
         """When each shard was last changed, in nanoseconds."""
-        return {name: shard.modified for name, shard in sorted(self.shards.items())}
+        return {name: shard.mtime_ns for name, shard in sorted(self.shards.items())}
 
 
-def refuse_pickle(path: Path) -> None:
+def reject_pickle(path: Path) -> None:
     """Refuses a file whose name says that loading it would run code.
 
     Raises:
         CheckpointError: if it is one.
     """
-    if path.suffix.lower() in PICKLES:
+    if path.suffix.lower() in PICKLE_SUFFIXES:
         raise CheckpointError(
             f"{printable(path.name)} is a pickle file, and loading one can run any code: "
             "convert it to safetensors first"
         )
 
 
-def _files(folder: Path) -> list[str]:
+def _find_weight_files(folder: Path) -> list[str]:
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
@@ -217,26 +219,26 @@ def _files(folder: Path) -> list[str]:
     files = [name for name in names if name.endswith(".safetensors")]
     if not files:
         for name in names:
-            refuse_pickle(folder / name)
+            reject_pickle(folder / name)
         raise CheckpointError(f"{folder} holds no weights: expected *.safetensors files")
     # Repositories add other weights beside the model's (adapters, a copy in another layout).
     return [name for name in files if name.startswith("model")] or files
 
 
-def _complete(files: list[str], folder: Path) -> list[str]:
+def _require_all_shards(files: list[str], folder: Path) -> list[str]:
     for name in files:
         match = _SHARD.fullmatch(name)
         if match is None:
             continue
         stem, width, total = match[1], len(match[2]), int(match[3])
         wanted = {f"{stem}-{i:0{width}d}-of-{match[3]}.safetensors" for i in range(1, min(total, 100_000) + 1)}
-        _refuse_missing(sorted(wanted - set(files)), folder)
+        _reject_missing(sorted(wanted - set(files)), folder)
     return files
 
 
-def _refuse_missing(missing: list[str], folder: Path) -> None:
+def _reject_missing(missing: list[str], folder: Path) -> None:
     if missing:
-        raise CheckpointError(f"{folder} lacks {listing([*map(printable, missing)])}: the download is incomplete")
+        raise CheckpointError(f"{folder} lacks {format_names([*map(printable, missing)])}: the download is incomplete")
 
 
 def _read_index(folder: Path) -> dict[str, Any] | None:
@@ -256,10 +258,10 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
 def _indexed_files(index: Mapping[str, Any], folder: Path) -> list[str]:
     files = sorted(set(index["weight_map"].values()))
     for name in files:
-        refuse_pickle(Path(name))
+        reject_pickle(Path(name))
         if not _is_file_name(name) or not name.endswith(".safetensors"):
             raise CheckpointError(f"{INDEX_NAME} names {printable(name)}, which is not a safetensors file beside it")
-    _refuse_missing([name for name in files if not os.path.exists(folder / name)], folder)
+    _reject_missing([name for name in files if not os.path.exists(folder / name)], folder)
     return files
 
 
@@ -268,7 +270,7 @@ def _is_file_name(name: str) -> bool:
     return Path(name).name == name and name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES
 
 
-def _homes(shards: Mapping[str, Shard]) -> dict[str, str]:
+def _build_weight_map(shards: Mapping[str, SafetensorsFile]) -> dict[str, str]:
     homes: dict[str, str] = {}
     twice: list[str] = []
     for file, shard in shards.items():
@@ -277,7 +279,7 @@ def _homes(shards: Mapping[str, Shard]) -> dict[str, str]:
                 twice.append(f"{printable(name)} (in {printable(homes[name])} and {printable(file)})")
             homes.setdefault(name, file)
     if twice:
-        raise CheckpointError(f"tensors that are in two files: {listing(twice)}")
+        raise CheckpointError(f"tensors that are in two files: {format_names(twice)}")
     return homes
 
 
@@ -285,15 +287,15 @@ def _check_index(weight_map: Mapping[str, str], homes: Mapping[str, str]) -> Non
     problems = []
     absent = [f"{printable(n)} ({file})" for n, file in weight_map.items() if homes.get(n) != file]
     if absent:
-        problems.append(f"the index lists tensors that are not in the file it names: {listing(absent)}")
+        problems.append(f"the index lists tensors that are not in the file it names: {format_names(absent)}")
     unlisted = [f"{printable(n)} ({printable(file)})" for n, file in homes.items() if n not in weight_map]
     if unlisted:
-        problems.append(f"the files hold tensors that the index does not list: {listing(unlisted)}")
+        problems.append(f"the files hold tensors that the index does not list: {format_names(unlisted)}")
     if problems:
         raise CheckpointError("; ".join(problems))
 
 
-def _total_notes(index: Mapping[str, Any] | None, shards: Mapping[str, Shard]) -> tuple[str, ...]:
+def _total_size_notes(index: Mapping[str, Any] | None, shards: Mapping[str, SafetensorsFile]) -> tuple[str, ...]:
     metadata = index.get("metadata") if index else None
     claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
     present = sum(e.end - e.begin for shard in shards.values() for e in shard.header.tensors.values())
@@ -301,7 +303,7 @@ def _total_notes(index: Mapping[str, Any] | None, shards: Mapping[str, Shard]) -
     return () if claimed in (None, present) else (f"{INDEX_NAME} says {claimed} bytes, the files hold {present}",)
 
 
-def listing(items: list[str], limit: int = 20) -> str:
+def format_names(items: list[str], limit: int = 20) -> str:
     """Names for a message: the first few, and how many more there are."""
     more = f" … and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more

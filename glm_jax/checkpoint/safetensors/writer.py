@@ -13,27 +13,27 @@ from typing import Any
 import numpy as np
 
 from glm_jax.checkpoint.folder.manifest import ArrayRecord
-from glm_jax.checkpoint.safetensors.header import LENGTH_BYTES, NAMES
+from glm_jax.checkpoint.safetensors.header import HEADER_LENGTH_BYTES, SAFETENSORS_DTYPE_NAMES
 
 Array = np.ndarray[Any, np.dtype[Any]]
-SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 5_000_000_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Output:
+class TensorOutput:
     """A tensor to be written.
 
     Attributes:
         name: in the file.
         shape: of the tensor.
         dtype: of the tensor.
-        blocks: gives its contiguous blocks in order, when its turn comes.
+        iter_blocks: gives its contiguous blocks in order, when its turn comes.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    blocks: Callable[[], Iterator[Array]]
+    iter_blocks: Callable[[], Iterator[Array]]
 
     @property
     def nbytes(self) -> int:
@@ -41,12 +41,14 @@ class Output:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
-def shard(outputs: Sequence[Output], limit: int = SHARD_BYTES) -> dict[str, list[Output]]:
-    """Tensors, in order, in numbered files of at most ``limit`` bytes (or one tensor)."""
-    groups: list[list[Output]] = [[]]
+def split_into_shards(
+    outputs: Sequence[TensorOutput], max_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, list[TensorOutput]]:
+    """Tensors, in order, in numbered files of at most ``max_bytes`` bytes (or one tensor)."""
+    groups: list[list[TensorOutput]] = [[]]
     filled = 0
     for output in outputs:
-        if groups[-1] and filled + output.nbytes > limit:
+        if groups[-1] and filled + output.nbytes > max_bytes:
             groups.append([])
             filled = 0
         groups[-1].append(output)
@@ -54,7 +56,7 @@ def shard(outputs: Sequence[Output], limit: int = SHARD_BYTES) -> dict[str, list
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
 
 
-def write_shard(path: Path, outputs: Sequence[Output], advance: Callable[[int], None]) -> dict[str, ArrayRecord]:
+def write_shard(path: Path, outputs: Sequence[TensorOutput], advance: Callable[[int], None]) -> dict[str, ArrayRecord]:
     """Writes one file, which appears under its name when it is complete.
 
     Returns:
@@ -63,11 +65,11 @@ def write_shard(path: Path, outputs: Sequence[Output], advance: Callable[[int], 
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
         header = _header(outputs)
-        file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
+        file.write(len(header).to_bytes(HEADER_LENGTH_BYTES, "little") + header)
         records = {}
         for output in outputs:
             digest = hashlib.sha256()
-            for block in output.blocks():
+            for block in output.iter_blocks():
                 data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
                 digest.update(data)
                 file.write(data)
@@ -79,18 +81,22 @@ def write_shard(path: Path, outputs: Sequence[Output], advance: Callable[[int], 
     return records
 
 
-def _header(outputs: Sequence[Output]) -> bytes:
+def _header(outputs: Sequence[TensorOutput]) -> bytes:
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say it
     at = 0
     for output in outputs:
         end = at + output.nbytes
-        fields[output.name] = {"dtype": NAMES[output.dtype], "shape": list(output.shape), "data_offsets": [at, end]}
+        fields[output.name] = {
+            "dtype": SAFETENSORS_DTYPE_NAMES[output.dtype],
+            "shape": list(output.shape),
+            "data_offsets": [at, end],
+        }
         at = end
     text = json.dumps(fields, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)  # the tensors start at a multiple of eight
 
 
-def index_json(shards: Mapping[str, Sequence[Output]], source: str) -> str:
+def build_index_json(shards: Mapping[str, Sequence[TensorOutput]], source: str) -> str:
     """The index of a sharded checkpoint, with the key of what it was made from."""
     total = sum(output.nbytes for group in shards.values() for output in group)
     weight_map = {output.name: file for file, group in shards.items() for output in group}

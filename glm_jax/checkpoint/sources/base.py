@@ -13,20 +13,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-from glm_jax.checkpoint.folder.layout import MTP, REST, DiskArray, Leaf, disk_arrays, layout
+from glm_jax.checkpoint.folder.layout import MTP, NON_LAYER, DiskArray, Leaf, checkpoint_layout, disk_arrays
 from glm_jax.checkpoint.safetensors.header import printable
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import QuantizedTensor, QuantSpec
-from glm_jax.weights.params import leaves, param_specs
+from glm_jax.weights.params import leaves_with_path, param_specs
 from glm_jax.weights.storage import Storage
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Piece = Array | QuantizedTensor
-Kind = Literal["huggingface", "gguf", "converted", "synthetic", "memory"]
+WeightChunk = Array | QuantizedTensor
+SourceKind = Literal["huggingface", "gguf", "converted", "synthetic", "memory"]
 
 # What lies beside the weights and goes wherever they go.
-COMPANIONS = (
+ASSET_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -36,7 +36,7 @@ COMPANIONS = (
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Original:
+class RoundTripInfo:
     """What a checkpoint had that its parameters do not show, so that it can be written back bit for bit.
 
     Attributes:
@@ -61,16 +61,16 @@ class SourceInfo:
         dtype: of most of its weights.
         original: what is needed to write the checkpoint back as it was.
         notes: sentences worth telling the user.
-        keep: what the folder needs to stay, where it is a temporary one.
+        keep_alive: what the folder needs to stay, where it is a temporary one.
     """
 
-    kind: Kind
+    kind: SourceKind
     name: str
     folder: Path | None
     dtype: str
-    original: Original = dataclasses.field(default_factory=Original)
+    original: RoundTripInfo = dataclasses.field(default_factory=RoundTripInfo)
     notes: tuple[str, ...] = ()
-    keep: Any = dataclasses.field(default=None, repr=False, compare=False)
+    keep_alive: Any = dataclasses.field(default=None, repr=False, compare=False)
 
 
 class WeightSource(abc.ABC):
@@ -95,23 +95,23 @@ class WeightSource(abc.ABC):
         """Dtype in which the array is kept without loss."""
 
     @abc.abstractmethod
-    def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Piece]]:
+    def iter_chunks(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, WeightChunk]]:
         """Rows ``start`` to ``stop`` of the array's first axis, in order, as (first row, rows) pieces.
 
         Pieces may be read-only views, and of a narrower dtype than :meth:`dtype`. Those of an array that
-        :meth:`storage` knows are :class:`~glm_jax.weights.QuantizedTensor` of whole matrices, or of rows where
+        :meth:`quant_spec` knows are :class:`~glm_jax.weights.QuantizedTensor` of whole matrices, or of rows where
         every row has its own scales.
 
         Raises:
             CheckpointError: if the bytes are not there or damaged.
         """
 
-    def storage(self, leaf: Leaf) -> QuantSpec | None:
+    def quant_spec(self, leaf: Leaf) -> QuantSpec | None:
         """How the array is quantised; None for a plain one."""
         del leaf
         return None
 
-    def modified(self) -> Mapping[str, int]:
+    def mtimes_ns(self) -> Mapping[str, int]:
         """When the files of weights were last changed, in nanoseconds, where the fingerprint cannot see every byte."""
         return {}
 
@@ -122,13 +122,13 @@ class WeightSource(abc.ABC):
 
     def layout(self) -> dict[str, tuple[Leaf, ...]]:
         """The arrays of each part."""
-        return layout(self.cfg)
+        return checkpoint_layout(self.cfg)
 
     def nbytes(self, leaf: Leaf, dtype: np.dtype[Any] | None = None) -> int:
         """Bytes of the array, in its own dtype or the one a conversion would give it."""
-        if spec := self.storage(leaf):
+        if spec := self.quant_spec(leaf):
             return spec.nbytes(leaf.shape)
-        return leaf.size * kept_dtype(self, leaf, dtype).itemsize
+        return leaf.size * output_dtype(self, leaf, dtype).itemsize
 
     def total_bytes(self) -> int:
         """Bytes of all arrays."""
@@ -154,6 +154,7 @@ class WeightSource(abc.ABC):
 
     def require_memory(self) -> None:
         """Raises :class:`~glm_jax.errors.MemoryPlanError` if the largest layer cannot be computed."""
+        return
 
     def state_bytes(self) -> int:
         """Bytes kept on disk between layers, at most."""
@@ -164,48 +165,48 @@ class WeightSource(abc.ABC):
         return ()
 
 
-def kept_dtype(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None) -> np.dtype[Any]:
+def output_dtype(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None) -> np.dtype[Any]:
     """Dtype of an array after conversion to ``dtype`` (``None``: unchanged); some arrays have a fixed one."""
     if leaf.spec.dtype:
         return np.dtype(leaf.spec.dtype)
     return source.dtype(leaf) if dtype is None else dtype
 
 
-def storage_of(source: WeightSource, cfg: Config | None = None) -> Storage:
+def source_storage(source: WeightSource, cfg: Config | None = None) -> Storage:
     """The quantised parameters of a source, under a config with the same runs (its own unless given)."""
-    return storage_by(cfg or source.cfg, source.storage)
+    return build_storage(cfg or source.cfg, source.quant_spec)
 
 
-def storage_by(cfg: Config, storage: Callable[[Leaf], QuantSpec | None]) -> Storage:
+def build_storage(cfg: Config, storage: Callable[[Leaf], QuantSpec | None]) -> Storage:
     """The quantised parameters of a model whose runs are layers of one storage each."""
-    specs = {leaf.target: storage(leaf) for members in layout(cfg).values() for leaf in members}
-    wanted = (path for path, _ in leaves(param_specs(cfg)))
+    specs = {leaf.param_path: storage(leaf) for members in checkpoint_layout(cfg).values() for leaf in members}
+    wanted = (path for path, _ in leaves_with_path(param_specs(cfg)))
     return Storage(tuple((path, spec) for path in wanted if (spec := specs.get(path))))
 
 
-def split_runs(cfg: Config, storage: Callable[[Leaf], QuantSpec | None]) -> Config:
+def split_layer_groups(cfg: Config, storage: Callable[[Leaf], QuantSpec | None]) -> Config:
     """The config with a new run wherever a layer's weights are stored otherwise than those of the layer before."""
     plain = cfg.replace(run_starts=())
     kinds = [
         tuple((leaf.name, storage(leaf)) for leaf in members)
-        for part, members in layout(plain).items()
-        if part not in (MTP, REST)
+        for part, members in checkpoint_layout(plain).items()
+        if part not in (MTP, NON_LAYER)
     ]
     same_kind = [i for i in range(1, len(kinds)) if cfg.mlp_layer_types[i] == cfg.mlp_layer_types[i - 1]]
     return plain.replace(run_starts=tuple(i for i in same_kind if kinds[i] != kinds[i - 1]))
 
 
-def plain(piece: Piece) -> Array:
+def to_plain_array(chunk: WeightChunk) -> Array:
     """The values of a piece as an array, those of quantised ones in float32."""
-    return np.asarray(piece) if isinstance(piece, QuantizedTensor) else piece
+    return np.asarray(chunk) if isinstance(chunk, QuantizedTensor) else chunk
 
 
-def build(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None = None) -> Array:
+def build_array(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None = None) -> Array:
     """A whole array, contiguous; without a copy where the source has it in one piece."""
-    target = kept_dtype(source, leaf, dtype)
+    target = output_dtype(source, leaf, dtype)
     out: Array | None = None
-    for start, piece in source.pieces(leaf):
-        piece = plain(piece)
+    for start, piece in source.iter_chunks(leaf):
+        piece = to_plain_array(piece)
         if piece.shape == leaf.shape and piece.dtype == target and piece.flags.c_contiguous:
             return piece
         out = np.empty(leaf.shape, target) if out is None else out
@@ -213,14 +214,14 @@ def build(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None = None) 
     return np.empty(leaf.shape, target) if out is None else out
 
 
-def build_arrays(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None = None) -> dict[DiskArray, Array]:
+def build_disk_arrays(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None = None) -> dict[DiskArray, Array]:
     """The arrays that a leaf is on disk, contiguous."""
-    spec = source.storage(leaf)
+    spec = source.quant_spec(leaf)
     places = disk_arrays(leaf, spec)
     if spec is None:
-        return {places[0]: np.ascontiguousarray(build(source, leaf, dtype))}
+        return {places[0]: np.ascontiguousarray(build_array(source, leaf, dtype))}
     arrays = {place: np.empty(place.shape, place.dtype) for place in places}
-    for row, piece in source.pieces(leaf):
+    for row, piece in source.iter_chunks(leaf):
         for place, array in arrays.items():
             part = np.atleast_1d(np.asarray(getattr(piece, place.component)))
             # A row of scales, or a permutation, may serve all rows of a matrix.
@@ -229,7 +230,7 @@ def build_arrays(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None =
     return arrays
 
 
-def main_dtype(source: WeightSource) -> str:
+def dominant_dtype(source: WeightSource) -> str:
     """Dtype of most of a source's values."""
     counts: Counter[str] = Counter()
     for members in source.layout().values():
@@ -238,7 +239,7 @@ def main_dtype(source: WeightSource) -> str:
     return counts.most_common(1)[0][0]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_hf_config(folder: Path) -> dict[str, Any]:
     """The dictionary of a folder's ``config.json``.
 
     Raises:

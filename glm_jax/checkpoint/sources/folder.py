@@ -10,11 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.checkpoint.folder.arrays import part_folder, read_array, read_rows, row_blocks
+from glm_jax.checkpoint.folder.arrays import chunk_aligned_ranges, iter_array_blocks, layer_checkpoint_folder, read_rows
 from glm_jax.checkpoint.folder.layout import Leaf, disk_arrays
-from glm_jax.checkpoint.folder.manifest import DTYPES, ArrayRecord, Manifest, load_manifest
-from glm_jax.checkpoint.safetensors.reader import listing
-from glm_jax.checkpoint.sources.base import Piece, SourceInfo, WeightSource, read_config, split_runs, storage_by
+from glm_jax.checkpoint.folder.manifest import FLOAT_DTYPES, ArrayRecord, Manifest, load_manifest
+from glm_jax.checkpoint.safetensors.reader import format_names
+from glm_jax.checkpoint.sources.base import (
+    SourceInfo,
+    WeightChunk,
+    WeightSource,
+    build_storage,
+    read_hf_config,
+    split_layer_groups,
+)
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError, ConfigError
 from glm_jax.weights import QuantizedTensor, QuantSpec
@@ -32,12 +39,12 @@ class ConvertedSource(WeightSource):
         self._folder = folder
         manifest = load_manifest(folder)
         self.cfg = manifest.cfg
-        self.hf_config = read_config(folder)
+        self.hf_config = read_hf_config(folder)
         _check_config(self.cfg, self.hf_config, folder)
-        self._records, self._storage = manifest.parts, manifest.storage
-        self.cfg = split_runs(self.cfg, self.storage)
+        self._records, self._storage = manifest.array_records, manifest.quant_specs
+        self.cfg = split_layer_groups(self.cfg, self.quant_spec)
         self._fingerprint = hashlib.sha256(manifest.to_json().encode()).hexdigest()
-        _check_parts(folder, set(manifest.parts))
+        _check_layer_checkpoints(folder, set(manifest.array_records))
         self.info = SourceInfo(
             kind="converted",
             name=name or str(folder),
@@ -52,26 +59,28 @@ class ConvertedSource(WeightSource):
 
     def dtype(self, leaf: Leaf) -> np.dtype[Any]:
         """As the manifest has it."""
-        return DTYPES[self.info.dtype if self.storage(leaf) else self._record(leaf).dtype]
+        return FLOAT_DTYPES[self.info.dtype if self.quant_spec(leaf) else self._record(leaf).dtype]
 
-    def storage(self, leaf: Leaf) -> QuantSpec | None:
+    def quant_spec(self, leaf: Leaf) -> QuantSpec | None:
         """From the manifest."""
-        return self._storage.get(f"{leaf.part}/{leaf.name}")
+        return self._storage.get(f"{leaf.checkpoint_name}/{leaf.name}")
 
-    def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Piece]]:
+    def iter_chunks(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, WeightChunk]]:
         """Blocks of rows read from disk."""
         stop = leaf.shape[0] if stop is None else stop
-        spec = self.storage(leaf)
+        spec = self.quant_spec(leaf)
         if spec is None:
             (array,) = disk_arrays(leaf, None)
-            return read_array(self._folder, array, self._record(leaf).dtype, start, stop)
-        return self._quantised_pieces(leaf, spec, start, stop)
+            return iter_array_blocks(self._folder, array, self._record(leaf).dtype, start, stop)
+        return self._iter_quantized_chunks(leaf, spec, start, stop)
 
-    def _quantised_pieces(self, leaf: Leaf, spec: QuantSpec, start: int, stop: int) -> Iterator[tuple[int, Piece]]:
+    def _iter_quantized_chunks(
+        self, leaf: Leaf, spec: QuantSpec, start: int, stop: int
+    ) -> Iterator[tuple[int, WeightChunk]]:
         arrays = {array.component: array for array in disk_arrays(leaf, spec)}
         # Rows of a matrix can be had alone only where each has its own scales and nothing belongs to all of them.
         whole = len(leaf.shape) == 2 and (spec.block[0] != 1 or spec.outer != "none" or spec.permuted)
-        bounds = [(0, leaf.shape[0])] if whole else row_blocks(self._folder, arrays["codes"], start, stop)
+        bounds = [(0, leaf.shape[0])] if whole else chunk_aligned_ranges(self._folder, arrays["codes"], start, stop)
         for first, last in bounds:
             parts = {}
             for name, array in arrays.items():
@@ -83,21 +92,21 @@ class ConvertedSource(WeightSource):
 
     def sha256(self, leaf: Leaf, component: str = "") -> str | None:
         """From the manifest."""
-        record = self._records[leaf.part].get(f"{leaf.name}.{component}" if component else leaf.name)
+        record = self._records[leaf.checkpoint_name].get(f"{leaf.name}.{component}" if component else leaf.name)
         return record.sha256 if record else None
 
     def _record(self, leaf: Leaf, component: str = "") -> ArrayRecord:
-        return self._records[leaf.part][f"{leaf.name}.{component}" if component else leaf.name]
+        return self._records[leaf.checkpoint_name][f"{leaf.name}.{component}" if component else leaf.name]
 
 
-def stated_storage(manifest: Manifest) -> tuple[Config, Storage]:
+def manifest_storage(manifest: Manifest) -> tuple[Config, Storage]:
     """The model of a manifest, and which of its parameters are quantised and how; reads nothing else."""
 
     def stored(leaf: Leaf) -> QuantSpec | None:
-        return manifest.storage.get(f"{leaf.part}/{leaf.name}")
+        return manifest.quant_specs.get(f"{leaf.checkpoint_name}/{leaf.name}")
 
-    cfg = split_runs(manifest.cfg, stored)
-    return cfg, storage_by(cfg, stored)
+    cfg = split_layer_groups(manifest.cfg, stored)
+    return cfg, build_storage(cfg, stored)
 
 
 def _check_config(cfg: Config, hf_config: Any, folder: Path) -> None:
@@ -120,13 +129,15 @@ def _check_config(cfg: Config, hf_config: Any, folder: Path) -> None:
         )
 
 
-def _check_parts(folder: Path, wanted: set[str]) -> None:
+def _check_layer_checkpoints(folder: Path, wanted: set[str]) -> None:
     try:
-        present = {path.name for path in part_folder(folder, "").iterdir()}
+        present = {path.name for path in layer_checkpoint_folder(folder, "").iterdir()}
     except OSError as error:
-        raise CheckpointError(f"cannot read {part_folder(folder, '')}: {error.strerror}") from None
+        raise CheckpointError(f"cannot read {layer_checkpoint_folder(folder, '')}: {error.strerror}") from None
     missing, extra = sorted(wanted - present), sorted(present - wanted)
     if missing:
-        raise CheckpointError(f"{folder} lacks parts that its manifest lists: {listing(missing)}; convert again")
+        raise CheckpointError(f"{folder} lacks parts that its manifest lists: {format_names(missing)}; convert again")
     if extra:
-        raise CheckpointError(f"{folder} has parts that its manifest does not list: {listing(extra)}; convert again")
+        raise CheckpointError(
+            f"{folder} has parts that its manifest does not list: {format_names(extra)}; convert again"
+        )

@@ -8,7 +8,7 @@ from pathlib import Path
 from glm_jax.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_FILES = ["*.safetensors", "*.json", "*.jinja"]  # never *.bin: a pickle can run any code
+_ALLOW_PATTERNS = ["*.safetensors", "*.json", "*.jinja"]  # never *.bin: a pickle can run any code
 
 
 def is_hub_id(text: str) -> bool:
@@ -16,7 +16,7 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None
 
 
-def download(repo: str) -> Path:
+def download_snapshot(repo: str) -> Path:
     """The local folder of a hub repository's newest revision, downloaded if it is not in the cache.
 
     Raises:
@@ -25,7 +25,7 @@ def download(repo: str) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=_FILES, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(repo, allow_patterns=_ALLOW_PATTERNS, ignore_patterns=["*/*"]))
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{repo} is gated: accept its terms on its Hugging Face page, then log in with `hf auth login`"

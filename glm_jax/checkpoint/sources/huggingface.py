@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from glm_jax.checkpoint.formats import read_formats
-from glm_jax.checkpoint.safetensors.reader import Reader
-from glm_jax.checkpoint.sources.base import read_config
-from glm_jax.checkpoint.sources.named_tensors import CheckpointSource
+from glm_jax.checkpoint.safetensors.reader import SafetensorsReader
+from glm_jax.checkpoint.sources.base import read_hf_config
+from glm_jax.checkpoint.sources.named_tensors import NamedTensorSource
 
 
-class HuggingFaceSource(CheckpointSource):
+class HuggingFaceSource(NamedTensorSource):
     """Weights of a safetensors folder: plain ones as zero-copy views of its files, quantised ones repacked.
 
     Raises:
@@ -19,6 +19,6 @@ class HuggingFaceSource(CheckpointSource):
     """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
-        config, reader = read_config(folder), Reader.open(folder)
+        config, reader = read_hf_config(folder), SafetensorsReader.open(folder)
         weights = read_formats(reader, config, folder)
         super().__init__(weights, config, reader, kind="huggingface", name=name or str(folder), folder=folder)

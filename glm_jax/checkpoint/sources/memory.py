@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_jax.checkpoint.device_stack import alone
+from glm_jax.checkpoint.device_stack import use_single_device_mesh
 from glm_jax.checkpoint.folder.layout import Leaf
-from glm_jax.checkpoint.folder.manifest import DTYPES
-from glm_jax.checkpoint.safetensors.reader import listing
-from glm_jax.checkpoint.sources.base import Array, Original, Piece, SourceInfo, WeightSource, read_config
+from glm_jax.checkpoint.folder.manifest import FLOAT_DTYPES
+from glm_jax.checkpoint.safetensors.reader import format_names
+from glm_jax.checkpoint.sources.base import Array, RoundTripInfo, SourceInfo, WeightChunk, WeightSource, read_hf_config
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
-from glm_jax.weights import Bfloat16Bits, QuantizedTensor, QuantSpec, TiledWeight, Weight, untile
-from glm_jax.weights.params import Path, leaves, param_specs
+from glm_jax.weights import Bfloat16Bits, QuantizedTensor, QuantSpec, TiledWeight, Weight, untile_weight
+from glm_jax.weights.params import ParamPath, leaves_with_path, param_specs
 
 
 class MemorySource(WeightSource):
@@ -38,10 +38,10 @@ class MemorySource(WeightSource):
     def __init__(self, cfg: Config, params: Mapping[str, Any], origin: SourceInfo | None = None) -> None:
         self.cfg = cfg
         self._fingerprint = secrets.token_hex(32)
-        self._arrays: dict[Path, Weight | Array] = dict(leaves(dict(params)))
+        self._arrays: dict[ParamPath, Weight | Array] = dict(leaves_with_path(dict(params)))
         _check_tree(cfg, self._arrays)
         folder = origin.folder if origin else None
-        base = read_config(folder) if folder else {}
+        base = read_hf_config(folder) if folder else {}
         dtypes: Counter[str] = Counter()
         for array in self._arrays.values():
             dtypes[array.dtype.name] += array.size
@@ -53,7 +53,7 @@ class MemorySource(WeightSource):
             name="parameters in memory",
             folder=folder,
             dtype=dtype,
-            original=Original(copies, bool(origin and origin.original.head_copy and cfg.tie_word_embeddings)),
+            original=RoundTripInfo(copies, bool(origin and origin.original.head_copy and cfg.tie_word_embeddings)),
         )
 
     def fingerprint(self) -> str:
@@ -62,38 +62,38 @@ class MemorySource(WeightSource):
 
     def dtype(self, leaf: Leaf) -> np.dtype[Any]:
         """The array's own."""
-        return DTYPES[self._arrays[leaf.target].dtype.name]
+        return FLOAT_DTYPES[self._arrays[leaf.param_path].dtype.name]
 
-    def storage(self, leaf: Leaf) -> QuantSpec | None:
+    def quant_spec(self, leaf: Leaf) -> QuantSpec | None:
         """The array's own."""
-        array = self._arrays[leaf.target]
+        array = self._arrays[leaf.param_path]
         return array.spec if isinstance(array, QuantizedTensor | TiledWeight) else None
 
-    def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Piece]]:
+    def iter_chunks(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, WeightChunk]]:
         """The rows of one layer, gathered from the devices that hold them; quantised weights in one piece."""
-        array, slot = self._arrays[leaf.target], leaf.slot
+        array, slot = self._arrays[leaf.param_path], leaf.stack_index
         if isinstance(array, TiledWeight):  # one layer at a time: a second copy of all need not fit
-            array, slot = untile(_gathered(array, slot)), None
+            array, slot = untile_weight(_gather_to_one_device(array, slot)), None
         if isinstance(array, QuantizedTensor):
-            whole = array.map(lambda _, part: _on_host(part, slot))
+            whole = array.map_components(lambda _, part: _gather_to_host(part, slot))
             stacked = len(leaf.shape) > 2
             yield (start, whole[start:stop]) if stacked else (0, whole)
         else:
-            yield start, _on_host(array, slot)[start:stop]
+            yield start, _gather_to_host(array, slot)[start:stop]
 
 
-def _gathered(weight: TiledWeight, slot: int | None) -> TiledWeight:
+def _gather_to_one_device(weight: TiledWeight, slot: int | None) -> TiledWeight:
     """One layer on one device."""
     if len(weight.sharding.device_set) == 1:
         return weight if slot is None else weight[slot]
-    tiles = jax.tree.map(lambda array: jnp.asarray(_on_host(array, slot)), weight.tiles)
+    tiles = jax.tree.map(lambda array: jnp.asarray(_gather_to_host(array, slot)), weight.tiles)
     return dataclasses.replace(weight, tiles=tiles)
 
 
-def _on_host(array: jax.Array | Bfloat16Bits | Array, slot: int | None) -> Array:
+def _gather_to_host(array: jax.Array | Bfloat16Bits | Array, slot: int | None) -> Array:
     """One layer, gathered shard by shard: a stack of all layers need not fit the host."""
     if isinstance(array, Bfloat16Bits):
-        return _on_host(array.bits, slot).view(DTYPES["bfloat16"])
+        return _gather_to_host(array.bits, slot).view(FLOAT_DTYPES["bfloat16"])
     if isinstance(array, np.ndarray):
         return array if slot is None else array[slot]
     out = np.empty(array.shape if slot is None else array.shape[1:], array.dtype)
@@ -103,36 +103,40 @@ def _on_host(array: jax.Array | Bfloat16Bits | Array, slot: int | None) -> Array
             continue
         first, last, _ = index[0].indices(array.shape[0])
         if first <= slot < last:
-            out[index[1:]] = _row(data, slot - first)
+            out[index[1:]] = _copy_row(data, slot - first)
     return out
 
 
-def _row(data: jax.Array, row: int) -> Array:
+def _copy_row(data: jax.Array, row: int) -> Array:
     device = next(iter(data.devices()))
     if device.platform == "cpu":
         return np.asarray(data)[row]  # a view
-    with alone(device):
+    with use_single_device_mesh(device):
         return np.asarray(data[row])
 
 
-def _check_tree(cfg: Config, arrays: Mapping[Path, Any]) -> None:
-    specs = dict(leaves(param_specs(cfg)))
+def _check_tree(cfg: Config, arrays: Mapping[ParamPath, Any]) -> None:
+    specs = dict(leaves_with_path(param_specs(cfg)))
     known = {path: arrays[path] for path in specs if path in arrays}
     groups = {
         "missing": [path for path in specs if path not in arrays],
         "unknown": [path for path in arrays if path not in specs],
         "of the wrong shape": [path for path, array in known.items() if tuple(array.shape) != specs[path].shape],
-        "spread over several hosts": [path for path, array in known.items() if not _complete(array)],
-        f"of a dtype that is not {', '.join(DTYPES)}": [p for p, a in known.items() if a.dtype.name not in DTYPES],
+        "spread over several hosts": [path for path, array in known.items() if not _is_fully_addressable(array)],
+        f"of a dtype that is not {', '.join(FLOAT_DTYPES)}": [
+            p for p, a in known.items() if a.dtype.name not in FLOAT_DTYPES
+        ],
     }
-    problems = [f"{title}: {listing(['/'.join(path) for path in paths])}" for title, paths in groups.items() if paths]
+    problems = [
+        f"{title}: {format_names(['/'.join(path) for path in paths])}" for title, paths in groups.items() if paths
+    ]
     if problems:
         raise CheckpointError(f"these parameters are not the config's; {'; '.join(problems)}")
 
 
-def _complete(array: Weight | Array) -> bool:
+def _is_fully_addressable(array: Weight | Array) -> bool:
     if isinstance(array, QuantizedTensor):
-        return all(_complete(part) for part in array.components().values())
+        return all(_is_fully_addressable(part) for part in array.components().values())
     array = array.bits if isinstance(array, Bfloat16Bits) else array
-    array = array.tiles.words if isinstance(array, TiledWeight) else array
+    array = array.tiles.packed if isinstance(array, TiledWeight) else array
     return isinstance(array, np.ndarray) or array.is_fully_addressable

@@ -6,19 +6,19 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
-from glm_jax.checkpoint.folder.manifest import DTYPES, is_converted
-from glm_jax.checkpoint.safetensors.reader import refuse_pickle
+from glm_jax.checkpoint.folder.manifest import FLOAT_DTYPES, is_converted_folder
+from glm_jax.checkpoint.safetensors.reader import reject_pickle
 from glm_jax.checkpoint.sources.base import WeightSource
 from glm_jax.checkpoint.sources.folder import ConvertedSource
 from glm_jax.checkpoint.sources.gguf import GgufSource
 from glm_jax.checkpoint.sources.gguf import is_gguf as is_gguf
-from glm_jax.checkpoint.sources.hub import download, is_hub_id
+from glm_jax.checkpoint.sources.hub import download_snapshot, is_hub_id
 from glm_jax.checkpoint.sources.huggingface import HuggingFaceSource
-from glm_jax.checkpoint.sources.synthetic import PREFIX, SyntheticSource, SyntheticSpec
-from glm_jax.checkpoint.write.conversion_state import WORK_FOLDER
+from glm_jax.checkpoint.sources.synthetic import SYNTHETIC_PREFIX, SyntheticSource, SyntheticSpec
+from glm_jax.checkpoint.write.conversion_state import STATE_FOLDER
 from glm_jax.errors import CheckpointError
 
-TINY = "tiny"
+TINY_MODEL = "tiny"
 
 
 def open_source(source: str | Path, *, dtype: str | None = None) -> WeightSource:
@@ -36,9 +36,9 @@ def open_source(source: str | Path, *, dtype: str | None = None) -> WeightSource
     text = str(source)
     if not text:
         raise CheckpointError("no source given: name a folder, a hub id, or tiny")
-    if text.startswith(PREFIX):
-        return SyntheticSource(SyntheticSpec.parse(text), DTYPES[dtype or "bfloat16"], text)
-    if text == TINY:
+    if text.startswith(SYNTHETIC_PREFIX):
+        return SyntheticSource(SyntheticSpec.parse(text), FLOAT_DTYPES[dtype or "bfloat16"], text)
+    if text == TINY_MODEL:
         return _open_folder(tiny_folder(), text)
     path = Path(os.path.expanduser(text))  # that of pathlib raises where ~ is nobody's home
     if path.exists() and is_gguf(path):
@@ -46,23 +46,23 @@ def open_source(source: str | Path, *, dtype: str | None = None) -> WeightSource
     if path.is_dir():
         return _open_folder(path, text)
     if path.exists():
-        refuse_pickle(path)
+        reject_pickle(path)
         raise CheckpointError(
             f"{path} is a file: give a .gguf file, or the folder that holds config.json and the weights"
         )
     if not is_hub_id(text):
         raise CheckpointError(f"there is no folder {text}, and it is not a hub id such as zai-org/GLM-4.7-Flash")
-    return _open_folder(download(text), text)
+    return _open_folder(download_snapshot(text), text)
 
 
 def _open_folder(folder: Path, name: str) -> WeightSource:
-    if is_converted(folder):
+    if is_converted_folder(folder):
         return ConvertedSource(folder, name)
-    if (folder / WORK_FOLDER).exists() or (folder / "parts").is_dir():
+    if (folder / STATE_FOLDER).exists() or (folder / "parts").is_dir():
         raise CheckpointError(f"{folder} is an unfinished conversion: run the same `python -m convert` command again")
     return HuggingFaceSource(folder, name)
 
 
 def tiny_folder() -> Path:
     """The folder of the built-in miniature."""
-    return Path(str(files("glm_jax"))) / TINY
+    return Path(str(files("glm_jax"))) / TINY_MODEL

@@ -12,13 +12,13 @@ import jax
 import numpy as np
 
 from glm_jax.checkpoint.folder.layout import Leaf
-from glm_jax.checkpoint.sources.base import Array, Original, SourceInfo, WeightSource
+from glm_jax.checkpoint.sources.base import Array, RoundTripInfo, SourceInfo, WeightSource
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
-from glm_jax.weights.params import draw, draw_on_device
+from glm_jax.weights.params import random_matrix, random_matrix_on_device
 
-PREFIX = "synthetic:"
-_EXAMPLE = f"write {PREFIX}flash?layers=4&seed=0"
+SYNTHETIC_PREFIX = "synthetic:"
+_EXAMPLE = f"write {SYNTHETIC_PREFIX}flash?layers=4&seed=0"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class SyntheticSpec:
         Raises:
             CheckpointError: for unknown names or settings, saying what there is.
         """
-        name, _, query = text.removeprefix(PREFIX).partition("?")
+        name, _, query = text.removeprefix(SYNTHETIC_PREFIX).partition("?")
         if name != "flash":
             raise CheckpointError(f"no synthetic model {name!r}; there is flash: {_EXAMPLE}")
         given = urllib.parse.parse_qsl(query, keep_blank_values=True)
@@ -76,7 +76,7 @@ class SyntheticSource(WeightSource):
             folder=None,
             dtype=dtype.name,
             # As in the real checkpoint.
-            original=Original(mtp_copies=copies),
+            original=RoundTripInfo(mtp_copies=copies),
         )
 
     def fingerprint(self) -> str:
@@ -87,20 +87,24 @@ class SyntheticSource(WeightSource):
         """The one dtype of all weights, or the leaf's own."""
         return np.dtype(leaf.spec.dtype) if leaf.spec.dtype else self._dtype
 
-    def pieces(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Array]]:
+    def iter_chunks(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Array]]:
         """One matrix at a time."""
-        if leaf.spec.stacked < 2:
-            yield start, self._draw(leaf, ())[start:stop]
+        if leaf.spec.stack_ndim < 2:
+            yield start, self._sample_matrix(leaf, ())[start:stop]
             return
         for row in range(start, leaf.shape[0] if stop is None else stop):
-            yield row, self._draw(leaf, (row,))[None]
+            yield row, self._sample_matrix(leaf, (row,))[None]
 
-    def drawn(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, jax.Array]]:
-        """As :meth:`pieces`, drawn on JAX's default device."""
-        stop, stacked = leaf.shape[0] if stop is None else stop, leaf.spec.stacked >= 2
+    def iter_device_chunks(
+        self, leaf: Leaf, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, jax.Array]]:
+        """As :meth:`iter_chunks`, drawn on JAX's default device."""
+        stop, stacked = leaf.shape[0] if stop is None else stop, leaf.spec.stack_ndim >= 2
         for row in range(start, stop) if stacked else (start,):
-            matrix = draw_on_device(leaf.target, leaf.spec, self.seed, self._dtype, leaf.layer, (row,) * stacked)
+            matrix = random_matrix_on_device(
+                leaf.param_path, leaf.spec, self.seed, self._dtype, leaf.layer, (row,) * stacked
+            )
             yield row, matrix[None] if stacked else matrix[start:stop]
 
-    def _draw(self, leaf: Leaf, index: tuple[int, ...]) -> Array:
-        return draw(leaf.target, leaf.spec, self.seed, self._dtype, leaf.layer, index)
+    def _sample_matrix(self, leaf: Leaf, index: tuple[int, ...]) -> Array:
+        return random_matrix(leaf.param_path, leaf.spec, self.seed, self._dtype, leaf.layer, index)

@@ -13,23 +13,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from glm_jax.checkpoint.folder.manifest import DTYPES, FORMAT_VERSION, Records
-from glm_jax.checkpoint.progress import Advance, progress_bar
+from glm_jax.checkpoint.folder.manifest import FLOAT_DTYPES, MANIFEST_VERSION, ArrayRecords
+from glm_jax.checkpoint.progress import ProgressCallback, progress_bar
 from glm_jax.checkpoint.safetensors.header import printable
-from glm_jax.checkpoint.safetensors.reader import listing
+from glm_jax.checkpoint.safetensors.reader import format_names
 from glm_jax.checkpoint.sources.base import WeightSource
-from glm_jax.checkpoint.validation import check_finite
-from glm_jax.checkpoint.write.conversion_state import Job, Work, open_work
-from glm_jax.checkpoint.write.targets import TARGETS, Target, Unit, verify
+from glm_jax.checkpoint.validation import validate_weights
+from glm_jax.checkpoint.write.conversion_state import ConversionJob, ConversionState, open_conversion
+from glm_jax.checkpoint.write.targets import TARGET_TYPES, ConversionTarget, OutputShard, find_corrupt_arrays
 from glm_jax.errors import CheckpointError
-from glm_jax.memory import in_gb
+from glm_jax.memory import format_bytes
 
-Form = Literal["orbax", "safetensors"]
-Bar = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
+OutputFormat = Literal["orbax", "safetensors"]
+ProgressBarFactory = Callable[[str, int], contextlib.AbstractContextManager[ProgressCallback]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Report:
+class ConversionReport:
     """What a conversion did.
 
     Attributes:
@@ -51,13 +51,13 @@ def write_checkpoint(
     source: WeightSource,
     destination: str | Path,
     *,
-    to: Form = "orbax",
+    to: OutputFormat = "orbax",
     dtype: Literal["bfloat16", "float32"] | None = None,
     check: bool = False,
     force: bool = False,
     progress: bool = False,
     method: str = "",
-) -> Report:
+) -> ConversionReport:
     """Writes all weights of a source; the same call after a kill goes on with the part that was being written.
 
     Args:
@@ -77,21 +77,26 @@ def write_checkpoint(
         MemoryPlanError: if the source computes its weights and the largest layer does not fit.
     """
     folder = resolve_destination(destination)
-    target = TARGETS[to](source, None if dtype is None else DTYPES[dtype])
-    bar: Bar = functools.partial(progress_bar, show=progress)
+    target = TARGET_TYPES[to](source, None if dtype is None else FLOAT_DTYPES[dtype])
+    bar: ProgressBarFactory = functools.partial(progress_bar, show=progress)
     title = f"a conversion of {source.info.name} to {to}, dtype {dtype or 'unchanged'}{method}"
-    with open_work(folder, Job(_key(source, to, dtype), title, source.modified()), force=force) as work:
+    with open_conversion(
+        folder, ConversionJob(_conversion_key(source, to, dtype), title, source.mtimes_ns()), force=force
+    ) as work:
         source.start_conversion(folder, keep_all=to == "safetensors")
         if progress and (needed := source.memory_bytes()):
-            print(f"learning how to round, one layer at a time, takes about {in_gb(needed)} of memory", file=sys.stderr)
+            print(
+                f"learning how to round, one layer at a time, takes about {format_bytes(needed)} of memory",
+                file=sys.stderr,
+            )
         if check:
             # Of a source that is quantized on the way, the values before: codes are always finite.
             given = source.unquantized()
             with bar("checking", given.total_bytes()) as advance:
-                check_finite(given, advance)
-        if work.done:
-            _recall(work, target, bar, check=check)
-        return _run(work, target, bar, source)
+                validate_weights(given, advance)
+        if work.was_complete:
+            _restore_records(work, target, bar, check=check)
+        return _run_conversion(work, target, bar, source)
 
 
 def resolve_destination(destination: str | Path) -> Path:
@@ -109,100 +114,106 @@ def resolve_destination(destination: str | Path) -> Path:
         raise CheckpointError(f"{printable(text)} cannot be a folder ({printable(str(error))})") from None
 
 
-def _key(source: WeightSource, to: str, dtype: str | None) -> str:
-    fields = {"source": source.fingerprint(), "to": to, "dtype": dtype, "version": FORMAT_VERSION}
+def _conversion_key(source: WeightSource, to: str, dtype: str | None) -> str:
+    fields = {"source": source.fingerprint(), "to": to, "dtype": dtype, "version": MANIFEST_VERSION}
     # A changed config.json makes another model of the same weights.
     fields["config"] = [repr(source.cfg), source.hf_config]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _recall(work: Work, target: Target, bar: Bar, *, check: bool) -> None:
+def _restore_records(work: ConversionState, target: ConversionTarget, bar: ProgressBarFactory, *, check: bool) -> None:
     """Gives the units of a finished folder their records back; those that are missing or damaged get none."""
-    kept = target.records(work.folder)
+    kept = target.load_records(work.folder)
     with contextlib.ExitStack() as stack:
-        advance = stack.enter_context(bar("comparing", _total(target))) if check else None
-        for unit in target.units:
+        advance = stack.enter_context(bar("comparing", _total_bytes(target))) if check else None
+        for unit in target.shards:
             records = kept.get(unit.name, {})
-            sound = unit.stands(work.folder, records)
+            sound = unit.is_complete(work.folder, records)
             if sound and advance:
-                records = unit.record()
-                sound = not verify(unit, work.folder, records, advance)
+                records = unit.compute_records()
+                sound = not find_corrupt_arrays(unit, work.folder, records, advance)
             if sound:
-                work.record(unit.name, records)
+                work.save_records(unit.name, records)
             else:
-                work.forget(unit.name)
+                work.discard_records(unit.name)
 
 
-def _run(work: Work, target: Target, bar: Bar, source: WeightSource) -> Report:
-    pending = [unit for unit in target.units if work.records(unit.name) is None]
-    if work.done and not pending:
-        work.sweep()
-        records = {unit.name: work.records(unit.name) or {} for unit in target.units}
+def _run_conversion(
+    work: ConversionState, target: ConversionTarget, bar: ProgressBarFactory, source: WeightSource
+) -> ConversionReport:
+    pending = [unit for unit in target.shards if work.load_records(unit.name) is None]
+    if work.was_complete and not pending:
+        work.remove_stale()
+        records = {unit.name: work.load_records(unit.name) or {} for unit in target.shards}
     else:
-        work.begin()
-        work.sweep()
-        _write(work, pending, bar, source)
-        records = _verified(work, target, bar, _total(target))
-    target.finish(work.folder, work.job.key, records)
-    work.finish()
+        work.mark_incomplete()
+        work.remove_stale()
+        _write_shards(work, pending, bar, source)
+        records = _verify_shards(work, target, bar, _total_bytes(target))
+    target.finalize(work.folder, work.job.key, records)
+    work.mark_complete()
     said = source.info.notes + target.notes
     notes = (*said, *source.conversion_notes())
-    return Report(work.folder, _total(target), len(pending), len(target.units) - len(pending), notes)
+    return ConversionReport(work.folder, _total_bytes(target), len(pending), len(target.shards) - len(pending), notes)
 
 
-def _total(target: Target) -> int:
-    return sum(unit.nbytes for unit in target.units)
+def _total_bytes(target: ConversionTarget) -> int:
+    return sum(unit.nbytes for unit in target.shards)
 
 
-def _write(work: Work, pending: Sequence[Unit], bar: Bar, source: WeightSource) -> None:
+def _write_shards(
+    work: ConversionState, pending: Sequence[OutputShard], bar: ProgressBarFactory, source: WeightSource
+) -> None:
     needed = sum(unit.nbytes for unit in pending)
     if pending:
         source.require_memory()
     with bar("converting", needed) as advance:
         for unit in pending:
-            work.require_space(needed + source.state_bytes())
+            work.require_disk_space(needed + source.state_bytes())
             needed -= unit.nbytes
-            meter = _Meter(advance)
-            source.on_progress(functools.partial(meter.early, unit.nbytes))
-            work.record(unit.name, unit.write(work.folder, meter))
+            meter = _ProgressMeter(advance)
+            source.on_progress(functools.partial(meter.advance_early, unit.nbytes))
+            work.save_records(unit.name, unit.write(work.folder, meter))
 
 
-class _Meter:
+class _ProgressMeter:
     """Progress of a unit that takes long to make before its first byte is written.
 
     Args:
         advance: takes bytes done.
     """
 
-    def __init__(self, advance: Advance) -> None:
-        self._advance, self._given = advance, 0
+    def __init__(self, advance: ProgressCallback) -> None:
+        self._advance, self._advanced = advance, 0
 
-    def early(self, nbytes: int, share: float) -> None:
+    def advance_early(self, nbytes: int, share: float) -> None:
         """Counts a share of the unit's bytes ahead of time."""
-        count = min(int(share * nbytes), nbytes - self._given)
-        self._given += count
+        count = min(int(share * nbytes), nbytes - self._advanced)
+        self._advanced += count
         self._advance(count)
 
     def __call__(self, count: int) -> None:
         """Counts bytes written, but for those that were counted already."""
-        covered = min(count, self._given)
-        self._given -= covered
+        covered = min(count, self._advanced)
+        self._advanced -= covered
         if count > covered:
             self._advance(count - covered)
 
 
-def _verified(work: Work, target: Target, bar: Bar, total: int) -> dict[str, Records]:
-    records: dict[str, Records] = {}
+def _verify_shards(
+    work: ConversionState, target: ConversionTarget, bar: ProgressBarFactory, total: int
+) -> dict[str, ArrayRecords]:
+    records: dict[str, ArrayRecords] = {}
     wrong: list[str] = []
     with bar("verifying", total) as advance:
-        for unit in target.units:
-            records[unit.name] = work.records(unit.name) or {}
-            if bad := verify(unit, work.folder, records[unit.name], advance):
-                work.forget(unit.name)
+        for unit in target.shards:
+            records[unit.name] = work.load_records(unit.name) or {}
+            if bad := find_corrupt_arrays(unit, work.folder, records[unit.name], advance):
+                work.discard_records(unit.name)
                 wrong += bad
     if wrong:
         raise CheckpointError(
-            f"arrays that do not read back as they were written: {listing(wrong)}; is the disk sound? "
+            f"arrays that do not read back as they were written: {format_names(wrong)}; is the disk sound? "
             "Run the same command again to write them anew"
         )
     return records

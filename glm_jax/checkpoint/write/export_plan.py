@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from glm_jax.checkpoint.folder.layout import MTP, Leaf
-from glm_jax.checkpoint.folder.manifest import DTYPES
-from glm_jax.checkpoint.formats.reshape import in_order
-from glm_jax.checkpoint.mapping.rules import Tensor
+from glm_jax.checkpoint.folder.manifest import FLOAT_DTYPES
+from glm_jax.checkpoint.formats.reshape import undo_permutation
+from glm_jax.checkpoint.mapping.rules import CheckpointTensor
 from glm_jax.checkpoint.sources.base import WeightSource
-from glm_jax.checkpoint.sources.quantized import Requantised
-from glm_jax.checkpoint.write.pack_quantized import obstacle, too_far
+from glm_jax.checkpoint.sources.quantized import RequantizedSource
+from glm_jax.checkpoint.write.pack_quantized import has_zero_point_overflow, pack_unsupported_reason
 from glm_jax.weights import QuantizedTensor, QuantSpec
 from glm_jax.weights.params import is_matrix
 
-Kind = tuple[str, str]  # part, and name of the rule: all experts of a layer are one kind
+TensorKind = tuple[str, str]  # part, and name of the rule: all experts of a layer are one kind
 
 # No modules of Linear's kind in the programs that read such folders.
 _NOT_LINEAR = {
@@ -28,7 +28,7 @@ _NOT_LINEAR = {
     "eh_proj.weight": "the projection into the prediction layer",
 }
 # Serving engines make one module of these, and one storage must fit all.
-_TOGETHER = (
+_FUSED_MODULES = (
     ("self_attn.q_a_proj.weight", "self_attn.kv_a_proj_with_mqa.weight"),
     *[
         tuple(f"{prefix}.{part}_proj.weight" for part in parts)
@@ -39,7 +39,7 @@ _TOGETHER = (
         )
     ],
 )
-_ROUTED = "mlp.experts.{expert}."
+_ROUTED_PREFIX = "mlp.experts.{expert}."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,26 +47,26 @@ class ExportPlan:
     """What an export does with the quantised weights of its source.
 
     Attributes:
-        packed: how each kind of tensor that stays quantised is stored.
+        quant_specs: how each kind of tensor that stays quantised is stored.
         dtype: of the values of those that do not.
         notes: sentences about these, and on who reads the others.
     """
 
-    packed: Mapping[Kind, QuantSpec]
+    quant_specs: Mapping[TensorKind, QuantSpec]
     dtype: np.dtype[Any]
     notes: tuple[str, ...]
 
-    def spec(self, tensor: Tensor) -> QuantSpec | None:
+    def quant_spec(self, tensor: CheckpointTensor) -> QuantSpec | None:
         """How a tensor is stored; None for a plain one."""
-        return self.packed.get(kind_of(tensor))
+        return self.quant_specs.get(tensor_kind(tensor))
 
 
-def kind_of(tensor: Tensor) -> Kind:
+def tensor_kind(tensor: CheckpointTensor) -> TensorKind:
     """The kind of a tensor."""
-    return tensor.leaves[0].part, tensor.rule.name
+    return tensor.leaves[0].checkpoint_name, tensor.rule.name
 
 
-def plan_export(source: WeightSource, tensors: Sequence[Tensor], dtype: np.dtype[Any] | None) -> ExportPlan:
+def plan_export(source: WeightSource, tensors: Sequence[CheckpointTensor], dtype: np.dtype[Any] | None) -> ExportPlan:
     """Decides from headers, and from the zero points where there are any.
 
     Args:
@@ -74,55 +74,55 @@ def plan_export(source: WeightSource, tensors: Sequence[Tensor], dtype: np.dtype
         tensors: of the checkpoint that is to be written.
         dtype: of what is not quantised, if it is to be converted.
     """
-    kinds = {kind_of(tensor): tensor for tensor in tensors}
-    quantised = {kind: tensor for kind, tensor in kinds.items() if any(map(source.storage, tensor.leaves))}
-    reasons = {kind: reason for kind, tensor in quantised.items() if (reason := _reason(source, tensor))}
-    packed = {kind: _spec(source, tensor) for kind, tensor in quantised.items() if kind not in reasons}
+    kinds = {tensor_kind(tensor): tensor for tensor in tensors}
+    quantised = {kind: tensor for kind, tensor in kinds.items() if any(map(source.quant_spec, tensor.leaves))}
+    reasons = {kind: reason for kind, tensor in quantised.items() if (reason := _dequantize_reason(source, tensor))}
+    packed = {kind: _packed_spec(source, tensor) for kind, tensor in quantised.items() if kind not in reasons}
     for kind in [*packed]:
-        members = [(kind[0], name) for names in _TOGETHER if kind[1] in names for name in names]
+        members = [(kind[0], name) for names in _FUSED_MODULES if kind[1] in names for name in names]
         if len({_scheme(packed.get(member)) for member in members if member in kinds}) > 1:
             reasons[kind] = "stored otherwise than what it is one module with elsewhere"
     packed = {kind: spec for kind, spec in packed.items() if kind not in reasons}
-    experts = [kind for kind in kinds if kind[1].startswith(_ROUTED) and kind[0] != MTP]
+    experts = [kind for kind in kinds if kind[1].startswith(_ROUTED_PREFIX) and kind[0] != MTP]
     if experts and not any(kind in packed for kind in experts):
         reasons |= dict.fromkeys(packed, "beside plain experts, where transformers reads no packed weights")
         packed = {}
     chosen = dtype or _model_dtype(source, bool(quantised))
     left = [(quantised[kind], reason) for kind, reason in reasons.items()]
-    return ExportPlan(packed, chosen, (*_about_plain(left, chosen), *_about_readers(packed, experts)))
+    return ExportPlan(packed, chosen, (*_dequantized_notes(left, chosen), *_compatibility_notes(packed, experts)))
 
 
-def _reason(source: WeightSource, tensor: Tensor) -> str | None:
+def _dequantize_reason(source: WeightSource, tensor: CheckpointTensor) -> str | None:
     """Why a tensor cannot stay quantised; None if it can."""
-    specs = [source.storage(leaf) for leaf in tensor.leaves]
+    specs = [source.quant_spec(leaf) for leaf in tensor.leaves]
     first = specs[0]
     if reason := _NOT_LINEAR.get(tensor.rule.name):
         return reason
     if first is None or any(spec != first for spec in specs):
         return "halves that are stored in different ways"
-    if reason := obstacle(first, tensor.leaves[0].shape):
+    if reason := pack_unsupported_reason(first, tensor.leaves[0].shape):
         return reason
     # Those that are made here stay within their bits.
-    scan = first.zero == "point" and not isinstance(source, Requantised)
-    if scan and any(map(too_far, _pieces(source, tensor.leaves))):
-        return f"a zero point of {1 << first.code_bits}"
+    scan = first.zero == "point" and not isinstance(source, RequantizedSource)
+    if scan and any(map(has_zero_point_overflow, _pieces(source, tensor.leaves))):
+        return f"a zero point of {1 << first.bits}"
     return None
 
 
-def _spec(source: WeightSource, tensor: Tensor) -> QuantSpec:
-    spec = source.storage(tensor.leaves[0])
+def _packed_spec(source: WeightSource, tensor: CheckpointTensor) -> QuantSpec:
+    spec = source.quant_spec(tensor.leaves[0])
     assert spec is not None  # a kind without a reason is quantised
     return dataclasses.replace(spec, permuted=False)
 
 
 def _scheme(spec: QuantSpec | None) -> Any:
     """What the description of a folder says of a module: all but the dtype of its scales."""
-    return spec and (spec.code_bits, spec.zero, spec.block)
+    return spec and (spec.bits, spec.zero, spec.block)
 
 
 def _pieces(source: WeightSource, leaves: Sequence[Leaf]) -> Iterator[QuantizedTensor]:
     for leaf in leaves:
-        for _, piece in source.pieces(leaf):
+        for _, piece in source.iter_chunks(leaf):
             assert isinstance(piece, QuantizedTensor)  # the source says that it is quantised
             yield piece
 
@@ -130,14 +130,14 @@ def _pieces(source: WeightSource, leaves: Sequence[Leaf]) -> Iterator[QuantizedT
 def _model_dtype(source: WeightSource, quantised: bool) -> np.dtype[Any]:
     """That of the model, which scales and dequantised values need not have."""
     said = source.hf_config.get("dtype") or source.hf_config.get("torch_dtype")
-    if said in DTYPES:
-        return DTYPES[said]
+    if said in FLOAT_DTYPES:
+        return FLOAT_DTYPES[said]
     # GGUF names no dtype, and its quantised values are float32 for lack of a better one.
     wide = quantised and source.info.kind == "gguf" and source.info.dtype == "float32"
-    return DTYPES["bfloat16" if wide else source.info.dtype]
+    return FLOAT_DTYPES["bfloat16" if wide else source.info.dtype]
 
 
-def _about_plain(left: Sequence[tuple[Tensor, str]], dtype: np.dtype[Any]) -> Iterator[str]:
+def _dequantized_notes(left: Sequence[tuple[CheckpointTensor, str]], dtype: np.dtype[Any]) -> Iterator[str]:
     sizes: dict[str, int] = {}
     for tensor, reason in left:
         sizes[reason] = sizes.get(reason, 0) + sum(leaf.size for leaf in tensor.leaves)
@@ -150,7 +150,7 @@ def _about_plain(left: Sequence[tuple[Tensor, str]], dtype: np.dtype[Any]) -> It
         )
 
 
-def _about_readers(packed: Mapping[Kind, QuantSpec], experts: Sequence[Kind]) -> Iterator[str]:
+def _compatibility_notes(packed: Mapping[TensorKind, QuantSpec], experts: Sequence[TensorKind]) -> Iterator[str]:
     ways = {_scheme(packed.get(kind)) for kind in experts} if packed else set()
     if len(ways) > 1:
         yield f"the layers' experts are stored in {len(ways)} ways: serving engines read that, transformers does not"
@@ -163,54 +163,54 @@ def _about_readers(packed: Mapping[Kind, QuantSpec], experts: Sequence[Kind]) ->
         )
 
 
-class Matrices:
+class QuantizedMatrixLoader:
     """The quantised matrices of a source, in the shape that a checkpoint has them; the last one is kept."""
 
     def __init__(self, source: WeightSource) -> None:
         self._source = source
         self._latest: tuple[str, QuantizedTensor] | None = None
 
-    def of(self, tensor: Tensor, name: str) -> Callable[[], QuantizedTensor]:
+    def loader(self, tensor: CheckpointTensor, name: str) -> Callable[[], QuantizedTensor]:
         """Loads the matrix of a tensor when called; ``name`` tells it from every other."""
         return functools.partial(self._get, tensor, name)
 
-    def _get(self, tensor: Tensor, name: str) -> QuantizedTensor:
+    def _get(self, tensor: CheckpointTensor, name: str) -> QuantizedTensor:
         # A module's tensors are written one after the other, and reading (or quantising) a matrix takes time.
         if self._latest is None or self._latest[0] != name:
             self._latest = None
             self._latest = (name, self._load(tensor))
         return self._latest[1]
 
-    def _load(self, tensor: Tensor) -> QuantizedTensor:
+    def _load(self, tensor: CheckpointTensor) -> QuantizedTensor:
         leaves = [self._whole(leaf, tensor.expert) for leaf in tensor.leaves]
-        return leaves[0] if len(leaves) == 1 else _join(leaves)
+        return leaves[0] if len(leaves) == 1 else _merge_heads(leaves)
 
     def _whole(self, leaf: Leaf, expert: int | None) -> QuantizedTensor:
         start, stop = (0, None) if expert is None else (expert, expert + 1)
         pieces = []
-        for _, piece in self._source.pieces(leaf, start, stop):
+        for _, piece in self._source.iter_chunks(leaf, start, stop):
             assert isinstance(piece, QuantizedTensor)  # the source says that it is quantised
-            piece = piece.map(lambda _, array: np.asarray(array))
-            pieces.append(in_order(piece) if piece.spec.permuted else piece)
+            piece = piece.map_components(lambda _, array: np.asarray(array))
+            pieces.append(undo_permutation(piece) if piece.spec.permuted else piece)
         whole = pieces[0] if len(pieces) == 1 else _concatenate(pieces)
         return whole if expert is None else whole[0]
 
 
 def _concatenate(pieces: Sequence[QuantizedTensor]) -> QuantizedTensor:
     """Rows of the first axis, each with its own scales."""
-    return pieces[0].map(lambda name, _: np.concatenate([getattr(piece, name) for piece in pieces]))
+    return pieces[0].map_components(lambda name, _: np.concatenate([getattr(piece, name) for piece in pieces]))
 
 
-def _join(halves: Sequence[QuantizedTensor]) -> QuantizedTensor:
+def _merge_heads(halves: Sequence[QuantizedTensor]) -> QuantizedTensor:
     """Matrices ``[N, H, I]`` of the same heads, as one ``[N * H, I]`` in which the heads take turns."""
 
     def join(name: str, _: Any) -> Any:
         both = np.concatenate([getattr(half, name) for half in halves], axis=1)
         return both.reshape(-1, both.shape[-1])
 
-    return halves[0].map(join)
+    return halves[0].map_components(join)
 
 
-def linear(tensor: Tensor, name: str) -> bool:
+def is_linear_weight(tensor: CheckpointTensor, name: str) -> bool:
     """Whether a tensor, under the name that it is written by, is the weight of a Linear module."""
     return is_matrix(tensor.leaves[0].spec) and not name.endswith("embed_tokens.weight")

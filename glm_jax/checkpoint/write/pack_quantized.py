@@ -14,21 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.checkpoint.safetensors.writer import Output
+from glm_jax.checkpoint.safetensors.writer import TensorOutput
 from glm_jax.weights import QuantizedTensor, QuantSpec, pack_nibbles
 
 Array = np.ndarray[Any, np.dtype[Any]]
-FORMAT = "pack-quantized"
-WEIGHT = ".weight"
+PACK_QUANTIZED = "pack-quantized"
+WEIGHT_SUFFIX = ".weight"
 # Parameters that are no Linear modules in the programs that read such folders.
-NOT_LINEAR = (("embed",), ("mtp", "embed"), ("mtp", "eh_proj"))
+NON_LINEAR_PARAMS = (("embed",), ("mtp", "embed"), ("mtp", "eh_proj"))
 _WORD = np.dtype("<i4")
 _BIT_SCALES = ("e4m3", "e8m0")
 _NUMBERED = re.compile(r"(?:model\.layers\.(?P<layer>\d+)\.)?(?P<inner>.*)")
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
 
 
-def obstacle(spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
+def pack_unsupported_reason(spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
     """Why a Linear module cannot hold a weight ``[*stack, O, I]`` that is stored so; None if it can, without loss."""
     rows, columns = spec.block
     if spec.kind not in ("int4", "int8") or spec.scale in _BIT_SCALES or spec.outer != "none":
@@ -43,28 +43,28 @@ def obstacle(spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
     return "activation order" if spec.permuted and columns else None
 
 
-def too_far(tensor: QuantizedTensor) -> bool:
+def has_zero_point_overflow(tensor: QuantizedTensor) -> bool:
     """Whether a zero point is one step beyond what as many bits as a code's can hold (GPTQ's 16 and 256)."""
-    return tensor.zeros is not None and bool((tensor.zeros >= 1 << tensor.spec.code_bits).any())
+    return tensor.zeros is not None and bool((tensor.zeros >= 1 << tensor.spec.bits).any())
 
 
-def module_outputs(
+def pack_module(
     module: str, spec: QuantSpec, shape: tuple[int, ...], load: Callable[[], QuantizedTensor]
-) -> list[Output]:
+) -> list[TensorOutput]:
     """The tensors of one module.
 
     Args:
         module: its name, without ``.weight``.
-        spec: without an :func:`obstacle`.
+        spec: without an :func:`pack_unsupported_reason`.
         shape: ``(O, I)`` of its matrix.
         load: gives the matrix, once for each tensor that is written.
     """
     outputs, inputs = shape
-    groups = spec.components(shape)["scales"][0][-1]
-    words = functools.partial(_word_count, bits=spec.code_bits)
+    groups = spec.component_shapes(shape)["scales"][0][-1]
+    words = functools.partial(_word_count, bits=spec.bits)
 
-    def output(part: str, size: tuple[int, ...], dtype: Any, make: Callable[[], Array]) -> Output:
-        return Output(f"{module}.{part}", size, np.dtype(dtype), lambda: iter((make(),)))
+    def output(part: str, size: tuple[int, ...], dtype: Any, make: Callable[[], Array]) -> TensorOutput:
+        return TensorOutput(f"{module}.{part}", size, np.dtype(dtype), lambda: iter((make(),)))
 
     found = [
         output("weight_packed", (outputs, words(inputs)), np.int32, lambda: _packed_codes(load())),
@@ -83,17 +83,17 @@ def _word_count(values: int, bits: int) -> int:
 
 def _packed_codes(tensor: QuantizedTensor) -> Array:
     codes = np.asarray(tensor.codes)
-    return _words(codes.view(np.uint8) ^ np.uint8(0x80) if codes.dtype == np.int8 else codes)
+    return _pad_to_words(codes.view(np.uint8) ^ np.uint8(0x80) if codes.dtype == np.int8 else codes)
 
 
 def _packed_zeros(tensor: QuantizedTensor) -> Array:
     zeros = np.asarray(tensor.zeros).T.astype(np.uint8)
     if tensor.spec.kind == "int4":
         zeros = pack_nibbles(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2))))
-    return np.ascontiguousarray(_words(zeros).T)
+    return np.ascontiguousarray(_pad_to_words(zeros).T)
 
 
-def _words(data: Array) -> Array:
+def _pad_to_words(data: Array) -> Array:
     """Bytes ``[..., n]`` as words ``[..., ceil(n / 4)]``."""
     missing = -data.shape[-1] % _WORD.itemsize
     if missing:
@@ -101,31 +101,31 @@ def _words(data: Array) -> Array:
     return np.ascontiguousarray(data).view(_WORD)
 
 
-def section(packed: Mapping[str, QuantSpec], plain: Iterable[str]) -> dict[str, Any]:
+def build_quantization_config(packed: Mapping[str, QuantSpec], ignored: Iterable[str]) -> dict[str, Any]:
     """``quantization_config``: a group of modules for each way they are stored.
 
     Args:
         packed: how each packed module is stored, by name.
-        plain: names of Linear modules that are not quantised.
+        ignored: names of Linear modules that are not quantised.
     """
     schemes: dict[tuple[int, bool, int], list[str]] = {}
     for module, spec in packed.items():
-        schemes.setdefault((spec.code_bits, spec.zero == "none", spec.block[1]), []).append(module)
+        schemes.setdefault((spec.bits, spec.zero == "none", spec.block[1]), []).append(module)
     # transformers takes the first group that names experts for all routed ones.
     ordered = sorted(schemes.items(), key=lambda item: not any(_EXPERT.search(module) for module in item[1]))
-    groups = {f"group_{i}": _group(scheme, modules) for i, (scheme, modules) in enumerate(ordered)}
+    groups = {f"group_{i}": _config_group(scheme, modules) for i, (scheme, modules) in enumerate(ordered)}
     return {
         "quant_method": "compressed-tensors",
-        "format": FORMAT,
+        "format": PACK_QUANTIZED,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(_patterns(plain)),
+        "ignore": list(_target_patterns(ignored)),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
 
 
-def _group(scheme: tuple[int, bool, int], modules: Iterable[str]) -> dict[str, Any]:
+def _config_group(scheme: tuple[int, bool, int], modules: Iterable[str]) -> dict[str, Any]:
     bits, symmetric, group = scheme
     weights = {
         "num_bits": bits,
@@ -137,10 +137,10 @@ def _group(scheme: tuple[int, bool, int], modules: Iterable[str]) -> dict[str, A
         "observer": "minmax",
     }
     unused = {"input_activations": None, "output_activations": None}
-    return {"targets": list(_patterns(modules)), "weights": weights, **unused, "format": FORMAT}
+    return {"targets": list(_target_patterns(modules)), "weights": weights, **unused, "format": PACK_QUANTIZED}
 
 
-def _patterns(modules: Iterable[str]) -> Iterator[str]:
+def _target_patterns(modules: Iterable[str]) -> Iterator[str]:
     """Patterns that match these modules and no others: one for each kind of module and set of layers."""
     layers: dict[str, dict[int, None]] = {}
     for module in modules:
@@ -156,11 +156,11 @@ def _patterns(modules: Iterable[str]) -> Iterator[str]:
         kinds.setdefault(tuple(numbers), []).append(kind)
     for numbers, names in kinds.items():
         either = "|".join(map(str, numbers))
-        for stem, ends in _by_stem(names).items():
+        for stem, ends in _group_by_stem(names).items():
             yield rf"re:.*\blayers\.(?:{either})\.{stem}(?:{'|'.join(ends)})$"
 
 
-def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:
+def _group_by_stem(names: Iterable[str]) -> dict[str, list[str]]:
     stems: dict[str, list[str]] = {}
     for name in names:
         stem, _, end = name.rpartition(".")

@@ -5,22 +5,23 @@ import shutil
 
 import pytest
 
-from convert.pipeline import convert
-from glm_jax.checkpoint.folder.manifest import FORMAT_VERSION, Manifest
-from glm_jax.checkpoint.sources.base import build
+from convert.pipeline import convert_checkpoint
+from glm_jax.checkpoint.folder.manifest import MANIFEST_VERSION, Manifest
+from glm_jax.checkpoint.sources.base import build_array
 from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.errors import CheckpointError
-from tests.builders import hf_checkpoints as checkpoints
-from tests.builders import hf_configs as spellings
+from tests.builders import hf_checkpoints, hf_configs
 
-CONFIG = spellings.odd()
+CONFIG = hf_configs.odd_size_config()
 
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     base = tmp_path_factory.mktemp("base")
-    checkpoints.write(base / "hf", CONFIG, checkpoints.random_tensors(CONFIG, 0, dtype=checkpoints.BFLOAT16))
-    convert(base / "hf", base / "ours")
+    hf_checkpoints.write_checkpoint(
+        base / "hf", CONFIG, hf_checkpoints.random_tensors(CONFIG, 0, dtype=hf_checkpoints.BFLOAT16)
+    )
+    convert_checkpoint(base / "hf", base / "ours")
     return base / "ours"
 
 
@@ -38,7 +39,7 @@ def edit(folder, change, file="manifest.json"):
 
 def read_all(folder):
     source = open_source(folder)
-    return [build(source, leaf) for members in source.layout().values() for leaf in members]
+    return [build_array(source, leaf) for members in source.layout().values() for leaf in members]
 
 
 def refused(folder, *words):
@@ -50,12 +51,12 @@ def refused(folder, *words):
 
 def test_manifest_survives_its_own_text(pristine):
     text = (pristine / "manifest.json").read_text()
-    assert Manifest.parse(text, pristine).to_json() == text
+    assert Manifest.from_json(text, pristine).to_json() == text
 
 
 def test_newer_format_version(folder):
-    edit(folder, lambda m: m.update(format_version=FORMAT_VERSION + 1, surprise=[]))
-    refused(folder, f"format version {FORMAT_VERSION + 1}", f"up to version {FORMAT_VERSION}", "update it")
+    edit(folder, lambda m: m.update(format_version=MANIFEST_VERSION + 1, surprise=[]))
+    refused(folder, f"format version {MANIFEST_VERSION + 1}", f"up to version {MANIFEST_VERSION}", "update it")
 
 
 @pytest.mark.parametrize(

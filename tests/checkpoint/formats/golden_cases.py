@@ -11,14 +11,14 @@ import safetensors
 import safetensors.numpy
 
 from glm_jax.checkpoint.formats import read_formats
-from glm_jax.checkpoint.safetensors.reader import Reader, Shard
+from glm_jax.checkpoint.safetensors.reader import SafetensorsFile, SafetensorsReader
 
-FOLDER = Path(__file__).parent / "golden"
-MODULE = "model.layers.1.self_attn.o_proj"
+GOLDEN_FOLDER = Path(__file__).parent / "golden"
+MODULE_NAME = "model.layers.1.self_attn.o_proj"
 
 
 @dataclasses.dataclass
-class Case:
+class GoldenCase:
     """One matrix: what its library wrote, and what the library reads back."""
 
     name: str
@@ -33,57 +33,61 @@ class Case:
 
 
 @functools.cache
-def cases(file):
-    shard = Shard(FOLDER / f"{file}.safetensors")
+def load_cases(file):
+    shard = SafetensorsFile(GOLDEN_FOLDER / f"{file}.safetensors")
     found = []
     for name, text in sorted(shard.header.metadata.items()):
         info = json.loads(text)
         own = {
-            key.removeprefix(f"{name}/"): shard.get(key) for key in shard.header.tensors if key.startswith(f"{name}/")
+            key.removeprefix(f"{name}/"): shard.get_tensor(key)
+            for key in shard.header.tensors
+            if key.startswith(f"{name}/")
         }
         expected = {key[1:]: array for key, array in own.items() if key.startswith("=")}
         tensors = {key: array for key, array in own.items() if not key.startswith("=")}
-        found.append(Case(name, tensors, info["config"], tuple(info["shape"]), info["sha256"], **expected))
+        found.append(GoldenCase(name, tensors, info["config"], tuple(info["shape"]), info["sha256"], **expected))
     return tuple(found)
 
 
-def case(file, name):
-    return next(found for found in cases(file) if found.name == name)
+def get_case(file, name):
+    return next(found for found in load_cases(file) if found.name == name)
 
 
-def named(file):
+def parametrize_cases(file):
     """Parameters and ids of a test over a file's cases."""
-    return {"argvalues": cases(file), "ids": [found.name for found in cases(file)]}
+    return {"argvalues": load_cases(file), "ids": [found.name for found in load_cases(file)]}
 
 
-def write(folder, tensors, config=None, exported=None):
+def write_module_checkpoint(folder, tensors, config=None, hf_quant_config=None):
     """A folder with these tensors; `config` is the section that describes the quantisation."""
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "model.safetensors")
-    if exported is not None:
-        (folder / "hf_quant_config.json").write_text(json.dumps(exported))
+    if hf_quant_config is not None:
+        (folder / "hf_quant_config.json").write_text(json.dumps(hf_quant_config))
     mlx = config is not None and "mode" in config
     return {} if config is None else {"quantization" if mlx else "quantization_config": config}
 
 
-def read_all(folder, tensors, config=None, exported=None):
-    section = write(folder, tensors, config, exported)
-    return read_formats(Reader.open(folder), section, folder)
+def read_weights(folder, tensors, config=None, hf_quant_config=None):
+    section = write_module_checkpoint(folder, tensors, config, hf_quant_config)
+    return read_formats(SafetensorsReader.open(folder), section, folder)
 
 
-def read(folder, parts, config=None, exported=None):
+def read_weight(folder, parts, config=None, hf_quant_config=None):
     """The one weight of a checkpoint with one module of these parts."""
-    found = read_all(folder, {f"{MODULE}.{part}": array for part, array in parts.items()}, config, exported)
-    assert list(found) == [f"{MODULE}.weight"]
-    return found[f"{MODULE}.weight"]
+    found = read_weights(
+        folder, {f"{MODULE_NAME}.{part}": array for part, array in parts.items()}, config, hf_quant_config
+    )
+    assert list(found) == [f"{MODULE_NAME}.weight"]
+    return found[f"{MODULE_NAME}.weight"]
 
 
-def digest(values):
+def values_sha256(values):
     assert values.dtype == np.float32
     return hashlib.sha256(np.ascontiguousarray(values + np.float32(0))).hexdigest()
 
 
-def stack(case, count=3):
+def stacked_tensors(case, count=3):
     """A stack of matrices: the case's, with rows rotated by 0, 1, 2, …"""
     return {
         part: np.stack([np.roll(array, i, 0) for i in range(count)]) if array.ndim > 1 else array
@@ -91,6 +95,6 @@ def stack(case, count=3):
     }
 
 
-def bits(array):
+def bit_patterns(array):
     """Bit patterns, so that comparisons see signs of zeros and do not depend on the dtype's own arithmetic."""
     return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")

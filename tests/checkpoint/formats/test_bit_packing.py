@@ -6,9 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_jax.checkpoint.formats.bit_packing import AWQ_PLACES, awq_order, unpack, word_count
+from glm_jax.checkpoint.formats.bit_packing import (
+    AWQ_REVERSE_ORDER,
+    packed_word_count,
+    reorder_awq_columns,
+    unpack_bits,
+)
 from glm_jax.weights import dequantize
-from tests.checkpoint.formats import golden_cases as golden
+from tests.checkpoint.formats import golden_cases
 
 
 def pack(values, bits):
@@ -29,29 +34,29 @@ def streams(draw):
 def test_streams_round_trip(stream):
     bits, values = stream
     words = pack(values, bits)
-    assert len(words) == word_count(len(values), bits)
-    np.testing.assert_array_equal(unpack(words, bits, len(values)), values)
+    assert len(words) == packed_word_count(len(values), bits)
+    np.testing.assert_array_equal(unpack_bits(words, bits, len(values)), values)
 
 
 @given(st.integers(2, 8), st.integers(1, 70), st.integers(0, 2**32 - 1))
 def test_rows_are_streams_of_their_own(bits, count, seed):
     values = np.random.default_rng(seed).integers(0, 1 << bits, (2, 3, count))
     words = np.apply_along_axis(lambda row: pack(row, bits), -1, values)
-    found = unpack(words.view(np.int32), bits, count)
+    found = unpack_bits(words.view(np.int32), bits, count)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, values)
 
 
 def test_a_stream_of_more_words_than_values_is_cut():
-    np.testing.assert_array_equal(unpack(np.array([0x76543210, 0xFFFFFFFF], np.uint32), 4, 6), range(6))
+    np.testing.assert_array_equal(unpack_bits(np.array([0x76543210, 0xFFFFFFFF], np.uint32), 4, 6), range(6))
 
 
 def test_known_words():
     assert list(pack(range(8), 4)) == [0x76543210]
     places = np.empty(8, int)
-    places[list(AWQ_PLACES)] = range(8)
+    places[list(AWQ_REVERSE_ORDER)] = range(8)
     assert list(pack(places, 4)) == [0x75316420]
-    np.testing.assert_array_equal(awq_order(unpack(pack(places, 4), 4, 8)), range(8))
+    np.testing.assert_array_equal(reorder_awq_columns(unpack_bits(pack(places, 4), 4, 8)), range(8))
 
 
 @given(st.integers(1, 5), st.integers(4, 7), st.integers(0, 2**32 - 1))
@@ -60,9 +65,9 @@ def test_awq_order_round_trips(runs, bits, seed):
     stored = np.empty_like(codes)
     for column in range(codes.shape[1]):
         run, place = divmod(column, 8)
-        stored[:, 8 * run + AWQ_PLACES[place]] = codes[:, column]
+        stored[:, 8 * run + AWQ_REVERSE_ORDER[place]] = codes[:, column]
     words = np.apply_along_axis(lambda row: pack(row, bits), -1, stored)
-    np.testing.assert_array_equal(awq_order(unpack(words, bits, codes.shape[1])), codes)
+    np.testing.assert_array_equal(reorder_awq_columns(unpack_bits(words, bits, codes.shape[1])), codes)
 
 
 @given(st.sampled_from([2, 3, 4, 5, 6, 8]), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**32 - 1))
@@ -72,7 +77,7 @@ def test_mlx_round_trips(tmp_path_factory, bits, outputs, groups, seed):
     scales, biases = rng.normal(size=(2, outputs, groups)).astype(np.float16)
     parts = {"weight": np.apply_along_axis(lambda row: pack(row, bits), -1, codes), "scales": scales, "biases": biases}
     config = {"bits": bits, "group_size": 32, "mode": "affine"}
-    stored = golden.read(tmp_path_factory.mktemp("mlx"), parts, config)
+    stored = golden_cases.read_weight(tmp_path_factory.mktemp("mlx"), parts, config)
     spread = [np.repeat(part.astype(np.float32), 32, -1) for part in (scales, biases)]
     values = codes.astype(np.float32) * spread[0] + spread[1]
     np.testing.assert_array_equal(dequantize(stored.load(None)), values)
@@ -102,7 +107,7 @@ def test_compressed_tensors_round_trips(tmp_path_factory, bits, outputs, groups,
         parts["weight_zero_point"] = np.apply_along_axis(lambda row: pack(row, bits), 0, zeros).view(np.int32)
     weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": group, "symmetric": symmetric}
     config = {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["Linear"], "weights": weights}}}
-    stored = golden.read(tmp_path_factory.mktemp("ct"), parts, config)
+    stored = golden_cases.read_weight(tmp_path_factory.mktemp("ct"), parts, config)
     found = stored.load(None)
     dense = bits <= 4 and inputs % 2 == 1
     assert (stored.spec is None) == dense == isinstance(found, np.ndarray)
@@ -138,7 +143,7 @@ def test_gptq_groups_of_any_size(tmp_path, inputs, group, sizes):
         config = GPTQ | {"desc_act": ordered, "group_size": group}
         if not ordered and sizes == [7, 9, 8, 8]:
             continue
-        stored = golden.read(tmp_path / str(ordered), gptq_parts(codes, zeros, scales, groups), config)
+        stored = golden_cases.read_weight(tmp_path / str(ordered), gptq_parts(codes, zeros, scales, groups), config)
         values = (codes - zeros[:, groups]).astype(np.float32) * scales.astype(np.float32)[:, groups]
         np.testing.assert_array_equal(np.asarray(stored.load(None)), values)
         regular = len(set(sizes)) == 1 and inputs % 2 == 0

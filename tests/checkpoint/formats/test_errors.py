@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from glm_jax.checkpoint.formats import read_formats
-from glm_jax.checkpoint.safetensors.reader import Reader
+from glm_jax.checkpoint.safetensors.reader import SafetensorsReader
 from glm_jax.errors import CheckpointError
-from tests.checkpoint.formats import golden_cases as golden
+from tests.checkpoint.formats import golden_cases
 
 
 def changed(case, drop=(), **parts):
@@ -23,16 +23,19 @@ def weights(case, **settings):
 def refused(folder, message, parts, config, exported=None, *, loading=False):
     """Checks that opening (or only loading) raises an error with the module's name and this message."""
     if loading:
-        stored = golden.read(folder, parts, config, exported)
+        stored = golden_cases.read_weight(folder, parts, config, exported)
         with pytest.raises(CheckpointError, match=message) as caught:
             stored.load(None)
     else:
         with pytest.raises(CheckpointError, match=message) as caught:
-            golden.read(folder, parts, config, exported)
-    assert str(caught.value).startswith(f"{golden.MODULE}: ")
+            golden_cases.read_weight(folder, parts, config, exported)
+    assert str(caught.value).startswith(f"{golden_cases.MODULE_NAME}: ")
 
 
-ASYM, SYM = golden.case("compressed_tensors", "asym-g32"), golden.case("compressed_tensors", "sym-g32")
+ASYM, SYM = (
+    golden_cases.get_case("compressed_tensors", "asym-g32"),
+    golden_cases.get_case("compressed_tensors", "sym-g32"),
+)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +62,7 @@ def test_configurations_that_say_nothing_usable(tmp_path):
         ]
     ):
         with pytest.raises(CheckpointError, match=message):
-            golden.read(tmp_path / str(i), SYM.tensors, weights(SYM, **settings))
+            golden_cases.read_weight(tmp_path / str(i), SYM.tensors, weights(SYM, **settings))
     for section, message in (
         (3, "quantization_config in config.json must be an object, not 3"),
         (SYM.config | {"config_groups": [1]}, "config_groups must be an object"),
@@ -70,9 +73,11 @@ def test_configurations_that_say_nothing_usable(tmp_path):
         ),
         ({"quant_method": "gptq", "dynamic": 3}, "extra_config and dynamic must be objects"),
     ):
-        golden.write(tmp_path, {f"{golden.MODULE}.{part}": array for part, array in SYM.tensors.items()})
+        golden_cases.write_module_checkpoint(
+            tmp_path, {f"{golden_cases.MODULE_NAME}.{part}": array for part, array in SYM.tensors.items()}
+        )
         with pytest.raises(CheckpointError, match=message):
-            read_formats(Reader.open(tmp_path), {"quantization_config": section}, tmp_path)
+            read_formats(SafetensorsReader.open(tmp_path), {"quantization_config": section}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +130,7 @@ def test_values_are_checked_when_they_are_loaded(tmp_path, part, array, message)
     refused(tmp_path, message, changed(ASYM, **{part: array}), ASYM.config, loading=True)
 
 
-GPTQ = golden.case("gptq", "v1-sym")
+GPTQ = golden_cases.get_case("gptq", "v1-sym")
 
 
 @pytest.mark.parametrize(
@@ -180,12 +185,12 @@ def test_values_of_gptq(tmp_path):
 
 
 def test_planes_are_not_streams(tmp_path):
-    case = golden.case("autoround", "gptq-int5")
+    case = golden_cases.get_case("autoround", "gptq-int5")
     config = {"quant_method": "gptq", "bits": 5, "group_size": 32, "sym": False}
     refused(tmp_path, "5-bit GPTQ is packed in planes, which is not read", case.tensors, config)
 
 
-AWQ = golden.case("awq", "g32")
+AWQ = golden_cases.get_case("awq", "g32")
 
 
 @pytest.mark.parametrize(
@@ -211,7 +216,7 @@ def test_tensors_of_awq(tmp_path):
     refused(tmp_path / "2", "symmetric, but not all zero points are 8", AWQ.tensors, said, loading=True)
 
 
-CHANNEL, BLOCK = golden.case("fp8", "channel"), golden.case("fp8", "inverse")
+CHANNEL, BLOCK = golden_cases.get_case("fp8", "channel"), golden_cases.get_case("fp8", "inverse")
 
 
 @pytest.mark.parametrize(
@@ -238,14 +243,14 @@ CHANNEL, BLOCK = golden.case("fp8", "channel"), golden.case("fp8", "inverse")
 def test_tensors_of_fp8(tmp_path, case, config, parts, message):
     if "two sizes" in message:
         with pytest.raises(CheckpointError, match=message):
-            golden.read(tmp_path, changed(case, **parts), case.config | config)
+            golden_cases.read_weight(tmp_path, changed(case, **parts), case.config | config)
         return
     refused(tmp_path, message, changed(case, **parts), case.config | config)
 
 
 def test_scales_and_weights_of_fp8_lose_each_other(tmp_path):
     refused(tmp_path / "0", "weight_scale without the weight", changed(CHANNEL, ["weight"]), CHANNEL.config)
-    alone = golden.read(tmp_path / "1", changed(CHANNEL, ["weight_scale"]), CHANNEL.config)
+    alone = golden_cases.read_weight(tmp_path / "1", changed(CHANNEL, ["weight_scale"]), CHANNEL.config)
     assert (alone.spec, alone.dtype) == (None, ml_dtypes.float8_e4m3fn)  # the rules refuse tensors of this dtype
     refused(tmp_path / "2", "says 4-bit integers, but weight is float8", CHANNEL.tensors, SYM.config)
 
@@ -258,7 +263,7 @@ def test_fp8_weights_that_are_not_numbers(tmp_path, bits):
     refused(tmp_path, "weight holds values that are not numbers", parts, CHANNEL.config, loading=True)
 
 
-NVFP4, MXFP4, MODELOPT = (golden.case("fp4", name) for name in ("nvfp4", "mxfp4", "modelopt"))
+NVFP4, MXFP4, MODELOPT = (golden_cases.get_case("fp4", name) for name in ("nvfp4", "mxfp4", "modelopt"))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +301,7 @@ def test_integers_that_modelopt_packs_otherwise(tmp_path):
     refused(tmp_path, "weight holds bytes, which for the configuration's 8-bit integers", MODELOPT.tensors, config)
 
 
-MLX = golden.case("mlx", "int4-g64")
+MLX = golden_cases.get_case("mlx", "int4-g64")
 
 
 @pytest.mark.parametrize(
@@ -305,7 +310,7 @@ MLX = golden.case("mlx", "int4-g64")
         ([], {}, {"bits": 8}, "says 8 bits in groups of 64, but 16 words have 2 scales"),
         ([], {}, {"group_size": 32}, "says 4 bits in groups of 32, but 16 words have 2 scales"),
         ([], {}, {"mode": "ternary"}, "MLX's mode ternary with 4 bits is not read"),
-        ([], {}, {golden.MODULE: {"bits": 3}}, "says 3 bits in groups of 64"),
+        ([], {}, {golden_cases.MODULE_NAME: {"bits": 3}}, "says 3 bits in groups of 64"),
         (["biases"], {}, {}, "biases is missing beside scales, weight"),
         (["scales"], {}, {}, "scales is missing beside biases, weight"),
         (["weight"], {}, {}, "biases, scales without the weight"),
@@ -324,10 +329,10 @@ def test_mlx_without_its_configuration(tmp_path):
     refused(tmp_path / "0", "MLX's tensors need bits and group_size", MLX.tensors, None)
     other = {"quant_method": "gptq", "bits": 4, "group_size": 64}
     refused(tmp_path / "1", "the configuration describes gptq, but the tensors are MLX's", MLX.tensors, other)
-    biased = changed(golden.case("mlx", "mxfp4"), biases=np.ones((8, 2), np.float32))
+    biased = changed(golden_cases.get_case("mlx", "mxfp4"), biases=np.ones((8, 2), np.float32))
     message = "there are biases, which the mode mxfp4 does not have"
     refused(tmp_path / "2", message, biased, {"bits": 4, "group_size": 32, "mode": "mxfp4"})
-    wrong = golden.case("mlx", "mxfp8").tensors
+    wrong = golden_cases.get_case("mlx", "mxfp8").tensors
     refused(tmp_path / "3", "mode mxfp4 with 8 bits", wrong, {"bits": 8, "group_size": 32, "mode": "mxfp4"})
 
 
@@ -339,10 +344,10 @@ def test_values_of_mlx(tmp_path):
 
 def test_a_file_of_modelopt_that_is_broken(tmp_path):
     for text, message in (("{", "hf_quant_config.json is not valid JSON"), ("[]", "has no object called quantization")):
-        golden.write(tmp_path, {"w": np.ones(3, np.float32)})
+        golden_cases.write_module_checkpoint(tmp_path, {"w": np.ones(3, np.float32)})
         (tmp_path / "hf_quant_config.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):
-            read_formats(Reader.open(tmp_path), {}, tmp_path)
+            read_formats(SafetensorsReader.open(tmp_path), {}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +378,7 @@ def test_a_file_of_modelopt_that_is_broken(tmp_path):
 )
 def test_methods_that_nothing_reads(tmp_path, config, words):
     with pytest.raises(CheckpointError, match=rf"this checkpoint is quantised \({words}\S*\), which is not read"):
-        golden.read_all(tmp_path, SYM.tensors, config)
+        golden_cases.read_weights(tmp_path, SYM.tensors, config)
 
 
 @pytest.mark.parametrize(
@@ -392,4 +397,4 @@ def test_methods_that_nothing_reads(tmp_path, config, words):
 )
 def test_tensors_that_nothing_reads(tmp_path, name, words):
     with pytest.raises(CheckpointError, match=rf"this checkpoint is quantised \({words}\), which is not read"):
-        golden.read_all(tmp_path, {f"{golden.MODULE}.{name}": np.ones(3, np.float32)})
+        golden_cases.read_weights(tmp_path, {f"{golden_cases.MODULE_NAME}.{name}": np.ones(3, np.float32)})

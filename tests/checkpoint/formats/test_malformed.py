@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import QuantizedTensor, dequantize
-from tests.checkpoint.formats import golden_cases as golden
+from tests.checkpoint.formats import golden_cases
 
 FILES = ("compressed_tensors", "compressed_tensors_actorder", "gptq", "autoround", "awq", "fp8", "fp4", "mlx")
-CASES = [case for file in FILES for case in golden.cases(file)]
+CASES = [case for file in FILES for case in golden_cases.load_cases(file)]
 DTYPES = [np.int32, np.uint32, np.uint8, np.int64, np.float16, np.float32, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]
 VALUES = [None, 0, 1, -1, 3, 4, 5, 8, 16, 1 << 40, 2.5, True, False, "4", "", [], {}, [4], [0, 0], [128, 128], {"a": 1}]
 
@@ -80,7 +80,7 @@ def replaced(config, at, value):
 def loaded(folder, tensors, config):
     """What was found, the weights, and the error's message; either the weights or the message is empty."""
     try:
-        found = golden.read_all(folder, tensors, config)
+        found = golden_cases.read_weights(folder, tensors, config)
         return found, {name: stored.load(None) for name, stored in found.items()}, ""
     except CheckpointError as error:
         return {}, {}, str(error)
@@ -93,7 +93,7 @@ def test_anything_gives_one_clear_error_or_a_whole_weight(tmp_path_factory, inde
     for change in changes:
         if tensors:
             tensors, config = mutate(tensors, config, change)
-    full = {f"{golden.MODULE}.{part}": array for part, array in tensors.items()}
+    full = {f"{golden_cases.MODULE_NAME}.{part}": array for part, array in tensors.items()}
     if not full:
         return
     found, weights, message = loaded(tmp_path_factory.mktemp("hostile"), full, config)
@@ -104,7 +104,7 @@ def test_anything_gives_one_clear_error_or_a_whole_weight(tmp_path_factory, inde
         assert weight.shape == stored.shape
         if isinstance(weight, QuantizedTensor):
             parts = {key: (array.shape, array.dtype) for key, array in weight.components().items()}
-            assert parts == stored.spec.components(stored.shape)
+            assert parts == stored.spec.component_shapes(stored.shape)
             if all(kind != "noise" for kind, *_ in changes):  # random scales may be near the end of the range
                 assert np.isfinite(dequantize(weight)).all()
         else:

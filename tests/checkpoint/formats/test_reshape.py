@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from glm_jax.checkpoint.formats.reshape import rows, transpose
+from glm_jax.checkpoint.formats.reshape import slice_rows, transpose_quantized
 from glm_jax.errors import QuantError
 from glm_jax.weights import QuantizedTensor, QuantSpec, dequantize
 
@@ -52,13 +52,13 @@ def consistent(tensor):
 @pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
 def test_transposing(spec, shape):
     tensor = random(spec, shape)
-    turned = transpose(tensor)
+    turned = transpose_quantized(tensor)
     consistent(turned)
     assert turned.shape == (*shape[:-2], shape[-1], shape[-2])
     np.testing.assert_array_equal(dequantize(turned), np.swapaxes(dequantize(tensor), -1, -2))
     if not spec.permuted:
         assert turned.spec.block == spec.block[::-1]
-        again = transpose(turned)
+        again = transpose_quantized(turned)
         assert again.spec == spec
         for name, array in tensor.components().items():
             np.testing.assert_array_equal(getattr(again, name), array)
@@ -68,16 +68,16 @@ def test_transposing(spec, shape):
 @pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
 def test_cutting_rows(spec, start, stop):
     tensor = random(spec, (2, 12, 16))
-    part = rows(tensor, start, stop)
+    part = slice_rows(tensor, start, stop)
     consistent(part)
     np.testing.assert_array_equal(dequantize(part), dequantize(tensor)[:, start:stop])
 
 
 def test_a_cut_along_blocks_keeps_them():
     tensor = random(QuantSpec(kind="fp8", block=(4, 8), scale="float32"), (12, 16))
-    assert rows(tensor, 4, 12).spec == tensor.spec
-    assert rows(tensor, 4, 12).scales.shape == (2, 2)
-    across = rows(tensor, 2, 12)
+    assert slice_rows(tensor, 4, 12).spec == tensor.spec
+    assert slice_rows(tensor, 4, 12).scales.shape == (2, 2)
+    across = slice_rows(tensor, 2, 12)
     assert across.spec.block == (1, 8)
     assert across.scales.shape == (10, 2)
 
@@ -85,7 +85,7 @@ def test_a_cut_along_blocks_keeps_them():
 def test_what_cannot_be_cut_or_turned():
     tensor = random(SPECS[0], (5, 16))
     with pytest.raises(QuantError, match="4-bit codes of 5 outputs cannot be packed in pairs"):
-        transpose(tensor)
+        transpose_quantized(tensor)
     for start, stop in ((0, 6), (-1, 2), (3, 3)):
         with pytest.raises(QuantError, match=f"a matrix with 5 outputs has no outputs {start} to {stop}"):
-            rows(tensor, start, stop)
+            slice_rows(tensor, start, stop)

@@ -8,25 +8,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_jax.checkpoint.folder.layout import layout
-from glm_jax.checkpoint.formats.base import Stored
-from glm_jax.checkpoint.mapping.rules import TABLES, Matcher, assign, slots
+from glm_jax.checkpoint.folder.layout import checkpoint_layout
+from glm_jax.checkpoint.formats.base import StoredWeight
+from glm_jax.checkpoint.mapping.rules import TENSOR_RULES, TensorMatcher, assign_tensors, expert_slots
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
-from tests.builders import hf_checkpoints as checkpoints
-from tests.builders import hf_configs as spellings
+from tests.builders import hf_checkpoints, hf_configs
 
 CONFIGS = {
-    "original": spellings.odd(),
-    "resaved": spellings.resaved(**spellings.ODD_SIZES),
-    "from scratch": spellings.from_scratch(**spellings.ODD_SIZES),
-    "two dense layers": spellings.odd(first_k_dense_replace=2),
-    "all dense": spellings.odd(first_k_dense_replace=3, num_nextn_predict_layers=0),
-    "no dense layer": spellings.odd(first_k_dense_replace=0),
-    "full-rank queries": spellings.odd(q_lora_rank=None),
-    "two shared experts": spellings.odd(n_shared_experts=2),
-    "tied": spellings.odd(tie_word_embeddings=True),
-    "no prediction layer": spellings.odd(num_nextn_predict_layers=0),
+    "original": hf_configs.odd_size_config(),
+    "resaved": hf_configs.resaved_config(**hf_configs.ODD_SIZES),
+    "from scratch": hf_configs.from_scratch_config(**hf_configs.ODD_SIZES),
+    "two dense layers": hf_configs.odd_size_config(first_k_dense_replace=2),
+    "all dense": hf_configs.odd_size_config(first_k_dense_replace=3, num_nextn_predict_layers=0),
+    "no dense layer": hf_configs.odd_size_config(first_k_dense_replace=0),
+    "full-rank queries": hf_configs.odd_size_config(q_lora_rank=None),
+    "two shared experts": hf_configs.odd_size_config(n_shared_experts=2),
+    "tied": hf_configs.odd_size_config(tie_word_embeddings=True),
+    "no prediction layer": hf_configs.odd_size_config(num_nextn_predict_layers=0),
 }
 
 
@@ -35,33 +34,36 @@ def entries_of(shapes, dtype=np.float32):
 
 
 def stored(name, shape, dtype=np.float32):
-    return Stored(name, shape, np.dtype(dtype), None, (name,), lambda _: np.zeros(shape, dtype))
+    return StoredWeight(name, shape, np.dtype(dtype), None, (name,), lambda _: np.zeros(shape, dtype))
 
 
 def small():
     """Config and the tensors it needs, without the prediction layer's copies."""
-    config = spellings.odd()
-    return Config.from_hf(config), entries_of(checkpoints.tensor_shapes(config, own_mtp=False))
+    config = hf_configs.odd_size_config()
+    return Config.from_hf(config), entries_of(hf_checkpoints.tensor_shapes(config, own_mtp=False))
 
 
 def problems(cfg, entries, aliases=None):
     with pytest.raises(CheckpointError) as caught:
-        assign(cfg, entries, aliases or {})
+        assign_tensors(cfg, entries, aliases or {})
     return str(caught.value)
 
 
 def test_tables_name_no_tensor_twice():
-    for rules in TABLES.values():
+    for rules in TENSOR_RULES.values():
         assert max(Counter(rule.name for rule in rules).values()) == 1
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_every_slot_is_filled_once(config):
     cfg = Config.from_hf(config)
-    shapes = checkpoints.tensor_shapes(config, own_mtp=False)
-    filled = assign(cfg, entries_of(shapes), {})
+    shapes = hf_checkpoints.tensor_shapes(config, own_mtp=False)
+    filled = assign_tensors(cfg, entries_of(shapes), {})
     needed = [
-        (leaf.part, leaf.name, row) for members in layout(cfg).values() for leaf in members for row in slots(leaf)
+        (leaf.checkpoint_name, leaf.name, row)
+        for members in checkpoint_layout(cfg).values()
+        for leaf in members
+        for row in expert_slots(leaf)
     ]
     assert sorted(filled, key=str) == sorted(needed, key=str)
     assert {tensor.name for tensor in filled.values()} == set(shapes)
@@ -69,27 +71,27 @@ def test_every_slot_is_filled_once(config):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_expected_names_and_shapes_are_the_checkpoints(config):
-    expected = [(tensor.name, tensor.shape) for tensor in Matcher(Config.from_hf(config)).expected()]
+    expected = [(tensor.name, tensor.shape) for tensor in TensorMatcher(Config.from_hf(config)).expected_tensors()]
     assert len(expected) == len(dict(expected))
-    assert dict(expected) == checkpoints.tensor_shapes(config, own_mtp=False)
+    assert dict(expected) == hf_checkpoints.tensor_shapes(config, own_mtp=False)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_parts_hold_every_parameter_once(config):
     """The layout on disk is the parameter tree, cut into layers."""
-    from glm_jax.weights.params import leaves, param_specs
+    from glm_jax.weights.params import leaves_with_path, param_specs
 
     cfg = Config.from_hf(config)
-    members = [leaf for part in layout(cfg).values() for leaf in part]
-    assert len({(leaf.part, leaf.name) for leaf in members}) == len(members)
-    assert len({(leaf.target, leaf.slot) for leaf in members}) == len(members)
-    assert sum(leaf.size for leaf in members) == sum(spec.size for _, spec in leaves(param_specs(cfg)))
+    members = [leaf for part in checkpoint_layout(cfg).values() for leaf in part]
+    assert len({(leaf.checkpoint_name, leaf.name) for leaf in members}) == len(members)
+    assert len({(leaf.param_path, leaf.stack_index) for leaf in members}) == len(members)
+    assert sum(leaf.size for leaf in members) == sum(spec.size for _, spec in leaves_with_path(param_specs(cfg)))
 
 
 def test_full_size_model_is_the_one_on_the_hub():
     """9,703 tensors and 31,221,488,576 parameters, of which the prediction layer's two copies are not ours."""
     cfg = Config.flash()
-    tensors = list(Matcher(cfg).expected())
+    tensors = list(TensorMatcher(cfg).expected_tensors())
     copies = 2 * cfg.vocab_size * cfg.hidden_size
     assert len(tensors) + 2 == 9_703
     assert sum(math.prod(tensor.shape) for tensor in tensors) + copies == 31_221_488_576
@@ -100,13 +102,13 @@ def test_full_size_model_is_the_one_on_the_hub():
 
 def test_router_is_not_a_swiglu_branch():
     cfg, _ = small()
-    matcher = Matcher(cfg)
+    matcher = TensorMatcher(cfg)
     router = matcher.match("model.layers.1.mlp.gate.weight")
     branch = matcher.match("model.layers.0.mlp.gate_proj.weight")
     assert router is not None
-    assert router.rule.targets == ("moe.router",)
+    assert router.rule.param_names == ("moe.router",)
     assert branch is not None
-    assert branch.rule.targets == ("mlp.gate",)
+    assert branch.rule.param_names == ("mlp.gate",)
 
 
 @pytest.mark.parametrize(
@@ -135,13 +137,13 @@ def test_router_is_not_a_swiglu_branch():
 )
 def test_names_that_are_not_the_models(name):
     cfg, _ = small()
-    assert Matcher(cfg).match(name) is None
+    assert TensorMatcher(cfg).match(name) is None
 
 
 @given(st.text(max_size=60) | st.from_regex(r"model\.layers\.\d{1,12}\.[a-z_.0-9]{1,40}", fullmatch=True))
 def test_any_name_is_matched_or_not(name):
     cfg, entries = small()
-    assert (Matcher(cfg).match(name) is not None) == (name in entries or name in _EXTRA)
+    assert (TensorMatcher(cfg).match(name) is not None) == (name in entries or name in _EXTRA)
 
 
 _EXTRA = {

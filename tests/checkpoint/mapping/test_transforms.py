@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_jax.checkpoint.mapping.transforms import HEADS, WHOLE, Transform
+from glm_jax.checkpoint.mapping.transforms import IDENTITY, MERGED_HEADS, Transform
 
 _N = st.integers(1, 6)
 
@@ -13,8 +13,8 @@ _N = st.integers(1, 6)
 @given(_N, _N, _N, _N, st.booleans())
 def test_join_undoes_split(first, left, right, last, merged):
     targets = [(first, left, last), (first, right, last)]
-    transform = Transform(merged=merged)
-    shape = transform.shape(targets)
+    transform = Transform(merges_heads=merged)
+    shape = transform.tensor_shape(targets)
     tensor = np.arange(np.prod(shape)).reshape(shape)
     pieces = transform.split(tensor, targets)
     assert [piece.shape for piece in pieces] == targets
@@ -26,7 +26,7 @@ def test_heads_are_split_as_the_formula_says():
     """Wkv_b viewed [N, Hn+Hv, R]: the first Hn rows of each head are keys, the rest values."""
     heads, nope, value, rank = 5, 6, 9, 14
     tensor = np.random.default_rng(0).standard_normal((heads * (nope + value), rank))
-    k_b, v_b = HEADS.split(tensor, [(heads, nope, rank), (heads, value, rank)])
+    k_b, v_b = MERGED_HEADS.split(tensor, [(heads, nope, rank), (heads, value, rank)])
     for head in range(heads):
         rows = tensor[head * (nope + value) : (head + 1) * (nope + value)]
         assert np.array_equal(k_b[head], rows[:nope])
@@ -36,6 +36,6 @@ def test_heads_are_split_as_the_formula_says():
 @pytest.mark.parametrize("shape", [(3,), (4, 5), (2, 3, 4)])
 def test_whole_tensors_pass_through(shape):
     tensor = np.zeros(shape)
-    assert WHOLE.shape([shape]) == shape
-    assert WHOLE.split(tensor, [shape])[0] is tensor
-    assert WHOLE.join([tensor]) is tensor
+    assert IDENTITY.tensor_shape([shape]) == shape
+    assert IDENTITY.split(tensor, [shape])[0] is tensor
+    assert IDENTITY.join([tensor]) is tensor

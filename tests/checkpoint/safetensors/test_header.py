@@ -11,14 +11,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from glm_jax.checkpoint.safetensors.header import (
-    DTYPES,
     MAX_HEADER_BYTES,
-    NAMES,
-    header_length,
+    SAFETENSORS_DTYPE_NAMES,
+    SAFETENSORS_DTYPES,
     parse_header,
+    parse_header_length,
     printable,
 )
-from glm_jax.checkpoint.safetensors.reader import Shard
+from glm_jax.checkpoint.safetensors.reader import SafetensorsFile
 from glm_jax.errors import CheckpointError
 
 
@@ -29,7 +29,7 @@ def file_bytes(fields, data=b"", *, length=None):
 
 def parse(blob):
     """What `Shard` does with a file of these bytes."""
-    length = header_length(blob[:8], len(blob), "x.safetensors")
+    length = parse_header_length(blob[:8], len(blob), "x.safetensors")
     return parse_header(blob[8 : 8 + length], len(blob), "x.safetensors")
 
 
@@ -37,9 +37,9 @@ def tensor(dtype="F32", shape=(2,), offsets=(0, 8)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
-@pytest.mark.parametrize("name", [n for n in DTYPES if n != "F8_E8M0"])
+@pytest.mark.parametrize("name", [n for n in SAFETENSORS_DTYPES if n != "F8_E8M0"])
 def test_agrees_with_the_formats_own_writer(tmp_path, name):
-    dtype = DTYPES[name]
+    dtype = SAFETENSORS_DTYPES[name]
     arrays = {
         "matrix": np.arange(12).reshape(3, 4).astype(dtype),
         "scalar": np.ones((), dtype),
@@ -48,11 +48,11 @@ def test_agrees_with_the_formats_own_writer(tmp_path, name):
     }
     path = tmp_path / "a.safetensors"
     safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
-    shard = Shard(path)
+    shard = SafetensorsFile(path)
     assert dict(shard.header.metadata) == {"format": "pt"}
     assert set(shard.header.tensors) == set(arrays)
     for key, array in arrays.items():
-        got = shard.get(key)
+        got = shard.get_tensor(key)
         assert got.dtype == array.dtype
         assert got.shape == array.shape
         assert got.tobytes() == array.tobytes()
@@ -62,14 +62,14 @@ def test_agrees_with_the_formats_own_writer(tmp_path, name):
 def test_views_share_the_mapped_file(tmp_path):
     path = tmp_path / "a.safetensors"
     safetensors.numpy.save_file({"a": np.arange(1000, dtype=np.float32)}, path)
-    shard = Shard(path)
-    assert np.shares_memory(shard.get("a"), shard.get("a")[10:20])
-    assert not shard.get("a").flags.owndata
+    shard = SafetensorsFile(path)
+    assert np.shares_memory(shard.get_tensor("a"), shard.get_tensor("a")[10:20])
+    assert not shard.get_tensor("a").flags.owndata
 
 
 def test_dtype_names_are_one_to_one():
-    assert {NAMES[dtype]: dtype for dtype in DTYPES.values()} == DTYPES
-    assert DTYPES["BF16"] == ml_dtypes.bfloat16
+    assert {SAFETENSORS_DTYPE_NAMES[dtype]: dtype for dtype in SAFETENSORS_DTYPES.values()} == SAFETENSORS_DTYPES
+    assert SAFETENSORS_DTYPES["BF16"] == ml_dtypes.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_damage_is_named(blob, words):
 
 def test_huge_header_is_refused_before_it_is_read():
     with pytest.raises(CheckpointError, match="announces a header"):
-        header_length(struct.pack("<Q", MAX_HEADER_BYTES + 1), 10 * MAX_HEADER_BYTES, "x")
+        parse_header_length(struct.pack("<Q", MAX_HEADER_BYTES + 1), 10 * MAX_HEADER_BYTES, "x")
 
 
 GOOD = file_bytes(
@@ -153,12 +153,19 @@ def test_mutated_files_never_crash(data):
 
 
 _VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(list(DTYPES)),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(list(SAFETENSORS_DTYPES)),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
 _SIZES = st.lists(st.integers(-1, 2**65), max_size=3)
-_ENTRIES = st.fixed_dictionaries({"dtype": st.sampled_from([*DTYPES, "X"]), "shape": _SIZES, "data_offsets": _SIZES})
+_ENTRIES = st.fixed_dictionaries(
+    {"dtype": st.sampled_from([*SAFETENSORS_DTYPES, "X"]), "shape": _SIZES, "data_offsets": _SIZES}
+)
 
 
 @given(st.dictionaries(st.text(max_size=6), _ENTRIES | _VALUES, max_size=4), st.binary(max_size=64))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from glm_jax.checkpoint.safetensors.reader import INDEX_NAME, PAGE_BYTES, Reader, listing
+from glm_jax.checkpoint.safetensors.reader import INDEX_NAME, SAMPLE_PAGE_BYTES, SafetensorsReader, format_names
 from glm_jax.errors import CheckpointError
 
 A = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
@@ -34,19 +34,19 @@ def write_index(folder, homes, total=44):
 
 def refused(folder, *words):
     with pytest.raises(CheckpointError) as caught:
-        Reader.open(folder)
+        SafetensorsReader.open(folder)
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_reads_every_tensor(folder):
-    reader = Reader.open(folder)
+    reader = SafetensorsReader.open(folder)
     assert sorted(reader) == ["a", "b", "c"]
     for name, array in {**A, **B}.items():
-        assert np.array_equal(reader.get(name), array)
-        assert reader.entry(name).shape == array.shape
-    assert np.array_equal(reader.slice("a", (1, slice(0, 2))), A["a"][1, :2])
+        assert np.array_equal(reader.get_tensor(name), array)
+        assert reader.tensor_info(name).shape == array.shape
+    assert np.array_equal(reader.get_slice("a", (1, slice(0, 2))), A["a"][1, :2])
     assert "a" in reader
     assert "x" not in reader
     assert reader.notes == ()
@@ -54,74 +54,74 @@ def test_reads_every_tensor(folder):
 
 def test_without_index(folder):
     (folder / INDEX_NAME).unlink()
-    assert sorted(Reader.open(folder)) == ["a", "b", "c"]
+    assert sorted(SafetensorsReader.open(folder)) == ["a", "b", "c"]
 
 
 def test_single_file(tmp_path):
     save(tmp_path, "model.safetensors", A)
     save(tmp_path, "adapter.safetensors", {"a": np.zeros(1, np.float32)})
-    assert sorted(Reader.open(tmp_path)) == ["a", "b"]
+    assert sorted(SafetensorsReader.open(tmp_path)) == ["a", "b"]
 
 
 def test_symlinks_as_in_the_hub_cache(folder, tmp_path_factory):
     snapshot = tmp_path_factory.mktemp("snapshot")
     for path in folder.iterdir():
         (snapshot / path.name).symlink_to(os.path.relpath(path, snapshot))
-    assert np.array_equal(Reader.open(snapshot).get("a"), A["a"])
+    assert np.array_equal(SafetensorsReader.open(snapshot).get_tensor("a"), A["a"])
 
 
 def test_fingerprint_follows_headers(folder):
-    first = Reader.open(folder).fingerprint()
-    assert Reader.open(folder).fingerprint() == first
+    first = SafetensorsReader.open(folder).fingerprint()
+    assert SafetensorsReader.open(folder).fingerprint() == first
     save(folder, "model-00002-of-00002.safetensors", {"c": np.zeros((1, 3), np.float32)})
-    assert Reader.open(folder).fingerprint() != first
+    assert SafetensorsReader.open(folder).fingerprint() != first
 
 
 def test_fingerprint_follows_names(folder):
-    first = Reader.open(folder).fingerprint()
+    first = SafetensorsReader.open(folder).fingerprint()
     (folder / INDEX_NAME).unlink()
     for path in sorted(folder.glob("*.safetensors")):
         path.rename(folder / path.name.replace("model-", "model-x-"))
-    assert Reader.open(folder).fingerprint() != first
+    assert SafetensorsReader.open(folder).fingerprint() != first
 
 
-@pytest.mark.parametrize("size", [1, 3 * PAGE_BYTES, 3 * PAGE_BYTES + 2, 50 * PAGE_BYTES])
+@pytest.mark.parametrize("size", [1, 3 * SAMPLE_PAGE_BYTES, 3 * SAMPLE_PAGE_BYTES + 2, 50 * SAMPLE_PAGE_BYTES])
 def test_fingerprint_follows_the_ends_and_the_middle_of_every_tensor(tmp_path, size):
     """With equal names, sizes, headers and times."""
     tensors = {"a": np.zeros(7, np.uint8), "b": np.zeros(size, np.uint8), "c": np.zeros(7, np.uint8)}
     save(tmp_path, "model.safetensors", tensors)
-    seen = {Reader.open(tmp_path).fingerprint()}
+    seen = {SafetensorsReader.open(tmp_path).fingerprint()}
     places = {(name, at) for name, tensor in tensors.items() for at in (0, tensor.size // 2, tensor.size - 1)}
     for name, at in places:
         changed = {key: tensor.copy() for key, tensor in tensors.items()}
         changed[name][at] = 1
         save(tmp_path, "model.safetensors", changed)
-        seen.add(Reader.open(tmp_path).fingerprint())
+        seen.add(SafetensorsReader.open(tmp_path).fingerprint())
     assert len(seen) == len(places) + 1
 
 
 def test_fingerprint_of_a_small_tensor_follows_every_byte(tmp_path):
-    for size in (300, 3 * PAGE_BYTES):
+    for size in (300, 3 * SAMPLE_PAGE_BYTES):
         tensor = np.zeros(size, np.uint8)
         seen = set()
         for at in range(0, size, 97):
             tensor[at] = 1
             save(tmp_path, "model.safetensors", {"a": tensor})
-            seen.add(Reader.open(tmp_path).fingerprint())
+            seen.add(SafetensorsReader.open(tmp_path).fingerprint())
         assert len(seen) == len(range(0, size, 97))
 
 
 def test_fingerprint_of_a_file_that_shrinks(folder):
-    reader = Reader.open(folder)
+    reader = SafetensorsReader.open(folder)
     os.truncate(folder / "model-00001-of-00002.safetensors", 100)
     with pytest.raises(CheckpointError, match="changed while"):
         reader.fingerprint()
 
 
 def test_file_that_goes_after_it_was_opened(folder):
-    reader = Reader.open(folder)
+    reader = SafetensorsReader.open(folder)
     (folder / "model-00001-of-00002.safetensors").unlink()
-    for read in (reader.fingerprint, lambda: reader.get("a")):
+    for read in (reader.fingerprint, lambda: reader.get_tensor("a")):
         with pytest.raises(CheckpointError, match=r"cannot read .*00001-of-00002.safetensors: No such file"):
             read()
 
@@ -175,7 +175,7 @@ def test_tensor_that_the_index_does_not_list(folder):
 
 def test_wrong_total_is_only_noted(folder):
     write_index(folder, {"a": 1, "b": 1, "c": 2}, total=43)
-    assert Reader.open(folder).notes == (f"{INDEX_NAME} says 43 bytes, the files hold 44",)
+    assert SafetensorsReader.open(folder).notes == (f"{INDEX_NAME} says 43 bytes, the files hold 44",)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_index_may_only_name_files_beside_it(folder, name):
 def test_index_names_a_file_that_cannot_be(folder, name):
     write_index(folder, {"a": name})
     with pytest.raises(CheckpointError, match=r"is not a safetensors file beside it|is a pickle file") as caught:
-        Reader.open(folder)
+        SafetensorsReader.open(folder)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
 
@@ -217,7 +217,7 @@ def test_index_names_a_file_that_cannot_be(folder, name):
 def test_names_of_files_are_safe_to_print(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointError) as caught:
-        Reader.open(tmp_path)
+        SafetensorsReader.open(tmp_path)
     assert str(caught.value).isprintable()
 
 
@@ -234,7 +234,7 @@ def test_pickles_are_refused(tmp_path, name):
 
 def test_pickles_beside_safetensors_are_left_alone(folder):
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    assert len(list(Reader.open(folder))) == 3
+    assert len(list(SafetensorsReader.open(folder))) == 3
 
 
 def test_folder_without_weights(tmp_path):
@@ -247,12 +247,12 @@ def test_folder_that_is_not_there(tmp_path):
 
 
 def test_file_that_shrinks_after_it_was_opened(folder):
-    reader = Reader.open(folder)
+    reader = SafetensorsReader.open(folder)
     os.truncate(folder / "model-00001-of-00002.safetensors", 100)
     with pytest.raises(CheckpointError, match="changed while"):
-        reader.get("a")
+        reader.get_tensor("a")
 
 
 def test_long_lists_are_cut():
-    text = listing([f"t{i}" for i in range(500)])
+    text = format_names([f"t{i}" for i in range(500)])
     assert text.endswith("t19 … and 480 more")

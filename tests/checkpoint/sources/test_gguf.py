@@ -8,18 +8,24 @@ import numpy as np
 import pytest
 
 import glm_jax
-from convert.pipeline import convert
+from convert.pipeline import convert_checkpoint
 from glm_jax import checkpoint, generate, plan
 from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import QuantizedTensor
-from glm_jax.weights.params import leaves
-from tests.builders.gguf_files import architecture_fields, small, theirs, to_gguf, write
+from glm_jax.weights.params import leaves_with_path
+from tests.builders.gguf_files import (
+    architecture_fields,
+    gguf_dequantize,
+    small_mtp_config,
+    to_gguf_tensors,
+    write_gguf,
+)
 from tests.builders.hf_checkpoints import random_tensors, to_params
 from tests.checkpoint.formats.gguf.test_tokenizer import original, vocabulary_fields  # noqa: F401
 
 ROWS = 420
-CONFIG = small(
+CONFIG = small_mtp_config(
     vocab_size=ROWS,
     hidden_size=64,
     intermediate_size=96,
@@ -40,14 +46,14 @@ def packed(name, array):
 
 @pytest.fixture(scope="module")
 def file(original, tmp_path_factory):  # noqa: F811
-    tensors = {name: packed(name, array) for name, array in to_gguf(random_tensors(CONFIG, 0), CONFIG).items()}
+    tensors = {name: packed(name, array) for name, array in to_gguf_tensors(random_tensors(CONFIG, 0), CONFIG).items()}
     fields = architecture_fields(CONFIG) | vocabulary_fields(original, ROWS)
-    return write(tmp_path_factory.mktemp("gguf") / "model.gguf", tensors, fields), tensors
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf", tensors, fields), tensors
 
 
 def hugging_face(tensors):
     """The dequantised tensors under the names and in the shapes of the original, by hand."""
-    values = {name: theirs(t) if isinstance(t, tuple) else t for name, t in tensors.items()}
+    values = {name: gguf_dequantize(t) if isinstance(t, tuple) else t for name, t in tensors.items()}
     return {name: _turned(name, _gguf_name(name), values) for name in random_tensors(CONFIG, 0)}
 
 
@@ -57,7 +63,7 @@ def _gguf_name(name):
         return f"blk.{layer}.ffn_{part}_exps.weight"
     if "kv_b_proj" in name:
         return f"blk.{name.split('.')[2]}.attn_"
-    (key,) = to_gguf({name: np.zeros((1, 1))}, CONFIG, halves=False)
+    (key,) = to_gguf_tensors({name: np.zeros((1, 1))}, CONFIG, split_kv_b=False)
     return key
 
 
@@ -74,10 +80,10 @@ def test_every_value_is_the_block_s(file):
     path, tensors = file
     cfg, params, info = checkpoint.load(path, dtype="float32")
     assert info.kind == "gguf"
-    expected = dict(leaves(to_params(hugging_face(tensors), cfg)))
-    for name, leaf in leaves(params):
+    expected = dict(leaves_with_path(to_params(hugging_face(tensors), cfg)))
+    for name, leaf in leaves_with_path(params):
         assert np.array_equal(np.asarray(leaf, np.float32), expected[name]), name
-    held = {name[-1]: leaf for name, leaf in leaves(params) if isinstance(leaf, QuantizedTensor)}
+    held = {name[-1]: leaf for name, leaf in leaves_with_path(params) if isinstance(leaf, QuantizedTensor)}
     assert held["gate"].spec.block == (1, 32)
     assert held["k_b"].spec.block == (32, 1)  # stored the other way round
     assert held["v_b"].spec.kind == "int8"
@@ -86,10 +92,10 @@ def test_every_value_is_the_block_s(file):
 
 def test_a_conversion_keeps_every_value(file, tmp_path):
     path, _ = file
-    convert(path, tmp_path / "out")
+    convert_checkpoint(path, tmp_path / "out")
     ours, again = checkpoint.load(path, dtype="float32"), checkpoint.load(tmp_path / "out", dtype="float32", check=True)
     assert again[0] == ours[0]
-    for (name, a), (_, b) in zip(leaves(again[1]), leaves(ours[1]), strict=True):
+    for (name, a), (_, b) in zip(leaves_with_path(again[1]), leaves_with_path(ours[1]), strict=True):
         assert np.array_equal(np.asarray(a), np.asarray(b)), name
     assert (tmp_path / "out" / "tokenizer.json").exists()
 

@@ -6,19 +6,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from glm_jax.checkpoint.sources.base import build
+from glm_jax.checkpoint.sources.base import build_array
 from glm_jax.checkpoint.sources.huggingface import HuggingFaceSource
 from glm_jax.errors import CheckpointError, ConfigError
-from tests.builders import hf_checkpoints as checkpoints
-from tests.builders import hf_configs as spellings
+from tests.builders import hf_checkpoints, hf_configs
 
-CONFIG = spellings.odd()
+CONFIG = hf_configs.odd_size_config()
 L47 = f"model.layers.{CONFIG['num_hidden_layers']}"
 EMBED, HEAD = f"{L47}.embed_tokens.weight", f"{L47}.shared_head.head.weight"
 
 
 def open_folder(folder, tensors, config=CONFIG):
-    return HuggingFaceSource(checkpoints.write(folder, config, tensors))
+    return HuggingFaceSource(hf_checkpoints.write_checkpoint(folder, config, tensors))
 
 
 def leaf(source, part, name):
@@ -26,27 +25,27 @@ def leaf(source, part, name):
 
 
 def array(source, part, name):
-    return build(source, leaf(source, part, name))
+    return build_array(source, leaf(source, part, name))
 
 
 def test_arrays_are_views_of_the_files(tmp_path):
-    source = open_folder(tmp_path, checkpoints.random_tensors(CONFIG, 0))
+    source = open_folder(tmp_path, hf_checkpoints.random_tensors(CONFIG, 0))
     assert not array(source, "rest", "embed").flags.owndata
-    _, first = next(iter(source.pieces(leaf(source, "layer-00001", "moe.gate"))))
+    _, first = next(iter(source.iter_chunks(leaf(source, "layer-00001", "moe.gate"))))
     assert first.shape[0] == 1
     assert not first.flags.owndata
 
 
 def test_experts_can_be_read_alone(tmp_path):
-    tensors = checkpoints.random_tensors(CONFIG, 0)
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0)
     source = open_folder(tmp_path, tensors)
-    ((row, piece),) = source.pieces(leaf(source, "layer-00002", "moe.down"), 3, 4)
+    ((row, piece),) = source.iter_chunks(leaf(source, "layer-00002", "moe.down"), 3, 4)
     assert row == 3
     assert np.array_equal(piece[0], tensors["model.layers.2.mlp.experts.3.down_proj.weight"])
 
 
 def test_fused_experts_are_the_same_experts(tmp_path):
-    tensors = checkpoints.random_tensors(CONFIG, 0)
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0)
     plain = open_folder(tmp_path / "plain", tensors)
     for layer in (1, 2, 3):
         prefix = f"model.layers.{layer}.mlp.experts"
@@ -59,11 +58,11 @@ def test_fused_experts_are_the_same_experts(tmp_path):
     fused = open_folder(tmp_path / "fused", tensors)
     for part, members in plain.layout().items():
         for member in members:
-            assert np.array_equal(build(plain, member), build(fused, leaf(fused, part, member.name)))
+            assert np.array_equal(build_array(plain, member), build_array(fused, leaf(fused, part, member.name)))
 
 
 def test_prediction_copies_are_dropped_and_remembered(tmp_path):
-    source = open_folder(tmp_path, checkpoints.random_tensors(CONFIG, 0))
+    source = open_folder(tmp_path, hf_checkpoints.random_tensors(CONFIG, 0))
     assert not source.cfg.mtp_own_embeddings
     assert source.info.original.mtp_copies == ("embed", "head")
     assert source.info.notes == ()
@@ -71,7 +70,7 @@ def test_prediction_copies_are_dropped_and_remembered(tmp_path):
 
 @pytest.mark.parametrize("missing", [[EMBED], [HEAD], [EMBED, HEAD]])
 def test_absent_prediction_copies(tmp_path, missing):
-    tensors = checkpoints.random_tensors(CONFIG, 0)
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0)
     for name in missing:
         del tensors[name]
     source = open_folder(tmp_path, tensors)
@@ -81,7 +80,7 @@ def test_absent_prediction_copies(tmp_path, missing):
 
 @pytest.mark.parametrize("name", [EMBED, HEAD])
 def test_one_different_bit_makes_own_embeddings(tmp_path, name):
-    tensors = checkpoints.random_tensors(CONFIG, 0)
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0)
     changed = tensors[name].copy()
     changed[-1, -1] = np.nextafter(changed[-1, -1], np.float32(9))
     tensors[name] = changed
@@ -92,7 +91,7 @@ def test_one_different_bit_makes_own_embeddings(tmp_path, name):
 
 
 def test_negative_zero_is_a_difference(tmp_path):
-    tensors = checkpoints.random_tensors(CONFIG, 0)
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0)
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].copy()
     tensors["model.embed_tokens.weight"][0, 0] = 0.0
     tensors[EMBED] = tensors["model.embed_tokens.weight"].copy()
@@ -102,7 +101,7 @@ def test_negative_zero_is_a_difference(tmp_path):
 
 def test_own_head_with_the_models_embedding(tmp_path):
     """The copy that is not there is the model's own."""
-    tensors = checkpoints.random_tensors(CONFIG, 0, own_mtp=True)
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0, own_mtp=True)
     del tensors[EMBED]
     source = open_folder(tmp_path, tensors)
     assert source.cfg.mtp_own_embeddings
@@ -112,21 +111,21 @@ def test_own_head_with_the_models_embedding(tmp_path):
 
 def test_prediction_layer_missing(tmp_path):
     """Pruned relatives drop the layer and keep the key."""
-    tensors = {n: t for n, t in checkpoints.random_tensors(CONFIG, 0).items() if not n.startswith(L47)}
+    tensors = {n: t for n, t in hf_checkpoints.random_tensors(CONFIG, 0).items() if not n.startswith(L47)}
     source = open_folder(tmp_path, tensors)
     assert source.cfg.num_nextn_predict_layers == 0
     assert "has no tensors here" in source.info.notes[0]
 
 
 def test_prediction_layer_that_the_config_does_not_mention(tmp_path):
-    tensors = checkpoints.random_tensors(CONFIG, 0)
-    source = open_folder(tmp_path, tensors, spellings.odd(num_nextn_predict_layers=0))
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0)
+    source = open_folder(tmp_path, tensors, hf_configs.odd_size_config(num_nextn_predict_layers=0))
     assert source.cfg.num_nextn_predict_layers == 1
     assert "although config.json does not say so" in source.info.notes[0]
 
 
 def test_half_a_prediction_layer(tmp_path):
-    tensors = checkpoints.random_tensors(CONFIG, 0)
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0)
     del tensors[f"{L47}.enorm.weight"]
     with pytest.raises(CheckpointError, match=rf"1 missing: {L47}.enorm.weight"):
         open_folder(tmp_path, tensors)
@@ -134,8 +133,8 @@ def test_half_a_prediction_layer(tmp_path):
 
 @pytest.mark.parametrize("with_head", [False, True])
 def test_tied_embeddings(tmp_path, with_head):
-    config = spellings.odd(tie_word_embeddings=True)
-    tensors = checkpoints.random_tensors(config, 0)
+    config = hf_configs.odd_size_config(tie_word_embeddings=True)
+    tensors = hf_checkpoints.random_tensors(config, 0)
     if with_head:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     source = open_folder(tmp_path, tensors, config)
@@ -145,15 +144,15 @@ def test_tied_embeddings(tmp_path, with_head):
 
 
 def test_tied_embeddings_with_another_head(tmp_path):
-    config = spellings.odd(tie_word_embeddings=True)
-    tensors = checkpoints.random_tensors(config, 0)
+    config = hf_configs.odd_size_config(tie_word_embeddings=True)
+    tensors = hf_checkpoints.random_tensors(config, 0)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     with pytest.raises(CheckpointError, match="tie_word_embeddings"):
         open_folder(tmp_path, tensors, config)
 
 
 def test_untied_model_needs_its_head(tmp_path):
-    tensors = checkpoints.random_tensors(CONFIG, 0)
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0)
     del tensors["lm_head.weight"]
     with pytest.raises(CheckpointError, match=r"1 missing: lm_head\.weight"):
         open_folder(tmp_path, tensors)
@@ -161,7 +160,7 @@ def test_untied_model_needs_its_head(tmp_path):
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
 def test_router_bias_is_float32_whatever_the_file_has(tmp_path, dtype):
-    tensors = checkpoints.random_tensors(CONFIG, 0, dtype=dtype)
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0, dtype=dtype)
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     tensors[name] = tensors[name].astype(dtype)
     source = open_folder(tmp_path, tensors)
@@ -174,7 +173,7 @@ def test_router_bias_is_float32_whatever_the_file_has(tmp_path, dtype):
 
 
 def test_experts_of_two_dtypes_keep_every_bit(tmp_path):
-    tensors = checkpoints.random_tensors(CONFIG, 0, dtype=ml_dtypes.bfloat16)
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0, dtype=ml_dtypes.bfloat16)
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
     tensors[name] = tensors[name].astype(np.float16)
     source = open_folder(tmp_path, tensors)
@@ -193,7 +192,7 @@ def test_experts_of_two_dtypes_keep_every_bit(tmp_path):
     ],
 )
 def test_part_of_a_quantised_weight_names_its_module(tmp_path, name, dtype, words):
-    tensors = checkpoints.random_tensors(CONFIG, 0)
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0)
     tensors[f"model.layers.1.{name}"] = np.zeros((4, 4), dtype)
     with pytest.raises(CheckpointError, match=words) as caught:
         open_folder(tmp_path, tensors)
@@ -201,7 +200,7 @@ def test_part_of_a_quantised_weight_names_its_module(tmp_path, name, dtype, word
 
 
 def test_bare_fp8_weights(tmp_path):
-    tensors = checkpoints.random_tensors(CONFIG, 0)
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0)
     name = "model.layers.1.self_attn.o_proj.weight"
     tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
     with pytest.raises(CheckpointError, match=r"o_proj\.weight is F8_E4M3"):
@@ -209,12 +208,12 @@ def test_bare_fp8_weights(tmp_path):
 
 
 def test_null_quantization_config_is_none(tmp_path):
-    open_folder(tmp_path, checkpoints.random_tensors(CONFIG, 0), {**CONFIG, "quantization_config": None})
+    open_folder(tmp_path, hf_checkpoints.random_tensors(CONFIG, 0), {**CONFIG, "quantization_config": None})
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 99_999])
 def test_broken_config(tmp_path, text):
-    folder = checkpoints.write(tmp_path, CONFIG, checkpoints.random_tensors(CONFIG, 0))
+    folder = hf_checkpoints.write_checkpoint(tmp_path, CONFIG, hf_checkpoints.random_tensors(CONFIG, 0))
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         HuggingFaceSource(folder)
@@ -222,18 +221,18 @@ def test_broken_config(tmp_path, text):
 
 def test_other_architecture(tmp_path):
     with pytest.raises(ConfigError, match="llama"):
-        open_folder(tmp_path, checkpoints.random_tensors(CONFIG, 0), {**CONFIG, "model_type": "llama"})
+        open_folder(tmp_path, hf_checkpoints.random_tensors(CONFIG, 0), {**CONFIG, "model_type": "llama"})
 
 
 def test_no_config(tmp_path):
-    folder = checkpoints.write(tmp_path, CONFIG, checkpoints.random_tensors(CONFIG, 0))
+    folder = hf_checkpoints.write_checkpoint(tmp_path, CONFIG, hf_checkpoints.random_tensors(CONFIG, 0))
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         HuggingFaceSource(folder)
 
 
 def test_another_vocabulary_is_a_list_of_wrong_shapes(tmp_path):
-    tensors = checkpoints.random_tensors(CONFIG, 0)
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0)
     with pytest.raises(CheckpointError) as caught:
         open_folder(tmp_path, tensors, {**CONFIG, "vocab_size": 150})
     assert "model.embed_tokens.weight is [131, 40], the config needs [150, 40]" in str(caught.value)
@@ -241,5 +240,5 @@ def test_another_vocabulary_is_a_list_of_wrong_shapes(tmp_path):
 
 
 def test_config_is_kept_whole(tmp_path):
-    source = open_folder(tmp_path, checkpoints.random_tensors(CONFIG, 0))
+    source = open_folder(tmp_path, hf_checkpoints.random_tensors(CONFIG, 0))
     assert source.hf_config == json.loads((tmp_path / "config.json").read_text())

@@ -9,16 +9,15 @@ import pytest
 from huggingface_hub import errors
 
 from glm_jax.checkpoint.sources import hub, open
-from glm_jax.checkpoint.sources.base import build
+from glm_jax.checkpoint.sources.base import build_array
 from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.checkpoint.sources.synthetic import SyntheticSource, SyntheticSpec
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
-from glm_jax.weights.params import init_params, leaves
-from tests.builders import hf_checkpoints as checkpoints
-from tests.builders import hf_configs as spellings
+from glm_jax.weights.params import init_params, leaves_with_path
+from tests.builders import hf_checkpoints, hf_configs
 
-CONFIG = spellings.odd()
+CONFIG = hf_configs.odd_size_config()
 
 
 def refused(source, *words):
@@ -29,13 +28,13 @@ def refused(source, *words):
 
 
 def test_folder_by_path_or_text(tmp_path):
-    checkpoints.write(tmp_path, CONFIG, checkpoints.random_tensors(CONFIG, 0))
+    hf_checkpoints.write_checkpoint(tmp_path, CONFIG, hf_checkpoints.random_tensors(CONFIG, 0))
     assert open_source(tmp_path).cfg == open_source(str(tmp_path)).cfg
     assert open_source(tmp_path).info.folder == tmp_path
 
 
 def test_home_folder_is_understood(tmp_path, monkeypatch):
-    checkpoints.write(tmp_path / "model", CONFIG, checkpoints.random_tensors(CONFIG, 0))
+    hf_checkpoints.write_checkpoint(tmp_path / "model", CONFIG, hf_checkpoints.random_tensors(CONFIG, 0))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert open_source("~/model").info.kind == "huggingface"
 
@@ -52,7 +51,7 @@ def test_pickle_as_the_source(tmp_path, name):
 
 
 def test_single_file_as_the_source(tmp_path):
-    checkpoints.write(tmp_path, CONFIG, checkpoints.random_tensors(CONFIG, 0), shards=1)
+    hf_checkpoints.write_checkpoint(tmp_path, CONFIG, hf_checkpoints.random_tensors(CONFIG, 0), shards=1)
     refused(tmp_path / "model-00001-of-00001.safetensors", "is a file: give a .gguf file, or the folder")
 
 
@@ -80,7 +79,7 @@ def fake_hub(monkeypatch, result):
 
 
 def test_hub_id(tmp_path, monkeypatch):
-    checkpoints.write(tmp_path, CONFIG, checkpoints.random_tensors(CONFIG, 0))
+    hf_checkpoints.write_checkpoint(tmp_path, CONFIG, hf_checkpoints.random_tensors(CONFIG, 0))
     fake = fake_hub(monkeypatch, tmp_path)
     source = open_source("zai-org/GLM-4.7-Flash")
     assert source.info.name == "zai-org/GLM-4.7-Flash"
@@ -159,13 +158,13 @@ def test_bad_synthetic_strings(text, words):
 )
 def test_synthetic_weights_are_the_initialisers(dtype, parts):
     """Drawn matrix by matrix, or all at once on the device: the same bits."""
-    cfg = Config.from_hf(spellings.odd(num_hidden_layers=2))
-    source = SyntheticSource(SyntheticSpec(cfg, 3), open.DTYPES[dtype], "synthetic")
-    params = dict(leaves(init_params(cfg, 3, dtype)))
+    cfg = Config.from_hf(hf_configs.odd_size_config(num_hidden_layers=2))
+    source = SyntheticSource(SyntheticSpec(cfg, 3), open.FLOAT_DTYPES[dtype], "synthetic")
+    params = dict(leaves_with_path(init_params(cfg, 3, dtype)))
     for leaf in (leaf for part in parts for leaf in source.layout()[part]):
-        whole = np.asarray(params[leaf.target])
-        wanted = whole if leaf.slot is None else whole[leaf.slot]
-        got = build(source, leaf)
+        whole = np.asarray(params[leaf.param_path])
+        wanted = whole if leaf.stack_index is None else whole[leaf.stack_index]
+        got = build_array(source, leaf)
         assert got.dtype == wanted.dtype
         assert got.tobytes() == wanted.tobytes(), leaf
 
@@ -174,8 +173,8 @@ def test_synthetic_rows_can_be_asked_for_alone():
     cfg = Config.from_hf(CONFIG)
     source = SyntheticSource(SyntheticSpec(cfg, 3), np.dtype(np.float32), "synthetic")
     leaf = next(leaf for leaf in source.layout()["layer-00001"] if leaf.name == "moe.down")
-    whole = build(source, leaf)
-    for row, piece in source.pieces(leaf, 2, 5):
+    whole = build_array(source, leaf)
+    for row, piece in source.iter_chunks(leaf, 2, 5):
         assert np.array_equal(piece, whole[row : row + len(piece)])
 
 
@@ -183,12 +182,12 @@ def test_seeds_differ():
     cfg = Config.from_hf(CONFIG)
     a, b = (SyntheticSource(SyntheticSpec(cfg, seed), np.dtype(np.float32), "") for seed in (0, 1))
     leaf = a.layout()["rest"][0]
-    assert not np.array_equal(build(a, leaf), build(b, leaf))
+    assert not np.array_equal(build_array(a, leaf), build_array(b, leaf))
     assert a.fingerprint() != b.fingerprint()
 
 
 @pytest.mark.parametrize("text", ['{"name": "an app"}', '{"format": "other", "source": "x"}', "[]", "{", "[" * 99_999])
 def test_folder_with_the_manifest_of_another_program(tmp_path, text):
-    checkpoints.write(tmp_path, CONFIG, checkpoints.random_tensors(CONFIG, 0))
+    hf_checkpoints.write_checkpoint(tmp_path, CONFIG, hf_checkpoints.random_tensors(CONFIG, 0))
     (tmp_path / "manifest.json").write_text(text)
     assert open_source(tmp_path).info.kind == "huggingface"

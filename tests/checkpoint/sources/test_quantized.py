@@ -8,32 +8,31 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.pipeline import convert
+from convert.pipeline import convert_checkpoint
 from glm_jax import checkpoint
 from glm_jax.checkpoint.sources.open import open_source
-from glm_jax.checkpoint.validation import array_name
+from glm_jax.checkpoint.validation import disk_array_name
 from glm_jax.errors import CheckpointError, QuantError
 from glm_jax.weights import QuantizedTensor, QuantRules, QuantSpec, dequantize
-from glm_jax.weights.params import leaves
-from tests.builders import hf_checkpoints as checkpoints
-from tests.builders import hf_configs as spellings
-from tests.builders.calibration_checkpoint import calibratable
-from tests.checkpoint.assertions import contents
+from glm_jax.weights.params import leaves_with_path
+from tests.builders import hf_checkpoints, hf_configs
+from tests.builders.calibration_checkpoint import write_calibration_checkpoint
+from tests.checkpoint.assertions import read_converted_folder
 
-CONFIG = spellings.odd(hidden_size=48, moe_intermediate_size=16, intermediate_size=56)
+CONFIG = hf_configs.odd_size_config(hidden_size=48, moe_intermediate_size=16, intermediate_size=56)
 PRESETS = ("int4", "int4-small", "int4-experts", "int8")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    tensors = checkpoints.random_tensors(CONFIG, 0, dtype=checkpoints.BFLOAT16)
-    return checkpoints.write(tmp_path_factory.mktemp("source"), CONFIG, tensors)
+    tensors = hf_checkpoints.random_tensors(CONFIG, 0, dtype=hf_checkpoints.BFLOAT16)
+    return hf_checkpoints.write_checkpoint(tmp_path_factory.mktemp("source"), CONFIG, tensors)
 
 
 @pytest.fixture(scope="module")
 def pristine(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pristine") / "int4"
-    convert(source, folder, quantize="int4")
+    convert_checkpoint(source, folder, quantize="int4")
     return folder
 
 
@@ -43,7 +42,7 @@ def folder(pristine, tmp_path):
 
 
 def arrays(params):
-    return {path: jax.tree.leaves(leaf) for path, leaf in leaves(params)}
+    return {path: jax.tree.leaves(leaf) for path, leaf in leaves_with_path(params)}
 
 
 def same(a, b):
@@ -59,15 +58,15 @@ def same(a, b):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("method", ["rtn", "mse"])
 def test_converted_is_quantised_while_loading(source, tmp_path, preset, method):
-    rules = QuantRules.named(preset)
-    convert(source, tmp_path / "out", quantize=rules, method=method)
+    rules = QuantRules.resolve(preset)
+    convert_checkpoint(source, tmp_path / "out", quantize=rules, method=method)
     cfg, params, info = checkpoint.load(tmp_path / "out", dtype="bfloat16", check=True)
     assert info.kind == "converted"
     if method == "mse":
         other, loaded, _ = checkpoint.load(source, dtype="bfloat16", quantize=preset)
         assert cfg == other
         assert same(params, loaded)
-    kinds = {leaf.spec.kind for _, leaf in leaves(params) if isinstance(leaf, QuantizedTensor)}
+    kinds = {leaf.spec.kind for _, leaf in leaves_with_path(params) if isinstance(leaf, QuantizedTensor)}
     assert kinds == {"int4": {"int4", "int8"}, "int8": {"int8"}}.get(preset, {"int4"})
 
 
@@ -83,7 +82,7 @@ def test_a_synthetic_model_is_drawn_the_same_on_the_device(tmp_path):
     text = "synthetic:flash?layers=1&mtp=0"
     base = open_source(text)
     (leaf,) = (leaf for leaf in base.layout()["layer-00000"] if leaf.name == "attn.q_a")
-    (piece,) = (piece for _, piece in base.pieces(leaf))
+    (piece,) = (piece for _, piece in base.iter_chunks(leaf))
     (drawn,) = (piece for _, piece in base.drawn(leaf))  # pyright: ignore[reportAttributeAccessIssue]
     assert np.array_equal(np.asarray(drawn), piece)
 
@@ -91,7 +90,7 @@ def test_a_synthetic_model_is_drawn_the_same_on_the_device(tmp_path):
 def test_quantised_folders_say_so(pristine):
     manifest = json.loads((pristine / "manifest.json").read_text())
     assert manifest["format_version"] == 2
-    assert QuantSpec.parse(manifest["storage"]["layer-00001/moe.gate"]) == QuantSpec(kind="int4", block=(1, 16))
+    assert QuantSpec.from_json(manifest["storage"]["layer-00001/moe.gate"]) == QuantSpec(kind="int4", block=(1, 16))
     records = manifest["parts"]["layer-00001"]
     assert records["moe.gate.codes"]["shape"] == [7, 16, 24]
     assert records["moe.gate.codes"]["dtype"] == "uint8"
@@ -100,34 +99,34 @@ def test_quantised_folders_say_so(pristine):
 
 
 def test_plain_folders_stay_of_the_first_version(source, tmp_path):
-    convert(source, tmp_path / "out")
+    convert_checkpoint(source, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["format_version"] == 1
 
 
 def test_the_same_command_finds_it_done(source, folder):
-    before = contents(folder)
-    report = convert(source, folder, quantize="int4")
-    assert (report.written, contents(folder)) == (0, before)
-    report = convert(source, folder, quantize="int4", check=True)
-    assert (report.written, contents(folder)) == (0, before)
+    before = read_converted_folder(folder)
+    report = convert_checkpoint(source, folder, quantize="int4")
+    assert (report.written, read_converted_folder(folder)) == (0, before)
+    report = convert_checkpoint(source, folder, quantize="int4", check=True)
+    assert (report.written, read_converted_folder(folder)) == (0, before)
 
 
 @pytest.mark.parametrize("other", [{"quantize": "int8"}, {"quantize": "int4", "method": "rtn"}, {}])
 def test_other_options_need_force(source, folder, other):
     with pytest.raises(CheckpointError, match=r"with other options.*--force"):
-        convert(source, folder, **other)
+        convert_checkpoint(source, folder, **other)
 
 
 def test_damage_is_found_and_mended(source, folder):
-    before = contents(folder)
+    before = read_converted_folder(folder)
     chunk = next(path for path in (folder / "parts/layer-00001/moe.gate.codes/c").rglob("*") if path.is_file())
     data = bytearray(chunk.read_bytes())
     data[0] ^= 255
     chunk.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"layer-00001/moe\.gate\.codes"):
         checkpoint.load(folder, check=True)
-    assert convert(source, folder, quantize="int4", check=True).written == 1
-    assert contents(folder) == before
+    assert convert_checkpoint(source, folder, quantize="int4", check=True).written == 1
+    assert read_converted_folder(folder) == before
 
 
 GATE, GATE_SCALES = "layer-00001/moe.gate", "layer-00001/moe.gate.scales"
@@ -156,7 +155,7 @@ def test_manifests_that_contradict_themselves(folder, change, words):
 
 
 def test_scales_that_are_not_finite_are_found_on_request(tmp_path):
-    cfg, params, info = checkpoint.load(calibratable(tmp_path), dtype="bfloat16", quantize="int8")
+    cfg, params, info = checkpoint.load(write_calibration_checkpoint(tmp_path), dtype="bfloat16", quantize="int8")
     gate = params["runs"]["1"]["moe"]["gate"]
     scales = np.array(gate.scales)
     scales[0, 1, 2] = ml_dtypes.bfloat16(np.nan)
@@ -176,7 +175,7 @@ def test_quantising_again_is_said(pristine):
 
 
 def test_mixed_rules_from_a_dictionary(source):
-    rules = QuantRules.parse({"experts": {"kind": "fp8", "block": [8, 16], "scale": "float32"}, "mtp": None})
+    rules = QuantRules.from_json({"experts": {"kind": "fp8", "block": [8, 16], "scale": "float32"}, "mtp": None})
     _, params, _ = checkpoint.load(source, dtype="float32", quantize=rules)
     gate = params["runs"]["1"]["moe"]["gate"]
     assert gate.spec.kind == "fp8"
@@ -195,27 +194,29 @@ def test_mixed_rules_from_a_dictionary(source):
 )
 def test_impossible_options(source, tmp_path, options, words):
     with pytest.raises(QuantError, match=words):
-        convert(source, tmp_path / "out", **options)
+        convert_checkpoint(source, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
 def test_names_of_arrays():
     (leaf, *_) = open_source("synthetic:flash?layers=1").layout()["layer-00000"]
-    assert array_name(leaf, "") == "layer-00000/attn.norm"
-    assert array_name(leaf, "codes") == "layer-00000/attn.norm.codes"
+    assert disk_array_name(leaf, "") == "layer-00000/attn.norm"
+    assert disk_array_name(leaf, "codes") == "layer-00000/attn.norm.codes"
 
 
 @pytest.mark.parametrize(("bad", "method"), [(np.nan, "rtn"), (np.inf, "rtn"), (np.nan, "signround")])
 def test_weights_that_are_no_numbers_are_never_hidden_in_codes(tmp_path, bad, method):
-    folder = calibratable(tmp_path)
-    tensors = checkpoints.read(folder)
+    folder = write_calibration_checkpoint(tmp_path)
+    tensors = hf_checkpoints.read_tensors(folder)
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     tensors[name][2, 5] = bad
-    damaged = checkpoints.write(tmp_path / "damaged", json.loads((folder / "config.json").read_text()), tensors)
+    damaged = hf_checkpoints.write_checkpoint(
+        tmp_path / "damaged", json.loads((folder / "config.json").read_text()), tensors
+    )
     for companion in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / companion, damaged / companion)
     if method == "rtn":
         with pytest.raises(CheckpointError, match=r"layer-00001/moe\.up holds weights that are NaN or infinite"):
-            convert(damaged, tmp_path / "out", quantize="int4", method=method)
+            convert_checkpoint(damaged, tmp_path / "out", quantize="int4", method=method)
     with pytest.raises(CheckpointError, match=r"NaN or infinite: layer-00001/moe\.up \(1\)"):
-        convert(damaged, tmp_path / "out", quantize="int4", method=method, check=True)
+        convert_checkpoint(damaged, tmp_path / "out", quantize="int4", method=method, check=True)

@@ -7,20 +7,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.pipeline import convert
+from convert.pipeline import convert_checkpoint
 from glm_jax.checkpoint import load, save
-from glm_jax.checkpoint.sources.base import build_arrays, plain
+from glm_jax.checkpoint.sources.base import build_disk_arrays, to_plain_array
 from glm_jax.checkpoint.sources.open import open_source
-from glm_jax.checkpoint.sources.quantized import Requantised
-from glm_jax.checkpoint.write.pack_quantized import NOT_LINEAR, module_outputs, obstacle, section
+from glm_jax.checkpoint.sources.quantized import RequantizedSource
+from glm_jax.checkpoint.write.pack_quantized import (
+    NON_LINEAR_PARAMS,
+    build_quantization_config,
+    pack_module,
+    pack_unsupported_reason,
+)
 from glm_jax.config import Config
 from glm_jax.weights import QuantRules, QuantSpec
-from tests.builders import hf_checkpoints as checkpoints
-from tests.builders import quantized_checkpoints as quantised
-from tests.builders import quantized_formats as packers
-from tests.builders.hf_configs import original, resaved
-from tests.checkpoint.assertions import same_tensors
-from tests.checkpoint.formats import golden_cases as golden
+from tests.builders import hf_checkpoints, quantized_checkpoints, quantized_formats
+from tests.builders.hf_configs import original_config, resaved_config
+from tests.checkpoint.assertions import assert_same_tensors
+from tests.checkpoint.formats import golden_cases
 
 INT4 = QuantSpec(kind="int4", block=(1, 32))
 INT8 = QuantSpec(kind="int8", block=(1, 0), scale="float16")
@@ -38,50 +41,50 @@ RULES = {
     "points": rules(POINT8, experts=POINT4, head=None),
     "channels": rules(QuantSpec(kind="int4", block=(1, 0), zero="point"), attention=None, mtp=None),
 }
-STRAIGHT = [case for case in golden.cases("compressed_tensors") if not re.search("int[236]", case.name)]
+STRAIGHT = [case for case in golden_cases.load_cases("compressed_tensors") if not re.search("int[236]", case.name)]
 
 
 @pytest.mark.parametrize("case", STRAIGHT, ids=[case.name for case in STRAIGHT])
 def test_modules_are_written_as_the_library_writes_them(tmp_path, case):
-    tensor = golden.read(tmp_path, case.tensors, case.config).load(None)
-    outputs = module_outputs("m", tensor.spec, case.shape, lambda: tensor)
+    tensor = golden_cases.read_weight(tmp_path, case.tensors, case.config).load(None)
+    outputs = pack_module("m", tensor.spec, case.shape, lambda: tensor)
     assert {output.name for output in outputs} == {f"m.{part}" for part in case.tensors}
     for output in outputs:
         expected = case.tensors[output.name.removeprefix("m.")]
-        written = np.concatenate(list(output.blocks()))
+        written = np.concatenate(list(output.iter_blocks()))
         assert (written.dtype, written.shape) == (output.dtype, output.shape) == (expected.dtype, expected.shape)
-        np.testing.assert_array_equal(golden.bits(written), golden.bits(expected))
+        np.testing.assert_array_equal(golden_cases.bit_patterns(written), golden_cases.bit_patterns(expected))
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    config = original(**quantised.SIZES)
+    config = original_config(**quantized_checkpoints.QUANTIZABLE_SIZES)
     folder = tmp_path_factory.mktemp("source")
-    return checkpoints.write(folder, config, checkpoints.random_tensors(config, 3))
+    return hf_checkpoints.write_checkpoint(folder, config, hf_checkpoints.random_tensors(config, 3))
 
 
 def arrays_of(source, leaf):
-    return {place.name: array for place, array in build_arrays(source, leaf).items()}
+    return {place.name: array for place, array in build_disk_arrays(source, leaf).items()}
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_codes_and_scales_come_back(source, tmp_path, name):
     """Our own reader gives the very arrays that were written, whatever the names and joins between."""
-    convert(source, tmp_path / "out", to="safetensors", quantize=RULES[name], method="rtn")
-    made = Requantised(open_source(source), RULES[name], "rtn", dtype="float32", keep=NOT_LINEAR)
+    convert_checkpoint(source, tmp_path / "out", to="safetensors", quantize=RULES[name], method="rtn")
+    made = RequantizedSource(open_source(source), RULES[name], "rtn", dtype="float32", exclude=NON_LINEAR_PARAMS)
     back = open_source(tmp_path / "out")
-    theirs = {(leaf.part, leaf.name): leaf for members in back.layout().values() for leaf in members}
+    theirs = {(leaf.checkpoint_name, leaf.name): leaf for members in back.layout().values() for leaf in members}
     packed = 0
     for members in made.layout().values():
         for leaf in members:
-            other = theirs[leaf.part, leaf.name]
-            if made.storage(leaf) is None:
-                values = [plain(piece) for _, piece in made.pieces(leaf)]
+            other = theirs[leaf.checkpoint_name, leaf.name]
+            if made.quant_spec(leaf) is None:
+                values = [to_plain_array(piece) for _, piece in made.iter_chunks(leaf)]
                 (array,) = arrays_of(back, other).values()
                 np.testing.assert_array_equal(array, np.concatenate(values))
                 continue
             packed += 1
-            assert back.storage(other) == made.storage(leaf)
+            assert back.quant_spec(other) == made.quant_spec(leaf)
             expected, found = arrays_of(made, leaf), arrays_of(back, other)
             assert expected.keys() == found.keys()
             assert all(np.array_equal(found[key], array) for key, array in expected.items()), leaf.name
@@ -90,10 +93,10 @@ def test_codes_and_scales_come_back(source, tmp_path, name):
 
 @pytest.mark.parametrize("name", RULES)
 def test_description_is_of_exactly_the_packed_modules(source, tmp_path, name):
-    convert(source, tmp_path / "out", to="safetensors", quantize=RULES[name], method="rtn")
+    convert_checkpoint(source, tmp_path / "out", to="safetensors", quantize=RULES[name], method="rtn")
     said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     groups = list(said["config_groups"].values())
-    tensors = checkpoints.read(tmp_path / "out")
+    tensors = hf_checkpoints.read_tensors(tmp_path / "out")
     for tensor, array in tensors.items():
         module, _, part = tensor.rpartition(".")
         matching = [group for group in groups if any(matches(target, module) for target in group["targets"])]
@@ -114,22 +117,24 @@ def matches(target, module):
 
 
 def test_what_cannot_be_packed_is_not_rounded(source, tmp_path):
-    report = convert(source, tmp_path / "out", to="safetensors", quantize="int8", method="rtn")
+    report = convert_checkpoint(source, tmp_path / "out", to="safetensors", quantize="int8", method="rtn")
     assert "not quantised, because the destination cannot hold it so: embed, mtp/eh_proj" in report.notes
-    before, after = checkpoints.read(source), checkpoints.read(tmp_path / "out")
+    before, after = hf_checkpoints.read_tensors(source), hf_checkpoints.read_tensors(tmp_path / "out")
     for name in ("model.embed_tokens.weight", "model.layers.2.eh_proj.weight"):
         np.testing.assert_array_equal(before[name], after[name])
     assert "model.layers.2.self_attn.o_proj.weight" not in after
 
 
 def test_the_same_from_a_converted_folder_and_from_memory(source, tmp_path):
-    convert(source, tmp_path / "direct", to="safetensors", quantize=RULES["symmetric"], method="rtn", dtype="float32")
-    convert(source, tmp_path / "ours", quantize=RULES["symmetric"], method="rtn", dtype="float32")
-    convert(tmp_path / "ours", tmp_path / "second", to="safetensors")
+    convert_checkpoint(
+        source, tmp_path / "direct", to="safetensors", quantize=RULES["symmetric"], method="rtn", dtype="float32"
+    )
+    convert_checkpoint(source, tmp_path / "ours", quantize=RULES["symmetric"], method="rtn", dtype="float32")
+    convert_checkpoint(tmp_path / "ours", tmp_path / "second", to="safetensors")
     cfg, params, info = load(tmp_path / "ours", dtype="float32")
     save(tmp_path / "third", cfg, params, origin=info, to="safetensors")
-    same_tensors(tmp_path / "second", tmp_path / "third")
-    direct, second = checkpoints.read(tmp_path / "direct"), checkpoints.read(tmp_path / "second")
+    assert_same_tensors(tmp_path / "second", tmp_path / "third")
+    direct, second = hf_checkpoints.read_tensors(tmp_path / "direct"), hf_checkpoints.read_tensors(tmp_path / "second")
     # What no folder of this kind can hold packed was rounded in ours, and was not on the direct way.
     rounded = {name for name, array in direct.items() if not np.array_equal(array, second[name])}
     assert rounded == {
@@ -142,27 +147,27 @@ def test_the_same_from_a_converted_folder_and_from_memory(source, tmp_path):
 
 
 def test_a_damaged_folder_is_mended(source, tmp_path):
-    first = convert(source, tmp_path / "out", to="safetensors", quantize="int4", method="rtn")
+    first = convert_checkpoint(source, tmp_path / "out", to="safetensors", quantize="int4", method="rtn")
     (shard,) = (tmp_path / "out").glob("*.safetensors")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-5])
-    assert convert(source, tmp_path / "out", to="safetensors", quantize="int4", method="rtn").written == 1
+    assert convert_checkpoint(source, tmp_path / "out", to="safetensors", quantize="int4", method="rtn").written == 1
     assert shard.read_bytes() == whole
     changed = bytearray(whole)
     changed[-5] ^= 1
     shard.write_bytes(changed)
-    report = convert(source, tmp_path / "out", to="safetensors", quantize="int4", method="rtn", check=True)
+    report = convert_checkpoint(source, tmp_path / "out", to="safetensors", quantize="int4", method="rtn", check=True)
     assert (report.written, report.notes) == (1, first.notes)
     assert shard.read_bytes() == whole
 
 
-@pytest.mark.parametrize("spelling", [original, resaved])
-@pytest.mark.parametrize("form", packers.FORMATS, ids=lambda form: form.name)
+@pytest.mark.parametrize("spelling", [original_config, resaved_config])
+@pytest.mark.parametrize("form", quantized_formats.FORMATS, ids=lambda form: form.name)
 def test_any_format_to_compressed_tensors(tmp_path, form, spelling):
     """Values stay as they are; what compressed-tensors' integers cannot hold is plain, and a note says so."""
-    pair = quantised.make(tmp_path, form, ("experts", "shared", "attention"), spelling)
-    report = convert(pair.packed, tmp_path / "out", to="safetensors", dtype="float32")
-    tensors = checkpoints.read(tmp_path / "out")
+    pair = quantized_checkpoints.write_checkpoint_pair(tmp_path, form, ("experts", "shared", "attention"), spelling)
+    report = convert_checkpoint(pair.quantized, tmp_path / "out", to="safetensors", dtype="float32")
+    tensors = hf_checkpoints.read_tensors(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     holds = form.config["quant_method"] in ("gptq", "awq", "auto-round", "compressed-tensors") and not re.search(
         "order|fp", form.name
@@ -170,7 +175,7 @@ def test_any_format_to_compressed_tensors(tmp_path, form, spelling):
     assert any(name.endswith("weight_packed") for name in tensors) == holds == ("quantization_config" in config)
     assert holds != any("are written in float32" in note for note in report.notes)
     assert "quantization" not in config
-    sources = [open_source(folder) for folder in (pair.plain, pair.packed, tmp_path / "out")]
+    sources = [open_source(folder) for folder in (pair.dequantized, pair.quantized, tmp_path / "out")]
     for members in zip(*(source.layout().values() for source in sources), strict=True):
         for leaves in zip(*members, strict=True):
             first, *others = [values_of(source, leaf) for source, leaf in zip(sources, leaves, strict=True)]
@@ -178,24 +183,24 @@ def test_any_format_to_compressed_tensors(tmp_path, form, spelling):
 
 
 def values_of(source, leaf):
-    return np.concatenate([plain(piece) for _, piece in source.pieces(leaf)])
+    return np.concatenate([to_plain_array(piece) for _, piece in source.pieces(leaf)])
 
 
 def test_order_of_columns_that_share_their_scale(tmp_path):
     """One scale per output: the file's order of columns is undone, and the matrix stays packed."""
 
     def pack(weight, seed):
-        q = packers.integers(weight, 4, 0, symmetric=True, dtype=np.float32)
-        return packers.Packed(packers.gptq(q, 4, less_one=True), q.values)
+        q = quantized_formats.quantize_integers(weight, 4, 0, symmetric=True, dtype=np.float32)
+        return quantized_formats.PackedModule(quantized_formats.pack_gptq(q, 4, zero_points_minus_one=True), q.values)
 
     config = {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True, "desc_act": True}
-    pair = quantised.make(tmp_path, packers.Format("gptq", pack, config))
-    assert open_source(pair.packed).storage(expert_leaf(pair.packed)).permuted
-    assert not convert(pair.packed, tmp_path / "out", to="safetensors").notes[1:]
+    pair = quantized_checkpoints.write_checkpoint_pair(tmp_path, quantized_formats.QuantFormat("gptq", pack, config))
+    assert open_source(pair.quantized).quant_spec(expert_leaf(pair.quantized)).permuted
+    assert not convert_checkpoint(pair.quantized, tmp_path / "out", to="safetensors").notes[1:]
     back = open_source(tmp_path / "out")
     values = values_of(back, expert_leaf(tmp_path / "out"))
     np.testing.assert_array_equal(values[2], pair.values["model.layers.1.mlp.experts.2.gate_proj.weight"])
-    assert back.storage(expert_leaf(tmp_path / "out")) == QuantSpec(kind="int4", block=(1, 0), scale="float32")
+    assert back.quant_spec(expert_leaf(tmp_path / "out")) == QuantSpec(kind="int4", block=(1, 0), scale="float32")
 
 
 def expert_leaf(folder):
@@ -204,17 +209,19 @@ def expert_leaf(folder):
 
 def test_zero_points_beyond_the_bits_of_a_code(tmp_path):
     """GPTQ's 16 has no place in four bits: that matrix, and what is one module with it, are plain."""
-    form = packers.BY_NAME["gptq"]
+    form = quantized_formats.FORMATS_BY_NAME["gptq"]
     meta = {**form.config, "meta": {"quantizer": ["autogptq:0.7"]}}
-    pair = quantised.make(tmp_path, packers.Format("gptq", form.pack, meta), ("experts", "attention"))
-    tensors = checkpoints.read(pair.packed)
+    pair = quantized_checkpoints.write_checkpoint_pair(
+        tmp_path, quantized_formats.QuantFormat("gptq", form.pack, meta), ("experts", "attention")
+    )
+    tensors = hf_checkpoints.read_tensors(pair.quantized)
     tensors["model.layers.1.self_attn.q_a_proj.qzeros"] = np.full_like(
         tensors["model.layers.1.self_attn.q_a_proj.qzeros"], -1
     )
-    config = json.loads((pair.packed / "config.json").read_text())
-    folder = checkpoints.write(tmp_path / "sixteen", config, tensors)
-    report = convert(folder, tmp_path / "out", to="safetensors")
-    written = checkpoints.read(tmp_path / "out")
+    config = json.loads((pair.quantized / "config.json").read_text())
+    folder = hf_checkpoints.write_checkpoint(tmp_path / "sixteen", config, tensors)
+    report = convert_checkpoint(folder, tmp_path / "out", to="safetensors")
+    written = hf_checkpoints.read_tensors(tmp_path / "out")
     assert "a zero point of 16" in report.notes[-2]
     assert "is one module with" in report.notes[-2]
     for module, part in {
@@ -228,42 +235,44 @@ def test_zero_points_beyond_the_bits_of_a_code(tmp_path):
 
 def test_plain_experts_leave_nothing_packed(source, tmp_path):
     """transformers reads no folder whose experts alone are plain."""
-    report = convert(
+    report = convert_checkpoint(
         source, tmp_path / "out", to="safetensors", quantize=QuantRules(attention=INT4, head=INT8), method="rtn"
     )
-    assert not [name for name in checkpoints.read(tmp_path / "out") if name.endswith("weight_packed")]
+    assert not [name for name in hf_checkpoints.read_tensors(tmp_path / "out") if name.endswith("weight_packed")]
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert "beside plain experts, where transformers reads no packed weights" in report.notes[-1]
 
 
 def test_notes_on_who_reads_a_folder(source, tmp_path):
-    report = convert(source, tmp_path / "experts", to="safetensors", quantize=rules(POINT4), method="rtn")
+    report = convert_checkpoint(source, tmp_path / "experts", to="safetensors", quantize=rules(POINT4), method="rtn")
     assert "the experts have zero points: serving engines read these, transformers does not" in report.notes
-    report = convert(source, tmp_path / "dense", to="safetensors", quantize=rules(POINT4, experts=INT4), method="rtn")
+    report = convert_checkpoint(
+        source, tmp_path / "dense", to="safetensors", quantize=rules(POINT4, experts=INT4), method="rtn"
+    )
     assert "dequantize=True" in report.notes[-1]
 
 
 def test_plain_values_have_the_models_dtype(source, tmp_path):
     """The dtype of config.json, and not that of scales or of the source's other weights, unless asked for."""
-    config = {**original(**quantised.SIZES), "dtype": "bfloat16"}
-    folder = checkpoints.write(tmp_path / "hf", config, checkpoints.read(source))
+    config = {**original_config(**quantized_checkpoints.QUANTIZABLE_SIZES), "dtype": "bfloat16"}
+    folder = hf_checkpoints.write_checkpoint(tmp_path / "hf", config, hf_checkpoints.read_tensors(source))
     for dtype, expected in ((None, ml_dtypes.bfloat16), ("float32", np.float32)):
         out = tmp_path / str(dtype)
         floats = rules(INT8, experts=INT4, attention=QuantSpec(kind="fp8", block=(1, 0)))
-        report = convert(folder, out, to="safetensors", quantize=floats, method="rtn", dtype=dtype)
+        report = convert_checkpoint(folder, out, to="safetensors", quantize=floats, method="rtn", dtype=dtype)
         words = "rounded to bfloat16" if dtype is None else "in float32"
         assert words in report.notes[-1]
-        tensors = checkpoints.read(out)
+        tensors = hf_checkpoints.read_tensors(out)
         assert tensors["model.layers.0.self_attn.o_proj.weight"].dtype == expected
         assert json.loads((out / "config.json").read_text())["dtype"] == np.dtype(expected).name
 
 
 def test_tied_head_is_plain_and_copies_follow_their_originals(tmp_path):
     for tied in (False, True):
-        config = original(**{**quantised.SIZES, "tie_word_embeddings": tied})
-        folder = checkpoints.write(tmp_path / f"{tied}", config, checkpoints.random_tensors(config, 4))
-        convert(folder, tmp_path / f"out {tied}", to="safetensors", quantize="int8", method="rtn")
-        names = checkpoints.read(tmp_path / f"out {tied}")
+        config = original_config(**{**quantized_checkpoints.QUANTIZABLE_SIZES, "tie_word_embeddings": tied})
+        folder = hf_checkpoints.write_checkpoint(tmp_path / f"{tied}", config, hf_checkpoints.random_tensors(config, 4))
+        convert_checkpoint(folder, tmp_path / f"out {tied}", to="safetensors", quantize="int8", method="rtn")
+        names = hf_checkpoints.read_tensors(tmp_path / f"out {tied}")
         assert ("model.layers.2.shared_head.head.weight" in names) == tied
         assert ("model.layers.2.shared_head.head.weight_packed" in names) == ("lm_head.weight_packed" in names) != tied
         assert "model.layers.2.embed_tokens.weight" in names
@@ -287,7 +296,7 @@ def test_tied_head_is_plain_and_copies_follow_their_originals(tmp_path):
     ],
 )
 def test_what_a_linear_module_cannot_hold(spec, words):
-    reason = obstacle(spec, (64, 128))
+    reason = pack_unsupported_reason(spec, (64, 128))
     assert (reason is None) == (words is None)
     assert words is None or words in reason
 
@@ -303,7 +312,9 @@ def test_description_of_the_real_model():
         for part in ("gate", "up", "down")
     }
     heads = {"lm_head": INT8, f"model.layers.{mtp}.shared_head.head": INT8}
-    said = section(experts | heads, [f"model.layers.{layer}.mlp.gate" for layer in range(1, layers + 1)])
+    said = build_quantization_config(
+        experts | heads, [f"model.layers.{layer}.mlp.gate" for layer in range(1, layers + 1)]
+    )
     (first,), second = said["config_groups"]["group_0"]["targets"], said["config_groups"]["group_1"]["targets"]
     assert len(first) < 300
     assert matches(first, "model.layers.47.mlp.experts.63.down_proj")

@@ -7,29 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.calibrate import CalibratedSource, Calibration
-from convert.calibrate.calibrated_source import LEAST_TOKENS
-from convert.calibrate.signround import Settings, can_learn, start_from, tune
-from convert.pipeline import convert
+from convert.calibrate import CalibratedSource, CalibrationConfig
+from convert.calibrate.calibrated_source import MIN_EXPERT_TOKENS
+from convert.calibrate.signround import SignRoundConfig, quantize_by_search, supports_signround, tune_block
+from convert.pipeline import convert_checkpoint
 from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError, MemoryPlanError, QuantError
-from glm_jax.weights import PRESETS, QuantSpec, dequantize
-from tests.builders.calibration_checkpoint import calibratable
+from glm_jax.weights import QUANT_PRESETS, QuantSpec, dequantize
+from tests.builders.calibration_checkpoint import write_calibration_checkpoint
 
 SPEC = QuantSpec(kind="int4", block=(1, 8))
-QUICK = Settings(steps=30, rows=4)
-TEXT = Calibration(windows=8, length=32)
+QUICK = SignRoundConfig(steps=30, batch_size=4)
+TEXT = CalibrationConfig(max_windows=8, window_tokens=32)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return open_source(calibratable(tmp_path_factory.mktemp("calibratable")))
+    return open_source(write_calibration_checkpoint(tmp_path_factory.mktemp("calibratable")))
 
 
 def calibrated(source, **options):
     given = {"calibration": TEXT, "settings": QUICK, **options}
-    return CalibratedSource(source, PRESETS["int4-small"], **given)
+    return CalibratedSource(source, QUANT_PRESETS["int4-small"], **given)
 
 
 def arrays(source, part):
@@ -55,11 +55,11 @@ def problem(seed=0, rank=6):
     return {("w",): jnp.asarray(w)}, x, np.einsum("bti,oi->bto", x, w)
 
 
-def tuned(plain, x, y, *, learn=1.0, settings=Settings(steps=100)):
-    start = {path: start_from(weight, SPEC, "float32") for path, weight in plain.items()}
+def tuned(plain, x, y, *, learn=1.0, settings=SignRoundConfig(steps=100)):
+    start = {path: quantize_by_search(weight, SPEC, "float32") for path, weight in plain.items()}
     mask = {("w",): jnp.float32(learn)}
     steps = []
-    made, before, after = tune(product, plain, start, mask, x, y, settings, steps.append)
+    made, before, after = tune_block(product, plain, start, mask, x, y, settings, steps.append)
     assert steps == [1] * settings.steps
     return start, made, before, after
 
@@ -120,7 +120,7 @@ def test_the_same_settings_give_the_same_bits():
     ],
 )
 def test_which_storages_can_be_learnt(spec, can):
-    assert can_learn(spec) == can
+    assert supports_signround(spec) == can
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +142,10 @@ def test_layers_are_learnt_in_turn(learnt):
 def test_embedding_and_head_are_searched(source):
     made = calibrated(source)
     for leaf in made.layout()["rest"]:
-        if spec := made.storage(leaf):
-            (piece,) = (piece for _, piece in made.pieces(leaf))
+        if spec := made.quant_spec(leaf):
+            (piece,) = (piece for _, piece in made.iter_chunks(leaf))
             assert np.array_equal(
-                dequantize(piece), dequantize(made.quantized(_values(source, "rest", leaf.name), spec))
+                dequantize(piece), dequantize(made.quantize_chunk(_values(source, "rest", leaf.name), spec))
             )
 
 
@@ -155,12 +155,12 @@ def _values(source, part, name):
 
 
 def test_experts_that_saw_little_are_listed_and_left_to_the_search(source):
-    few = calibrated(source, calibration=Calibration(windows=8, length=16))
-    searched = few.__class__.__mro__[1](source, PRESETS["int4-small"])  # what it falls back to
+    few = calibrated(source, calibration=CalibrationConfig(max_windows=8, window_tokens=16))
+    searched = few.__class__.__mro__[1](source, QUANT_PRESETS["int4-small"])  # what it falls back to
     learnt, plainly = arrays(few, "layer-00001"), arrays(searched, "layer-00001")
     note = few.conversion_notes()[-1] if few.conversion_notes() else ""
     listed = json.loads(note.partition("left to the search: ")[2] or "[]")
-    assert listed, f"every expert had {LEAST_TOKENS} tokens: {note}"
+    assert listed, f"every expert had {MIN_EXPERT_TOKENS} tokens: {note}"
     for expert in range(7):
         for name in ("moe.gate", "moe.up", "moe.down"):
             same = np.array_equal(learnt[name].codes[expert], plainly[name].codes[expert])
@@ -175,15 +175,15 @@ def test_asking_for_a_later_layer_first_learns_those_before(source, learnt):
 def test_another_text_is_another_conversion(source, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. " * 400)
-    other = calibrated(source, calibration=Calibration(path=path, windows=8, length=32))
+    other = calibrated(source, calibration=CalibrationConfig(path=path, max_windows=8, window_tokens=32))
     assert other.fingerprint() != calibrated(source).fingerprint()
     assert calibrated(source).fingerprint() == calibrated(source).fingerprint()
 
 
 def test_too_little_memory_is_said_before_the_first_layer(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.calibrate.calibrated_source.device_limit", lambda device: 1000)
+    monkeypatch.setattr("convert.calibrate.calibrated_source.available_device_memory", lambda device: 1000)
     with pytest.raises(MemoryPlanError, match=r"learned rounding needs about .* use --method mse"):
-        convert(source, tmp_path / "out", quantize="int4", method="signround")
+        convert_checkpoint(source, tmp_path / "out", quantize="int4", method="signround")
 
 
 @pytest.mark.parametrize(
@@ -197,38 +197,42 @@ def test_too_little_memory_is_said_before_the_first_layer(source, tmp_path, monk
 def test_texts_that_will_not_do(source, tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(CheckpointError) as caught:
-        Calibration(path=tmp_path / name).tokens(source.cfg, source.info.folder)
+        CalibrationConfig(path=tmp_path / name).load_windows(source.cfg, source.info.folder)
     assert words in str(caught.value)
 
 
 def test_texts_that_cannot_be_read(source, tmp_path):
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(CheckpointError, match="is not text in UTF-8"):
-        Calibration(path=tmp_path / "bytes.txt").tokens(source.cfg, source.info.folder)
+        CalibrationConfig(path=tmp_path / "bytes.txt").load_windows(source.cfg, source.info.folder)
     with pytest.raises(CheckpointError, match="cannot read"):
-        Calibration(path=tmp_path / "nowhere.txt").tokens(source.cfg, source.info.folder)
+        CalibrationConfig(path=tmp_path / "nowhere.txt").load_windows(source.cfg, source.info.folder)
 
 
 def test_conversations_are_rendered(source, tmp_path):
     turns = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One two three. " * 60}]
     lines = [json.dumps({"messages": turns})] * 40
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    windows = Calibration(path=tmp_path / "a.jsonl", windows=16, length=64).tokens(source.cfg, source.info.folder)
+    windows = CalibrationConfig(path=tmp_path / "a.jsonl", max_windows=16, window_tokens=64).load_windows(
+        source.cfg, source.info.folder
+    )
     assert windows.shape == (16, 64)
     assert windows.dtype == np.int32
 
 
 def test_the_miniature_s_own_text_holds_nothing_that_was_held_out():
-    from convert.calibrate.calibration_data import _LIBRARY
+    from convert.calibrate.calibration_data import _STDLIB_FILES
     from examples.tiny_recipe.corpus import LibraryFile
 
-    assert not any(LibraryFile(name, "", "").held_out for name in _LIBRARY)
-    windows = Calibration().tokens(Config.from_hf(open_source("tiny").hf_config), open_source("tiny").info.folder)
+    assert not any(LibraryFile(name, "", "").held_out for name in _STDLIB_FILES)
+    windows = CalibrationConfig().load_windows(
+        Config.from_hf(open_source("tiny").hf_config), open_source("tiny").info.folder
+    )
     assert windows.shape == (256, 256)
 
 
 def test_a_text_without_a_use_is_refused(source, tmp_path):
     with pytest.raises(QuantError, match="uses no calibration text"):
-        convert(source, tmp_path / "out", quantize="int4", calibration=TEXT)
+        convert_checkpoint(source, tmp_path / "out", quantize="int4", calibration=TEXT)
     with pytest.raises(QuantError, match="a calibration text is for quantising"):
-        convert(source, tmp_path / "out", calibration=TEXT)
+        convert_checkpoint(source, tmp_path / "out", calibration=TEXT)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from convert.quality.statistics import mean_interval, paired_bootstrap, paired_ratio, quantiles
+from convert.quality.statistics import bootstrap_mean, paired_bootstrap, paired_ratio, summarize_distribution
 from glm_jax.errors import GlmError
 
 
@@ -33,10 +33,10 @@ def test_zeros_and_ones_have_a_binomial_interval(units, ones):
 def test_windows_are_drawn_and_not_tokens():
     """Repeating every number within its window adds nothing that was not known."""
     a = np.random.default_rng(0).standard_normal(60)
-    alone = mean_interval(a)
-    repeated = mean_interval(np.repeat(a[:, None], 50, axis=1))
+    alone = bootstrap_mean(a)
+    repeated = bootstrap_mean(np.repeat(a[:, None], 50, axis=1))
     np.testing.assert_allclose(repeated, alone, rtol=1e-12)
-    _, low, high = mean_interval(np.repeat(a, 50))
+    _, low, high = bootstrap_mean(np.repeat(a, 50))
     assert high - low < (alone[2] - alone[1]) / 5
 
 
@@ -55,24 +55,24 @@ def test_padding_does_not_count_and_short_windows_count_less():
 
 def test_the_same_seed_gives_the_same_interval():
     a = np.random.default_rng(0).standard_normal(30)
-    assert mean_interval(a, 500, seed=3) == mean_interval(a, 500, seed=3)
-    assert mean_interval(a, 500, seed=3) != mean_interval(a, 500, seed=4)
+    assert bootstrap_mean(a, 500, seed=3) == bootstrap_mean(a, 500, seed=3)
+    assert bootstrap_mean(a, 500, seed=3) != bootstrap_mean(a, 500, seed=4)
 
 
 def test_many_units_are_drawn_in_parts(monkeypatch):
     from convert.quality import statistics
 
     a = np.random.default_rng(0).standard_normal(50)
-    whole = mean_interval(a, 1000)
-    monkeypatch.setattr(statistics, "_DRAWN_TOGETHER", 50 * 7)
-    np.testing.assert_allclose(mean_interval(a, 1000), whole, rtol=1e-12)
+    whole = bootstrap_mean(a, 1000)
+    monkeypatch.setattr(statistics, "_DRAWS_PER_BATCH", 50 * 7)
+    np.testing.assert_allclose(bootstrap_mean(a, 1000), whole, rtol=1e-12)
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(400):
-        _, low, high = mean_interval(rng.standard_normal(80) + 3, 400)
+        _, low, high = bootstrap_mean(rng.standard_normal(80) + 3, 400)
         hits += low <= 3 <= high
     # 95 % less the known shortfall of percentiles at 80 units, and four standard deviations of the count.
     assert 0.94 - 4 * math.sqrt(0.95 * 0.05 / 400) <= hits / 400 <= 0.95 + 4 * math.sqrt(0.95 * 0.05 / 400)
@@ -87,7 +87,7 @@ def test_ratio():
 
 def test_quantiles_leave_padding_out():
     values = np.asarray([[1.0, 2.0, np.nan], [3.0, 4.0, 100.0]], np.float32)
-    assert quantiles(values) == {
+    assert summarize_distribution(values) == {
         "mean": 22.0,
         "median": 3.0,
         "p99": pytest.approx(np.quantile([1, 2, 3, 4, 100], 0.99)),

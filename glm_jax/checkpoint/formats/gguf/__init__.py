@@ -1,5 +1,5 @@
 """GGUF files of this model (architecture ``deepseek2``): config, weights and tokenizer, all from one file or set."""
 
-from glm_jax.checkpoint.formats.gguf.file import GgufFile, open_gguf
+from glm_jax.checkpoint.formats.gguf.file import GgufModel, open_gguf
 
-__all__ = ["GgufFile", "open_gguf"]
+__all__ = ["GgufModel", "open_gguf"]

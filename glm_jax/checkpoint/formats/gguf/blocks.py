@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.checkpoint.formats.gguf.ggml_types import TensorType
+from glm_jax.checkpoint.formats.gguf.ggml_types import GgmlType
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import QuantizedTensor, QuantSpec
 from glm_jax.weights.codes import pack_nibbles
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Parts = dict[str, Array]
+Components = dict[str, Array]
 
 _CHUNK = 1 << 18  # values that are unpacked at once
 _HALF = np.dtype("<f2")
@@ -26,116 +26,116 @@ _HALF = np.dtype("<f2")
 _IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 
 
-def repack(raw: Array, kind: TensorType, name: str) -> QuantizedTensor:
+def repack_blocks(raw: Array, ggml_type: GgmlType, name: str) -> QuantizedTensor:
     """A weight ``[*stack, O, I]`` from its bytes.
 
     Args:
         raw: uint8 ``[*stack, O, row bytes]``.
-        kind: one of :data:`REPACKED`.
+        ggml_type: one of :data:`REPACKED_TYPES`.
         name: for messages.
 
     Raises:
         CheckpointError: if a block has a scale that stands for no number.
     """
-    spec, unpack = REPACKED[kind.name]
-    shape = (*raw.shape[:-1], raw.shape[-1] // kind.nbytes * kind.values)
-    whole = {key: np.empty(size, dtype) for key, (size, dtype) in spec.components(shape).items()}
-    blocks = raw.reshape(-1, kind.nbytes)
+    spec, unpack = REPACKED_TYPES[ggml_type.name]
+    shape = (*raw.shape[:-1], raw.shape[-1] // ggml_type.type_size * ggml_type.block_size)
+    whole = {key: np.empty(size, dtype) for key, (size, dtype) in spec.component_shapes(shape).items()}
+    blocks = raw.reshape(-1, ggml_type.type_size)
     flat = {key: array.reshape(len(blocks), -1) for key, array in whole.items()}
-    step = max(1, _CHUNK // kind.values)
+    step = max(1, _CHUNK // ggml_type.block_size)
     for start in range(0, len(blocks), step):
         with np.errstate(invalid="ignore"):  # a scale of infinity times a code of 0, as in ggml
             parts = unpack(blocks[start : start + step])
         if not _are_numbers(parts, spec):
             raise CheckpointError(f"{name} has a block whose scale is not a number: the file is damaged")
-        if spec.per_byte == 2:
+        if spec.values_per_byte == 2:
             parts["codes"] = pack_nibbles(parts["codes"])
         for key, array in flat.items():
             array[start : start + step] = parts[key]
     return QuantizedTensor(**whole, spec=spec)
 
 
-def _are_numbers(parts: Parts, spec: QuantSpec) -> bool:
+def _are_numbers(parts: Components, spec: QuantSpec) -> bool:
     """Whether all scales and biases are finite."""
     if spec.scale == "e8m0":
         return parts["scales"].max(initial=0) < 255
     return all(bool(np.isfinite(parts[key]).all()) for key in ("scales", "zeros") if key in parts)
 
 
-def _nibbles(packed: Array, width: int) -> Array:
+def _unpack_nibbles(packed: Array, width: int) -> Array:
     """Codes of 4 bits ``[n, 2 * bytes]``: of each ``width`` bytes first all low halves, then all high ones."""
     packed = packed.reshape(len(packed), -1, 1, width)
     return np.concatenate([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1)
 
 
-def _fields(packed: Array, width: int, bits: int) -> Array:
+def _unpack_bit_fields(packed: Array, width: int, bits: int) -> Array:
     """Codes of few bits: of each ``width`` bytes first all lowest fields, then all next ones, and so on."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     codes = packed.reshape(len(packed), -1, 1, width) >> shifts & np.uint8((1 << bits) - 1)
     return codes.reshape(len(packed), -1)
 
 
-def _floats(blocks: Array, at: int) -> Array:
+def _read_float16(blocks: Array, at: int) -> Array:
     """The float16 number at a byte of each block, as float32 ``[n, 1]``."""
     return blocks[:, at : at + 2].view(_HALF).astype(np.float32)
 
 
-def _times(scale: Array, factors: Array) -> Array:
+def _scaled(scale: Array, factors: Array) -> Array:
     return scale * factors.astype(np.float32)
 
 
-def _fifth_bits(blocks: Array, at: int) -> Array:
+def _high_bits(blocks: Array, at: int) -> Array:
     """The high bit of each of 32 codes, moved to where it belongs: 0 or 16."""
     return np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << np.uint8(4)
 
 
-def _q4_0(blocks: Array) -> Parts:
-    return {"scales": blocks[:, :2].view(_HALF), "codes": _nibbles(blocks[:, 2:], 16)}
+def _q4_0(blocks: Array) -> Components:
+    return {"scales": blocks[:, :2].view(_HALF), "codes": _unpack_nibbles(blocks[:, 2:], 16)}
 
 
-def _q4_1(blocks: Array) -> Parts:
+def _q4_1(blocks: Array) -> Components:
     return {
         "scales": blocks[:, :2].view(_HALF),
         "zeros": blocks[:, 2:4].view(_HALF),
-        "codes": _nibbles(blocks[:, 4:], 16),
+        "codes": _unpack_nibbles(blocks[:, 4:], 16),
     }
 
 
-def _q5_0(blocks: Array) -> Parts:
-    codes = _nibbles(blocks[:, 6:], 16) | _fifth_bits(blocks, 2)
+def _q5_0(blocks: Array) -> Components:
+    codes = _unpack_nibbles(blocks[:, 6:], 16) | _high_bits(blocks, 2)
     return {"scales": blocks[:, :2].view(_HALF), "codes": codes.view(np.int8) - np.int8(16)}
 
 
-def _q5_1(blocks: Array) -> Parts:
+def _q5_1(blocks: Array) -> Components:
     return {
         "scales": blocks[:, :2].view(_HALF),
         "zeros": blocks[:, 2:4].view(_HALF),
-        "codes": _nibbles(blocks[:, 8:], 16) | _fifth_bits(blocks, 4),
+        "codes": _unpack_nibbles(blocks[:, 8:], 16) | _high_bits(blocks, 4),
     }
 
 
-def _q8_0(blocks: Array) -> Parts:
+def _q8_0(blocks: Array) -> Components:
     return {"scales": blocks[:, :2].view(_HALF), "codes": blocks[:, 2:].view(np.int8)}
 
 
-def _q2_k(blocks: Array) -> Parts:
-    scale, least = _floats(blocks, 80), _floats(blocks, 82)
+def _q2_k(blocks: Array) -> Components:
+    scale, least = _read_float16(blocks, 80), _read_float16(blocks, 82)
     return {
-        "scales": _times(scale, blocks[:, :16] & 15),
-        "zeros": -_times(least, blocks[:, :16] >> 4),
-        "codes": _fields(blocks[:, 16:80], 32, 2),
+        "scales": _scaled(scale, blocks[:, :16] & 15),
+        "zeros": -_scaled(least, blocks[:, :16] >> 4),
+        "codes": _unpack_bit_fields(blocks[:, 16:80], 32, 2),
     }
 
 
-def _q3_k(blocks: Array) -> Parts:
-    low, high = _nibbles(blocks[:, 96:104], 8), _fields(blocks[:, 104:108], 4, 2)
+def _q3_k(blocks: Array) -> Components:
+    low, high = _unpack_nibbles(blocks[:, 96:104], 8), _unpack_bit_fields(blocks[:, 104:108], 4, 2)
     factors = (low | high << 4).view(np.int8) - np.int8(32)
     # The third bit of a code says that 4 is *not* taken away; ours count from -8.
-    codes = _fields(blocks[:, 32:96], 32, 2) + (_fields(blocks[:, :32], 32, 1) << 2) + np.uint8(4)
-    return {"scales": _times(_floats(blocks, 108), factors), "codes": codes}
+    codes = _unpack_bit_fields(blocks[:, 32:96], 32, 2) + (_unpack_bit_fields(blocks[:, :32], 32, 1) << 2) + np.uint8(4)
+    return {"scales": _scaled(_read_float16(blocks, 108), factors), "codes": codes}
 
 
-def _sixes(packed: Array) -> tuple[Array, Array]:
+def _unpack_6bit_scales(packed: Array) -> tuple[Array, Array]:
     """Eight scales and eight minima of 6 bits each, from 12 bytes."""
     first, second, third = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=1)
@@ -143,38 +143,41 @@ def _sixes(packed: Array) -> tuple[Array, Array]:
     return scales, minima
 
 
-def _k_scales(blocks: Array) -> Parts:
-    scales, minima = _sixes(blocks[:, 4:16])
-    return {"scales": _times(_floats(blocks, 0), scales), "zeros": -_times(_floats(blocks, 2), minima)}
+def _k_scales(blocks: Array) -> Components:
+    scales, minima = _unpack_6bit_scales(blocks[:, 4:16])
+    return {"scales": _scaled(_read_float16(blocks, 0), scales), "zeros": -_scaled(_read_float16(blocks, 2), minima)}
 
 
-def _q4_k(blocks: Array) -> Parts:
-    return {**_k_scales(blocks), "codes": _nibbles(blocks[:, 16:], 32)}
+def _q4_k(blocks: Array) -> Components:
+    return {**_k_scales(blocks), "codes": _unpack_nibbles(blocks[:, 16:], 32)}
 
 
-def _q5_k(blocks: Array) -> Parts:
-    codes = _nibbles(blocks[:, 48:], 32) | _fields(blocks[:, 16:48], 32, 1) << 4
+def _q5_k(blocks: Array) -> Components:
+    codes = _unpack_nibbles(blocks[:, 48:], 32) | _unpack_bit_fields(blocks[:, 16:48], 32, 1) << 4
     return {**_k_scales(blocks), "codes": codes}
 
 
-def _q6_k(blocks: Array) -> Parts:
-    codes = _nibbles(blocks[:, :128], 64) | _fields(blocks[:, 128:192], 32, 2) << 4
-    scales = _times(_floats(blocks, 208), blocks[:, 192:208].view(np.int8))
+def _q6_k(blocks: Array) -> Components:
+    codes = _unpack_nibbles(blocks[:, :128], 64) | _unpack_bit_fields(blocks[:, 128:192], 32, 2) << 4
+    scales = _scaled(_read_float16(blocks, 208), blocks[:, 192:208].view(np.int8))
     return {"scales": scales, "codes": codes.view(np.int8) - np.int8(32)}
 
 
-def _iq4_nl(blocks: Array) -> Parts:
-    return {"scales": blocks[:, :2].view(_HALF), "codes": _IQ4.take(_nibbles(blocks[:, 2:], 16))}
+def _iq4_nl(blocks: Array) -> Components:
+    return {"scales": blocks[:, :2].view(_HALF), "codes": _IQ4.take(_unpack_nibbles(blocks[:, 2:], 16))}
 
 
-def _iq4_xs(blocks: Array) -> Parts:
-    low, high = _nibbles(blocks[:, 4:8], 1), _fields(blocks[:, 2:4], 1, 2)
+def _iq4_xs(blocks: Array) -> Components:
+    low, high = _unpack_nibbles(blocks[:, 4:8], 1), _unpack_bit_fields(blocks[:, 2:4], 1, 2)
     factors = (low | high << 4).view(np.int8) - np.int8(32)
-    return {"scales": _times(_floats(blocks, 0), factors), "codes": _IQ4.take(_nibbles(blocks[:, 8:], 16))}
+    return {
+        "scales": _scaled(_read_float16(blocks, 0), factors),
+        "codes": _IQ4.take(_unpack_nibbles(blocks[:, 8:], 16)),
+    }
 
 
-def _mxfp4(blocks: Array) -> Parts:
-    codes = _nibbles(blocks[:, 1:], 16)
+def _mxfp4(blocks: Array) -> Components:
+    codes = _unpack_nibbles(blocks[:, 1:], 16)
     # In ggml there is no negative zero. It also halves the scale and doubles the codes, which cancels.
     codes[codes == 8] = 0
     return {"scales": blocks[:, :1], "codes": codes}
@@ -184,7 +187,7 @@ def _spec(kind: Any, group: int, scale: Any, zero: Any = "none") -> QuantSpec:
     return QuantSpec(kind=kind, block=(1, group), scale=scale, zero=zero)
 
 
-REPACKED: dict[str, tuple[QuantSpec, Callable[[Array], Parts]]] = {
+REPACKED_TYPES: dict[str, tuple[QuantSpec, Callable[[Array], Components]]] = {
     "Q4_0": (_spec("int4", 32, "float16"), _q4_0),
     "Q4_1": (_spec("int4", 32, "float16", "bias"), _q4_1),
     "Q5_0": (_spec("int8", 32, "float16"), _q5_0),
@@ -201,12 +204,12 @@ REPACKED: dict[str, tuple[QuantSpec, Callable[[Array], Parts]]] = {
 }
 """Types whose numbers our storages hold exactly, with how."""
 
-EXPANDED = frozenset("IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S TQ1_0 TQ2_0 NVFP4".split())
+EXPANDED_TYPES = frozenset("IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S TQ1_0 TQ2_0 NVFP4".split())
 """Types that no storage of ours holds: the gguf package expands them to float32."""
 
 
-def expand(raw: Array, kind: TensorType, name: str) -> Array:
-    """The float32 values ``[*stack, O, I]`` of a type in :data:`EXPANDED`; arguments as for :func:`repack`.
+def expand_blocks(raw: Array, ggml_type: GgmlType, name: str) -> Array:
+    """The float32 values ``[*stack, O, I]`` of a type in :data:`EXPANDED_TYPES`; arguments as for :func:`repack_blocks`.
 
     Raises:
         CheckpointError: if the gguf package is absent, or too old for the type.
@@ -216,16 +219,18 @@ def expand(raw: Array, kind: TensorType, name: str) -> Array:
         from gguf.quants import dequantize
     except ImportError:
         raise CheckpointError(
-            f'{name} is of type {kind.name}, which takes the gguf package to read: pip install "glm-jax[gguf]"'
+            f'{name} is of type {ggml_type.name}, which takes the gguf package to read: pip install "glm-jax[gguf]"'
         ) from None
     rows = raw.reshape(math.prod(raw.shape[:-1]), raw.shape[-1])
-    out = np.empty((len(rows), raw.shape[-1] // kind.nbytes * kind.values), np.float32)
+    out = np.empty((len(rows), raw.shape[-1] // ggml_type.type_size * ggml_type.block_size), np.float32)
     step = max(1, _CHUNK // out.shape[1])
     try:
-        number = GGMLQuantizationType[kind.name]
+        number = GGMLQuantizationType[ggml_type.name]
         for start in range(0, len(rows), step):
             with np.errstate(all="ignore"):
                 out[start : start + step] = dequantize(np.ascontiguousarray(rows[start : start + step]), number)
     except (KeyError, NotImplementedError):
-        raise CheckpointError(f"{name} is of type {kind.name}, which the installed gguf package cannot read") from None
+        raise CheckpointError(
+            f"{name} is of type {ggml_type.name}, which the installed gguf package cannot read"
+        ) from None
     return out.reshape(*raw.shape[:-1], out.shape[1])

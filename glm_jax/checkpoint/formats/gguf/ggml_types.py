@@ -6,23 +6,23 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class TensorType:
+class GgmlType:
     """One type; a row of values is a sequence of blocks.
 
     Attributes:
         name: as every tool spells it.
-        values: in a block.
-        nbytes: of a block.
+        block_size: in a block.
+        type_size: of a block.
     """
 
     name: str
-    values: int
-    nbytes: int
+    block_size: int
+    type_size: int
 
 
 # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md numbers them; the gaps are types that were withdrawn.
-TYPES: dict[int, TensorType] = {
-    number: TensorType(name, values, nbytes)
+GGML_TYPES: dict[int, GgmlType] = {
+    number: GgmlType(name, values, nbytes)
     for number, name, values, nbytes in (
         (0, "F32", 1, 4),
         (1, "F16", 1, 2),

@@ -17,22 +17,24 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from glm_jax.checkpoint.formats.gguf.ggml_types import TYPES, TensorType
+from glm_jax.checkpoint.formats.gguf.ggml_types import GGML_TYPES, GgmlType
 from glm_jax.checkpoint.safetensors.header import printable
 from glm_jax.errors import CheckpointError
 
-Value = Any  # int, float, bool, str, an array of numbers, or a list of bytes where the file has a list of strings
+MetadataValue = (
+    Any  # int, float, bool, str, an array of numbers, or a list of bytes where the file has a list of strings
+)
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_HEADER_BYTES = 1 << 27  # ten times that of the largest vocabularies
+MAX_GGUF_HEADER_BYTES = 1 << 27  # ten times that of the largest vocabularies
 MAX_STRINGS = 1 << 22  # in one list
-_MOST = 1 << 17  # tensors or fields
+_MAX_ENTRIES = 1 << 17  # tensors or fields
 _ALIGNMENT = 32  # unless general.alignment says otherwise
-_MOST_DIMENSIONS = 4
+_MAX_DIMENSIONS = 4
 _SMALLEST_FIELD, _SMALLEST_TENSOR = 13, 24  # bytes, with an empty name
 
-_NUMBERS: dict[int, np.dtype[Any]] = {
+_NUMBER_DTYPES: dict[int, np.dtype[Any]] = {
     number: np.dtype(dtype)
     for number, dtype in {
         0: "<u1",
@@ -52,7 +54,7 @@ _STRING, _LIST = 8, 9
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Entry:
+class GgufTensorInfo:
     """Where one tensor lies.
 
     Attributes:
@@ -64,7 +66,7 @@ class Entry:
     """
 
     name: str
-    type: TensorType
+    type: GgmlType
     shape: tuple[int, ...]
     begin: int
     end: int
@@ -72,19 +74,19 @@ class Entry:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row of values."""
-        return self.shape[-1] // self.type.values * self.type.nbytes
+        return self.shape[-1] // self.type.block_size * self.type.type_size
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Header:
+class GgufHeader:
     """Fields and tensors of one file by name, and a hash of the header's bytes."""
 
-    fields: Mapping[str, Value]
-    tensors: Mapping[str, Entry]
+    fields: Mapping[str, MetadataValue]
+    tensors: Mapping[str, GgufTensorInfo]
     digest: str
 
 
-def whole_number(fields: Mapping[str, Value], key: str, file: str, default: int | None = None) -> int:
+def read_uint(fields: Mapping[str, MetadataValue], key: str, file: str, default: int | None = None) -> int:
     """A field that holds a number 0, 1, 2, …; the default where it is absent.
 
     Raises:
@@ -98,7 +100,7 @@ def whole_number(fields: Mapping[str, Value], key: str, file: str, default: int 
     return value
 
 
-def read_header(file: BinaryIO, size: int, name: str) -> Header:
+def read_gguf_header(file: BinaryIO, size: int, name: str) -> GgufHeader:
     """Reads and checks the header of an open file of ``size`` bytes.
 
     Args:
@@ -111,41 +113,41 @@ def read_header(file: BinaryIO, size: int, name: str) -> Header:
             offset goes beyond the file, or a name is there twice.
     """
     cursor = _Cursor(file, size, name)
-    tensors, fields = _counts(cursor)
-    values = _unique(name, "field", (_field(cursor) for _ in range(fields)))
-    alignment = whole_number(values, "general.alignment", name, _ALIGNMENT)
+    tensors, fields = _read_counts(cursor)
+    values = _unique(name, "field", (_read_field(cursor) for _ in range(fields)))
+    alignment = read_uint(values, "general.alignment", name, _ALIGNMENT)
     if alignment < 8 or alignment & (alignment - 1):
         raise CheckpointError(f"{name}: general.alignment is {alignment}, not a power of two of at least 8")
-    infos = _unique(name, "tensor", (_tensor(cursor) for _ in range(tensors)))
-    start = -(-cursor.at // alignment) * alignment
-    entries = {key: _entry(key, info, start, alignment, cursor) for key, info in infos.items()}
+    infos = _unique(name, "tensor", (_read_tensor_info(cursor) for _ in range(tensors)))
+    start = -(-cursor.position // alignment) * alignment
+    entries = {key: _check_tensor_info(key, info, start, alignment, cursor) for key, info in infos.items()}
     _check_overlap(entries, name)
-    length, cursor.at = cursor.at, 0
+    length, cursor.position = cursor.position, 0
     file.seek(0)
-    return Header(values, entries, hashlib.sha256(cursor.take(length)).hexdigest())
+    return GgufHeader(values, entries, hashlib.sha256(cursor.take(length)).hexdigest())
 
 
 class _Cursor:
     """Reads from the front of a file, never past its end."""
 
     def __init__(self, file: BinaryIO, size: int, name: str) -> None:
-        self.file, self.size, self.name, self.at = file, size, name, 0
+        self.file, self.size, self.name, self.position = file, size, name, 0
 
     def require(self, count: int, what: str) -> None:
         """Refuses more bytes than the file has left, or than any header has."""
-        if count > self.size - self.at:
+        if count > self.size - self.position:
             raise CheckpointError(
                 f"{self.name}: {what} goes beyond the file, which has {self.size:,} bytes: it is truncated or damaged"
             )
-        if self.at + count > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{self.name}: the header has more than {MAX_HEADER_BYTES:,} bytes")
+        if self.position + count > MAX_GGUF_HEADER_BYTES:
+            raise CheckpointError(f"{self.name}: the header has more than {MAX_GGUF_HEADER_BYTES:,} bytes")
 
     def take(self, count: int, what: str = "the header") -> bytes:
         self.require(count, what)
         data = self.file.read(count)
         if len(data) != count:
             raise CheckpointError(f"{self.name} changed while it was being read")
-        self.at += count
+        self.position += count
         return data
 
     def u32(self) -> int:
@@ -164,7 +166,7 @@ class _Cursor:
             raise CheckpointError(f"{self.name}: {what} is not UTF-8 text: the file is damaged") from None
 
 
-def _counts(cursor: _Cursor) -> tuple[int, int]:
+def _read_counts(cursor: _Cursor) -> tuple[int, int]:
     if cursor.size < 24:
         raise CheckpointError(f"{cursor.name} has {cursor.size} bytes, too few for a GGUF file: download it again")
     if (magic := cursor.take(4)) != MAGIC:
@@ -179,7 +181,7 @@ def _counts(cursor: _Cursor) -> tuple[int, int]:
     if version not in VERSIONS:
         raise CheckpointError(f"{cursor.name} is GGUF version {version}; versions 2 and 3 can be read")
     tensors, fields = cursor.u64(), cursor.u64()
-    if tensors > _MOST or fields > _MOST:
+    if tensors > _MAX_ENTRIES or fields > _MAX_ENTRIES:
         raise CheckpointError(f"{cursor.name}: a header of {tensors} tensors and {fields} fields is damaged")
     cursor.require(
         tensors * _SMALLEST_TENSOR + fields * _SMALLEST_FIELD, f"a header of {tensors} tensors and {fields} fields"
@@ -196,24 +198,24 @@ def _unique(file: str, kind: str, pairs: Any) -> dict[str, Any]:
     return found
 
 
-def _field(cursor: _Cursor) -> tuple[str, Value]:
+def _read_field(cursor: _Cursor) -> tuple[str, MetadataValue]:
     key = cursor.text("a field's name")
     kind = cursor.u32()
     if kind == _STRING:
         return key, cursor.text(f"field {printable(key)}")
     if kind == _LIST:
-        return key, _list(cursor, key)
+        return key, _read_list(cursor, key)
     dtype = _number_type(cursor, key, kind)
     return key, np.frombuffer(cursor.take(dtype.itemsize), dtype)[0].item()
 
 
 def _number_type(cursor: _Cursor, key: str, kind: int) -> np.dtype[Any]:
-    if kind not in _NUMBERS:
+    if kind not in _NUMBER_DTYPES:
         raise CheckpointError(f"{cursor.name}: field {printable(key)} has the unknown type {kind}")
-    return _NUMBERS[kind]
+    return _NUMBER_DTYPES[kind]
 
 
-def _list(cursor: _Cursor, key: str) -> Value:
+def _read_list(cursor: _Cursor, key: str) -> MetadataValue:
     kind, count = cursor.u32(), cursor.u64()
     what = f"field {printable(key)}, a list of {count},"
     if kind != _STRING:
@@ -226,44 +228,44 @@ def _list(cursor: _Cursor, key: str) -> Value:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Info:
+class _RawTensorInfo:
     shape: tuple[int, ...]
     kind: int
     offset: int
 
 
-def _tensor(cursor: _Cursor) -> tuple[str, _Info]:
+def _read_tensor_info(cursor: _Cursor) -> tuple[str, _RawTensorInfo]:
     name = cursor.text("a tensor's name")
     dimensions = cursor.u32()
-    if not 1 <= dimensions <= _MOST_DIMENSIONS:
+    if not 1 <= dimensions <= _MAX_DIMENSIONS:
         raise CheckpointError(f"{cursor.name}: tensor {printable(name)} has {dimensions} dimensions")
     sizes = struct.unpack(f"<{dimensions}Q", cursor.take(8 * dimensions))
-    return name, _Info(sizes[::-1], cursor.u32(), cursor.u64())
+    return name, _RawTensorInfo(sizes[::-1], cursor.u32(), cursor.u64())
 
 
-def _entry(name: str, info: _Info, start: int, alignment: int, cursor: _Cursor) -> Entry:
+def _check_tensor_info(name: str, info: _RawTensorInfo, start: int, alignment: int, cursor: _Cursor) -> GgufTensorInfo:
     where = f"{cursor.name}: tensor {printable(name)}"
-    kind = TYPES.get(info.kind)
+    kind = GGML_TYPES.get(info.kind)
     if kind is None:
         raise CheckpointError(
             f"{where} has the unknown GGUF type {info.kind}: get a file quantised with a current llama.cpp"
         )
-    if 0 in info.shape or info.shape[-1] % kind.values:
+    if 0 in info.shape or info.shape[-1] % kind.block_size:
         raise CheckpointError(
-            f"{where} is {list(info.shape)}, which {kind.name}, with its blocks of {kind.values}, cannot be"
+            f"{where} is {list(info.shape)}, which {kind.name}, with its blocks of {kind.block_size}, cannot be"
         )
     if info.offset % alignment:
         raise CheckpointError(f"{where} is at offset {info.offset}, which is not a multiple of {alignment}")
     begin = start + info.offset
-    end = begin + math.prod(info.shape) // kind.values * kind.nbytes
+    end = begin + math.prod(info.shape) // kind.block_size * kind.type_size
     if end > cursor.size:
         raise CheckpointError(
             f"{cursor.name} is truncated: tensor {printable(name)} ends at byte {end:,}, the file at {cursor.size:,}"
         )
-    return Entry(name, kind, info.shape, begin, end)
+    return GgufTensorInfo(name, kind, info.shape, begin, end)
 
 
-def _check_overlap(entries: Mapping[str, Entry], name: str) -> None:
+def _check_overlap(entries: Mapping[str, GgufTensorInfo], name: str) -> None:
     end = 0
     for entry in sorted(entries.values(), key=lambda entry: entry.begin):
         if entry.begin < end:

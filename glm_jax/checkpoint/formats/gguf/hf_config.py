@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.checkpoint.formats.gguf.header import Value, whole_number
+from glm_jax.checkpoint.formats.gguf.header import MetadataValue, read_uint
 from glm_jax.checkpoint.safetensors.header import printable
-from glm_jax.checkpoint.safetensors.reader import listing
+from glm_jax.checkpoint.safetensors.reader import format_names
 from glm_jax.errors import CheckpointError
 
 ARCHITECTURE = "deepseek2"
 _SIGMOID = 2  # of expert_gating_func; 1 is softmax
 # Say nothing about the computation, or repeat what other fields and the tensors say.
-_HARMLESS = frozenset(
+_IGNORED_FIELDS = frozenset(
     """attention.causal attention.key_length attention.value_length rope.scaling.original_context_length
     rope.scaling.finetuned rope.scaling.yarn_log_multiplier tensor_data_layout""".split()
 )
-_WHOLE = {
+_UINT_FIELDS = {
     "embedding_length": "hidden_size",
     "attention.head_count": "num_attention_heads",
     "attention.kv_lora_rank": "kv_lora_rank",
@@ -33,15 +33,17 @@ _WHOLE = {
     "context_length": "max_position_embeddings",
 }
 # With what llama.cpp takes where they are absent.
-_WHOLE_OR: dict[str, tuple[str, int]] = {
+_OPTIONAL_UINT_FIELDS: dict[str, tuple[str, int]] = {
     "expert_shared_count": ("n_shared_experts", 0),
     "expert_group_count": ("n_group", 1),
     "expert_group_used_count": ("topk_group", 1),
 }
-_STOPS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+_EOS_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
 
-def model_config(fields: Mapping[str, Value], tensors: Mapping[str, tuple[int, ...]], file: str) -> dict[str, Any]:
+def build_hf_config(
+    fields: Mapping[str, MetadataValue], tensors: Mapping[str, tuple[int, ...]], file: str
+) -> dict[str, Any]:
     """A dictionary that :meth:`glm_jax.config.Config.from_hf` takes.
 
     Args:
@@ -54,10 +56,10 @@ def model_config(fields: Mapping[str, Value], tensors: Mapping[str, tuple[int, .
         CheckpointError: for another architecture, missing or impossible fields, and those that ask for a computation
             which GLM-4.7-Flash does not have (softmax routing, rope scaling, anything unknown).
     """
-    reader = _Fields(fields, file)
-    config = {name: reader.whole(key) for key, name in _WHOLE.items()}
-    config |= {name: reader.whole(key, default) for key, (name, default) in _WHOLE_OR.items()}
-    blocks, predicted = reader.whole("block_count"), reader.whole("nextn_predict_layers", 0)
+    reader = _MetadataReader(fields, file)
+    config = {name: reader.get_uint(key) for key, name in _UINT_FIELDS.items()}
+    config |= {name: reader.get_uint(key, default) for key, (name, default) in _OPTIONAL_UINT_FIELDS.items()}
+    blocks, predicted = reader.get_uint("block_count"), reader.get_uint("nextn_predict_layers", 0)
     layers = blocks - predicted
     has_prediction = any(name.startswith(f"blk.{layers}.") for name in tensors)
     config |= {
@@ -66,29 +68,29 @@ def model_config(fields: Mapping[str, Value], tensors: Mapping[str, tuple[int, .
         "num_hidden_layers": layers,
         "num_nextn_predict_layers": predicted if has_prediction else 0,
         "num_key_value_heads": config["num_attention_heads"],
-        "q_lora_rank": reader.whole("attention.q_lora_rank", 0) or None,
-        "rms_norm_eps": reader.number("attention.layer_norm_rms_epsilon"),
-        "rope_theta": reader.number("rope.freq_base", 10_000.0),
-        "routed_scaling_factor": reader.number("expert_weights_scale", 1.0) or 1.0,
-        "norm_topk_prob": reader.flag("expert_weights_norm", False),
+        "q_lora_rank": reader.get_uint("attention.q_lora_rank", 0) or None,
+        "rms_norm_eps": reader.get_float("attention.layer_norm_rms_epsilon"),
+        "rope_theta": reader.get_float("rope.freq_base", 10_000.0),
+        "routed_scaling_factor": reader.get_float("expert_weights_scale", 1.0) or 1.0,
+        "norm_topk_prob": reader.get_bool("expert_weights_norm", False),
         "hidden_act": "silu",
         "scoring_func": "sigmoid",
         "tie_word_embeddings": "output.weight" not in tensors,
-        "vocab_size": _vocabulary(reader, tensors),
-        "eos_token_id": stop_ids(fields, file),
-        "pad_token_id": token_id(fields, "tokenizer.ggml.padding_token_id", file),
+        "vocab_size": _vocab_size(reader, tensors),
+        "eos_token_id": read_eos_token_ids(fields, file),
+        "pad_token_id": read_token_id(fields, "tokenizer.ggml.padding_token_id", file),
     }
     config |= _head_sizes(reader, config, tensors)
     _check_routing(reader, config)
     _check_rope(reader)
-    reader.refuse_unread()
+    reader.reject_unread()
     return config
 
 
-class _Fields:
+class _MetadataReader:
     """The fields of the architecture, and which of them have been read."""
 
-    def __init__(self, fields: Mapping[str, Value], file: str) -> None:
+    def __init__(self, fields: Mapping[str, MetadataValue], file: str) -> None:
         architecture = fields.get("general.architecture")
         if architecture != ARCHITECTURE:
             raise CheckpointError(
@@ -96,20 +98,20 @@ class _Fields:
                 f"GGUF files of GLM-4.7-Flash have {ARCHITECTURE!r}"
             )
         self._fields, self._file = fields, file
-        self._read: set[str] = set(_HARMLESS)
+        self._read: set[str] = set(_IGNORED_FIELDS)
 
     def error(self, text: str) -> CheckpointError:
         return CheckpointError(f"{self._file}: {text}")
 
-    def get(self, key: str) -> Value:
+    def get(self, key: str) -> MetadataValue:
         self._read.add(key)
         return self._fields.get(f"{ARCHITECTURE}.{key}")
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def get_uint(self, key: str, default: int | None = None) -> int:
         self._read.add(key)
-        return whole_number(self._fields, f"{ARCHITECTURE}.{key}", self._file, default)
+        return read_uint(self._fields, f"{ARCHITECTURE}.{key}", self._file, default)
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def get_float(self, key: str, default: float | None = None) -> float:
         value = self.get(key)
         value = default if value is None else value
         if value is None:
@@ -119,52 +121,56 @@ class _Fields:
         # The file has float32: 1e-5, not the 9.99999974e-06 that is its nearest double.
         return float(str(np.float32(value)))
 
-    def flag(self, key: str, default: bool) -> bool:
+    def get_bool(self, key: str, default: bool) -> bool:
         value = self.get(key)
         if value is not None and type(value) is not bool:
             raise self.error(f"{ARCHITECTURE}.{key} must be true or false, not {printable(repr(value))}")
         return default if value is None else value
 
-    def refuse_unread(self) -> None:
+    def reject_unread(self) -> None:
         prefix = f"{ARCHITECTURE}."
         # A field that is zero, false or empty switches nothing on.
         unknown = [
             key
             for key, value in self._fields.items()
-            if key.startswith(prefix) and key.removeprefix(prefix) not in self._read and np.any(_plain(value))
+            if key.startswith(prefix) and key.removeprefix(prefix) not in self._read and np.any(_truth_value(value))
         ]
         if unknown:
-            raise self.error(f"fields that this version does not understand: {listing([*map(printable, unknown)])}")
+            raise self.error(
+                f"fields that this version does not understand: {format_names([*map(printable, unknown)])}"
+            )
 
 
-def _plain(value: Value) -> Any:
+def _truth_value(value: MetadataValue) -> Any:
     return value if isinstance(value, np.ndarray) else bool(value)
 
 
-def _vocabulary(reader: _Fields, tensors: Mapping[str, tuple[int, ...]]) -> int:
+def _vocab_size(reader: _MetadataReader, tensors: Mapping[str, tuple[int, ...]]) -> int:
     rows = tensors.get("token_embd.weight", (0,))[0]
-    return reader.whole("vocab_size", rows)
+    return reader.get_uint("vocab_size", rows)
 
 
-def _head_sizes(reader: _Fields, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+def _head_sizes(
+    reader: _MetadataReader, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
     heads = config["num_attention_heads"]
-    if reader.whole("attention.head_count_kv", heads) not in (1, heads):
+    if reader.get_uint("attention.head_count_kv", heads) not in (1, heads):
         raise reader.error(f"attention.head_count_kv must be 1 or {heads}, the number of heads")
-    keys, values = reader.whole("attention.key_length_mla", 0), reader.whole("attention.value_length_mla", 0)
+    keys, values = reader.get_uint("attention.key_length_mla", 0), reader.get_uint("attention.value_length_mla", 0)
     if not keys or not values:
         # The first files of this family keep kv_b whole and give the sizes of real heads under the general names.
         if any(name.endswith(".attn_k_b.weight") for name in tensors):
             raise reader.error("attention.key_length_mla and value_length_mla are missing: get a newer file")
-        keys, values = reader.whole("attention.key_length"), reader.whole("attention.value_length")
+        keys, values = reader.get_uint("attention.key_length"), reader.get_uint("attention.value_length")
     rope = config["qk_rope_head_dim"]
     if keys <= rope:
         raise reader.error(f"a key of {keys} values cannot contain the {rope} of rope.dimension_count")
     return {"qk_nope_head_dim": keys - rope, "v_head_dim": values}
 
 
-def _check_routing(reader: _Fields, config: Mapping[str, Any]) -> None:
+def _check_routing(reader: _MetadataReader, config: Mapping[str, Any]) -> None:
     # Usually absent, because the original config.json does not name the function either.
-    gating = reader.whole("expert_gating_func", _SIGMOID)
+    gating = reader.get_uint("expert_gating_func", _SIGMOID)
     if gating != _SIGMOID:
         raise reader.error(
             f"expert_gating_func is {gating}{' (softmax)' if gating == 1 else ''}, but GLM-4.7-Flash routes with the "
@@ -172,11 +178,11 @@ def _check_routing(reader: _Fields, config: Mapping[str, Any]) -> None:
             "with `gguf-set-metadata FILE deepseek2.expert_gating_func 2` of the gguf package"
         )
     width = config["n_shared_experts"] * config["moe_intermediate_size"]
-    if reader.whole("expert_shared_feed_forward_length", width) not in (0, width):
+    if reader.get_uint("expert_shared_feed_forward_length", width) not in (0, width):
         raise reader.error(f"expert_shared_feed_forward_length must be {width}, as the other fields have it")
 
 
-def _check_rope(reader: _Fields) -> None:
+def _check_rope(reader: _MetadataReader) -> None:
     kind = reader.get("rope.scaling.type")
     factors = {key: reader.get(f"rope.scaling.{key}") for key in ("factor", "attn_factor")}
     if kind not in (None, "", "none") or any(value not in (None, 0, 1) for value in factors.values()):
@@ -186,23 +192,23 @@ def _check_rope(reader: _Fields) -> None:
         )
 
 
-def stop_ids(fields: Mapping[str, Value], file: str) -> list[int]:
+def read_eos_token_ids(fields: Mapping[str, MetadataValue], file: str) -> list[int]:
     """Every token that ends an answer: of the text, of the turn, and of the message before a tool's answer.
 
     Raises:
         CheckpointError: if one is not a token id.
     """
-    ids = [token_id(fields, key, file) for key in _STOPS]
+    ids = [read_token_id(fields, key, file) for key in _EOS_KEYS]
     more = fields.get("tokenizer.ggml.eos_token_ids")
     if isinstance(more, np.ndarray) and more.dtype.kind in "iu":
         ids += more.tolist()
     return list(dict.fromkeys(i for i in ids if i is not None and i >= 0))
 
 
-def token_id(fields: Mapping[str, Value], key: str, file: str) -> int | None:
+def read_token_id(fields: Mapping[str, MetadataValue], key: str, file: str) -> int | None:
     """A token id among the fields, or None where it is absent.
 
     Raises:
         CheckpointError: if it is not one.
     """
-    return whole_number(fields, key, file) if key in fields else None
+    return read_uint(fields, key, file) if key in fields else None

@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.checkpoint.formats.gguf.header import Entry, Header, read_header, whole_number
+from glm_jax.checkpoint.formats.gguf.header import GgufHeader, GgufTensorInfo, read_gguf_header, read_uint
 from glm_jax.checkpoint.safetensors.header import printable
-from glm_jax.checkpoint.safetensors.reader import MappedFile, explain_reading, listing
+from glm_jax.checkpoint.safetensors.reader import MappedFile, format_names, wrap_read_errors
 from glm_jax.errors import CheckpointError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-SUFFIX = ".gguf"
-_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
-_MOST_PARTS = 10_000
+GGUF_SUFFIX = ".gguf"
+_SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+_MAX_SPLITS = 10_000
 
 
-class Part(MappedFile):
+class GgufSplit(MappedFile):
     """One GGUF file, its header checked, mapped when first touched.
 
     Raises:
@@ -32,31 +32,31 @@ class Part(MappedFile):
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, printable(path.name)
-        with explain_reading(path), path.open("rb") as file:
+        with wrap_read_errors(path), path.open("rb") as file:
             status = os.fstat(file.fileno())
-            self.size, self.modified = status.st_size, status.st_mtime_ns
-            self.header: Header = read_header(file, self.size, self.name)
+            self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
+            self.header: GgufHeader = read_gguf_header(file, self.size, self.name)
         self.digest = self.header.digest
 
-    def raw(self, entry: Entry) -> Array:
+    def tensor_bytes(self, entry: GgufTensorInfo) -> Array:
         """The bytes of a tensor, uint8 ``[*stack, O, row bytes]``, as a read-only view of the mapped file."""
         flat = np.frombuffer(self._mapped(), np.uint8, entry.end - entry.begin, entry.begin)
         return flat.reshape(*entry.shape[:-1], entry.row_bytes)
 
-    def ranges(self) -> Iterator[tuple[int, int]]:
+    def byte_ranges(self) -> Iterator[tuple[int, int]]:
         """Of every tensor."""
         return ((entry.begin, entry.end) for entry in self.header.tensors.values())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Placed:
+class LocatedTensor:
     """A tensor and the file it is in."""
 
-    part: Part
-    entry: Entry
+    split: GgufSplit
+    info: GgufTensorInfo
 
 
-def open_parts(path: Path) -> tuple[Part, ...]:
+def open_splits(path: Path) -> tuple[GgufSplit, ...]:
     """The parts of a model, in order; the fields of the model are in the first.
 
     Args:
@@ -65,65 +65,65 @@ def open_parts(path: Path) -> tuple[Part, ...]:
     Raises:
         CheckpointError: if files are missing, damaged, do not belong together, or are of several models.
     """
-    files = _set_of(_only_model(path) if path.is_dir() else path)
-    parts = tuple(Part(file) for file in files)
+    files = _split_paths(_find_only_model(path) if path.is_dir() else path)
+    parts = tuple(GgufSplit(file) for file in files)
     for number, part in enumerate(parts):
         _check_split(part, number, len(parts))
-    total = whole_number(parts[0].header.fields, "split.tensors.count", parts[0].name, 0)
+    total = read_uint(parts[0].header.fields, "split.tensors.count", parts[0].name, 0)
     present = sum(len(part.header.tensors) for part in parts)
     if total not in (0, present):
         raise CheckpointError(f"{parts[0].name} says that its set has {total} tensors; the files have {present}")
     return parts
 
 
-def tensors_of(parts: tuple[Part, ...]) -> dict[str, Placed]:
+def locate_tensors(splits: tuple[GgufSplit, ...]) -> dict[str, LocatedTensor]:
     """Every tensor by its name in the files.
 
     Raises:
         CheckpointError: if one is in two files.
     """
-    found: dict[str, Placed] = {}
-    for part in parts:
+    found: dict[str, LocatedTensor] = {}
+    for part in splits:
         for name, entry in part.header.tensors.items():
             if name in found:
-                raise CheckpointError(f"tensor {printable(name)} is in {found[name].part.name} and in {part.name}")
-            found[name] = Placed(part, entry)
+                raise CheckpointError(f"tensor {printable(name)} is in {found[name].split.name} and in {part.name}")
+            found[name] = LocatedTensor(part, entry)
     return found
 
 
-def _only_model(folder: Path) -> Path:
-    with explain_reading(folder):
-        names = sorted(path.name for path in folder.iterdir() if path.name.lower().endswith(SUFFIX))
+def _find_only_model(folder: Path) -> Path:
+    with wrap_read_errors(folder):
+        names = sorted(path.name for path in folder.iterdir() if path.name.lower().endswith(GGUF_SUFFIX))
     models: dict[str, str] = {}
     for name in names:
-        match = _PART.fullmatch(name)
+        match = _SPLIT_NAME.fullmatch(name)
         models.setdefault(f"{match[1]} of {match[3]}" if match else name, name)
     if not models:
         raise CheckpointError(f"{folder} holds no .gguf file")
     if len(models) > 1:
         raise CheckpointError(
-            f"{folder} holds {len(models)} GGUF models, name one of them: {listing([*map(printable, models.values())])}"
+            f"{folder} holds {len(models)} GGUF models, name one of them: {format_names([*map(printable, models.values())])}"
         )
     return folder / next(iter(models.values()))
 
 
-def _set_of(path: Path) -> list[Path]:
-    match = _PART.fullmatch(path.name)
+def _split_paths(path: Path) -> list[Path]:
+    match = _SPLIT_NAME.fullmatch(path.name)
     if match is None:
         return [path]
     number, total = int(match[2]), int(match[3])
-    if not 1 <= number <= total or total > _MOST_PARTS:
+    if not 1 <= number <= total or total > _MAX_SPLITS:
         raise CheckpointError(f"{printable(path.name)} is part {number} of {total}, which cannot be")
-    files = [path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}{SUFFIX}") for i in range(1, total + 1)]
+    files = [path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}{GGUF_SUFFIX}") for i in range(1, total + 1)]
     missing = [printable(file.name) for file in files if not file.exists()]
     if missing:
-        raise CheckpointError(f"{path.parent} lacks {listing(missing)}: the download is incomplete")
+        raise CheckpointError(f"{path.parent} lacks {format_names(missing)}: the download is incomplete")
     return files
 
 
-def _check_split(part: Part, number: int, total: int) -> None:
+def _check_split(part: GgufSplit, number: int, total: int) -> None:
     fields = part.header.fields
-    claimed = (whole_number(fields, "split.no", part.name, 0), whole_number(fields, "split.count", part.name, 0) or 1)
+    claimed = (read_uint(fields, "split.no", part.name, 0), read_uint(fields, "split.count", part.name, 0) or 1)
     if claimed[1] != total and total == 1:
         raise CheckpointError(
             f"{part.name} is part {claimed[0] + 1} of {claimed[1]}: put all parts into one folder, "

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.checkpoint.formats.gguf.header import Value
-from glm_jax.checkpoint.formats.gguf.hf_config import token_id
+from glm_jax.checkpoint.formats.gguf.header import MetadataValue
+from glm_jax.checkpoint.formats.gguf.hf_config import read_token_id
 from glm_jax.checkpoint.safetensors.header import printable
 from glm_jax.errors import CheckpointError
 
 _PREFIX = "tokenizer.ggml."
-_SPLITS = ("glm4", "chatglm-bpe")  # two names of one rule
+_PRE_TOKENIZERS = ("glm4", "chatglm-bpe")  # two names of one rule
 # How GLM-4 cuts text before merging: contractions, words with one character before them, up to three digits,
 # punctuation with the line ends after it, white space.
-_PIECES = (
+_SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -31,7 +31,7 @@ _SAMPLING = {
 }
 
 
-def companion_files(fields: Mapping[str, Value], config: Mapping[str, Any], file: str) -> dict[str, bytes]:
+def build_asset_files(fields: Mapping[str, MetadataValue], config: Mapping[str, Any], file: str) -> dict[str, bytes]:
     """What lies beside a checkpoint's weights, by file name.
 
     Args:
@@ -55,11 +55,11 @@ def companion_files(fields: Mapping[str, Value], config: Mapping[str, Any], file
     return files
 
 
-def _tokens(fields: Mapping[str, Value], file: str) -> list[str]:
+def _tokens(fields: Mapping[str, MetadataValue], file: str) -> list[str]:
     kind, split = fields.get(f"{_PREFIX}model"), fields.get(f"{_PREFIX}pre")
     if kind is None:
         raise CheckpointError(f"{file} has no tokenizer: take the tokenizer.json of the original model")
-    if kind != "gpt2" or split not in _SPLITS:
+    if kind != "gpt2" or split not in _PRE_TOKENIZERS:
         raise CheckpointError(
             f"{file} has a tokenizer of kind {printable(repr(kind))} / {printable(repr(split))}; GLM-4.7-Flash has "
             "'gpt2' / 'glm4': take the tokenizer.json of the original model"
@@ -67,7 +67,7 @@ def _tokens(fields: Mapping[str, Value], file: str) -> list[str]:
     return _strings(fields, "tokens", file)
 
 
-def _strings(fields: Mapping[str, Value], key: str, file: str) -> list[str]:
+def _strings(fields: Mapping[str, MetadataValue], key: str, file: str) -> list[str]:
     value = fields.get(f"{_PREFIX}{key}")
     if not isinstance(value, list):
         raise CheckpointError(f"{file}: {_PREFIX}{key} must be a list of strings")
@@ -77,7 +77,7 @@ def _strings(fields: Mapping[str, Value], key: str, file: str) -> list[str]:
         raise CheckpointError(f"{file}: {_PREFIX}{key} is not UTF-8 text: the file is damaged") from None
 
 
-def _tokenizer(tokens: Sequence[str], fields: Mapping[str, Value], file: str) -> dict[str, Any]:
+def _tokenizer(tokens: Sequence[str], fields: Mapping[str, MetadataValue], file: str) -> dict[str, Any]:
     kinds = fields.get(f"{_PREFIX}token_type")
     if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens) or kinds.dtype.kind not in "iu":
         raise CheckpointError(f"{file}: {_PREFIX}token_type must be one number for each of the {len(tokens)} tokens")
@@ -91,7 +91,7 @@ def _tokenizer(tokens: Sequence[str], fields: Mapping[str, Value], file: str) ->
     if len(vocabulary) != len(used):
         twice = next(token for i, token, _ in used if vocabulary[token] != i)
         raise CheckpointError(f"{file} has the token {printable(repr(twice))} twice")
-    added = [_added(i, token, kind) for i, token, kind in used if kind in (_UNKNOWN, _CONTROL, _VISIBLE)]
+    added = [_added_token(i, token, kind) for i, token, kind in used if kind in (_UNKNOWN, _CONTROL, _VISIBLE)]
     return {
         "version": "1.0",
         "truncation": None,
@@ -101,22 +101,22 @@ def _tokenizer(tokens: Sequence[str], fields: Mapping[str, Value], file: str) ->
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": _PIECES}, "behavior": "Isolated", "invert": False},
+                {"type": "Split", "pattern": {"Regex": _SPLIT_PATTERN}, "behavior": "Isolated", "invert": False},
                 {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
             ],
         },
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": _merging(vocabulary, _strings(fields, "merges", file), file),
+        "model": _bpe_model(vocabulary, _strings(fields, "merges", file), file),
     }
 
 
-def _added(index: int, token: str, kind: int) -> dict[str, Any]:
+def _added_token(index: int, token: str, kind: int) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"id": index, "content": token, **flags, "special": kind != _VISIBLE}
 
 
-def _merging(vocabulary: Mapping[str, int], lines: Sequence[str], file: str) -> dict[str, Any]:
+def _bpe_model(vocabulary: Mapping[str, int], lines: Sequence[str], file: str) -> dict[str, Any]:
     merges = [line.split(" ") for line in lines]
     for line, merge in zip(lines, merges, strict=True):
         if len(merge) != 2 or any(part not in vocabulary for part in (*merge, "".join(merge))):
@@ -136,11 +136,11 @@ def _merging(vocabulary: Mapping[str, int], lines: Sequence[str], file: str) -> 
 
 
 def _tokenizer_config(
-    tokens: Sequence[str], fields: Mapping[str, Value], config: Mapping[str, Any], file: str
+    tokens: Sequence[str], fields: Mapping[str, MetadataValue], config: Mapping[str, Any], file: str
 ) -> dict[str, Any]:
     named = {}
     for name, key in (("eos_token", "eos_token_id"), ("pad_token", "padding_token_id")):
-        index = token_id(fields, _PREFIX + key, file)
+        index = read_token_id(fields, _PREFIX + key, file)
         if index is not None:
             if index >= len(tokens):
                 raise CheckpointError(f"{file}: {_PREFIX}{key} is {index}, and there are {len(tokens)} tokens")
@@ -154,15 +154,15 @@ def _tokenizer_config(
     }
 
 
-def _generation_config(fields: Mapping[str, Value], config: Mapping[str, Any]) -> dict[str, Any]:
+def _generation_config(fields: Mapping[str, MetadataValue], config: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: fields.get(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
-    numbers = {name: _short(value) for name, value in given.items() if type(value) in (int, float)}
+    numbers = {name: _nearest_decimal(value) for name, value in given.items() if type(value) in (int, float)}
     if numbers.get("top_k", 1) <= 0:  # how llama.cpp says "no limit"
         del numbers["top_k"]
     stops = {name: config[name] for name in ("eos_token_id", "pad_token_id") if config[name] not in (None, [])}
     return {**stops, **numbers}
 
 
-def _short(value: Any) -> float:
+def _nearest_decimal(value: Any) -> float:
     """A float32 of the file as the number that was meant: 0.95, not 0.949999988."""
     return value if type(value) is int else float(str(np.float32(value)))

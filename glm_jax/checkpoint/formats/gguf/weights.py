@@ -11,22 +11,22 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from glm_jax.checkpoint.formats.base import Array, Stored
-from glm_jax.checkpoint.formats.gguf.blocks import EXPANDED, REPACKED, expand, repack
-from glm_jax.checkpoint.formats.gguf.ggml_types import TensorType
-from glm_jax.checkpoint.formats.gguf.header import Entry
-from glm_jax.checkpoint.formats.gguf.split_files import Placed
+from glm_jax.checkpoint.formats.base import Array, StoredWeight
+from glm_jax.checkpoint.formats.gguf.blocks import EXPANDED_TYPES, REPACKED_TYPES, expand_blocks, repack_blocks
+from glm_jax.checkpoint.formats.gguf.ggml_types import GgmlType
+from glm_jax.checkpoint.formats.gguf.header import GgufTensorInfo
+from glm_jax.checkpoint.formats.gguf.split_files import LocatedTensor
 from glm_jax.checkpoint.safetensors.header import printable
-from glm_jax.checkpoint.safetensors.reader import listing
+from glm_jax.checkpoint.safetensors.reader import format_names
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import QuantizedTensor
 
-_REST = {
+_NON_LAYER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_LAYER = {
+_LAYER_NAMES = {
     "attn_norm.weight": "input_layernorm.weight",
     "attn_q.weight": "self_attn.q_proj.weight",
     "attn_q_a.weight": "self_attn.q_a_proj.weight",
@@ -52,12 +52,12 @@ _LAYER = {
     for part in ("gate", "up", "down")
     for ours, theirs in (("", ""), ("_exps", "switch_mlp."), ("_shexp", "shared_experts."))
 }
-_BOTH = "ffn_gate_up_exps.weight"  # gate in the first half of the rows, up in the second
-_WHOLE = "attn_kv_b.weight"
+_GATE_UP = "ffn_gate_up_exps.weight"  # gate in the first half of the rows, up in the second
+_KV_B = "attn_kv_b.weight"
 _PER_HEAD = ("attn_k_b.weight", "attn_v_b.weight")
-_BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(.+)", re.DOTALL)
+_LAYER_PATTERN = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(.+)", re.DOTALL)
 
-_PLAIN: dict[str, np.dtype[Any]] = {
+_PLAIN_DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -66,45 +66,47 @@ _FLOAT32 = np.dtype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Tensor:
+class _TensorLoader:
     """Loads a tensor, or one entry of its leading axis.
 
     Attributes:
-        placed: where it is.
+        located: where it is.
         shape: as the weight has it, which may be another than the file's.
         rows: of each matrix, those that are meant.
     """
 
-    placed: Placed
+    located: LocatedTensor
     shape: tuple[int, ...]
     rows: slice
 
     def __call__(self, index: int | None = None) -> Array | QuantizedTensor:
-        entry = self.placed.entry
-        raw = self.placed.part.raw(entry)
+        entry = self.located.info
+        raw = self.located.split.tensor_bytes(entry)
         if len(self.shape) > 1:
             raw = raw.reshape(*self._stored_shape(), entry.row_bytes)[..., self.rows, :]
-        dtype = _PLAIN.get(entry.type.name)
+        dtype = _PLAIN_DTYPES.get(entry.type.name)
         if dtype is not None:
             raw = raw.view(dtype)
         if index is not None:
             if dtype is None and len(self.shape) < 3:
                 raise IndexError("a single matrix has no stack axis to index")
             raw = raw[index]
-        return _values(raw, entry) if dtype is None else raw
+        return _decode_blocks(raw, entry) if dtype is None else raw
 
     def _stored_shape(self) -> tuple[int, ...]:
         """``[*stack, O]`` of the whole tensor, with all rows."""
         stack = self.shape[:-2]
-        return (*stack, math.prod(self.placed.entry.shape[:-1]) // math.prod(stack))
+        return (*stack, math.prod(self.located.info.shape[:-1]) // math.prod(stack))
 
 
-def _values(raw: Array, entry: Entry) -> Array | QuantizedTensor:
-    read = repack if entry.type.name in REPACKED else expand
+def _decode_blocks(raw: Array, entry: GgufTensorInfo) -> Array | QuantizedTensor:
+    read = repack_blocks if entry.type.name in REPACKED_TYPES else expand_blocks
     return read(raw, entry.type, printable(entry.name))
 
 
-def named_weights(tensors: Mapping[str, Placed], config: Mapping[str, Any]) -> tuple[dict[str, Stored], list[str]]:
+def named_weights(
+    tensors: Mapping[str, LocatedTensor], config: Mapping[str, Any]
+) -> tuple[dict[str, StoredWeight], list[str]]:
     """Weights by logical name, and what is worth telling of them.
 
     Names are those of Hugging Face checkpoints where these have the tensor. Stacked experts are
@@ -113,66 +115,70 @@ def named_weights(tensors: Mapping[str, Placed], config: Mapping[str, Any]) -> t
 
     Args:
         tensors: by their names in the file.
-        config: that :func:`~glm_jax.checkpoint.formats.gguf.hf_config.model_config` made of the same file.
+        config: that :func:`~glm_jax.checkpoint.formats.gguf.hf_config.build_hf_config` made of the same file.
 
     Raises:
         CheckpointError: for tensors that this model does not have, and for types that cannot be read.
     """
-    both = {name for name in tensors if name.endswith(_WHOLE) and _has_halves(name, tensors)}
-    weights: dict[str, Stored] = {}
+    both = {name for name in tensors if name.endswith(_KV_B) and _has_halves(name, tensors)}
+    weights: dict[str, StoredWeight] = {}
     unknown: list[str] = []
     for name, placed in tensors.items():
         if name in both:
             continue
-        found = _stored(name, placed, config["num_attention_heads"])
+        found = _stored_weights(name, placed, config["num_attention_heads"])
         if not found:
             unknown.append(printable(name))
         weights |= {stored.name: stored for stored in found}
     if unknown:
-        raise CheckpointError(f"{len(unknown)} tensors that GLM-4.7-Flash does not have: {listing(unknown)}")
+        raise CheckpointError(f"{len(unknown)} tensors that GLM-4.7-Flash does not have: {format_names(unknown)}")
     _check_types(tensors)
     return weights, ["attn_kv_b is left out where the file has its halves as well"] if both else []
 
 
-def _has_halves(name: str, tensors: Mapping[str, Placed]) -> bool:
-    return all(name.removesuffix(_WHOLE) + half in tensors for half in _PER_HEAD)
+def _has_halves(name: str, tensors: Mapping[str, LocatedTensor]) -> bool:
+    return all(name.removesuffix(_KV_B) + half in tensors for half in _PER_HEAD)
 
 
-def _stored(name: str, placed: Placed, heads: int) -> list[Stored]:
-    block = _BLOCK.fullmatch(name)
+def _stored_weights(name: str, placed: LocatedTensor, heads: int) -> list[StoredWeight]:
+    block = _LAYER_PATTERN.fullmatch(name)
     prefix, inner = (f"model.layers.{block[1]}.", block[2]) if block else ("", name)
-    shape = placed.entry.shape
-    if block and inner == _BOTH and len(shape) == 3 and shape[1] % 2 == 0:
+    shape = placed.info.shape
+    if block and inner == _GATE_UP and len(shape) == 3 and shape[1] % 2 == 0:
         half = (shape[0], shape[1] // 2, shape[2])
         parts = (("gate", slice(None, half[1])), ("up", slice(half[1], None)))
-        return [_weight(f"{prefix}mlp.switch_mlp.{part}_proj.weight", placed, half, rows) for part, rows in parts]
-    logical = (_LAYER if block else _REST).get(inner)
+        return [
+            _stored_weight(f"{prefix}mlp.switch_mlp.{part}_proj.weight", placed, half, rows) for part, rows in parts
+        ]
+    logical = (_LAYER_NAMES if block else _NON_LAYER_NAMES).get(inner)
     if logical is None:
         return []
     if inner in _PER_HEAD and len(shape) == 2 and heads and shape[0] % heads == 0:
         shape = (heads, shape[0] // heads, shape[1])  # some converters write the heads below each other
-    return [_weight(prefix + logical, placed, shape, slice(None))]
+    return [_stored_weight(prefix + logical, placed, shape, slice(None))]
 
 
-def _weight(name: str, placed: Placed, shape: tuple[int, ...], rows: slice) -> Stored:
-    kind = placed.entry.type.name
-    if len(shape) < 2 and kind not in _PLAIN:
-        raise CheckpointError(f"{printable(placed.entry.name)} is a vector of type {kind}: vectors are never quantised")
-    spec = REPACKED[kind][0] if kind in REPACKED else None
-    return Stored(name, shape, _PLAIN.get(kind, _FLOAT32), spec, (placed.entry.name,), _Tensor(placed, shape, rows))
+def _stored_weight(name: str, placed: LocatedTensor, shape: tuple[int, ...], rows: slice) -> StoredWeight:
+    kind = placed.info.type.name
+    if len(shape) < 2 and kind not in _PLAIN_DTYPES:
+        raise CheckpointError(f"{printable(placed.info.name)} is a vector of type {kind}: vectors are never quantised")
+    spec = REPACKED_TYPES[kind][0] if kind in REPACKED_TYPES else None
+    return StoredWeight(
+        name, shape, _PLAIN_DTYPES.get(kind, _FLOAT32), spec, (placed.info.name,), _TensorLoader(placed, shape, rows)
+    )
 
 
-def _check_types(tensors: Mapping[str, Placed]) -> None:
-    found: dict[str, tuple[TensorType, str]] = {}
+def _check_types(tensors: Mapping[str, LocatedTensor]) -> None:
+    found: dict[str, tuple[GgmlType, str]] = {}
     for name, placed in tensors.items():
-        found.setdefault(placed.entry.type.name, (placed.entry.type, printable(name)))
-    readable = {*_PLAIN, *REPACKED, *EXPANDED}
+        found.setdefault(placed.info.type.name, (placed.info.type, printable(name)))
+    readable = {*_PLAIN_DTYPES, *REPACKED_TYPES, *EXPANDED_TYPES}
     for kind, (_, name) in found.items():
         if kind not in readable:
             raise CheckpointError(
                 f"{name} is of type {kind}, which cannot be read; known are {', '.join(sorted(readable))}"
             )
     for kind, (tensor_type, name) in found.items():
-        if kind in EXPANDED:
+        if kind in EXPANDED_TYPES:
             # Better now than after an hour of reading.
-            expand(np.zeros((1, tensor_type.nbytes), np.uint8), tensor_type, name)
+            expand_blocks(np.zeros((1, tensor_type.type_size), np.uint8), tensor_type, name)

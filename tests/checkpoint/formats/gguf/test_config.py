@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 
-from glm_jax.checkpoint.formats.gguf.hf_config import model_config
+from glm_jax.checkpoint.formats.gguf.hf_config import build_hf_config
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
-from tests.builders.gguf_files import architecture_fields, small
-from tests.builders.hf_configs import original
+from tests.builders.gguf_files import architecture_fields, small_mtp_config
+from tests.builders.hf_configs import original_config
 
 SHAPES = {"token_embd.weight": (154_880, 2048), "output.weight": (154_880, 2048), "blk.47.nextn.enorm.weight": (2048,)}
-FLASH = {"general.architecture": "deepseek2", **architecture_fields(original())}
+FLASH = {"general.architecture": "deepseek2", **architecture_fields(original_config())}
 
 
 def config(changes=(), shapes=SHAPES, **more):
     changes = {f"deepseek2.{key}": value for key, value in {**dict(changes), **more}.items()}
     fields = {key: value for key, value in (FLASH | changes).items() if value is not None}
-    return model_config(fields, shapes, "m.gguf")
+    return build_hf_config(fields, shapes, "m.gguf")
 
 
 def refused(words, changes):
@@ -42,9 +42,9 @@ def test_numbers_are_those_that_were_meant():
 
 
 def test_small_odd_sizes():
-    fields = {"general.architecture": "deepseek2", **architecture_fields(small())}
+    fields = {"general.architecture": "deepseek2", **architecture_fields(small_mtp_config())}
     shapes = {"token_embd.weight": (131, 40), "blk.3.attn_norm.weight": (40,), "output.weight": (131, 40)}
-    assert Config.from_hf(model_config(fields, shapes, "m.gguf")) == Config.from_hf(small())
+    assert Config.from_hf(build_hf_config(fields, shapes, "m.gguf")) == Config.from_hf(small_mtp_config())
 
 
 def test_what_is_absent_is_what_llama_cpp_takes():
@@ -61,10 +61,10 @@ def test_the_vocabulary_is_that_of_the_embedding_where_nothing_is_said():
 def test_every_stop_counts_once():
     assert config()["eos_token_id"] == [154_820, 154_827, 154_829]
     fields = FLASH | {"tokenizer.ggml.eos_token_ids": np.array([154_829, 5], np.int32)}
-    assert model_config(fields, SHAPES, "m.gguf")["eos_token_id"] == [154_820, 154_827, 154_829, 5]
+    assert build_hf_config(fields, SHAPES, "m.gguf")["eos_token_id"] == [154_820, 154_827, 154_829, 5]
     del fields["tokenizer.ggml.eom_token_id"]
     del fields["tokenizer.ggml.eos_token_ids"]
-    assert model_config(fields, SHAPES, "m.gguf")["eos_token_id"] == [154_820, 154_827]
+    assert build_hf_config(fields, SHAPES, "m.gguf")["eos_token_id"] == [154_820, 154_827]
 
 
 def test_a_missing_gating_function_is_the_sigmoid():
@@ -129,9 +129,9 @@ def test_halves_without_their_head_sizes():
 def test_another_architecture(architecture):
     fields = FLASH | {"general.architecture": architecture}
     with pytest.raises(CheckpointError, match=rf"architecture {architecture!r}; GGUF files .* have 'deepseek2'"):
-        model_config(fields, SHAPES, "m.gguf")
+        build_hf_config(fields, SHAPES, "m.gguf")
 
 
 def test_a_stop_that_is_no_token():
     with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.eot_token_id must be a whole number, not 'x'"):
-        model_config(FLASH | {"tokenizer.ggml.eot_token_id": "x"}, SHAPES, "m.gguf")
+        build_hf_config(FLASH | {"tokenizer.ggml.eot_token_id": "x"}, SHAPES, "m.gguf")

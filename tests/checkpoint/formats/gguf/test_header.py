@@ -10,12 +10,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from glm_jax.checkpoint.formats.gguf import open_gguf
-from glm_jax.checkpoint.formats.gguf.header import MAX_HEADER_BYTES, MAX_STRINGS, read_header
+from glm_jax.checkpoint.formats.gguf.header import MAX_GGUF_HEADER_BYTES, MAX_STRINGS, read_gguf_header
 from glm_jax.errors import CheckpointError
-from tests.builders.gguf_files import architecture_fields, random_blocks, small, to_gguf, write
+from tests.builders.gguf_files import architecture_fields, random_blocks, small_mtp_config, to_gguf_tensors, write_gguf
 from tests.builders.hf_checkpoints import random_tensors
 
-CONFIG = small(num_hidden_layers=1, n_routed_experts=2, num_experts_per_tok=1)
+CONFIG = small_mtp_config(num_hidden_layers=1, n_routed_experts=2, num_experts_per_tok=1)
 FIELDS = architecture_fields(CONFIG) | {
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "glm4",
@@ -33,7 +33,7 @@ FIELDS = architecture_fields(CONFIG) | {
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     path = tmp_path_factory.mktemp("header") / "good.gguf"
-    return write(path, to_gguf(random_tensors(CONFIG, 0), CONFIG), FIELDS)
+    return write_gguf(path, to_gguf_tensors(random_tensors(CONFIG, 0), CONFIG), FIELDS)
 
 
 def string(text):
@@ -56,7 +56,7 @@ def blob(fields=(), tensors=(), data=b"", *, magic=b"GGUF", version=3, counts=No
 
 
 def parse(raw, size=None):
-    return read_header(io.BytesIO(raw), len(raw) if size is None else size, "x.gguf")
+    return read_gguf_header(io.BytesIO(raw), len(raw) if size is None else size, "x.gguf")
 
 
 def test_agrees_with_the_package(tmp_path):
@@ -168,13 +168,13 @@ class Endless(io.RawIOBase):
         (field("a", 8, struct.pack("<Q", 2**40)), "the header has more than"),
         (field("a", 9, struct.pack("<IQ", 10, 2**37)), "the header has more than"),
         (field("a", 9, struct.pack("<IQ", 8, MAX_STRINGS + 1)), "is longer than any vocabulary"),
-        (struct.pack("<Q", MAX_HEADER_BYTES), "the header has more than"),
+        (struct.pack("<Q", MAX_GGUF_HEADER_BYTES), "the header has more than"),
     ],
 )
 def test_a_huge_file_is_not_read_to_refuse_it(claim, words):
     file = Endless(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + claim)
     with pytest.raises(CheckpointError, match=words):
-        read_header(file, 2**45, "x.gguf")
+        read_gguf_header(file, 2**45, "x.gguf")
     assert file.total < 1000
 
 
@@ -196,7 +196,7 @@ def complaint(path):
         for stored in opened.weights.values():
             with np.errstate(all="ignore"):
                 stored.load(None)
-        opened.companions()
+        opened.asset_files()
     except CheckpointError as error:
         return str(error)
     return None

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from glm_jax.checkpoint.formats.gguf import open_gguf
-from glm_jax.checkpoint.formats.gguf.split_files import open_parts
-from glm_jax.checkpoint.safetensors.reader import PAGE_BYTES
+from glm_jax.checkpoint.formats.gguf.split_files import open_splits
+from glm_jax.checkpoint.safetensors.reader import SAMPLE_PAGE_BYTES
 from glm_jax.errors import CheckpointError
-from tests.builders.gguf_files import architecture_fields, small, to_gguf, write
+from tests.builders.gguf_files import architecture_fields, small_mtp_config, to_gguf_tensors, write_gguf
 from tests.builders.hf_checkpoints import random_tensors
 
-CONFIG = small(num_hidden_layers=2)
+CONFIG = small_mtp_config(num_hidden_layers=2)
 FIELDS = architecture_fields(CONFIG)
-TENSORS = to_gguf(random_tensors(CONFIG, 0), CONFIG)
+TENSORS = to_gguf_tensors(random_tensors(CONFIG, 0), CONFIG)
 
 
 def refused(path, words):
@@ -26,7 +26,7 @@ def refused(path, words):
 @pytest.fixture
 def parts(tmp_path):
     """A model in three files."""
-    write(tmp_path / "m.gguf", TENSORS, FIELDS, split=-(-len(TENSORS) // 3))
+    write_gguf(tmp_path / "m.gguf", TENSORS, FIELDS, max_tensors_per_file=-(-len(TENSORS) // 3))
     names = [f"m-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
     assert sorted(os.listdir(tmp_path)) == names
     return [tmp_path / name for name in names]
@@ -34,20 +34,20 @@ def parts(tmp_path):
 
 def test_any_part_of_a_set_opens_the_whole(parts, tmp_path):
     (tmp_path / "one").mkdir()
-    single = open_gguf(write(tmp_path / "one" / "m.gguf", TENSORS, FIELDS))
+    single = open_gguf(write_gguf(tmp_path / "one" / "m.gguf", TENSORS, FIELDS))
     for path in (*parts, tmp_path):
         opened = open_gguf(path)
         assert opened.config == single.config
         assert set(opened.weights) == set(single.weights)
         for name, stored in opened.weights.items():
             np.testing.assert_array_equal(stored.load(None), single.weights[name].load(None))
-    assert len(open_parts(parts[1])) == 3
+    assert len(open_splits(parts[1])) == 3
 
 
 def test_a_first_part_without_tensors(tmp_path):
-    write(tmp_path / "m.gguf", TENSORS, FIELDS, split=len(TENSORS), first_empty=True)
+    write_gguf(tmp_path / "m.gguf", TENSORS, FIELDS, max_tensors_per_file=len(TENSORS), first_empty=True)
     opened = open_gguf(tmp_path / "m-00002-of-00002.gguf")
-    assert [len(part.header.tensors) for part in opened.parts] == [0, len(TENSORS)]
+    assert [len(part.header.tensors) for part in opened.splits] == [0, len(TENSORS)]
     np.testing.assert_array_equal(opened.weights["lm_head.weight"].load(None), TENSORS["output.weight"])
     assert opened.fingerprint()
 
@@ -72,32 +72,32 @@ def test_a_part_under_another_name(parts, tmp_path):
 
 @pytest.mark.parametrize("name", ["m-00000-of-00002.gguf", "m-00003-of-00002.gguf", "m-00001-of-99999.gguf"])
 def test_impossible_numbers_of_parts(tmp_path, name):
-    write(tmp_path / "x.gguf", TENSORS, FIELDS)
+    write_gguf(tmp_path / "x.gguf", TENSORS, FIELDS)
     os.rename(tmp_path / "x.gguf", tmp_path / name)
     refused(tmp_path / name, r"is part \d+ of \d+, which cannot be")
 
 
 def test_a_set_of_one(tmp_path):
-    write(tmp_path / "x.gguf", TENSORS, FIELDS)
+    write_gguf(tmp_path / "x.gguf", TENSORS, FIELDS)
     os.rename(tmp_path / "x.gguf", tmp_path / "x-00001-of-00001.gguf")
-    assert len(open_gguf(tmp_path).parts) == 1
+    assert len(open_gguf(tmp_path).splits) == 1
 
 
 def test_a_tensor_in_two_parts(tmp_path):
     for number in (0, 1):
         fields = FIELDS | {"split.no": number, "split.count": 2}
-        write(tmp_path / "x.gguf", {"output.weight": TENSORS["output.weight"]}, fields)
+        write_gguf(tmp_path / "x.gguf", {"output.weight": TENSORS["output.weight"]}, fields)
         os.rename(tmp_path / "x.gguf", tmp_path / f"m-0000{number + 1}-of-00002.gguf")
     refused(tmp_path, r"tensor output\.weight is in m-00001-of-00002\.gguf and in m-00002-of-00002\.gguf")
 
 
 def test_a_set_that_lost_tensors(tmp_path):
-    write(tmp_path / "x.gguf", TENSORS, FIELDS | {"split.count": 1, "split.tensors.count": len(TENSORS) + 1})
+    write_gguf(tmp_path / "x.gguf", TENSORS, FIELDS | {"split.count": 1, "split.tensors.count": len(TENSORS) + 1})
     refused(tmp_path / "x.gguf", rf"x\.gguf says that its set has {len(TENSORS) + 1} tensors; the files have")
 
 
 def test_a_folder_of_several_models_lists_them(parts, tmp_path):
-    write(tmp_path / "other.gguf", TENSORS, FIELDS)
+    write_gguf(tmp_path / "other.gguf", TENSORS, FIELDS)
     refused(tmp_path, r"holds 2 GGUF models, name one of them: m-00001-of-00003\.gguf, other\.gguf")
     assert open_gguf(tmp_path / "other.gguf").config["vocab_size"] == 131
 
@@ -108,15 +108,15 @@ def test_nothing_there(tmp_path):
 
 
 def test_the_fingerprint_knows_names_headers_and_sampled_pages(tmp_path):
-    path = write(tmp_path / "m.gguf", TENSORS, FIELDS)
+    path = write_gguf(tmp_path / "m.gguf", TENSORS, FIELDS)
     before = open_gguf(path)
     assert before.fingerprint() == open_gguf(path).fingerprint()
-    assert before.modified() == {"m.gguf": path.stat().st_mtime_ns}
+    assert before.mtimes_ns() == {"m.gguf": path.stat().st_mtime_ns}
     seen = {before.fingerprint()}
-    other = write(tmp_path / "n.gguf", TENSORS, FIELDS | {"general.name": "x"})
+    other = write_gguf(tmp_path / "n.gguf", TENSORS, FIELDS | {"general.name": "x"})
     seen.add(open_gguf(other).fingerprint())
     for name in ("output.weight", "blk.1.ffn_up_exps.weight", "output_norm.weight"):
-        entry = before.parts[0].header.tensors[name]
+        entry = before.splits[0].header.tensors[name]
         for at in (entry.begin, entry.end - 1):
             raw = bytearray(path.read_bytes())
             raw[at] ^= 1
@@ -129,11 +129,11 @@ def test_the_fingerprint_knows_names_headers_and_sampled_pages(tmp_path):
 
 
 def test_the_middle_of_a_large_tensor_is_sampled(tmp_path):
-    big = {"output.weight": np.zeros((131, 40 * PAGE_BYTES // 4), np.float32)}
-    path = write(tmp_path / "m.gguf", TENSORS | big, FIELDS)
+    big = {"output.weight": np.zeros((131, 40 * SAMPLE_PAGE_BYTES // 4), np.float32)}
+    path = write_gguf(tmp_path / "m.gguf", TENSORS | big, FIELDS)
     opened = open_gguf(path)
     before = opened.fingerprint()
-    entry = opened.parts[0].header.tensors["output.weight"]
+    entry = opened.splits[0].header.tensors["output.weight"]
     with path.open("r+b") as file:
         file.seek((entry.begin + entry.end) // 2)
         file.write(b"\x01")
@@ -141,7 +141,7 @@ def test_the_middle_of_a_large_tensor_is_sampled(tmp_path):
 
 
 def test_a_file_that_shrinks_while_open(tmp_path):
-    path = write(tmp_path / "m.gguf", TENSORS, FIELDS)
+    path = write_gguf(tmp_path / "m.gguf", TENSORS, FIELDS)
     opened = open_gguf(path)
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 64)

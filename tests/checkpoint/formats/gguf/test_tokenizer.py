@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from glm_jax.checkpoint.formats.gguf import open_gguf
-from glm_jax.checkpoint.formats.gguf.tokenizer import companion_files
+from glm_jax.checkpoint.formats.gguf.tokenizer import build_asset_files
 from glm_jax.config import Config
-from glm_jax.engine.assets import Companions
+from glm_jax.engine.assets import ModelAssets
 from glm_jax.errors import CheckpointError
 from glm_jax.text import Tokenizer
-from tests.builders.gguf_files import architecture_fields, small, to_gguf, write
+from tests.builders.gguf_files import architecture_fields, small_mtp_config, to_gguf_tensors, write_gguf
 from tests.builders.hf_checkpoints import random_tensors
-from tests.text.fixtures import CORPUS, SPECIAL, TAGS
+from tests.text.fixtures import CORPUS, GLM_SPECIAL_TOKENS, TAG_TOKENS
 
 # GLM-4's own, as its tokenizer.json has it.
 GLM4 = (
@@ -46,8 +46,8 @@ def original():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=380, initial_alphabet=alphabet, show_progress=False)
     made.train_from_iterator(TEXTS * 3, trainer)
-    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
-    made.add_tokens([AddedToken(text, special=False, normalized=False) for text in TAGS])
+    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in GLM_SPECIAL_TOKENS])
+    made.add_tokens([AddedToken(text, special=False, normalized=False) for text in TAG_TOKENS])
     return made
 
 
@@ -88,7 +88,7 @@ def _as_read(value):
 
 
 BARE = {"max_position_embeddings": 9, "eos_token_id": [], "pad_token_id": None}
-CONFIG = small(vocab_size=ROWS)
+CONFIG = small_mtp_config(vocab_size=ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def opened(original, tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "m.gguf"
     fields = architecture_fields(CONFIG) | vocabulary_fields(original)
     sampling = {"general.sampling.temp": 0.7, "general.sampling.top_p": 0.95, "general.sampling.top_k": 20}
-    return open_gguf(write(path, to_gguf(random_tensors(CONFIG, 0), CONFIG), fields | sampling))
+    return open_gguf(write_gguf(path, to_gguf_tensors(random_tensors(CONFIG, 0), CONFIG), fields | sampling))
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,8 @@ def tokenizer(folder):
 
 
 TRICKY = [
-    *SPECIAL,
-    *TAGS,
+    *GLM_SPECIAL_TOKENS,
+    *TAG_TOKENS,
     " ",
     "  ",
     "\n",
@@ -152,14 +152,14 @@ def test_unused_rows_and_special_tokens(original, tokenizer):
     known = original.get_vocab_size(with_added_tokens=True)
     assert tokenizer.vocab_size == known
     assert tokenizer.unused_ids == tuple(range(known, ROWS))
-    assert tokenizer.special_ids == {original.token_to_id(text) for text in SPECIAL}
+    assert tokenizer.special_ids == {original.token_to_id(text) for text in GLM_SPECIAL_TOKENS}
     assert tokenizer.encode("[PAD419]") != [419]
 
 
 def test_the_miniature_s_own_vocabulary(tmp_path):
     """Its rule for cutting text is another, so only the merging can be compared: of words that both keep whole."""
     theirs = tokenizers.Tokenizer.from_file(str(files("glm_jax") / "tiny" / "tokenizer.json"))
-    made = companion_files(read(vocabulary_fields(theirs, 2048)), BARE, "m.gguf")
+    made = build_asset_files(read(vocabulary_fields(theirs, 2048)), BARE, "m.gguf")
     (tmp_path / "tokenizer.json").write_bytes(made["tokenizer.json"])
     ours = Tokenizer.from_dir(tmp_path, model_vocab=2048)
     words = [*theirs.get_vocab(with_added_tokens=False)][:1500]
@@ -178,11 +178,15 @@ def test_everything_that_lies_beside_a_checkpoint(opened, folder, original):
         "chat_template.jinja",
         "generation_config.json",
     }
-    companions = Companions.read(Config.from_hf(opened.config), folder)
+    companions = ModelAssets.load(Config.from_hf(opened.config), folder)
     stops = [original.token_to_id(text) for text in ("<|endoftext|>", "<|user|>", "<|observation|>")]
     assert companions.eos_ids == tuple(stops)
-    assert companions.template == "[gMASK]<sop>{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert (companions.defaults.temperature, companions.defaults.top_p, companions.defaults.top_k) == (0.7, 0.95, 20)
+    assert companions.chat_template == "[gMASK]<sop>{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert (
+        companions.default_sampling_params.temperature,
+        companions.default_sampling_params.top_p,
+        companions.default_sampling_params.top_k,
+    ) == (0.7, 0.95, 20)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert (config["eos_token"], config["pad_token"]) == ("<|endoftext|>", "<|endoftext|>")
     generation = json.loads((folder / "generation_config.json").read_text())
@@ -193,7 +197,7 @@ def test_everything_that_lies_beside_a_checkpoint(opened, folder, original):
 def test_no_template_no_file_and_no_limit_no_number(original):
     fields = read(vocabulary_fields(original)) | {"general.sampling.top_k": 0}
     del fields["tokenizer.chat_template"]
-    made = companion_files(fields, BARE, "m.gguf")
+    made = build_asset_files(fields, BARE, "m.gguf")
     assert set(made) == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     assert json.loads(made["generation_config.json"]) == {}
 
@@ -223,22 +227,22 @@ def test_no_template_no_file_and_no_limit_no_number(original):
 def test_tokenizers_that_cannot_be_used(original, changes, words):
     fields = read(vocabulary_fields(original)) | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
     with pytest.raises(CheckpointError, match=words):
-        companion_files(fields, BARE, "m.gguf")
+        build_asset_files(fields, BARE, "m.gguf")
 
 
 def test_weights_load_without_a_tokenizer(tmp_path):
     opened = open_gguf(
-        write(tmp_path / "m.gguf", to_gguf(random_tensors(CONFIG, 0), CONFIG), architecture_fields(CONFIG))
+        write_gguf(tmp_path / "m.gguf", to_gguf_tensors(random_tensors(CONFIG, 0), CONFIG), architecture_fields(CONFIG))
     )
     assert opened.weights["model.norm.weight"].load(None).shape == (40,)
     with pytest.raises(CheckpointError, match=r"m\.gguf has no tokenizer"):
-        opened.companions()
+        opened.asset_files()
 
 
 def test_the_older_name_of_the_same_rule(original):
     fields = read(vocabulary_fields(original))
-    older = companion_files(fields | {"tokenizer.ggml.pre": "chatglm-bpe"}, BARE, "m.gguf")
-    assert older == companion_files(fields, BARE, "m.gguf")
+    older = build_asset_files(fields | {"tokenizer.ggml.pre": "chatglm-bpe"}, BARE, "m.gguf")
+    assert older == build_asset_files(fields, BARE, "m.gguf")
 
 
 def test_added_tokens_between_others_keep_their_numbers(original, tmp_path):
@@ -249,7 +253,7 @@ def test_added_tokens_between_others_keep_their_numbers(original, tmp_path):
     first = int(np.argmax(kinds != NORMAL))
     fields["tokenizer.ggml.tokens"] = [*tokens[:first], *(b"[GAP%d]" % i for i in range(shift)), *tokens[first:]]
     fields["tokenizer.ggml.token_type"] = np.insert(kinds, first, [UNUSED] * shift)
-    (tmp_path / "tokenizer.json").write_bytes(companion_files(fields, BARE, "m.gguf")["tokenizer.json"])
+    (tmp_path / "tokenizer.json").write_bytes(build_asset_files(fields, BARE, "m.gguf")["tokenizer.json"])
     ours = Tokenizer.from_dir(tmp_path, model_vocab=ROWS + shift)
     for text in TEXTS:
         ids = original.encode(text, add_special_tokens=False).ids

@@ -6,14 +6,21 @@ import numpy as np
 import pytest
 
 from glm_jax.checkpoint.formats.gguf import open_gguf
-from glm_jax.checkpoint.formats.gguf.ggml_types import TYPES
+from glm_jax.checkpoint.formats.gguf.ggml_types import GGML_TYPES
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import QuantizedTensor
-from tests.builders.gguf_files import architecture_fields, random_blocks, small, theirs, to_gguf, write
+from tests.builders.gguf_files import (
+    architecture_fields,
+    gguf_dequantize,
+    random_blocks,
+    small_mtp_config,
+    to_gguf_tensors,
+    write_gguf,
+)
 from tests.builders.hf_checkpoints import random_tensors
 
-CONFIG = small()
+CONFIG = small_mtp_config()
 LAYER = "model.layers.1"
 
 
@@ -25,11 +32,11 @@ def tensors():
 @pytest.fixture(scope="module")
 def opened(tensors, tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    return open_gguf(write(path, to_gguf(tensors, CONFIG), architecture_fields(CONFIG)))
+    return open_gguf(write_gguf(path, to_gguf_tensors(tensors, CONFIG), architecture_fields(CONFIG)))
 
 
 def made(tmp_path, config, tensors, **changes):
-    return open_gguf(write(tmp_path / "m.gguf", tensors, architecture_fields(config) | changes))
+    return open_gguf(write_gguf(tmp_path / "m.gguf", tensors, architecture_fields(config) | changes))
 
 
 def logical(tensors, config):
@@ -72,9 +79,9 @@ def test_nothing_is_copied_before_it_is_used(opened):
 
 
 def test_without_a_prediction_layer(tmp_path):
-    config = small(num_hidden_layers=2) | {"num_nextn_predict_layers": 0}
+    config = small_mtp_config(num_hidden_layers=2) | {"num_nextn_predict_layers": 0}
     tensors = random_tensors(config, 1)
-    opened = made(tmp_path, config, to_gguf(tensors, config))
+    opened = made(tmp_path, config, to_gguf_tensors(tensors, config))
     assert set(opened.weights) == set(logical(tensors, config))
     assert Config.from_hf(opened.config) == Config.from_hf(config)
 
@@ -82,7 +89,7 @@ def test_without_a_prediction_layer(tmp_path):
 def test_a_prediction_layer_that_was_left_out(tmp_path):
     """Files of requantised models name the layer although nothing of it is there."""
     tensors = random_tensors(CONFIG, 1)
-    kept = {n: a for n, a in to_gguf(tensors, CONFIG).items() if not n.startswith("blk.3.")}
+    kept = {n: a for n, a in to_gguf_tensors(tensors, CONFIG).items() if not n.startswith("blk.3.")}
     opened = made(tmp_path, CONFIG, kept)
     assert opened.config["num_nextn_predict_layers"] == 0
     assert opened.config["num_hidden_layers"] == 3
@@ -90,14 +97,14 @@ def test_a_prediction_layer_that_was_left_out(tmp_path):
 
 
 def test_tied_embeddings(tmp_path, tensors):
-    kept = {n: a for n, a in to_gguf(tensors, CONFIG).items() if n != "output.weight"}
+    kept = {n: a for n, a in to_gguf_tensors(tensors, CONFIG).items() if n != "output.weight"}
     assert made(tmp_path, CONFIG, kept).config["tie_word_embeddings"] is True
 
 
 def test_without_low_rank_queries(tmp_path):
-    config = small(q_lora_rank=None)
+    config = small_mtp_config(q_lora_rank=None)
     tensors = random_tensors(config, 2)
-    opened = made(tmp_path, config, to_gguf(tensors, config))
+    opened = made(tmp_path, config, to_gguf_tensors(tensors, config))
     assert opened.config["q_lora_rank"] is None
     assert set(opened.weights) == set(logical(tensors, config))
 
@@ -113,14 +120,14 @@ def test_old_files_with_kv_b_whole(tmp_path, tensors):
         "deepseek2.attention.value_length": CONFIG["v_head_dim"],
         "deepseek2.attention.head_count_kv": heads,
     }
-    opened = open_gguf(write(tmp_path / "m.gguf", to_gguf(tensors, CONFIG, halves=False), fields))
+    opened = open_gguf(write_gguf(tmp_path / "m.gguf", to_gguf_tensors(tensors, CONFIG, split_kv_b=False), fields))
     assert Config.from_hf(opened.config) == Config.from_hf(CONFIG)
     name = f"{LAYER}.self_attn.kv_b_proj.weight"
     np.testing.assert_array_equal(opened.weights[name].load(None), tensors[name])
 
 
 def test_kv_b_beside_its_halves_is_left_out_and_said(tmp_path, tensors):
-    both = to_gguf(tensors, CONFIG) | to_gguf(tensors, CONFIG, halves=False)
+    both = to_gguf_tensors(tensors, CONFIG) | to_gguf_tensors(tensors, CONFIG, split_kv_b=False)
     opened = made(tmp_path, CONFIG, both)
     assert set(opened.weights) == set(logical(tensors, CONFIG))
     assert opened.notes == ("attn_kv_b is left out where the file has its halves as well",)
@@ -129,7 +136,7 @@ def test_kv_b_beside_its_halves_is_left_out_and_said(tmp_path, tensors):
 def test_halves_written_as_one_matrix(tmp_path, tensors):
     flat = {
         n: a.reshape(-1, a.shape[-1]) if n.endswith(("attn_k_b.weight", "attn_v_b.weight")) else a
-        for n, a in to_gguf(tensors, CONFIG).items()
+        for n, a in to_gguf_tensors(tensors, CONFIG).items()
     }
     opened = made(tmp_path, CONFIG, flat)
     for name, array in logical(tensors, CONFIG).items():
@@ -139,7 +146,7 @@ def test_halves_written_as_one_matrix(tmp_path, tensors):
 
 
 def test_gate_and_up_in_one_tensor(tmp_path, tensors):
-    merged = to_gguf(tensors, CONFIG)
+    merged = to_gguf_tensors(tensors, CONFIG)
     for block in (1, 2, 3):
         pair = [merged.pop(f"blk.{block}.ffn_{part}_exps.weight") for part in ("gate", "up")]
         merged[f"blk.{block}.ffn_gate_up_exps.weight"] = np.concatenate(pair, axis=1)
@@ -155,11 +162,11 @@ def test_gate_and_up_in_one_tensor(tmp_path, tensors):
 def test_a_tensor_of_another_model_is_named(tmp_path, tensors):
     foreign = {"blk.1.attn_k.weight": np.ones((2, 2), np.float32), "blk.01.ffn_norm.weight": np.ones(2, np.float32)}
     with pytest.raises(CheckpointError, match=r"2 tensors .* does not have: blk\.1\.attn_k\.weight, blk\.01\.ffn_norm"):
-        made(tmp_path, CONFIG, to_gguf(tensors, CONFIG) | foreign)
+        made(tmp_path, CONFIG, to_gguf_tensors(tensors, CONFIG) | foreign)
 
 
 # Sizes that every type divides.
-WIDE = small(
+WIDE = small_mtp_config(
     hidden_size=256,
     intermediate_size=256,
     moe_intermediate_size=256,
@@ -174,13 +181,13 @@ WIDE = small(
     num_hidden_layers=2,
     vocab_size=64,
 ) | {"num_nextn_predict_layers": 0}
-KINDS = sorted({t.name for t in TYPES.values()} - {"F32", "F16", "BF16", "F64", "Q8_1", "Q8_K", "Q1_0"})
+KINDS = sorted({t.name for t in GGML_TYPES.values()} - {"F32", "F16", "BF16", "F64", "Q8_1", "Q8_K", "Q1_0"})
 KINDS = [kind for kind in KINDS if not re.fullmatch(r"I\d+", kind)]
 
 
 @pytest.fixture(scope="module")
 def wide():
-    return to_gguf(random_tensors(WIDE, 3), WIDE)
+    return to_gguf_tensors(random_tensors(WIDE, 3), WIDE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,8 +196,8 @@ def test_quantised_matrices_stacks_and_halves(tmp_path, wide, kind):
     replaced = {name: random_blocks(kind, wide[name].shape) for name in names}
     opened = made(tmp_path, WIDE, wide | replaced)
     for name, tensor in replaced.items():
-        (stored,) = (s for s in opened.weights.values() if s.tensors == (name,))
-        expected = theirs(tensor)
+        (stored,) = (s for s in opened.weights.values() if s.tensor_names == (name,))
+        expected = gguf_dequantize(tensor)
         assert stored.shape == expected.shape
         assert stored.dtype == np.float32
         whole = stored.load(None)
@@ -213,8 +220,8 @@ def test_half_of_a_quantised_pair_of_experts(tmp_path, wide):
     opened = made(tmp_path, WIDE, merged | {"blk.1.ffn_gate_up_exps.weight": both})
     for part, rows in (("gate", slice(0, 256)), ("up", slice(256, None))):
         stored = opened.weights[f"{LAYER}.mlp.switch_mlp.{part}_proj.weight"]
-        np.testing.assert_array_equal(np.asarray(stored.load(None)), theirs(both)[:, rows])
-        np.testing.assert_array_equal(np.asarray(stored.load(2)), theirs(both)[2, rows])
+        np.testing.assert_array_equal(np.asarray(stored.load(None)), gguf_dequantize(both)[:, rows])
+        np.testing.assert_array_equal(np.asarray(stored.load(2)), gguf_dequantize(both)[2, rows])
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16"])
@@ -250,7 +257,7 @@ def test_a_quantised_vector_is_refused(tmp_path, wide):
 def test_the_package_is_asked_for_when_opening(tmp_path, wide, monkeypatch):
     import sys
 
-    path = write(
+    path = write_gguf(
         tmp_path / "m.gguf",
         wide | {"output.weight": random_blocks("IQ3_S", (64, 256))},
         architecture_fields(WIDE),
@@ -266,6 +273,6 @@ def test_one_expert_reads_no_other(tmp_path, wide, monkeypatch):
     name = "blk.1.ffn_up_exps.weight"
     opened = made(tmp_path, WIDE, wide | {name: random_blocks("Q5_K", wide[name].shape)})
     seen = []
-    monkeypatch.setattr(weights, "repack", lambda raw, kind, _: seen.append(raw.shape))
+    monkeypatch.setattr(weights, "repack_blocks", lambda raw, kind, _: seen.append(raw.shape))
     opened.weights[f"{LAYER}.mlp.switch_mlp.up_proj.weight"].load(1)
     assert seen == [(256, 176)]

@@ -31,11 +31,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-FOLDER = Path(__file__).parent
+GOLDEN_FOLDER = Path(__file__).parent
 CASES: dict[str, dict[str, object]] = {}
 
 
-def add(name, tensors, config, values, **expected):
+def add_case(name, tensors, config, values, **expected):
     """Notes one case; ``values`` are float32 [O, I]."""
     assert values.dtype is torch.float32
     expected = {key: value for key, value in expected.items() if value is not None}
@@ -47,15 +47,15 @@ def add(name, tensors, config, values, **expected):
     }
 
 
-def save(file):
+def save_cases(file):
     """Writes the noted cases to one file and forgets them."""
     tensors = {key: value for case in CASES.values() for key, value in case["tensors"].items()}
     metadata = {name: json.dumps(case["info"], sort_keys=True) for name, case in CASES.items()}
-    save_file(tensors, FOLDER / f"{file}.safetensors", metadata)
+    save_file(tensors, GOLDEN_FOLDER / f"{file}.safetensors", metadata)
     CASES.clear()
 
 
-def grid(outputs, inputs, group, bits, *, symmetric=False, dtype=torch.float16, zeros=None):
+def random_quantized_matrix(outputs, inputs, group, bits, *, symmetric=False, dtype=torch.float16, zeros=None):
     """Random codes, zero points and scales, and the matrix that quantises to exactly them: [O, I], [O, G], [O, G]."""
     groups = inputs // (group or inputs)
     codes = torch.randint(0, 1 << bits, (outputs, inputs))
@@ -64,10 +64,10 @@ def grid(outputs, inputs, group, bits, *, symmetric=False, dtype=torch.float16, 
     if symmetric:
         zeros = torch.full((outputs, groups), 1 << (bits - 1))
     scales = (torch.rand(outputs, groups) * 0.02 + 0.001).to(dtype)
-    return codes, zeros, scales, integers(codes, zeros, scales)
+    return codes, zeros, scales, packed_parts(codes, zeros, scales)
 
 
-def integers(codes, zeros, scales, g_idx=None):
+def packed_parts(codes, zeros, scales, g_idx=None):
     """(u - z) s in float32: exact for codes of 8 bits and scales of 16."""
     index = torch.arange(codes.shape[1]) // (codes.shape[1] // scales.shape[1]) if g_idx is None else g_idx.long()
     return (codes.float() - zeros.float()[:, index]) * scales.float()[:, index]
@@ -86,7 +86,9 @@ def compressed_tensors():
     def one(name, outputs, inputs, group, bits, symmetric, dtype):
         offset = 1 << (bits - 1)
         zeros = None if symmetric else torch.randint(0, 1 << bits, (outputs, inputs // (group or inputs)))
-        _, zeros, scales, weight = grid(outputs, inputs, group, bits, symmetric=symmetric, dtype=dtype, zeros=zeros)
+        _, zeros, scales, weight = random_quantized_matrix(
+            outputs, inputs, group, bits, symmetric=symmetric, dtype=dtype, zeros=zeros
+        )
         strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
         args = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, **strategy)
         scheme = QuantizationScheme(targets=["Linear"], weights=args)
@@ -105,9 +107,9 @@ def compressed_tensors():
             "format": "pack-quantized",
             "config_groups": {"group_0": group_config},
         }
-        values = integers(codes, zeros, scales)
+        values = packed_parts(codes, zeros, scales)
         expected = {"codes": codes.to(torch.uint8), "zeros": zeros.to(torch.uint8), "scales": scales}
-        add(name, packed, config, values, library=library, **expected)
+        add_case(name, packed, config, values, library=library, **expected)
 
     one("sym-g32", 5, 64, 32, 4, True, torch.bfloat16)
     one("sym-g64", 5, 128, 64, 4, True, torch.float16)
@@ -122,7 +124,7 @@ def compressed_tensors():
     one("int3-sym-g32", 4, 64, 32, 3, True, torch.bfloat16)
     one("int2-asym-g32", 5, 64, 32, 2, False, torch.bfloat16)
     one("int6-asym-g32", 7, 64, 32, 6, False, torch.bfloat16)
-    save("compressed_tensors")
+    save_cases("compressed_tensors")
 
 
 def compressed_tensors_actorder():
@@ -133,9 +135,9 @@ def compressed_tensors_actorder():
     from compressed_tensors.quantization import QuantizationArgs
 
     for name, symmetric in (("actorder-sym", True), ("actorder-asym", False)):
-        codes, zeros, scales, _ = grid(8, 128, 32, 4, symmetric=symmetric, dtype=torch.bfloat16)
+        codes, zeros, scales, _ = random_quantized_matrix(8, 128, 32, 4, symmetric=symmetric, dtype=torch.bfloat16)
         g_idx = (torch.randperm(128) // 32).to(torch.int32)
-        weight = integers(codes, zeros, scales, g_idx)
+        weight = packed_parts(codes, zeros, scales, g_idx)
         args = QuantizationArgs(num_bits=4, type="int", symmetric=symmetric, group_size=32, actorder="group")
         compressor = PackedQuantizationCompressor()
         point = (zeros - 8).to(torch.int8)
@@ -147,10 +149,10 @@ def compressed_tensors_actorder():
             zeros = unpack_from_int32(packed["weight_zero_point"], 4, scales.shape, packed_dim=0).int() + 8
         group_config = {"targets": ["Linear"], "weights": args.model_dump(mode="json")}
         config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group_config}}
-        values = integers(codes, zeros, scales, g_idx)
+        values = packed_parts(codes, zeros, scales, g_idx)
         expected = {"codes": codes.to(torch.uint8), "zeros": zeros.to(torch.uint8), "scales": scales}
-        add(name, stored, config | {"format": "pack-quantized"}, values, library=library, **expected)
-    save("compressed_tensors_actorder")
+        add_case(name, stored, config | {"format": "pack-quantized"}, values, library=library, **expected)
+    save_cases("compressed_tensors_actorder")
 
 
 def gptq():
@@ -159,11 +161,13 @@ def gptq():
     from gptqmodel.utils.model_dequant import unpack_cols, unpack_rows
 
     def one(name, version, bits, outputs, inputs, group, *, symmetric=False, order=False, zeros=None):
-        codes, zeros, scales, weight = grid(outputs, inputs, group, bits, symmetric=symmetric, zeros=zeros)
+        codes, zeros, scales, weight = random_quantized_matrix(
+            outputs, inputs, group, bits, symmetric=symmetric, zeros=zeros
+        )
         g_idx = (torch.arange(inputs) // group).to(torch.int32)
         if order:
             g_idx = g_idx[torch.randperm(inputs)]
-            weight = integers(codes, zeros, scales, g_idx)
+            weight = packed_parts(codes, zeros, scales, g_idx)
         shape = {"in_features": inputs, "out_features": outputs}
         layer = TorchLinear(bits=bits, group_size=group, sym=symmetric, desc_act=order, bias=False, **shape)
         layer.pack_original(linear(weight), scales.float(), zeros.float(), g_idx)
@@ -188,7 +192,7 @@ def gptq():
             "meta": {"quantizer": ["gptqmodel:7.7.0"]},
         }
         expected = {"codes": codes.to(torch.uint8), "zeros": zeros.to(torch.uint8), "scales": scales}
-        add(name, stored, config, integers(codes, zeros, scales, g_idx), library=library, **expected)
+        add_case(name, stored, config, packed_parts(codes, zeros, scales, g_idx), library=library, **expected)
 
     one("v1-sym", 1, 4, 8, 64, 32, symmetric=True)
     one("v1-asym", 1, 4, 8, 64, 32)
@@ -202,7 +206,7 @@ def gptq():
     one("v2-asym", 2, 4, 16, 32, 32, zeros=torch.arange(16).reshape(16, 1))
     one("v2-order", 2, 4, 8, 64, 32, order=True)
     one("v2-int8", 2, 8, 8, 64, 32, zeros=torch.arange(16).reshape(8, 2) * 17)
-    save("gptq")
+    save_cases("gptq")
 
 
 def autoround():
@@ -216,7 +220,7 @@ def autoround():
         return method | {"bits": bits, "group_size": group, "sym": symmetric, "data_type": "int"}
 
     def one(name, kind, packing, bits, inputs, group, *, symmetric=False, words=None, zeros=None):
-        _, zeros, scales, weight = grid(32, inputs, group, bits, symmetric=symmetric, zeros=zeros)
+        _, zeros, scales, weight = random_quantized_matrix(32, inputs, group, bits, symmetric=symmetric, zeros=zeros)
         layer = kind(bits, group, inputs, 32, bias=False)
         layer.device = torch.device("cpu")
         layer.pack(linear(weight), scales.float(), zeros.float(), None, device="cpu")
@@ -224,14 +228,14 @@ def autoround():
             layer.qzeros.fill_(words)
         codes = unpack_bitstream(layer.qweight, bits, 0).T
         zeros = unpack_bitstream(layer.qzeros, bits, 1).T + (kind is LessOne)
-        values = integers(codes, zeros, layer.scales.T)
+        values = packed_parts(codes, zeros, layer.scales.T)
         library = layer(torch.eye(inputs, dtype=torch.float16)).T
         stored = {key: getattr(layer, key) for key in ("qweight", "qzeros", "scales")}
         # A zero point of 256 does not fit a byte; of 4 bits, 16 does.
         zeros = zeros.to(torch.uint8 if bits < 8 else torch.int16)
         expected = {"codes": codes.to(torch.uint8), "zeros": zeros, "scales": layer.scales.T}
         library = library if bits == 4 else None  # these files are kept small
-        add(name, stored, config(packing, bits, group, symmetric), values, library=library, **expected)
+        add_case(name, stored, config(packing, bits, group, symmetric), values, library=library, **expected)
 
     one("gptq-sym", LessOne, "auto_round:auto_gptq", 4, 64, 32, symmetric=True)
     clamped = torch.arange(32).reshape(32, 1) % 16
@@ -241,16 +245,16 @@ def autoround():
     one("gptq-int8-256", LessOne, "auto_round:auto_gptq", 8, 32, 32, words=-1)
     one("plain-asym", Plain, "auto_round", 4, 32, 32, zeros=clamped)
 
-    _, zeros, scales, weight = grid(32, 64, 32, 4)
+    _, zeros, scales, weight = random_quantized_matrix(32, 64, 32, 4)
     layer = WQLinear_GEMM.from_linear(linear(weight), 4, 32, scales=scales.T, zeros=zeros.T.float(), device="cpu")
     codes = awq_reverse_reorder(unpack_bitstream(layer.qweight, 4, 1)).T
     zeros = awq_reverse_reorder(unpack_bitstream(layer.qzeros, 4, 1)).T
     stored = {key: getattr(layer, key) for key in ("qweight", "qzeros", "scales")}
     library = layer(torch.eye(64, dtype=torch.float16)).reshape(64, 32).T
     expected = {"codes": codes.to(torch.uint8), "zeros": zeros.to(torch.uint8), "scales": layer.scales.T}
-    values = integers(codes, zeros, layer.scales.T)
-    add("awq", stored, config("auto_round:auto_awq", 4, 32, False), values, library=library, **expected)
-    save("autoround")
+    values = packed_parts(codes, zeros, layer.scales.T)
+    add_case("awq", stored, config("auto_round:auto_awq", 4, 32, False), values, library=library, **expected)
+    save_cases("autoround")
 
 
 def awq():
@@ -265,7 +269,7 @@ def awq():
 
     for name, inputs, group in (("g32", 64, 32), ("g128", 128, 128)):
         zeros = torch.arange(32 * (inputs // group)).reshape(32, -1) % 16
-        _, zeros, scales, weight = grid(32, inputs, group, 4, zeros=zeros)
+        _, zeros, scales, weight = random_quantized_matrix(32, inputs, group, 4, zeros=zeros)
         half = linear(weight.half())
         layer = gemm.WQLinear_GEMM.from_linear(half, 4, group, scales=scales.T, zeros=zeros.T)
         raw = packing.unpack_awq(layer.qweight, layer.qzeros, 4)
@@ -274,9 +278,9 @@ def awq():
         stored = {key: getattr(layer, key) for key in ("qweight", "qzeros", "scales")}
         config = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group, "zero_point": True}
         expected = {"codes": codes.to(torch.uint8), "zeros": zeros.to(torch.uint8), "scales": layer.scales.T}
-        values = integers(codes, zeros, layer.scales.T)
-        add(name, stored, config, values, library=library if group == 32 else None, **expected)
-    save("awq")
+        values = packed_parts(codes, zeros, layer.scales.T)
+        add_case(name, stored, config, values, library=library if group == 32 else None, **expected)
+    save_cases("awq")
 
 
 def fp8():
@@ -305,7 +309,7 @@ def fp8():
         if rename:
             stored[rename] = stored.pop("weight_scale")
             config = {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic"}
-        add(name, stored, config, values, library=library)
+        add_case(name, stored, config, values, library=library)
 
     small = torch.randn(8, 48)
     one("channel", small, "channel", torch.bfloat16, scale_shape=(8, 1))
@@ -324,8 +328,8 @@ def fp8():
         stored = Fp8Quantize(quantizer).convert({"weight": torch.randn(16, 48)})
         library = Fp8Dequantize(quantizer)._dequantize_one(stored["weight"], stored["weight_scale_inv"])
         config = {"quant_method": "fp8", "weight_block_size": [8, 16], "scale_fmt": form}
-        add(name, stored, config, multiplied(stored["weight"], stored["weight_scale_inv"], 8, 16), library=library)
-    save("fp8")
+        add_case(name, stored, config, multiplied(stored["weight"], stored["weight_scale_inv"], 8, 16), library=library)
+    save_cases("fp8")
 
 
 def fp4():
@@ -354,7 +358,7 @@ def fp4():
     numbers = unpack_fp4_from_uint8(stored["weight_packed"], 16, 64, torch.float32)
     values = numbers * (stored["weight_scale"].float() / divisor).repeat_interleave(16, 1)
     stored["input_global_scale"] = torch.tensor([123.0])
-    add("nvfp4", stored, config | {"format": "nvfp4-pack-quantized"}, values, library=library)
+    add_case("nvfp4", stored, config | {"format": "nvfp4-pack-quantized"}, values, library=library)
 
     kind, config = scheme(strategy="group", group_size=32, scale_dtype="torch.uint8")
     powers = torch.exp2(torch.randint(-9, 3, (16, 2)).float())
@@ -362,7 +366,7 @@ def fp4():
     library = MXFP4PackedCompressor.decompress(stored, kind)["weight"]
     numbers = unpack_fp4_from_uint8(stored["weight_packed"], 16, 64, torch.float32)
     values = numbers * torch.exp2(stored["weight_scale"].float() - 127).repeat_interleave(32, 1)
-    add("mxfp4", stored, config | {"format": "mxfp4-pack-quantized"}, values, library=library)
+    add_case("mxfp4", stored, config | {"format": "mxfp4-pack-quantized"}, values, library=library)
 
     packed, scale, outer = NVFP4QTensor.quantize(weight.bfloat16(), 16)
     stored = {"weight": packed._quantized_data, "weight_scale": scale, "weight_scale_2": outer}
@@ -374,8 +378,8 @@ def fp4():
     exported = {"producer": {"name": "modelopt", "version": "0.47.0"}}
     exported["quantization"] = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16}
     config = convert_hf_quant_config_format(exported) | {"hf_quant_config": exported}
-    add("modelopt", stored, config, values, library=library)
-    save("fp4")
+    add_case("modelopt", stored, config, values, library=library)
+    save_cases("fp4")
 
 
 def mlx():
@@ -403,7 +407,7 @@ def mlx():
         stored = {"weight": packed, "scales": scales, "biases": biases}
         config = {"bits": bits, "group_size": group, "mode": "affine"}
         small = library if bits in (3, 4) else None
-        add(name, stored, config, values, codes=codes, library=small)
+        add_case(name, stored, config, values, codes=codes, library=small)
 
     one("int2-g32", 2, 32, 6, 64, "float16")
     one("int3-g64", 3, 64, 6, 64, "bfloat16")
@@ -418,8 +422,8 @@ def mlx():
         words, scales = mx.quantize(weight, group_size=group, bits=bits, mode=mode)
         library = back(mx.dequantize(words, scales, group_size=group, bits=bits, mode=mode))
         stored = {"weight": raw(words), "scales": raw(scales)}
-        add(mode, stored, {"bits": bits, "group_size": group, "mode": mode}, library, library=library)
-    save("mlx")
+        add_case(mode, stored, {"bits": bits, "group_size": group, "mode": mode}, library, library=library)
+    save_cases("mlx")
 
 
 FORMATS = (compressed_tensors, compressed_tensors_actorder, gptq, autoround, awq, fp8, fp4, mlx)
