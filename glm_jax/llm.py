@@ -16,16 +16,16 @@ from glm_jax import checkpoint
 from glm_jax.cache.latent import canonical_cache_dtype
 from glm_jax.checkpoint.loader import OutputFormat, SourceInfo
 from glm_jax.config import Config
-from glm_jax.engine import inputs as prompts
-from glm_jax.engine import steps
+from glm_jax.engine import scoring, steps
 from glm_jax.engine.assets import ModelAssets
 from glm_jax.engine.chat import ChatResponseFormat, ChatStream
 from glm_jax.engine.compile_cache import enable_compile_cache
-from glm_jax.engine.input_processor import InputProcessor
-from glm_jax.engine.inputs import Prompt
-from glm_jax.engine.outputs import Completion, Score, StreamChunk, Timing
+from glm_jax.engine.input_processor import SAMPLING_PARAM_NAMES, InputProcessor, Prompt
+from glm_jax.engine.metrics import Timing
+from glm_jax.engine.outputs import Completion, Score, StreamChunk
 from glm_jax.engine.request import Request
 from glm_jax.engine.runner import ModelRunner, default_cache_dtype
+from glm_jax.engine.scheduler import make_batches
 from glm_jax.errors import GlmError, PromptError, SamplingError, ShardingError
 from glm_jax.memory import MemoryModel, format_bytes, plan_memory_on_devices
 from glm_jax.model.glm import GLM
@@ -33,6 +33,7 @@ from glm_jax.model.kernel_selection import prefer_kernels, select_kernels
 from glm_jax.sampling import SamplingParams
 from glm_jax.sharding import Rules, get_sharding_preset, make_mesh
 from glm_jax.text import render_chat
+from glm_jax.text.tokenizer import valid_vocab_size
 from glm_jax.weights import QuantRules
 
 _MAX_BATCH_SIZE = 64
@@ -226,7 +227,7 @@ class LLM:
         )
         self.timing = Timing()
         runner, timing = self._make_runner(), self.timing
-        batches = prompts.make_batches(rows, _MAX_BATCH_SIZE, runner.fits)
+        batches = make_batches(rows, _MAX_BATCH_SIZE, runner.fits)
         return (piece for batch in batches for _, piece in runner.run(batch, timing, stream=True))
 
     def chat(
@@ -258,7 +259,7 @@ class LLM:
             PromptError: if the conversation, a tool or a switch is malformed, or the prompt too long.
             SamplingError: if an option is impossible.
         """
-        sampling = {name: value for name, value in options.items() if name in prompts.SAMPLING_PARAM_NAMES}
+        sampling = {name: value for name, value in options.items() if name in SAMPLING_PARAM_NAMES}
         switches = {name: value for name, value in options.items() if name not in sampling}
         if reserved := sorted(switches.keys() & {"template", "add_generation_prompt"}):
             raise PromptError(f"{reserved[0]} is not a switch of the chat template: answers use the model's own")
@@ -293,10 +294,10 @@ class LLM:
         """
         many, ids = self._input_processor.tokenize(tokens, reserved_tokens=0)
         if not (trace or edit):
-            return _stack_equal_shapes(self._make_runner().prompt_logits(ids), many)
-        batch, changes = prompts.stack_token_ids(ids), tuple(sorted((edit or {}).items()))
+            return _stack_equal_shapes(scoring.prompt_logits(self._make_runner(), ids), many)
+        batch, changes = scoring.stack_token_ids(ids), tuple(sorted((edit or {}).items()))
         with self._make_runner().mesh_context():
-            logits, recorded = steps.traced_logits(self.model, self.params, batch, tuple(trace), changes)
+            logits, recorded = scoring.traced_logits(self.model, self.params, batch, tuple(trace), changes)
         host = {name: np.asarray(value) for name, value in recorded.items()}
         if many:
             return np.asarray(logits), host
@@ -309,7 +310,7 @@ class LLM:
         and predicts token ``p + 2``.
         """
         many, ids = self._input_processor.tokenize(tokens, reserved_tokens=0)
-        return _stack_equal_shapes([self._make_runner().mtp_logits(row) for row in ids], many)
+        return _stack_equal_shapes([scoring.mtp_logits(self._make_runner(), row) for row in ids], many)
 
     def score(self, prompt: Prompt, continuation: Prompt) -> Score:
         """Log-probability of a continuation after a prompt, in the model's own distribution.
@@ -321,7 +322,7 @@ class LLM:
             self._input_processor.tokenize(continuation, reserved_tokens=1)[1],
         )
         _, (joined,) = self._input_processor.tokenize([*before, *after], reserved_tokens=0)
-        logits = self._make_runner().prompt_logits([joined], start_position=len(before) - 1)[0][:-1]
+        logits = scoring.prompt_logits(self._make_runner(), [joined], start_position=len(before) - 1)[0][:-1]
         top = logits.max(axis=-1, keepdims=True)
         logprobs = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
         each = logprobs[np.arange(len(after)), list(after)]
@@ -349,7 +350,7 @@ class LLM:
             params=self.params,
             mesh=self.mesh,
             cache_dtype=self._cache_dtype,
-            valid_vocab_size=prompts.valid_vocab_size(self.tokenizer),
+            valid_vocab_size=valid_vocab_size(self.tokenizer),
             unused_ids=self.tokenizer.unused_ids,
             eos_ids=self.eos_ids,
             max_model_len=self.max_model_len,
@@ -359,7 +360,7 @@ class LLM:
     def _run_to_completion(self, requests: Sequence[Request]) -> None:
         self.timing = Timing()
         runner = self._make_runner()
-        for batch in prompts.make_batches(requests, _MAX_BATCH_SIZE, runner.fits):
+        for batch in make_batches(requests, _MAX_BATCH_SIZE, runner.fits):
             for _ in runner.run(batch, self.timing):
                 pass
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.config import Config
-from glm_jax.model.block import ActivationHooks, ForwardContext, transformer_block
+from glm_jax.model.block import ForwardContext, transformer_block
+from glm_jax.model.hooks import ActivationHooks
 from glm_jax.ops.linear import linear
 from glm_jax.ops.norm import rms_norm
 from glm_jax.sharding import Rules

@@ -16,7 +16,7 @@ from convert.quality.models import ComparedModel
 from convert.quality.statistics import bootstrap_mean, summarize_distribution
 from glm_jax.cache.latent import LatentCache
 from glm_jax.checkpoint.progress import progress_bar
-from glm_jax.engine.steps import prefill_chunk_logits
+from glm_jax.engine.scoring import prefill_chunk_logits
 from glm_jax.errors import GlmError, PromptError
 
 CONFIDENT_GAP_NATS = 0.5

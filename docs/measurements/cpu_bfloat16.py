@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from glm_jax.ops.experts import Routing, apply_experts
+from glm_jax.ops.experts import apply_experts
+from glm_jax.ops.router import Routing
 from glm_jax.weights import Bfloat16Bits
 
 EXPERTS, CHOSEN, HIDDEN, WIDTH = 16, 4, 2048, 1536

@@ -10,7 +10,8 @@ import optax
 
 from glm_jax.config import Config
 from glm_jax.model import GLM, mtp
-from glm_jax.model.block import ActivationHooks, ForwardContext
+from glm_jax.model.block import ForwardContext
+from glm_jax.model.hooks import ActivationHooks
 from glm_jax.ops.linear import linear
 from glm_jax.sharding import Rules
 

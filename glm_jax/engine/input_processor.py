@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glm_jax.engine import inputs
+import numpy as np
+
 from glm_jax.engine.assets import ModelAssets
 from glm_jax.engine.request import Request
-from glm_jax.errors import SamplingError
+from glm_jax.errors import PromptError, SamplingError
 from glm_jax.sampling import SamplingParams, completion_seeds
+from glm_jax.text import Tokenizer
+
+Prompt = str | Sequence[int] | np.ndarray
+SAMPLING_PARAM_NAMES = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +39,10 @@ class InputProcessor:
         """Whether several prompts were given, and the token ids of each.
 
         Args:
-            raw_prompts: as :func:`glm_jax.engine.inputs.tokenize_prompts` takes it.
+            raw_prompts: as :func:`glm_jax.engine.input_processor.tokenize_prompts` takes it.
             reserved_tokens: tokens of the context that must stay free.
         """
-        return inputs.tokenize_prompts(
+        return tokenize_prompts(
             raw_prompts, self.assets.tokenizer, self.vocab_size, self.max_model_len - reserved_tokens
         )
 
@@ -72,3 +77,69 @@ class InputProcessor:
             )
             for index, seed in enumerate(completion_seeds(params))
         ]
+
+
+def tokenize_prompts(
+    raw_prompts: Any, tokenizer: Tokenizer, vocab_size: int, max_prompt_tokens: int
+) -> tuple[bool, list[tuple[int, ...]]]:
+    """Token ids of one prompt or many.
+
+    Args:
+        raw_prompts: text, ids ``[T]``, or a sequence of these; ids may be an array, ``[T]`` or ``[B, T]``.
+        tokenizer: for text.
+        vocab_size: number of ids the model has.
+        max_prompt_tokens: most tokens a prompt may have.
+
+    Returns:
+        Whether a sequence of prompts was given, and the ids of each.
+
+    Raises:
+        PromptError: if a prompt is empty, too long, or no prompt at all.
+    """
+    raw_prompts = _to_python_lists(raw_prompts)
+    if isinstance(raw_prompts, str) or _is_token_ids(raw_prompts):
+        return False, [_tokenize_prompt(raw_prompts, tokenizer, vocab_size, max_prompt_tokens, "the prompt")]
+    if not isinstance(raw_prompts, Sequence) or isinstance(raw_prompts, bytes | bytearray):
+        raise PromptError(f"a prompt is text, token ids, or a list of these, not {_describe_value(raw_prompts)}")
+    if not raw_prompts:
+        raise PromptError("the prompt is empty: give at least one token, or a list with at least one prompt")
+    names = [f"prompt {i + 1} of {len(raw_prompts)}" for i in range(len(raw_prompts))]
+    return True, [
+        _tokenize_prompt(_to_python_lists(prompt), tokenizer, vocab_size, max_prompt_tokens, name)
+        for prompt, name in zip(raw_prompts, names, strict=True)
+    ]
+
+
+def _to_python_lists(given: Any) -> Any:
+    """Lists of Python numbers for arrays, NumPy's and JAX's alike; anything else as it is."""
+    return np.asarray(given).tolist() if hasattr(given, "__array__") else given
+
+
+def _describe_value(given: Any) -> str:
+    return f"{type(given).__name__} {given!r:.60}"
+
+
+def _is_token_ids(given: Any) -> bool:
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes | bytearray) or len(given) == 0:
+        return False
+    return all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in given)
+
+
+def _tokenize_prompt(prompt: Any, tokenizer: Tokenizer, vocab: int, longest: int, name: str) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        ids = tuple(tokenizer.encode(prompt))
+    elif _is_token_ids(prompt):
+        ids = tuple(int(i) for i in prompt)
+    elif isinstance(prompt, Sequence) and len(prompt) == 0:
+        ids = ()
+    else:
+        raise PromptError(f"{name} is neither text nor a list of token ids: {_describe_value(prompt)}")
+    if not ids:
+        raise PromptError(f"{name} is empty: give at least one token")
+    if len(ids) > longest:
+        raise PromptError(
+            f"{name} has {len(ids):,} tokens; at most {longest:,} fit into the context of this model as loaded"
+        )
+    if wrong := [i for i in ids if not 0 <= i < vocab]:
+        raise PromptError(f"{name} has token id {wrong[0]}, which is outside the vocabulary of {vocab:,}")
+    return ids

@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 
 from glm_jax.cache.latent import LatentCache
 from glm_jax.engine.compile_cache import compile_notice
-from glm_jax.engine.outputs import StreamChunk, Timing, TokenLogprob
+from glm_jax.engine.metrics import Timing
+from glm_jax.engine.outputs import StreamChunk, TokenLogprob
 from glm_jax.engine.request import Request
 from glm_jax.engine.steps import (
     DecodeOutput,
@@ -27,22 +28,19 @@ from glm_jax.engine.steps import (
     Params,
     bucket_size,
     decode_steps,
-    mtp_chunk_logits,
     prefill_chunk,
-    prefill_chunk_logits,
     start_decode,
 )
 from glm_jax.errors import GlmError
-from glm_jax.memory import PREFILL_CHUNK_SIZE, MemoryModel, prefill_chunk_length
+from glm_jax.memory import MemoryModel, prefill_chunk_length
 from glm_jax.model.glm import GLM
 from glm_jax.sampling import SamplerState
 
 MAX_BATCHED_PREFILL_TOKENS = 8192  # of all rows
-MAX_BATCHED_LOGITS_TOKENS = 1024  # with the logits of each: 600 MB of GLM-4.7-Flash's
 MAX_DECODE_STEPS = 64  # width of a burst's buffer
 _TARGET_DECODE_CALL_SECONDS = 0.25  # how long the host may wait for a burst: what Ctrl-C waits for
 _MIN_CACHE_SLOTS = 128
-_MIN_CHUNK_SIZE = 16
+MIN_CHUNK_SIZE = 16
 
 PromptTokenIds = Sequence[Sequence[int]]
 
@@ -149,7 +147,7 @@ class ModelRunner:
             if not stream:
                 limit = int(np.clip(limit * _TARGET_DECODE_CALL_SECONDS / seconds, 1, min(MAX_DECODE_STEPS, 2 * limit)))
 
-    def _compile_notice(
+    def announce_compile(
         self, what: str, timing: Timing | None, *key: Hashable
     ) -> contextlib.AbstractContextManager[None]:
         """Round a call that compiles once for each ``key``."""
@@ -158,7 +156,7 @@ class ModelRunner:
 
     def _decode_multi_step(self, state: DecodeState, limit: int, timing: Timing) -> tuple[DecodeState, DecodeOutput]:
         rows, slots = state.cache.batch_size, state.cache.capacity
-        with self._compile_notice(f"decoding for {rows} row(s) of {slots:,} tokens", timing, state.sampler.features):
+        with self.announce_compile(f"decoding for {rows} row(s) of {slots:,} tokens", timing, state.sampler.features):
             return decode_steps(self.model, self.params, state, np.int32(limit), steps=MAX_DECODE_STEPS)
 
     def _prefill_and_sample(self, requests: Sequence[Request], timing: Timing) -> tuple[DecodeState, DecodeOutput]:
@@ -174,7 +172,7 @@ class ModelRunner:
             cache, logits, lengths = cache.select_rows(of_row), logits[of_row], lengths[of_row]
         budgets = np.asarray([row.max_new_tokens for row in padded], np.int32)
         filler = np.arange(count) >= len(requests)
-        with self._compile_notice("sampling", timing, cache.data.shape, sampler.features):
+        with self.announce_compile("sampling", timing, cache.data.shape, sampler.features):
             return start_decode(cache, logits, lengths, budgets, filler, sampler)
 
     def _make_sampler_state(self, requests: Sequence[Request]) -> SamplerState:
@@ -208,50 +206,9 @@ class ModelRunner:
         logits = jnp.zeros((count, self.model.cfg.vocab_size), jnp.float32)
         widest = prefill_chunk_length(count, on_cpu=_on_cpu(self.mesh))
         for start, tokens in iter_prompt_chunks(prompts, count, min(widest, MAX_BATCHED_PREFILL_TOKENS // count)):
-            with self._compile_notice(f"prefill of {count} x {tokens.shape[1]} tokens", timing, cache.capacity):
+            with self.announce_compile(f"prefill of {count} x {tokens.shape[1]} tokens", timing, cache.capacity):
                 cache, logits = prefill_chunk(self.model, self.params, cache, logits, tokens, np.int32(start), lengths)
         return cache, logits, lengths
-
-    def prompt_logits(self, prompts: PromptTokenIds, start_position: int = 0) -> list[np.ndarray]:
-        """Logits of every token of every row, float32 ``[T, V]`` each, on the host; some rows at a time.
-
-        Those before position ``start_position`` are left out.
-        """
-        width = min(PREFILL_CHUNK_SIZE, bucket_size(max(map(len, prompts)), _MIN_CHUNK_SIZE))
-        together = min(max(1, MAX_BATCHED_LOGITS_TOKENS // width), bucket_size(len(prompts)))
-        groups = [prompts[i : i + together] for i in range(0, len(prompts), together)]
-        with self.mesh_context():
-            return [row for group in groups for row in self._batch_logits(group, together, start_position)]
-
-    def mtp_logits(self, prompt: Sequence[int]) -> np.ndarray:
-        """The prediction layer's logits of one row, float32 ``[T, V]``, on the host."""
-        last, parts = np.int32(len(prompt) - 1), []
-        with self.mesh_context():
-            cache, drafts = self.allocate_cache(1, len(prompt)), self.allocate_cache(1, len(prompt), num_layers=1)
-            following = [tokens for _, tokens in iter_prompt_chunks([[*prompt[1:], 0]], 1, PREFILL_CHUNK_SIZE)]
-            for (start, tokens), after in zip(
-                iter_prompt_chunks([prompt], 1, PREFILL_CHUNK_SIZE), following, strict=True
-            ):
-                with self._compile_notice(f"prediction layer of {tokens.shape[1]} tokens", None, cache.capacity):
-                    cache, drafts, logits = mtp_chunk_logits(
-                        self.model, self.params, cache, drafts, tokens, after, np.int32(start), last
-                    )
-                parts.append(np.asarray(logits)[0, : len(prompt) - start])
-        return np.concatenate(parts)
-
-    def _batch_logits(self, prompts: PromptTokenIds, batch_size: int, start_position: int) -> list[np.ndarray]:
-        out: list[list[np.ndarray]] = [[] for _ in prompts]
-        cache = self.allocate_cache(batch_size, max(map(len, prompts)))
-        for start, tokens in iter_prompt_chunks(prompts, batch_size, PREFILL_CHUNK_SIZE):
-            with self._compile_notice(f"logits of {batch_size} x {tokens.shape[1]} tokens", None, cache.capacity):
-                cache, logits = prefill_chunk_logits(self.model, self.params, cache, tokens, np.int32(start))
-            if start + tokens.shape[1] <= start_position:
-                continue
-            host = np.asarray(logits)
-            for row, prompt in enumerate(prompts):
-                if len(prompt) > start:
-                    out[row].append(host[row, max(0, start_position - start) : len(prompt) - start])
-        return [np.concatenate(parts) for parts in out]
 
 
 def default_cache_dtype(mesh: Mesh | None, dtype: Any) -> str:
@@ -273,9 +230,9 @@ def iter_prompt_chunks(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Columns of the right-padded prompts, as (first position, int32 ``[count, C]``) with few different ``C``."""
     start, longest = 0, max(map(len, prompts))
-    max_chunk_size = max(max_chunk_size, _MIN_CHUNK_SIZE)
+    max_chunk_size = max(max_chunk_size, MIN_CHUNK_SIZE)
     while start < longest:
-        width = min(max_chunk_size, bucket_size(longest - start, _MIN_CHUNK_SIZE))
+        width = min(max_chunk_size, bucket_size(longest - start, MIN_CHUNK_SIZE))
         block = np.zeros((batch_size, width), np.int32)
         for row, prompt in enumerate(prompts):
             part = prompt[start : start + width]

@@ -70,7 +70,8 @@ def bucket_size(n: int, minimum: int = 1) -> int:
     return max(minimum, 1 << (max(n, 1) - 1).bit_length())
 
 
-def _apply_model(model: GLM, params: Params, *inputs: Any, **options: Any) -> Any:
+def apply_model(model: GLM, params: Params, *inputs: Any, **options: Any) -> Any:
+    """``model.apply`` on plain parameters."""
     return model.apply({"params": params}, *inputs, **options)
 
 
@@ -122,67 +123,8 @@ def prefill_program(
     positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32)[None], tokens.shape)
     last = lengths - 1 - start
     here = (last >= 0) & (last < chunk)
-    fresh, cache = _apply_model(model, params, tokens, positions, cache, logits_at=jnp.clip(last, 0, chunk - 1))
+    fresh, cache = apply_model(model, params, tokens, positions, cache, logits_at=jnp.clip(last, 0, chunk - 1))
     return cache, jnp.where(here[:, None], fresh[:, 0], logits)
-
-
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def prefill_chunk_logits(
-    model: GLM, params: Params, cache: LatentCache, tokens: jax.Array, start: jax.Array
-) -> tuple[LatentCache, jax.Array]:
-    """One chunk like :func:`prefill_chunk`, with the logits of every token, float32 ``[B, C, V]``."""
-    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    logits, cache = _apply_model(model, params, tokens, positions, cache)
-    return cache, logits
-
-
-@functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "draft_cache"))
-def mtp_chunk_logits(
-    model: GLM,
-    params: Params,
-    cache: LatentCache,
-    draft_cache: LatentCache,
-    tokens: jax.Array,
-    next_tokens: jax.Array,
-    start: jax.Array,
-    last_position: jax.Array,
-) -> tuple[LatentCache, LatentCache, jax.Array]:
-    """The prediction layer's logits over one chunk of a row, float32 ``[1, C, V]``.
-
-    Entry ``p`` joins the state of position ``p`` with token ``p + 1``, and the last one with the model's own argmax.
-
-    Args:
-        cache: the model's, donated.
-        draft_cache: the prediction layer's own, donated.
-        tokens: int32 ``[1, C]``, padded on the right.
-        next_tokens: int32 ``[1, C]``, the token after each.
-        start: int32, position of the chunk's first token.
-        last_position: int32, position of the row's last token; the entries after it mean nothing.
-
-    Returns:
-        Both caches and the logits.
-    """
-    positions = (start + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None]
-    hidden, cache = _apply_model(model, params, tokens, positions, cache, method="hidden")
-    end = jax.lax.dynamic_slice_in_dim(hidden, jnp.clip(last_position - start, 0, tokens.shape[1] - 1), 1, axis=1)
-    guess = jnp.argmax(_apply_model(model, params, end, method="head")[:, 0], axis=-1).astype(jnp.int32)
-    next_tokens = jnp.where(positions == last_position, guess[:, None], next_tokens)
-    logits, _, draft_cache = _apply_model(model, params, hidden, next_tokens, positions, draft_cache, method="draft")
-    return cache, draft_cache, logits
-
-
-@functools.partial(jax.jit, static_argnames=("model", "trace", "edit", "attention"))
-def traced_logits(
-    model: GLM,
-    params: Params,
-    tokens: jax.Array,
-    trace: tuple[str, ...],
-    edit: tuple[Any, ...],
-    attention: Any = "auto",
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Logits of whole rows and the activations of ``trace``; ``edit`` is a tuple of (name, function)."""
-    logits, _, recorded = _apply_model(model, params, tokens, trace=trace, edit=dict(edit), attention=attention)
-    return logits, recorded
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -264,7 +206,7 @@ def decode_program(
     def one(carry: tuple[jax.Array, DecodeState, DecodeOutput]) -> tuple[jax.Array, DecodeState, DecodeOutput]:
         step, state, buffer = carry
         newest = (state.tokens[:, None], state.positions[:, None])
-        result, cache = _apply_model(model, params, *newest, state.cache, state.sampler, method="decode_and_sample")
+        result, cache = apply_model(model, params, *newest, state.cache, state.sampler, method="decode_and_sample")
         positions = jnp.where(state.done, state.positions, state.positions + 1)
         state = dataclasses.replace(state, cache=cache, positions=positions)
         state, written = _advance_state(state, result)

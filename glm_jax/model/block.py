@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,46 +10,13 @@ import jax.numpy as jnp
 
 from glm_jax.cache.latent import LatentCache, LayerCache
 from glm_jax.config import Config
-from glm_jax.errors import ConfigError
-from glm_jax.ops import experts
+from glm_jax.model.hooks import ActivationHooks
+from glm_jax.ops import experts, router
 from glm_jax.ops.linear import Index, index_weight, linear
 from glm_jax.ops.mla import AttentionForm, mla_attention, project_queries_and_latent
 from glm_jax.ops.mlp import swiglu
 from glm_jax.ops.norm import rms_norm
 from glm_jax.sharding import Rules
-
-EditFn = Callable[[jax.Array], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ActivationHooks:
-    """Named points where activations are read (``trace``) or replaced (``edit``) during one call.
-
-    Attributes:
-        trace: names to record.
-        edit: name to function; the function's result takes the activation's place.
-        recorded: filled during the call.
-    """
-
-    trace: frozenset[str] = frozenset()
-    edit: Mapping[str, EditFn] = dataclasses.field(default_factory=dict)
-    recorded: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.trace or self.edit)
-
-    def __call__(self, name: str, value: jax.Array) -> jax.Array:
-        """Passes ``value`` through the point ``name``."""
-        if name in self.edit:
-            edited = self.edit[name](value)
-            if edited.shape != value.shape:
-                raise ConfigError(
-                    f"the edit of {name!r} must return the shape {value.shape} it was given, not {edited.shape}"
-                )
-            value = edited.astype(value.dtype)
-        if name in self.trace:
-            self.recorded[name] = value
-        return value
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,12 +67,6 @@ def transformer_block(
     return ctx.hooks(f"{name}.out", h + out), cache
 
 
-def hook_names(kind: str, name: str) -> tuple[str, ...]:
-    """The tap points of a block of this kind."""
-    inner = ("mlp",) if kind == "dense" else ("moe.router", "moe.experts", "moe")
-    return tuple(f"{name}.{point}" for point in ("in", "attn", *inner, "out"))
-
-
 def _attention(
     ctx: ForwardContext, h: jax.Array, cache: LatentCache | None, w: dict[str, Any], layer: Index, slot: Index
 ) -> tuple[jax.Array, LatentCache | None]:
@@ -139,7 +99,7 @@ def _mlp_layer(ctx: ForwardContext, h: jax.Array, w: dict[str, Any], layer: Inde
 def _moe_layer(ctx: ForwardContext, h: jax.Array, w: dict[str, Any], layer: Index, name: str) -> jax.Array:
     cfg, shape = ctx.cfg, h.shape
     x = rms_norm(h, index_weight(w["norm"], layer), cfg.rms_norm_eps).reshape(-1, shape[-1])
-    routing = experts.route(cfg, x, index_weight(w["router"], layer), index_weight(w["router_bias"], layer))
+    routing = router.route(cfg, x, index_weight(w["router"], layer), index_weight(w["router_bias"], layer))
     if ctx.hooks:
         routing = _hook_routing(ctx, routing, shape, f"{name}.moe.router")
     routed = experts.apply_experts(x, routing, w, layer, ctx.rules)
@@ -148,7 +108,7 @@ def _moe_layer(ctx: ForwardContext, h: jax.Array, w: dict[str, Any], layer: Inde
     return (routed + shared).astype(h.dtype)
 
 
-def _hook_routing(ctx: ForwardContext, routing: experts.Routing, shape: tuple[int, ...], name: str) -> experts.Routing:
+def _hook_routing(ctx: ForwardContext, routing: router.Routing, shape: tuple[int, ...], name: str) -> router.Routing:
     count = ctx.cfg.n_routed_experts
-    dense = ctx.hooks(name, experts.routing_to_dense(routing, count).reshape(*shape[:-1], count))
-    return experts.routing_from_dense(dense.reshape(-1, count)) if name in ctx.hooks.edit else routing
+    dense = ctx.hooks(name, router.routing_to_dense(routing, count).reshape(*shape[:-1], count))
+    return router.routing_from_dense(dense.reshape(-1, count)) if name in ctx.hooks.edit else routing

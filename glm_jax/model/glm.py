@@ -8,7 +8,6 @@ function of parameters, tokens and cache::
 
 from __future__ import annotations
 
-import difflib
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,8 +22,9 @@ from glm_jax.cache.latent import LatentCache
 from glm_jax.config import Config, LayerGroup
 from glm_jax.errors import ConfigError, ShardingError
 from glm_jax.model import fused_decode, mtp
-from glm_jax.model.block import ActivationHooks, EditFn, ForwardContext, hook_names, transformer_block
+from glm_jax.model.block import ForwardContext, transformer_block
 from glm_jax.model.fused_sampling import sample_from_residual
+from glm_jax.model.hooks import ActivationHooks, EditFn, _check_activation_names
 from glm_jax.ops.linear import embed_tokens, linear
 from glm_jax.ops.mla import AttentionForm
 from glm_jax.ops.norm import rms_norm
@@ -273,12 +273,6 @@ class _LocalForward:
         )
 
 
-def activation_names(cfg: Config) -> tuple[str, ...]:
-    """Every name that ``trace`` and ``edit`` know, in the order of computation."""
-    blocks = [hook_names(kind, f"block.{i}") for i, kind in enumerate(cfg.mlp_layer_types)]
-    return ("embed", *(name for names in blocks for name in names), "norm")
-
-
 def _apply_layer_group(
     ctx: ForwardContext, run: LayerGroup, h: jax.Array, cache: Any, w: dict[str, Any]
 ) -> tuple[jax.Array, Any]:
@@ -333,16 +327,6 @@ def _check_cache(cfg: Config, cache: LatentCache | None, batch: int, layers: int
     if found != expected:
         raise ConfigError(f"the cache is {found} (layers, rows, slots, width); these tokens need {expected}")
     cache.check_scales()
-
-
-def _check_activation_names(cfg: Config, names: Sequence[str]) -> None:
-    known = activation_names(cfg)
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 3) or ["embed", "block.0.out", "norm"]
-            raise ConfigError(
-                f"no activation {name!r}; there are for example {', '.join(close)} (see activation_names)"
-            )
 
 
 def _partition_spec_tree(weights: dict[str, Any], specs: dict[str, Any], rules: Rules) -> dict[str, Any]:

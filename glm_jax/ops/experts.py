@@ -7,15 +7,16 @@ in the choice only, the chosen scores normalised to sum to ``routed_scaling_fact
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from glm_jax.config import Config
 from glm_jax.ops import tiled_matmul
+from glm_jax.ops.expert_dispatch import dispatch_to_blocks, rank_in_expert
 from glm_jax.ops.linear import Index, einsum_f32, index_weight, linear
 from glm_jax.ops.mlp import swiglu
+from glm_jax.ops.router import Routing, routing_to_dense
 from glm_jax.sharding import Rules, vary_like
 from glm_jax.weights import TiledWeight, Weight
 from pallas_kernels import grouped_matmul
@@ -23,51 +24,6 @@ from pallas_kernels import grouped_matmul
 Weights = dict[str, Weight]
 _MAX_FEW_PAIRS = 64
 ExpertMethod = Literal["auto", "pairs", "blocks", "batched", "dense", "kernels"]
-
-
-class Routing(NamedTuple):
-    """Experts of each token: ``expert_ids`` int32 ``[n, X]`` and their ``weights`` float32 ``[n, X]``."""
-
-    expert_ids: jax.Array
-    weights: jax.Array
-
-
-def route(cfg: Config, x: jax.Array, router: jax.Array, bias: jax.Array) -> Routing:
-    """Chooses ``num_experts_per_tok`` experts per token, in float32 at full matmul precision.
-
-    Args:
-        x: normed input ``[n, D]``.
-        router: ``[E, D]``; ``bias``: float32 ``[E]``, decides only who is chosen.
-    """
-    logits = jnp.matmul(x.astype(jnp.float32), router.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
-    scores = jax.nn.sigmoid(logits)
-    _, experts = jax.lax.top_k(_limit_groups(cfg, scores + bias[None]), cfg.num_experts_per_tok)
-    weights = jnp.take_along_axis(scores, experts, axis=-1)
-    if cfg.norm_topk_prob:
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    return Routing(experts, weights * cfg.routed_scaling_factor)
-
-
-def _limit_groups(cfg: Config, choice: jax.Array) -> jax.Array:
-    """Keeps the ``topk_group`` groups of experts with the highest sum of their two best; the rest can not be chosen."""
-    if cfg.n_group == 1:
-        return choice
-    grouped = choice.reshape(choice.shape[0], cfg.n_group, -1)
-    strength = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
-    _, kept = jax.lax.top_k(strength, cfg.topk_group)
-    mask = jnp.any(jax.nn.one_hot(kept, cfg.n_group, dtype=jnp.bool_), axis=1)
-    return jnp.where(mask[..., None], grouped, -jnp.inf).reshape(choice.shape)
-
-
-def routing_to_dense(routing: Routing, num_experts: int) -> jax.Array:
-    """The weights as ``[n, E]``, zero for experts that were not chosen."""
-    chosen = jax.nn.one_hot(routing.expert_ids, num_experts, dtype=jnp.float32)
-    return jnp.einsum("nxe,nx->ne", chosen, routing.weights, precision=jax.lax.Precision.HIGHEST)
-
-
-def routing_from_dense(weights: jax.Array) -> Routing:
-    """The routing with any weights ``[n, E]``: every expert is applied, since any number may have been given one."""
-    return Routing(jnp.broadcast_to(jnp.arange(weights.shape[1], dtype=jnp.int32)[None], weights.shape), weights)
 
 
 def apply_experts(
@@ -245,55 +201,6 @@ def _apply_kernels(x: jax.Array, routing: Routing, w: Weights, layer: Index) -> 
     # Pairs of experts that are elsewhere are in no block, and nothing was written for them.
     outs = jnp.where((expert_of_pair < experts)[:, None], outs, 0.0)
     return jnp.sum(outs.reshape(tokens, chosen, -1), axis=1)
-
-
-class BlockDispatch(NamedTuple):
-    """Pairs sorted by expert into blocks of equal height, each of one expert.
-
-    ``expert_ids [blocks]`` is the expert of a block or -1, ``pair_ids [blocks, height]`` the pairs in it or -1, and
-    ``pair_slots [pairs]`` where each pair went.
-    """
-
-    expert_ids: jax.Array
-    pair_ids: jax.Array
-    pair_slots: jax.Array
-
-
-def dispatch_to_blocks(expert_of_pair: jax.Array, num_experts: int, block_size: int | None = None) -> BlockDispatch:
-    """Sorts pairs by expert into blocks.
-
-    Args:
-        expert_of_pair: int32 ``[n * X]``; pairs of an expert past the end are left out (their slot is 0).
-        num_experts: number of experts.
-        block_size: of a block; what suits a CPU unless given.
-    """
-    pairs = expert_of_pair.shape[0]
-    block_size = block_size or min(64, max(8, 1 << (max(pairs // num_experts, 1) - 1).bit_length()))
-    blocks = min(pairs, num_experts + pairs // block_size)
-    blocks_of = -(-_counts(expert_of_pair, num_experts) // block_size)
-    first_block = jnp.cumsum(blocks_of) - blocks_of
-    here = expert_of_pair < num_experts
-    slot = first_block[jnp.where(here, expert_of_pair, 0)] * block_size + rank_in_expert(expert_of_pair, num_experts)
-    slot = jnp.where(here, slot, blocks * block_size)
-    table = jnp.full(blocks * block_size, -1, jnp.int32).at[slot].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")
-    table = table.reshape(blocks, block_size)
-    first = table[:, 0]
-    owners = jnp.where(first >= 0, expert_of_pair[jnp.maximum(first, 0)], -1)
-    return BlockDispatch(owners, table, jnp.where(here, slot, 0))
-
-
-def rank_in_expert(expert_of_pair: jax.Array, num_experts: int) -> jax.Array:
-    """How many earlier pairs have the same expert, int32 ``[n * X]``."""
-    pairs = expert_of_pair.shape[0]
-    order = jnp.argsort(expert_of_pair, stable=True).astype(jnp.int32)
-    counts = _counts(expert_of_pair, num_experts + 1)
-    first_pair = jnp.cumsum(counts) - counts
-    ranks = jnp.arange(pairs, dtype=jnp.int32) - first_pair[expert_of_pair[order]]
-    return jnp.zeros(pairs, jnp.int32).at[order].set(ranks)
-
-
-def _counts(expert_of_pair: jax.Array, experts: int) -> jax.Array:
-    return jnp.zeros(experts, jnp.int32).at[expert_of_pair].add(1, mode="drop")
 
 
 def _weighted_sum(outs: jax.Array, weights: jax.Array) -> jax.Array:

@@ -210,3 +210,12 @@ def load_tokenizer(cfg: Config, folder: Path | None) -> Tokenizer:
     """The checkpoint's tokenizer; for made-up weights, which have none, the miniature's."""
     home = Path(str(files("glm_jax") / "tiny")) if folder is None else folder
     return Tokenizer.from_dir(home, model_vocab=cfg.vocab_size)
+
+
+def valid_vocab_size(tokenizer: Tokenizer) -> int:
+    """Ids from here on stand for no token; they end the vocabulary."""
+    unused = set(tokenizer.unused_ids)
+    last = tokenizer.model_vocab
+    while last - 1 in unused:
+        last -= 1
+    return last

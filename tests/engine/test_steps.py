@@ -10,16 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_jax.cache import LatentCache
-from glm_jax.engine.steps import (
-    NO_TOKEN,
-    _jit_decode,
-    bucket_size,
-    decode_steps,
-    mtp_chunk_logits,
-    prefill_chunk,
-    prefill_chunk_logits,
-    start_decode,
-)
+from glm_jax.engine.scoring import mtp_chunk_logits, prefill_chunk_logits
+from glm_jax.engine.steps import NO_TOKEN, _jit_decode, bucket_size, decode_steps, prefill_chunk, start_decode
 from glm_jax.model import GLM
 from glm_jax.sampling import SamplerState, SamplingParams
 from tests.builders.jitted_model import is_close

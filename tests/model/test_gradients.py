@@ -10,6 +10,7 @@ import pytest
 
 from glm_jax.model import GLM
 from glm_jax.ops import experts
+from glm_jax.ops.router import Routing
 from glm_jax.weights.params import leaves_with_path
 from tests.builders.hf_checkpoints import Tensors, to_params
 from tests.builders.hf_configs import odd_size_config
@@ -116,7 +117,7 @@ def test_the_ways_to_apply_experts_agree(rows: int) -> None:
     weights = jnp.asarray(rng.standard_normal(chosen.shape), jnp.float32)
 
     def run(method: Any, x: jax.Array, weights: jax.Array, stacked: Any) -> tuple[jax.Array, jax.Array]:
-        routing = experts.Routing(jnp.asarray(chosen, jnp.int32), weights)
+        routing = Routing(jnp.asarray(chosen, jnp.int32), weights)
         out = experts.apply_experts(x, routing, stacked, 1, method=method)
         return jnp.sum(jnp.sin(out)), out
 

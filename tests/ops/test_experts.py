@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from glm_jax.ops import experts
+from glm_jax.ops.router import Routing
 
 EXPERTS, WIDTH, HIDDEN, CHOSEN = 8, 6, 10, 3
 
@@ -21,7 +22,7 @@ def _weights(rng: np.random.Generator) -> dict[str, Any]:
     return {name: jnp.asarray(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
 
 
-def _expected(x: np.ndarray, routing: experts.Routing, w: dict[str, Any]) -> np.ndarray:
+def _expected(x: np.ndarray, routing: Routing, w: dict[str, Any]) -> np.ndarray:
     gate, up, down = (np.asarray(w[name][0], np.float64) for name in ("gate", "up", "down"))
     out = np.zeros(x.shape)
     for token, (chosen, weights) in enumerate(
@@ -46,7 +47,7 @@ def test_methods_agree(tokens: int, load: str) -> None:
         chosen[:] = [2, 5, 7]
     if load == "some elsewhere":
         chosen[rng.random(chosen.shape) < 0.6] = EXPERTS  # on another device
-    routing = experts.Routing(jnp.asarray(chosen), jnp.asarray(rng.random((tokens, CHOSEN), np.float32)))
+    routing = Routing(jnp.asarray(chosen), jnp.asarray(rng.random((tokens, CHOSEN), np.float32)))
     routing = routing._replace(weights=jnp.where(routing.expert_ids < EXPERTS, routing.weights, 0.0))
     expected = _expected(x, routing, w)
     for method in ("pairs", "blocks", "batched", "dense"):
