@@ -22,9 +22,9 @@ class ConvertOptions:
     destination: Annotated[str, tyro.conf.Positional]
     """A new or empty folder, or that of an earlier run: what is missing there, or of the wrong size, is written."""
     to: Literal["orbax", "safetensors"] = "orbax"
-    """orbax: loads fast and in slices. safetensors: a Hugging Face folder; quantised weights as compressed-tensors."""
+    """orbax: loads fast and in slices. safetensors: a Hugging Face folder; quantized weights as compressed-tensors."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Of the weights that are not quantised; unchanged unless given."""
+    """Of the weights that are not quantized; unchanged unless given."""
     quantize: str | None = None
     """int4, int4-small, int4-experts or int8; every value stays as it is unless given."""
     method: Literal["rtn", "mse", "signround"] = "mse"

@@ -38,7 +38,7 @@ def convert_checkpoint(
         destination: new or empty folder, or that of an earlier run: a stopped conversion goes on, and of a finished
             one what is missing or of the wrong size is written again.
         to: "orbax" (parts that load fast and in slices) or "safetensors" (a Hugging Face folder).
-        dtype: of the weights that are not quantised; ``None`` keeps every array's own.
+        dtype: of the weights that are not quantized; ``None`` keeps every array's own.
         quantize: a preset (:data:`glm_jax.weights.QUANT_PRESETS`) or rules; ``None`` keeps every value.
         method: "rtn" rounds to nearest, "mse" searches scales for the least squared error, "signround" also learns
             from text how to round (one layer in memory at a time, about 24 bytes per weight of it).
@@ -51,21 +51,21 @@ def convert_checkpoint(
     Raises:
         CheckpointError: for bad sources, folders that cannot be written, full disks, and arrays that do not read back.
         ConfigError: for a ``config.json`` that this stack cannot run.
-        QuantError: for a quantisation that does not exist.
+        QuantError: for a quantization that does not exist.
     """
     folder = resolve_destination(destination)
     weights = source if isinstance(source, WeightSource) else open_source(source, dtype=dtype)
     if weights.info.folder and weights.info.folder.resolve() == folder:
         raise CheckpointError(f"{folder} is the source: choose another destination")
     if rules := QuantRules.resolve(quantize):
-        # What the folder cannot hold quantised is not rounded in vain.
+        # What the folder cannot hold quantized is not rounded in vain.
         keep = NON_LINEAR_PARAMS if to == "safetensors" else ()
         weights = _quantize_source(weights, rules, method, calibration, dtype or weights.info.dtype, keep)
     elif calibration is not None:
-        raise QuantError("a calibration text is for quantising: say to what, with quantize (--quantize)")
+        raise QuantError("a calibration text is for quantizing: say to what, with quantize (--quantize)")
     elif method != "mse":
-        raise QuantError(f"{method} is a way to quantise: say to what, with quantize (--quantize)")
-    quantized = f", quantised {quantize if isinstance(quantize, str) else 'by rules'} by {method}" if quantize else ""
+        raise QuantError(f"{method} is a way to quantize: say to what, with quantize (--quantize)")
+    quantized = f", quantized {quantize if isinstance(quantize, str) else 'by rules'} by {method}" if quantize else ""
     return write_checkpoint(
         weights, folder, to=to, dtype=dtype, check=check, force=force, progress=progress, method=quantized
     )

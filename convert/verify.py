@@ -1,4 +1,4 @@
-"""``python -m convert.verify DST --against SRC``: what a quantised model lost."""
+"""``python -m convert.verify DST --against SRC``: what a quantized model lost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Examples:
   python -m convert.verify ./int4 --against ./original --text held_out.txt
   python -m convert.verify ./int4 --against ./original --weights-only     bytes and errors alone, in little memory
   python -m convert.verify tiny --against tiny --quantize int4 --method rtn --text held_out.txt
-                                     the same without converting first: DST is quantised while it is read
+                                     the same without converting first: DST is quantized while it is read
   python -m convert.verify tiny --against tiny --cache-dtype int8 --text held_out.txt
                                      what an 8-bit cache costs by itself
   python -m convert.verify tiny --against tiny --quantize int4 --chat tiny
@@ -58,13 +58,13 @@ class VerifyOptions:
     weights_only: _Flag = False
     """Compare bytes and weights, and no predictions."""
     quantize: Annotated[str | None, arg(metavar="PRESET", help_behavior_hint="(default: as stored)")] = None
-    """int4, int4-small, int4-experts or int8: quantise DST's weights while reading them."""
+    """int4, int4-small, int4-experts or int8: quantize DST's weights while reading them."""
     method: Annotated[Literal["rtn", "mse"] | None, arg(help_behavior_hint="(default: mse)")] = None
     """With --quantize: round to nearest, or search each group's scale for the least squared error."""
     cache_dtype: Literal["float32", "bfloat16", "int8", "fp8"] = "float32"
     """Of DST's latent cache; SRC's is float32."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations and of weights that are not quantised, on both sides; bfloat16 adds its own rounding."""
+    """Of activations and of weights that are not quantized, on both sides; bfloat16 adds its own rounding."""
     window: Annotated[int, arg(metavar="N")] = 512
     """Tokens read at a time; each window begins without context."""
     tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all)")] = None
@@ -115,7 +115,7 @@ def validate_options(options: VerifyOptions) -> None:
     if options.positions and not options.text:
         raise PromptError("--positions needs --text: there are no tokens to write about")
     if options.method and not options.quantize:
-        raise PromptError("--method says how to quantise: give --quantize too")
+        raise PromptError("--method says how to quantize: give --quantize too")
     for name in ("tokens", "answer_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:

@@ -1,4 +1,4 @@
-"""Measures every way to quantise the built-in miniature, and fills the tables and the picture of docs/quantisation.md.
+"""Measures every way to quantize the built-in miniature, and fills the tables and the picture of docs/quantization.md.
 
 .venv/bin/python -m examples.measure_quality                      # everything
 .venv/bin/python -m examples.measure_quality --models int4/rtn int4/mse --chat none int4/mse --out measured
@@ -311,8 +311,8 @@ def _arguments() -> argparse.Namespace:
     )
     add("--tokens", type=int, default=TEXT_TOKENS, help="held-out tokens to look at, about")
     add("--cached-tokens", type=int, default=TEXT_TOKENS // 5, help="the same for other caches")
-    add("--out", type=Path, default=ROOT / "docs" / "quantisation", help="folder of results.json and quality.png")
-    add("--page", type=Path, help="page whose tables are filled in, docs/quantisation.md for the one of the repository")
+    add("--out", type=Path, default=ROOT / "docs" / "quantization", help="folder of results.json and quality.png")
+    add("--page", type=Path, help="page whose tables are filled in, docs/quantization.md for the one of the repository")
     return parser.parse_args()
 
 

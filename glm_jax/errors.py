@@ -33,4 +33,4 @@ class ShardingError(GlmError, ValueError):
 
 
 class QuantError(GlmError, ValueError):
-    """A quantisation that does not exist, or that does not fit the matrix it is asked for."""
+    """A quantization that does not exist, or that does not fit the matrix it is asked for."""

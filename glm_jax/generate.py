@@ -45,7 +45,7 @@ class GenerateOptions:
     prompt: Positional[Annotated[str | None, optional_text("PROMPT"), arg(help_behavior_hint="")]] = None
     """Text to continue or, with --chat, the message. Without one it is read from stdin, if something is piped in."""
     model: Annotated[str, arg(metavar="MODEL")] = "tiny"
-    """Folder (Hugging Face, quantised or not; converted), .gguf file, hub id, "tiny", "synthetic:flash?layers=4"."""
+    """Folder (Hugging Face, quantized or not; converted), .gguf file, hub id, "tiny", "synthetic:flash?layers=4"."""
     prompt_file: Annotated[str | None, optional_text("FILE"), arg(help_behavior_hint="")] = None
     """Read the prompt from this file ("-" for stdin)."""
     chat: _Flag = False
@@ -71,9 +71,9 @@ class GenerateOptions:
     json: _Flag = False
     """Print one JSON object per completion instead of the text."""
     quantize: Annotated[str | None, arg(metavar="PRESET", help_behavior_hint="(default: as stored)")] = None
-    """int4, int4-small, int4-experts or int8: quantise the weights while loading."""
+    """int4, int4-small, int4-experts or int8: quantize the weights while loading."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of activations, and of weights that are not quantised."""
+    """Of activations, and of weights that are not quantized."""
     mesh: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
     """Devices to split the model over."""
     max_model_len: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: what fits)")] = None

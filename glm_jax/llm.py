@@ -107,8 +107,8 @@ class LLM:
             quantize: "int4" (experts in 4 bits, the rest in 8), "int4-small" (everything in 4), "int4-experts",
                 "int8", or :class:`~glm_jax.weights.QuantRules`: done while loading, by the least squared error. For
                 learned rounding convert first: ``python -m convert SRC DST --quantize int4 --method signround``.
-                Unless given, every weight keeps the values of the source, and a quantised one stays quantised.
-            dtype: "bfloat16" or "float32", of activations and of weights that are not quantised.
+                Unless given, every weight keeps the values of the source, and a quantized one stays quantized.
+            dtype: "bfloat16" or "float32", of activations and of weights that are not quantized.
             cache_dtype: "bfloat16", "float32", "int8" or "fp8", of the latent cache; unless given that of the
                 activations, and float32 on a CPU. The last two take half of bfloat16's bytes, and round what is stored.
             mesh: number of devices, or a mesh with axes ("data", "model"); one device unless given.

@@ -51,13 +51,13 @@ class PlanOptions:
     mesh: int | None = None
     """Number of the devices at hand to split the model over."""
     quantize: str | None = None
-    """int4, int4-small, int4-experts or int8: plan the weights quantised so."""
+    """int4, int4-small, int4-experts or int8: plan the weights quantized so."""
     context: int | None = None
     """Tokens per sequence, prompt and completion together; the longest that fits unless given."""
     sequences: int = 1
     """Sequences at once (a batch is padded to a power of two: give that number)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights that are not quantised."""
+    """Of the weights that are not quantized."""
     cache_dtype: Literal["bfloat16", "float32", "int8", "fp8"] | None = None
     """Of the latent cache; that of the weights unless given."""
     mtp: bool = True
@@ -137,7 +137,7 @@ def _compiled_summary(compiled: Mapping[str, Any]) -> str:
 
 
 def load_config_and_storage(model: str) -> tuple[Config, Storage]:
-    """The architecture behind a source string and how its weights are quantised, from configs and headers alone.
+    """The architecture behind a source string and how its weights are quantized, from configs and headers alone.
 
     Raises:
         CheckpointError: if there is none.
@@ -174,13 +174,13 @@ def _read_folder(folder: Path) -> tuple[Config, Storage]:
     if is_converted_folder(folder):
         return manifest_storage(load_manifest(folder))
     config = read_hf_config(folder)
-    quantised = any(config.get(key) for key in QUANTIZATION_CONFIG_KEYS) or (folder / MODELOPT_CONFIG_NAME).exists()
-    if quantised and any(folder.glob("*.safetensors")):
+    quantized = any(config.get(key) for key in QUANTIZATION_CONFIG_KEYS) or (folder / MODELOPT_CONFIG_NAME).exists()
+    if quantized and any(folder.glob("*.safetensors")):
         source = open_source(folder)
         return source.cfg, source_storage(source)
-    if quantised:
+    if quantized:
         print(
-            "note: these weights are quantised, and how can be seen in the files alone: planned as if they were not "
+            "note: these weights are quantized, and how can be seen in the files alone: planned as if they were not "
             "(give a local folder, or --quantize)",
             file=sys.stderr,
         )
@@ -261,7 +261,7 @@ def _print_plan(model: str, where: str, plan: MemoryPlan) -> None:
 
     console = Console(highlight=False)
     dtype = plan.memory_model.placement.dtype
-    how = f"quantised, the rest in {dtype}" if plan.memory_model.placement.storage else f"in {dtype}"
+    how = f"quantized, the rest in {dtype}" if plan.memory_model.placement.storage else f"in {dtype}"
     console.print(_weights_table(f"{model}, weights {how}", plan))
     console.print(_device_table(where, plan))
     # Sentences are wrapped by the terminal, so that they can be copied whole.

@@ -39,7 +39,7 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
 
 
 def random_normal(shape: tuple[int, ...], seed: int, dtype: Any = jnp.float32, std: float = 1.0) -> jax.Array:
-    """Nearly normal values: the centred sum of four bytes, whose variance is (256^2 - 1) / 3."""
+    """Nearly normal values: the centered sum of four bytes, whose variance is (256^2 - 1) / 3."""
     x = random_bits(shape, seed)
     parts = [(x >> np.uint32(8 * i)) & np.uint32(255) for i in range(4)]
     total = (parts[0] + parts[1] + parts[2] + parts[3]).astype(jnp.float32)

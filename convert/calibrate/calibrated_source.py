@@ -1,4 +1,4 @@
-"""A source whose layers are quantised one after the other, each on what the quantised layers before it give."""
+"""A source whose layers are quantized one after the other, each on what the quantized layers before it give."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from glm_jax.ops.norm import rms_norm
 from glm_jax.weights import QuantizedTensor, QuantRules, dequantize
 from glm_jax.weights.params import ParamPath
 
-# Experts that see fewer tokens than this keep what the search found: rounding learnt on less fits only these tokens.
+# Experts that see fewer tokens than this keep what the search found: rounding learned on less fits only these tokens.
 MIN_EXPERT_TOKENS = 64
 _FLOAT32_COPIES = 6  # float32 copies of a layer: weights, offsets, gradients, soft weights, and their updates
 
 
 class CalibratedSource(RequantizedSource):
-    """Weights quantised with learned rounding; see :mod:`convert.calibrate.signround`.
+    """Weights quantized with learned rounding; see :mod:`convert.calibrate.signround`.
 
-    Embedding and head, and matrices whose storage is not of plain integers, are quantised by the search for the least
+    Embedding and head, and matrices whose storage is not of plain integers, are quantized by the search for the least
     squared error.
 
     Args:
@@ -112,7 +112,7 @@ class CalibratedSource(RequantizedSource):
             )
 
     def iter_chunks(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, WeightChunk]]:
-        """Learnt weights whole; the rest as the search gives them."""
+        """Learned weights whole; the rest as the search gives them."""
         spec = self.quant_spec(leaf)
         if leaf.checkpoint_name == NON_LAYER or spec is None or not supports_signround(spec):
             yield from super().iter_chunks(leaf, start, stop)
@@ -125,12 +125,12 @@ class CalibratedSource(RequantizedSource):
             index = self._checkpoint_names.index(part)
             walk = self._state if self._state and self._state.layer_index == index else None
             walk = walk or load_state(self._folder, index, self.fingerprint())
-            if walk is None:  # nothing that was kept leads here, so the layers before are learnt again
+            if walk is None:  # nothing that was kept leads here, so the layers before are learned again
                 if index:
                     self._learned_layer(self._checkpoint_names[index - 1])
                     walk = self._state
                 else:
-                    walk = CalibrationState(0, self._embed(quantised=False), self._embed(quantised=True), ())
+                    walk = CalibrationState(0, self._embed(quantized=False), self._embed(quantized=True), ())
             assert walk is not None
             self._state, made = self._tune_layer(part, walk)
             self._learned = (part, made)
@@ -172,14 +172,14 @@ class CalibratedSource(RequantizedSource):
         require_finite(out, leaf)
         return jnp.asarray(out)
 
-    def _embed(self, *, quantised: bool) -> Array:
+    def _embed(self, *, quantized: bool) -> Array:
         """The text's embeddings ``[N, T, D]``."""
         (leaf,) = (leaf for leaf in checkpoint_layout(self.cfg)[NON_LAYER] if leaf.name == "embed")
-        return self._gather_rows(leaf, self._tokens, quantised=quantised)
+        return self._gather_rows(leaf, self._tokens, quantized=quantized)
 
-    def _gather_rows(self, leaf: Leaf, tokens: Array, *, quantised: bool) -> Array:
+    def _gather_rows(self, leaf: Leaf, tokens: Array, *, quantized: bool) -> Array:
         out = np.empty((*tokens.shape, leaf.shape[-1]), np.float32)
-        pieces = super().iter_chunks(leaf) if quantised else self._iter_values(self.base_leaf(leaf), 0, None)
+        pieces = super().iter_chunks(leaf) if quantized else self._iter_values(self.base_leaf(leaf), 0, None)
         for row, piece in pieces:
             values = to_plain_array(piece) if isinstance(piece, QuantizedTensor) else np.asarray(piece)
             here = (tokens >= row) & (tokens < row + len(values))
@@ -193,12 +193,12 @@ class CalibratedSource(RequantizedSource):
         table = own[0] if own else next(leaf for leaf in parts[NON_LAYER] if leaf.name == "embed")
         norm = self._load_array(next(leaf for leaf in parts[NON_LAYER] if leaf.name == "norm"))
 
-        def joined(states: Array, *, quantised: bool) -> Array:
-            embedded = self._gather_rows(table, self._tokens[:, 1:], quantised=quantised)
+        def joined(states: Array, *, quantized: bool) -> Array:
+            embedded = self._gather_rows(table, self._tokens[:, 1:], quantized=quantized)
             final = np.asarray(rms_norm(jnp.asarray(states[:, :-1]), norm, self.cfg.rms_norm_eps))
             return np.concatenate([embedded, final], axis=-1)
 
-        return joined(walk.reference_inputs, quantised=False), joined(walk.quantized_inputs, quantised=True)
+        return joined(walk.reference_inputs, quantized=False), joined(walk.quantized_inputs, quantized=True)
 
     def _run_forward(self, forward: Any, weights: Mapping[ParamPath, Any], inputs: Array) -> Array:
         rows = self._settings.batch_size

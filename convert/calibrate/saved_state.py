@@ -26,8 +26,8 @@ class CalibrationState:
 
     Attributes:
         layer_index: of the layer.
-        reference_inputs: float32 ``[N, T, D]``, from the unquantised model.
-        quantized_inputs: the same from the quantised layers before it.
+        reference_inputs: float32 ``[N, T, D]``, from the unquantized model.
+        quantized_inputs: the same from the quantized layers before it.
         notes: a sentence on each layer so far.
     """
 

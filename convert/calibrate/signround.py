@@ -49,14 +49,14 @@ class SignRoundConfig:
 
 
 class RoundingParams(NamedTuple):
-    """What is learnt of one weight: ``offset`` shaped like its blocks, ``scale_factor`` like its scales."""
+    """What is learned of one weight: ``offset`` shaped like its blocks, ``scale_factor`` like its scales."""
 
     offset: jax.Array
     scale_factor: jax.Array
 
 
 def supports_signround(spec: QuantSpec) -> bool:
-    """Whether rounding to this storage can be learnt; small floats and zero points are left to the search."""
+    """Whether rounding to this storage can be learned; small floats and zero points are left to the search."""
     return spec.kind in ("int4", "int8") and spec.zero == "none" and spec.outer == "none" and not spec.permuted
 
 
@@ -70,15 +70,15 @@ def tune_block(
     config: SignRoundConfig,
     advance: Callable[[int], None],
 ) -> tuple[dict[ParamPath, QuantizedTensor], float, float]:
-    """Tunes the quantised weights of one block.
+    """Tunes the quantized weights of one block.
 
     Args:
         forward: the block.
-        weights: every weight of it in float32, quantised ones included, ``[*stack, O, I]`` or of any shape.
-        initial: the quantised weights as the search left them.
+        weights: every weight of it in float32, quantized ones included, ``[*stack, O, I]`` or of any shape.
+        initial: the quantized weights as the search left them.
         learn_mask: float32 0 or 1 for each matrix of each stack ``[*stack]`` of the weights to tune; the others stay.
-        inputs: float32 ``[N, T, D]``, what the block will see: outputs of the layers before it, quantised.
-        targets: float32 ``[N, T, D]``, what the unquantised model has after the block.
+        inputs: float32 ``[N, T, D]``, what the block will see: outputs of the layers before it, quantized.
+        targets: float32 ``[N, T, D]``, what the unquantized model has after the block.
         config: of the descent.
         advance: called with 1 after each step.
 
@@ -91,9 +91,9 @@ def tune_block(
     scales = {path: decode_scales(initial[path])[..., None, None] for path in learn_mask}
     specs = tuple(sorted((path, initial[path].spec) for path in learn_mask))
     wanted = {path: weights[path] for path in learn_mask}
-    optimiser = _make_optimizer(config.steps)
-    state = optimiser.init(tuned)
-    step = functools.partial(_step, forward, optimiser, specs)
+    optimizer = _make_optimizer(config.steps)
+    state = optimizer.init(tuned)
+    step = functools.partial(_step, forward, optimizer, specs)
     order = np.random.default_rng(config.seed)
     for _ in range(config.steps):
         rows = np.sort(order.choice(len(inputs), min(config.batch_size, len(inputs)), replace=False))
@@ -126,7 +126,7 @@ def _init_params(plain: jax.Array, start: QuantizedTensor) -> RoundingParams:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
 def _step(
     forward: Forward,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     specs: tuple[tuple[ParamPath, QuantSpec], ...],
     tuned: dict[ParamPath, RoundingParams],
     state: Any,
@@ -145,7 +145,7 @@ def _step(
 
     gradients = jax.grad(loss)(tuned)
     gradients = {path: _mask_gradient(gradient, learn[path]) for path, gradient in gradients.items()}
-    updates, state = optimiser.update(gradients, state, tuned)
+    updates, state = optimizer.update(gradients, state, tuned)
     moved = optax.apply_updates(tuned, updates)
     return {path: _clip_params(value) for path, value in cast(dict[ParamPath, RoundingParams], moved).items()}, state
 
@@ -194,7 +194,7 @@ def _quantize_learned(
     made = {"codes": codes, "scales": scales}
 
     def choose(name: str, array: jax.Array) -> jax.Array:
-        # Matrices that were not to be learnt keep the codes of the search, to the bit.
+        # Matrices that were not to be learned keep the codes of the search, to the bit.
         return jnp.where(learn.reshape(*learn.shape, 1, 1) > 0, made[name], array)
 
     return start.map_components(choose)

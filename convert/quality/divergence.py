@@ -204,7 +204,7 @@ def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """KL(p || q) in nats of log-probabilities ``[..., V]``, accurate in float32 however close the two are.
 
     With d = log q - log p it is the sum of p (exp(d) - 1 - d), for the probabilities of both sum to one. No term is
-    negative, and an error of the normalisation counts to second order only, where the terms of sum p (-d) cancel.
+    negative, and an error of the normalization counts to second order only, where the terms of sum p (-d) cancel.
     """
     d = log_q - log_p
     p, q = jnp.exp(log_p), jnp.exp(log_q)

@@ -47,7 +47,7 @@ class ComparedModel:
 
 
 def quantize_by_preset(source: WeightSource, quantize: str | None, method: QuantMethod = "mse") -> WeightSource:
-    """A source with its matrices quantised by a preset; itself without one.
+    """A source with its matrices quantized by a preset; itself without one.
 
     Raises:
         QuantError: for a preset that does not exist.
@@ -107,7 +107,7 @@ def load_compared_model(
     Args:
         source: the weights.
         assets: tokenizer and template.
-        dtype: of activations and of weights that are not quantised.
+        dtype: of activations and of weights that are not quantized.
         cache_dtype: of the latent cache.
         progress: show it on stderr.
     """

@@ -11,7 +11,7 @@ Rows = list[list[str]]
 def render_quality_report(report: dict[str, Any]) -> str:
     """The report of ``python -m convert.verify``: a heading and a table for each thing that was measured."""
     model = report["model"]
-    made = f", quantised to {model['quantize']} by {model['method']}" if model["quantize"] else ""
+    made = f", quantized to {model['quantize']} by {model['method']}" if model["quantize"] else ""
     parts = [f"### {model['name']}{made}, against {report['source']['name']}", _sizes(report), _errors_by_kind(report)]
     if "text" in report:
         parts.append(_text(report))
@@ -39,7 +39,7 @@ def format_nats(value: float) -> str:
 
 def _sizes(report: dict[str, Any]) -> str:
     source, model = report["source"]["size"], report["model"]["size"]
-    rows: Rows = [["as loaded, unquantised parts in bfloat16", "source", "model", "ratio"]]
+    rows: Rows = [["as loaded, unquantized parts in bfloat16", "source", "model", "ratio"]]
     for part, words in (("main", "weights"), ("mtp", "prediction layer")):
         held = [side[part]["bytes"] for side in (source, model)]
         if any(held):

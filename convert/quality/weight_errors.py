@@ -73,7 +73,7 @@ def model_sizes(source: WeightSource, dtype: str = "bfloat16") -> dict[str, Any]
 
     Args:
         source: the weights.
-        dtype: that it is loaded with: of every parameter that is not quantised and has no dtype of its own.
+        dtype: that it is loaded with: of every parameter that is not quantized and has no dtype of its own.
     """
     totals = {name: {"parameters": 0, "bytes": 0} for name in ("main", "mtp")}
     held = dict(leaves_with_path(abstract_params(source.cfg, dtype, storage=source_storage(source))))

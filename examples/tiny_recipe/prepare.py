@@ -16,7 +16,7 @@ TOKENIZER_CONVERSATIONS = 4000
 
 
 def load_or_train_tokenizer(folder: Path, training: Sequence[LibraryFile], render: Render) -> Tokenizer:
-    """The tokenizer of a run's folder, learnt from the training data the first time."""
+    """The tokenizer of a run's folder, learned from the training data the first time."""
     path = folder / "tokenizer.json"
     if path.exists():
         return Tokenizer.from_file(str(path))

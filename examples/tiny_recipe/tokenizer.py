@@ -1,4 +1,4 @@
-"""The miniature's tokenizer: byte-level BPE with GLM's special tokens behind the learnt vocabulary."""
+"""The miniature's tokenizer: byte-level BPE with GLM's special tokens behind the learned vocabulary."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPECIAL_IDS = {token: LEARNED_VOCAB + i for i, token in enumerate(SPECIAL_TOKENS
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A tokenizer learnt from the texts; the same texts in the same order give the same one."""
+    """A tokenizer learned from the texts; the same texts in the same order give the same one."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PRETOKENIZER_PATTERN), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -43,5 +43,5 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     if tokenizer.token_to_id(SPECIAL_TOKENS[0]) != LEARNED_VOCAB or tokenizer.get_vocab_size() != LEARNED_VOCAB + len(
         SPECIAL_TOKENS
     ):
-        raise RuntimeError(f"the texts are too small for a vocabulary of {LEARNED_VOCAB} learnt tokens")
+        raise RuntimeError(f"the texts are too small for a vocabulary of {LEARNED_VOCAB} learned tokens")
     return tokenizer

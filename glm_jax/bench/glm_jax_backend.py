@@ -62,7 +62,7 @@ class GlmJaxBackend:
 
     Args:
         source: of the model.
-        dtype: of activations, and of weights that are not quantised.
+        dtype: of activations, and of weights that are not quantized.
         quantize: a preset.
         cache_dtype: of the latent cache; that of the activations unless given.
         kernels: "triton", "reference", or what :meth:`glm_jax.LLM.load` would choose.

@@ -9,7 +9,7 @@ from typing import Literal
 from glm_jax.errors import GlmError
 from pallas_kernels.report_format import parse_sizes
 
-Peer = Literal["transformers", "reference", "unquantised"]
+Peer = Literal["transformers", "reference", "unquantized"]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -23,13 +23,13 @@ class BenchOptions:
     dtype: Literal["bfloat16", "float32"] | None = None
     """Of weights and activations, on all sides; bfloat16 on a GPU and float32 on a CPU unless given."""
     quantize: str | None = None
-    """int4, int4-small, int4-experts or int8: this program's weights, quantised while loading (random codes where the
+    """int4, int4-small, int4-experts or int8: this program's weights, quantized while loading (random codes where the
     model is synthetic)."""
     cache_dtype: Literal["bfloat16", "float32", "int8", "fp8"] | None = None
     """Of this program's latent cache; that of the activations unless given."""
     peer: tuple[Peer, ...] = ()
     """Also time these, in turn: transformers on the same weights; "reference" is this program without hand-written
-    kernels, "unquantised" without --quantize."""
+    kernels, "unquantized" without --quantize."""
     repeats: int = 5
     """Times each side runs."""
     details: bool = True
@@ -94,8 +94,8 @@ def validate_bench_options(options: DecodeOptions | PrefillOptions) -> None:
     from glm_jax.weights import QuantRules
 
     QuantRules.resolve(options.quantize)
-    if "unquantised" in options.peer and options.quantize is None:
-        raise GlmError("--peer unquantised compares with --quantize, which is not given")
+    if "unquantized" in options.peer and options.quantize is None:
+        raise GlmError("--peer unquantized compares with --quantize, which is not given")
     for path in (options.json, options.markdown):
         if path is not None and not path.parent.is_dir():
             raise GlmError(f"cannot write {path}: {path.parent} is not a folder")

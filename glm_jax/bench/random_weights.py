@@ -1,6 +1,6 @@
-"""Quantised weights without a model: random codes and fitting scales, made where they are used in a moment.
+"""Quantized weights without a model: random codes and fitting scales, made where they are used in a moment.
 
-Quantising random weights would take minutes and say nothing more about speed.
+Quantizing random weights would take minutes and say nothing more about speed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def random_quantized_params(cfg: Config, quant: QuantRules, dtype: Any, *, tiles
     Args:
         cfg: the model.
         quant: 4- and 8-bit integers with a scale for each group or output.
-        dtype: of what is not quantised.
+        dtype: of what is not quantized.
         tiles: lay the matrices out as kernels read them.
         seed: of everything.
     """

@@ -21,12 +21,12 @@ def bench_report_heading(report: BenchReport) -> str:
     """What was run, on what."""
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    quantised = f"{report['quantize']} and " if report["quantize"] else ""
+    quantized = f"{report['quantize']} and " if report["quantize"] else ""
     decoding = report["kind"] == "decode"
     work = f"{report['tokens']} tokens, cache of {report['cache_holds']}" if decoding else "prompts"
     speed = f"{machine['bandwidth']['bytes_per_s'] / 1e9:,.1f} GB/s ({machine['bandwidth']['of']})"
     lines = [
-        f"### {report['kind']}: {report['model']}, {quantised}{report['dtype']}, cache in {report['cache_dtype']}",
+        f"### {report['kind']}: {report['model']}, {quantized}{report['dtype']}, cache in {report['cache_dtype']}",
         f"{work}; {report['repeats']} repeats in turn, median (least – greatest); "
         f"{'hand-written kernels' if report['kernels'] else 'without hand-written kernels'}.",
         f"{machine['device']}: {_gpu(machine)}{machine['cpu']}, {machine['cores']} cores, load average "

@@ -120,7 +120,7 @@ def _load_backends(options: DecodeOptions | PrefillOptions, dtype: str) -> list[
             options.model, dtype, options.quantize, cache_dtype=options.cache_dtype, kernels="reference",
             name="reference",
         ),
-        "unquantised": lambda: GlmJaxBackend(options.model, dtype, cache_dtype=options.cache_dtype, name="unquantised"),
+        "unquantized": lambda: GlmJaxBackend(options.model, dtype, cache_dtype=options.cache_dtype, name="unquantized"),
     }  # fmt: skip
     ours = GlmJaxBackend(options.model, dtype, options.quantize, cache_dtype=options.cache_dtype)
     return [ours, *[make[name]() for name in dict.fromkeys(options.peer)]]
@@ -192,7 +192,7 @@ def _run_prefill_case(options: PrefillOptions, sides: list[Any], batch: int, len
 def _drop_incomparable(options: DecodeOptions | PrefillOptions, compared: BenchReport) -> BenchReport:
     """Without the tokens of sides that hold other weights: random codes do not stand for the plain random weights."""
     if options.model.startswith(SYNTHETIC_PREFIX):
-        compared.get("same_tokens", {}).pop("unquantised", None)
+        compared.get("same_tokens", {}).pop("unquantized", None)
     return compared
 
 

@@ -65,9 +65,9 @@ def load(
     Args:
         source: Hugging Face folder, hub id, converted folder, GGUF file, ``"tiny"``,
             ``"synthetic:flash?layers=4&seed=0"``, or what :func:`open_source` returned for one of these.
-        dtype: of the parameters that are not quantised (router biases stay float32), and of activations.
-        quantize: a preset (:data:`glm_jax.weights.QUANT_PRESETS`) or rules to quantise by while loading; unless given, every
-            weight keeps the values that it has in the source, quantised ones included.
+        dtype: of the parameters that are not quantized (router biases stay float32), and of activations.
+        quantize: a preset (:data:`glm_jax.weights.QUANT_PRESETS`) or rules to quantize by while loading; unless given, every
+            weight keeps the values that it has in the source, quantized ones included.
         rules: mesh axis of each logical axis.
         mesh: devices to lay the parameters out on; ``None`` for JAX's default device.
         mtp: load the prediction layer, if there is one.
@@ -101,7 +101,7 @@ def quantize_source(
     rules: Rules = Rules(),
     mesh: Mesh | None = None,
 ) -> WeightSource:
-    """A source with its matrices quantised by a preset or rules; itself if there are none.
+    """A source with its matrices quantized by a preset or rules; itself if there are none.
 
     Raises:
         QuantError: for a preset that does not exist.
@@ -132,7 +132,7 @@ def load_params(
     Args:
         source: the weights.
         cfg: of the source, possibly without its prediction layer.
-        dtype: of the parameters that are not quantised.
+        dtype: of the parameters that are not quantized.
         rules: mesh axis of each logical axis.
         mesh: devices; ``None`` for JAX's default device.
         tiles: lay the matrices out as kernels read them.
@@ -213,7 +213,7 @@ def _load_stacks(
 
 
 class _ParamBuilder:
-    """A parameter being filled: one stack, or one for each array of a quantised one."""
+    """A parameter being filled: one stack, or one for each array of a quantized one."""
 
     def __init__(self, goal: Any) -> None:
         self._goal = goal

@@ -89,7 +89,7 @@ def validate_weights(source: WeightSource, advance: ProgressCallback) -> None:
 
 
 def disk_array_name(leaf: Leaf, component: str) -> str:
-    """Part and name of an array on disk: a quantised weight has several."""
+    """Part and name of an array on disk: a quantized weight has several."""
     return f"{leaf.checkpoint_name}/{leaf.name}" + (f".{component}" if component else "")
 
 

@@ -31,8 +31,8 @@ class PlacementSpec:
     """What decides, besides the architecture, how many bytes a device holds.
 
     Attributes:
-        dtype: of the weights that are not quantised.
-        storage: the quantised ones.
+        dtype: of the weights that are not quantized.
+        storage: the quantized ones.
         cache_dtype: of the latent cache, one of :data:`glm_jax.cache.latent.CACHE_DTYPES`.
         rules: mesh axis of each logical axis.
         axis_sizes: devices along each mesh axis.
@@ -220,9 +220,9 @@ def _layer_weight_bytes(cfg: Config, placement: PlacementSpec) -> int:
         sum(_matrix_elements(("runs", i, *path), spec, placement) for path, spec in leaves_with_path(blocks[i]))
         for i in loops
     )
-    quantised_head = placement.storage.get(("embed",) if cfg.tie_word_embeddings else ("head",))
+    quantized_head = placement.storage.get(("embed",) if cfg.tie_word_embeddings else ("head",))
     widened = placement.shard_num_elements((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"))
-    head = widened if placement.on_cpu and _itemsize(placement.dtype) < 4 and not quantised_head else 0
+    head = widened if placement.on_cpu and _itemsize(placement.dtype) < 4 and not quantized_head else 0
     return (layer + head) * placement.itemsize
 
 
@@ -230,7 +230,7 @@ def _matrix_elements(path: ParamPath, spec: ParamSpec, placement: PlacementSpec)
     """Values of a parameter in one layer, and of one expert where there are many."""
     skip = 2 if "experts" in spec.axes else 1
     values = placement.shard_num_elements(spec.shape[skip:], spec.axes[skip:])
-    # Quantised matrices are widened a few rows at a time on CPUs, but for the two that expand the cache.
+    # Quantized matrices are widened a few rows at a time on CPUs, but for the two that expand the cache.
     in_rows = placement.on_cpu and placement.storage.get(path) and path[-1] not in ("k_b", "v_b")
     return values // 4 if in_rows else values
 

@@ -115,7 +115,7 @@ class MemoryModel:
         return dataclasses.replace(self, placement=placement)
 
     def with_quantization(self, preset: str) -> Self:
-        """The same with the weights quantised by a preset."""
+        """The same with the weights quantized by a preset."""
         sizes = dict(self.placement.axis_sizes)
         storage, _ = plan_storage(self.cfg, QUANT_PRESETS[preset], self.placement.rules, sizes)
         return dataclasses.replace(self, placement=dataclasses.replace(self.placement, storage=storage))

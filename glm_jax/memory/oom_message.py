@@ -45,12 +45,12 @@ def _alternatives(memory_model: MemoryModel, rows: int, context: int) -> list[st
         rows, context
     ):
         found.append('half the bytes per value, with dtype="bfloat16"')
-    quantised = (
+    quantized = (
         name
         for name in _PRESETS
         if not memory_model.placement.storage and memory_model.with_quantization(name).fits(rows, context)
     )
-    if preset := next(quantised, None):
+    if preset := next(quantized, None):
         found.append(f'weights in fewer bits, with quantize="{preset}"')
     if memory_model.placement.cache_dtype not in QUANTIZED_CACHE_MAX and memory_model.with_cache_dtype("int8").fits(
         rows, context

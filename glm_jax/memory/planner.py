@@ -137,8 +137,8 @@ def plan_memory(
     Args:
         cfg: the model.
         device_bytes: bytes that may be used on each device.
-        dtype: of the weights that are not quantised.
-        storage: the quantised weights (:func:`glm_jax.weights.storage.plan_storage` makes one of rules).
+        dtype: of the weights that are not quantized.
+        storage: the quantized weights (:func:`glm_jax.weights.storage.plan_storage` makes one of rules).
         cache_dtype: of the latent cache, one of :data:`glm_jax.cache.latent.CACHE_DTYPES`; ``dtype`` unless given.
         devices: number along the mesh axis "model", or the number along each axis.
         rules: mesh axis of each logical axis.

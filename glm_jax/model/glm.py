@@ -55,7 +55,7 @@ class GLM(nn.Module):
         if self.is_initializing():
             self.declared = {name: self.param(name, _init_params, spec, self.dtype) for name, spec in specs.items()}
             return
-        # Linen compares arrays one by one with those that init would make, and a quantised weight has other arrays.
+        # Linen compares arrays one by one with those that init would make, and a quantized weight has other arrays.
         given: dict[str, Any] = unfreeze(dict(self.variables.get("params", {})))
         _check_params(specs, given)
         self.declared = given

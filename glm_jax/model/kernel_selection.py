@@ -53,9 +53,9 @@ def select_kernels(
 
     Args:
         cfg: the model.
-        storage: of its quantised weights.
+        storage: of its quantized weights.
         kernels: as for :func:`prefer_kernels`.
-        dtype: of the activations and of weights that are not quantised.
+        dtype: of the activations and of weights that are not quantized.
         rules: mesh axis of each logical axis.
         mesh: the devices, if several.
 

@@ -1,7 +1,7 @@
 """Mixture of experts: the router, and five ways to apply the chosen experts with the same result.
 
 Routing is that of DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section 2.1.2): sigmoid scores, a bias that takes part
-in the choice only, the chosen scores normalised to sum to ``routed_scaling_factor``.
+in the choice only, the chosen scores normalized to sum to ``routed_scaling_factor``.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _SMALL_BATCH_ROWS = 256
 def index_weight(weight: Weight, *index: Index) -> jax.Array:
     """``weight[index]`` with traced indices on the leading axes, in a dtype to compute with.
 
-    Bits and quantised weights become float32 as a whole: products go through :func:`linear`, which does not.
+    Bits and quantized weights become float32 as a whole: products go through :func:`linear`, which does not.
     """
     if isinstance(weight, QuantizedTensor):
         return dequantize(slice_quantized(weight, index))

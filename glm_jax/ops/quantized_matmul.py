@@ -1,4 +1,4 @@
-"""Products with quantised weights, dequantised a block of rows at a time on CPUs.
+"""Products with quantized weights, dequantized a block of rows at a time on CPUs.
 
 These are the reference forms: they run on every XLA backend, and say what a kernel must compute. Values are float32
 until the product is rounded to the activations' dtype by the caller.
@@ -15,7 +15,7 @@ from glm_jax.ops.indexing import Index, RowSlice, take_slice
 from glm_jax.weights import QuantizedTensor, dequantize
 from glm_jax.weights.quantized_tensor import dequantize_planes
 
-# Rows dequantised together. 16 to 64 rows of 2,048 inputs stay in a core's cache, and were the fastest for one vector
+# Rows dequantized together. 16 to 64 rows of 2,048 inputs stay in a core's cache, and were the fastest for one vector
 # (4.1 G weights/s against 3.8 in float32; 256 rows had 2.0); many vectors make a large product worth its memory.
 _BLOCK_ROWS = 32
 _TALL_BLOCK_ROWS = 256
@@ -23,7 +23,7 @@ _MANY_VECTORS = 16
 
 
 def slice_quantized(weight: QuantizedTensor, index: tuple[Index, ...]) -> QuantizedTensor:
-    """``weight[index]`` with traced indices on the leading axes, still quantised."""
+    """``weight[index]`` with traced indices on the leading axes, still quantized."""
     return weight.map_components(lambda _, array: take_slice(array, index))
 
 
@@ -52,7 +52,7 @@ def quantized_matmul(rows: jax.Array, weight: QuantizedTensor, index: tuple[Inde
 def per_head_quantized_matmul(
     x: jax.Array, weight: QuantizedTensor, index: tuple[Index, ...], *, transpose: bool
 ) -> jax.Array:
-    """A product per head, one head's matrix dequantised at a time.
+    """A product per head, one head's matrix dequantized at a time.
 
     Args:
         x: ``[..., N, I]`` (``[..., N, O]`` when ``transpose``).
@@ -77,7 +77,7 @@ def per_head_quantized_matmul(
 
 
 def gather_rows(table: QuantizedTensor, rows: jax.Array) -> jax.Array:
-    """Rows of a quantised matrix ``[V, D]`` as float32 ``[..., D]``."""
+    """Rows of a quantized matrix ``[V, D]`` as float32 ``[..., D]``."""
     height = table.spec.block[0]
     of_block = rows // height if height else jnp.zeros_like(rows)
 
@@ -107,7 +107,7 @@ def _drop_permutation(weight: QuantizedTensor) -> QuantizedTensor:
 
 
 def _matmul_dequantized(rows: jax.Array, weight: QuantizedTensor, index: tuple[Index, ...]) -> jax.Array:
-    """For accelerators, whose compiler fuses a dequantisation into the product of few rows."""
+    """For accelerators, whose compiler fuses a dequantization into the product of few rows."""
     matrix = dequantize(slice_quantized(weight, index))
     if rows.dtype.itemsize < 4:
         return jnp.einsum("ni,oi->no", rows, matrix.astype(rows.dtype), preferred_element_type=jnp.float32)

@@ -3,7 +3,7 @@
 ``SamplingParams`` needs no JAX; the rest is imported when first asked for, so that a command can read its options
 before it decides how JAX starts.
 
->>> from glm_jax.sampling import SamplerState, SamplingParams, sample, update, is_stop, completion_seeds
+>>> from glm_jax.sampling import SamplerState, SamplingParams, sample, update_state, is_stop, completion_seeds
 """
 
 from importlib import import_module
@@ -28,7 +28,7 @@ _HOMES = {
     "completion_seeds": "params",
     "is_stop": "state",
     "sample": "sampler",
-    "update": "state",
+    "update_state": "state",
 }
 
 __all__ = [

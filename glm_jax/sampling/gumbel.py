@@ -1,6 +1,6 @@
 """Noise that is a function of (seed, position, token id) and of nothing else.
 
-A row's tokens therefore depend neither on its neighbours nor on the batch, its slot, the mesh or how many tokens one
+A row's tokens therefore depend neither on its neighbors nor on the batch, its slot, the mesh or how many tokens one
 step draws: verifying a drafted token redraws the very token that plain decoding would have drawn.
 """
 

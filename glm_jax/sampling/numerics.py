@@ -25,7 +25,7 @@ def deterministic_sum(values: jax.Array) -> jax.Array:
     """Sums each row of float32 ``[B, V]`` to ``[B]``, in an order that depends on ``V`` only.
 
     A plain sum is added up as the compiler sees fit for the batch, and a token on the edge of top_p would come and go
-    with its neighbours. This one is spelled out as a tree of additions, ``_FAN_IN`` wide; its relative error is below
+    with its neighbors. This one is spelled out as a tree of additions, ``_FAN_IN`` wide; its relative error is below
     2e-6, and it never decreases when an entry grows.
     """
     while (width := values.shape[-1]) > 1:

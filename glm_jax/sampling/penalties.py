@@ -14,7 +14,7 @@ def clamp_non_finite(logits: jax.Array) -> jax.Array:
 
 
 def process_logits(logits: jax.Array, state: SamplerState) -> jax.Array:
-    """Float32 ``[B, V]`` scores: biased, penalised, without NaN or +inf, and -inf for ids that do not exist.
+    """Float32 ``[B, V]`` scores: biased, penalized, without NaN or +inf, and -inf for ids that do not exist.
 
     The ids are masked last: nothing brings back -inf, so the place makes no difference to them.
     """
@@ -24,7 +24,7 @@ def process_logits(logits: jax.Array, state: SamplerState) -> jax.Array:
 
 
 def apply_bias_and_penalties(logits: jax.Array, state: SamplerState) -> jax.Array:
-    """Float32 ``[B, V]``, biased and penalised; the logits themselves where no row asks for it."""
+    """Float32 ``[B, V]``, biased and penalized; the logits themselves where no row asks for it."""
     if state.bias_ids is not None and state.bias_values is not None:
         logits = _apply_logit_bias(logits, state.bias_ids, state.bias_values)
     if state.counts is not None and state.in_prompt is not None:

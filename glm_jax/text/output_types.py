@@ -82,7 +82,7 @@ class Message:
 
 
 def join_deltas(deltas: Iterable[Delta]) -> list[Delta]:
-    """The same pieces with neighbours of one kind joined; the first of a call stays apart from its arguments."""
+    """The same pieces with neighbors of one kind joined; the first of a call stays apart from its arguments."""
     return [_joined(list(group)) for _, group in groupby(deltas, _kind)]
 
 

@@ -85,7 +85,7 @@ class Tokenizer:
         return cls.from_file(Path(folder) / "tokenizer.json", model_vocab=model_vocab)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Special tokens written in it are recognised; none is added at either end.
+        """Token ids of a text. Special tokens written in it are recognized; none is added at either end.
 
         Raises:
             PromptError: if the text holds a lone surrogate or is longer than :data:`MAX_TEXT_LENGTH`.

@@ -1,6 +1,6 @@
 """Shape, axes and dtype of every parameter, known before any byte is read.
 
-:func:`param_specs` is the only source of shapes: the module's initialiser, the loaders and the memory plan all use it.
+:func:`param_specs` is the only source of shapes: the module's initializer, the loaders and the memory plan all use it.
 Matrices keep the checkpoint's orientation ``[out, in]``; the layers of a run are stacked along a leading axis.
 """
 
@@ -37,7 +37,7 @@ class ParamSpec:
         axes: logical axis of each dimension; ``None`` is never split.
         dtype: fixed dtype, or ``None`` for the model's.
         init: "normal" with standard deviation ``scale``, "ones" or "zeros".
-        scale: standard deviation of the random initialiser.
+        scale: standard deviation of the random initializer.
         stack_ndim: leading dimensions that enumerate matrices (layers, experts) and are drawn one matrix at a time.
     """
 
@@ -178,7 +178,7 @@ def is_held_as_bits(spec: ParamSpec, dtype: Any, mesh: Mesh | None = None) -> bo
 
 
 def abstract_leaf(spec: ParamSpec, dtype: Any, rules: Rules, mesh: Mesh | None) -> jax.ShapeDtypeStruct | Bfloat16Bits:
-    """Shape, dtype and (with a mesh) sharding of a parameter that is not quantised."""
+    """Shape, dtype and (with a mesh) sharding of a parameter that is not quantized."""
     sharding = None if mesh is None else NamedSharding(mesh, rules.partition_spec(*spec.axes))
     if is_held_as_bits(spec, dtype, mesh):
         return Bfloat16Bits(cast(jax.Array, jax.ShapeDtypeStruct(spec.shape, jnp.uint16, sharding=sharding)))
@@ -279,7 +279,7 @@ def _random_stack(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
 
 
 def _to_normal(bits: Any, scale: float) -> Any:
-    """Nearly normal float32 values: the centred sum of the four bytes, whose variance is (256^2 - 1) / 3."""
+    """Nearly normal float32 values: the centered sum of the four bytes, whose variance is (256^2 - 1) / 3."""
     byte = np.uint32(0xFF)
     total = (bits & byte) + ((bits >> np.uint32(8)) & byte) + ((bits >> np.uint32(16)) & byte) + (bits >> np.uint32(24))
     return (total.astype(np.float32) - np.float32(510)) * np.float32(scale / math.sqrt((256**2 - 1) / 3))

@@ -18,7 +18,7 @@ _MIN_GROUP_SIZE = 8
 class QuantRules:
     """The storage of each kind of matrix; None keeps it in the model's dtype.
 
-    Router, norms and the router's bias are never quantised: they are small, and they decide.
+    Router, norms and the router's bias are never quantized: they are small, and they decide.
 
     Attributes:
         experts: routed experts, nine tenths of the parameters.
@@ -62,7 +62,7 @@ class QuantRules:
         if not isinstance(rules, str):
             return rules
         if rules not in QUANT_PRESETS:
-            raise QuantError(f"no quantisation {rules!r}; there are {', '.join(QUANT_PRESETS)}")
+            raise QuantError(f"no quantization {rules!r}; there are {', '.join(QUANT_PRESETS)}")
         return cast(Self, QUANT_PRESETS[rules])
 
     def to_json(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class QuantRules:
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(value, Mapping) or not set(value) <= set(names):
-            raise QuantError(f"quantisation rules have {', '.join(names)}, not {value!r}")
+            raise QuantError(f"quantization rules have {', '.join(names)}, not {value!r}")
         as_given = {key: spec for key, spec in value.items() if spec is None or (key == "mtp" and spec == "same")}
         parsed = {key: QuantSpec.from_json(spec) for key, spec in value.items() if key not in as_given}
         return cls(**as_given, **parsed)

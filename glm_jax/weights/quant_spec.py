@@ -1,4 +1,4 @@
-"""The description of a quantised matrix: which numbers, and which of them share a scale."""
+"""The description of a quantized matrix: which numbers, and which of them share a scale."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if problem := _invalid_reason(self):
-            raise QuantError(f"impossible quantisation {self!r}: {problem}")
+            raise QuantError(f"impossible quantization {self!r}: {problem}")
 
     @property
     def bits(self) -> int:
@@ -134,7 +134,7 @@ class QuantSpec:
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(value, Mapping) or not {"kind"} <= set(value) <= names:
-            raise QuantError(f"a quantisation has {', '.join(sorted(names))}, not {value!r}")
+            raise QuantError(f"a quantization has {', '.join(sorted(names))}, not {value!r}")
         block = value.get("block", (1, 64))
         if not isinstance(block, (list, tuple)):
             raise QuantError(f"block must be [outputs, inputs], not {block!r}")

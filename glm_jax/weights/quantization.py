@@ -1,4 +1,4 @@
-"""Making quantised weights: round to nearest, or search each block's scale for the least squared error."""
+"""Making quantized weights: round to nearest, or search each block's scale for the least squared error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CHUNK_VALUES = 1 << 18  # searched together: what a core's cache holds
 def quantize(
     weight: jax.Array, spec: QuantSpec, method: QuantMethod = "mse", dtype: Any = jnp.bfloat16
 ) -> QuantizedTensor:
-    """Quantises a matrix, or a stack of them.
+    """Quantizes a matrix, or a stack of them.
 
     Args:
         weight: ``[*stack, O, I]``, any float dtype.

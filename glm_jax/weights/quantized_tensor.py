@@ -1,4 +1,4 @@
-"""A quantised weight: a pytree of arrays that stands for a matrix, or a stack of them."""
+"""A quantized weight: a pytree of arrays that stands for a matrix, or a stack of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parameters of a model are quantised and how, and the shapes, dtypes and places of their arrays."""
+"""Which parameters of a model are quantized and how, and the shapes, dtypes and places of their arrays."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from glm_jax.weights.tiled_weight import TiledWeight
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
-    """The quantised parameters of a model by path; every other one is a plain array. Frozen and hashable.
+    """The quantized parameters of a model by path; every other one is a plain array. Frozen and hashable.
 
     Attributes:
         specs: pairs of path and spec, in the order of the tree.
@@ -59,7 +59,7 @@ class Storage:
 def plan_storage(
     cfg: Config, quant: QuantRules, rules: Rules = Rules(), axis_sizes: Mapping[str, int] | None = None
 ) -> tuple[Storage, tuple[str, ...]]:
-    """What rules of quantisation mean for a model: a spec for each matrix, with groups that divide it.
+    """What rules of quantization mean for a model: a spec for each matrix, with groups that divide it.
 
     Args:
         cfg: the model.
@@ -87,7 +87,7 @@ def plan_storage(
 
 
 def quantized_bytes(cfg: Config, quant: QuantRules, dtype: Any = jnp.bfloat16) -> int:
-    """Bytes of all parameters of a model under rules of quantisation."""
+    """Bytes of all parameters of a model under rules of quantization."""
     storage, _ = plan_storage(cfg, quant)
     total = 0
     for path, param in leaves_with_path(param_specs(cfg)):
@@ -134,7 +134,7 @@ def abstract_params(
 
 
 def component_axes(name: str, shape: tuple[int, ...], param: ParamSpec) -> tuple[LogicalAxis | None, ...]:
-    """Logical axes of one array of a quantised parameter: the parameter's, where the array has that axis."""
+    """Logical axes of one array of a quantized parameter: the parameter's, where the array has that axis."""
     axes = param.axes
     if name == "outer":
         return axes[:-2]
@@ -181,7 +181,7 @@ def check_block_sharding(cfg: Config, storage: Storage, rules: Rules, axis_sizes
     if problems:
         more = f" … and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ShardingError(
-            f"the checkpoint's quantisation does not divide over these devices: {'; '.join(problems[:5])}{more}; "
+            f"the checkpoint's quantization does not divide over these devices: {'; '.join(problems[:5])}{more}; "
             'load with quantize="int4" or "int8" to make new groups, or on fewer devices'
         )
 

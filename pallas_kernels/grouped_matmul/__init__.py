@@ -1,4 +1,4 @@
-"""Products of many rows with quantised matrices, of which each block of rows may have its own."""
+"""Products of many rows with quantized matrices, of which each block of rows may have its own."""
 
 from pallas_kernels.grouped_matmul.op import RowBlocks as RowBlocks
 from pallas_kernels.grouped_matmul.op import choose_block_m as choose_block_m

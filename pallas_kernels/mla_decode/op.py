@@ -36,7 +36,7 @@ class AttentionDims:
         latent: width of a latent.
         value: width of a head's value.
         query_latent: width of the queries' own latent.
-        interleave: whether rotated pairs are neighbours.
+        interleave: whether rotated pairs are neighbors.
         eps: of the norms of the latents.
     """
 

@@ -211,7 +211,7 @@ def flash_decode_kernel(
     """Attention of all heads over a share of the cached rows; programs (share, block of queries, row of the batch).
 
     Rows are read once for scores and values. Each share leaves its largest score, the sum of exponentials and the
-    unnormalised sum of latents behind; a share without rows leaves nothing.
+    unnormalized sum of latents behind; a share without rows leaves nothing.
     """
     split, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length, share = split_bounds(positions, batch, T, SLOTS, SPLITS, BS)

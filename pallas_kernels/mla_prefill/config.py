@@ -41,7 +41,7 @@ class FlashAttentionConfig:
     Attributes:
         block_m: queries of a program, 16 for each warp.
         block_n: keys at a time, 16 or more.
-        together: heads whose programs are neighbours; see :func:`heads_per_wave`.
+        together: heads whose programs are neighbors; see :func:`heads_per_wave`.
         num_warps: of a program.
         num_stages: blocks of keys in flight.
     """

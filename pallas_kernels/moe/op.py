@@ -39,7 +39,7 @@ class RouterConfig:
         return {
             "E": self.experts,
             "X": self.experts_per_token,
-            "NORMALISED": self.normalize_weights,
+            "NORMALIZED": self.normalize_weights,
             "FACTOR": self.scaling_factor,
         }
 

@@ -17,7 +17,7 @@ from pallas_kernels._tile_dot import dot_pair, dot_tile, inv_rms, load_sum_sq
 
 @triton.jit
 def select_expert(
-    logits, bias, token, slot, E: tl.constexpr, X: tl.constexpr, NORMALISED: tl.constexpr, FACTOR: tl.constexpr
+    logits, bias, token, slot, E: tl.constexpr, X: tl.constexpr, NORMALIZED: tl.constexpr, FACTOR: tl.constexpr
 ):  # fmt: skip
     """Number and weight of the slot-th best expert of a token; of equal ones the first comes first."""
     wide: tl.constexpr = triton.next_power_of_2(E)
@@ -35,7 +35,7 @@ def select_expert(
         number = tl.where(slot == i, best, number)
         weight = tl.where(slot == i, value, weight)
         choice = tl.where(e == best, float("-inf"), choice)
-    if NORMALISED:
+    if NORMALIZED:
         weight = weight / (total + 1e-20)
     return number, weight * FACTOR
 
@@ -43,7 +43,7 @@ def select_expert(
 @triton.jit
 def dispatch_kernel(
     logits, bias, place, owners, sizes, pairs, weights,
-    M: tl.constexpr, E: tl.constexpr, X: tl.constexpr, NORMALISED: tl.constexpr, FACTOR: tl.constexpr,
+    M: tl.constexpr, E: tl.constexpr, X: tl.constexpr, NORMALIZED: tl.constexpr, FACTOR: tl.constexpr,
     BLOCKS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """The pairs in blocks of one expert each, in the order of experts and then of tokens; one program."""
@@ -63,7 +63,7 @@ def dispatch_kernel(
         choice = tl.where(hit, float("-inf"), choice)
     taken = inside & (slot >= 0)
     pair = m[:, None] * X + slot
-    weight = score / (total[:, None] + 1e-20) if NORMALISED else score
+    weight = score / (total[:, None] + 1e-20) if NORMALIZED else score
     tl.store(weights + pair, weight * FACTOR, mask=taken)
     one = taken.to(tl.int32)
     rank = tl.cumsum(one, axis=0) - one
@@ -102,7 +102,7 @@ def gate_up_kernel(
     x, squares, place, logits, bias, owners_in, sizes, pairs, g_words, g_scales, g_offsets, u_words, u_scales,
     u_offsets, sg_words, sg_scales, sg_offsets, su_words, su_scales, su_offsets, out, owners, weights,
     BLOCKS: tl.constexpr, SORTED: tl.constexpr, M: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-    X: tl.constexpr, NORMALISED: tl.constexpr,
+    X: tl.constexpr, NORMALIZED: tl.constexpr,
     FACTOR: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, F: tl.constexpr,
     TILES: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr,
     PER_WORD: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr, OFFSET: tl.constexpr, SF: tl.constexpr,
@@ -124,7 +124,7 @@ def gate_up_kernel(
             if SORTED:
                 expert = tl.load(owners_in + who)
             else:
-                expert, weight = select_expert(logits, bias + layer * E, who // X, who % X, E, X, NORMALISED, FACTOR)
+                expert, weight = select_expert(logits, bias + layer * E, who // X, who % X, E, X, NORMALIZED, FACTOR)
                 if pn == 0:
                     tl.store(owners + who, expert)
                     tl.store(weights + who, weight)

@@ -1,4 +1,4 @@
-"""Products of activations with quantised matrices."""
+"""Products of activations with quantized matrices."""
 
 from pallas_kernels.quant_matmul.op import LinearOutput as LinearOutput
 from pallas_kernels.quant_matmul.op import SumSq as SumSq

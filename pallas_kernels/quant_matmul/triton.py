@@ -1,4 +1,4 @@
-"""Products of few rows with a quantised matrix."""
+"""Products of few rows with a quantized matrix."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fused_linear_kernel(
     last adds the shares, always in the same order. ``place`` has the index of the matrix in its stack; NEXT_FROM more
     is that of ``next_norm`` in its own.
     """
-    # Blocks of rows are neighbours, so that they find each other's weights in the cache.
+    # Blocks of rows are neighbors, so that they find each other's weights in the cache.
     pm, split, pn = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = pm * BM + tl.arange(0, BM)
     here = rows < M

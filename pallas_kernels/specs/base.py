@@ -67,10 +67,10 @@ class Sweep:
 
         Those of a transposed one are factors of its inputs.
         """
-        quantised, grouped = BITS_PER_QVALUE[kind] < 16, kind == "int4"
+        quantized, grouped = BITS_PER_QVALUE[kind] < 16, kind == "int4"
         if transposed:
             sets = shape[-2] // max(self.group_size, TILE_WIDTH) if grouped else 1
-            return random_arrays.random_tiles(shape, kind, seed=seed, num_input_scale_sets=sets if quantised else 0)
+            return random_arrays.random_tiles(shape, kind, seed=seed, num_input_scale_sets=sets if quantized else 0)
         return random_arrays.random_tiles(shape, kind, self.group_size if grouped else 0, seed=seed)
 
 

@@ -100,7 +100,7 @@ def test_prefill_has_a_case_per_batch_and_length(tmp_path, capsys):
         (["decode", "--out", "nowhere"], "cannot write into nowhere"),
         (["decode", "--model", "synthetic:flash", "--peer", "transformers"], "convert"),
         (["decode", "--quantize", "int3"], "there are int4, int4-small, int4-experts, int8"),
-        (["decode", "--peer", "unquantised"], "--quantize, which is not given"),
+        (["decode", "--peer", "unquantized"], "--quantize, which is not given"),
         (["decode", "--peer", "reference"], "which do not run here"),
     ],
 )
@@ -208,7 +208,7 @@ def test_a_case_that_fails_leaves_the_others(monkeypatch, error, word):
 
 
 def test_tokens_are_compared_where_the_weights_are_the_same():
-    compared = {"same_tokens": {"unquantised": 0.1, "reference": 1.0}}
+    compared = {"same_tokens": {"unquantized": 0.1, "reference": 1.0}}
     asked = DecodeOptions(model="tiny")
     assert run._drop_incomparable(asked, dict(compared)) == compared
     asked = DecodeOptions(model="synthetic:flash")
@@ -330,13 +330,13 @@ def test_random_weights_are_the_same_in_tiles_and_not():
         dict(leaves_with_path(random_quantized_params(cfg, rules, "float32", tiles=tiles))) for tiles in (True, False)
     )
     kinds = {True: TiledWeight, False: QuantizedTensor}
-    quantised = [path for path, weight in plain.items() if isinstance(weight, QuantizedTensor)]
-    assert len(quantised) > 15
-    assert {type(tiled[path]) for path in quantised if path != ("embed",)} == {kinds[True]}
+    quantized = [path for path, weight in plain.items() if isinstance(weight, QuantizedTensor)]
+    assert len(quantized) > 15
+    assert {type(tiled[path]) for path in quantized if path != ("embed",)} == {kinds[True]}
     for path in plain:
         one, other = np.asarray(tiled[path], np.float32), np.asarray(plain[path], np.float32)
         np.testing.assert_array_equal(one, other, err_msg="/".join(path))
-        if path in quantised and one.size > 4000:
+        if path in quantized and one.size > 4000:
             size = 1.0 if path == ("embed",) else one.shape[-1] ** -0.5
             assert 0.9 * size < one.std() < 1.2 * size
             assert abs(one.mean()) < 0.1 * size
@@ -370,15 +370,15 @@ def test_the_bytes_read_are_those_of_the_chosen_experts(quantize):
     assert active_weight_bytes(cfg, params, 8) == round(always - idle + 8 * row)
 
 
-def test_a_quantised_model_beside_itself_unquantised(tmp_path):
+def test_a_quantized_model_beside_itself_unquantized(tmp_path):
     files = ["--json", str(tmp_path / "q.json")]
-    args = ["--context", "5", "--tokens", "3", "--quantize", "int4", "--peer", "unquantised"]
+    args = ["--context", "5", "--tokens", "3", "--quantize", "int4", "--peer", "unquantized"]
     assert main(["decode", *QUICK, *args, *files]) == 0
     report = json.loads((tmp_path / "q.json").read_text())
-    assert (report["quantize"], report["peers"]) == ("int4", ["unquantised"])
+    assert (report["quantize"], report["peers"]) == ("int4", ["unquantized"])
     loaded = report["loaded"]
-    assert loaded["glm_jax"]["weight_bytes"] < 0.26 * loaded["unquantised"]["weight_bytes"]
-    assert set(report["results"][0]) >= {"glm_jax", "unquantised", "ratio", "same_tokens"}
+    assert loaded["glm_jax"]["weight_bytes"] < 0.26 * loaded["unquantized"]["weight_bytes"]
+    assert set(report["results"][0]) >= {"glm_jax", "unquantized", "ratio", "same_tokens"}
 
 
 @pytest.mark.skipif(resident_bytes() is None, reason="needs /proc")

@@ -1,4 +1,4 @@
-"""Small quantised checkpoints of every format on disk, beside plain ones with the values that they stand for."""
+"""Small quantized checkpoints of every format on disk, beside plain ones with the values that they stand for."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Writers of every quantised format, from the formats' descriptions and on their own, so that they check the readers.
+"""Writers of every quantized format, from the formats' descriptions and on their own, so that they check the readers.
 
 Each takes a float32 matrix ``[O, I]`` and gives the tensors of its module and the values that these stand for.
 `tests/checkpoint/formats/test_format_builders.py` compares them with what the formats' own libraries wrote.

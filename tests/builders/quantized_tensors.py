@@ -1,4 +1,4 @@
-"""Random quantised tensors of every kind, and what they stand for, element by element."""
+"""Random quantized tensors of every kind, and what they stand for, element by element."""
 
 import numpy as np
 

@@ -149,7 +149,7 @@ def test_open_source_can_be_loaded_later(folders):
     same(params, by_hand(folders["huggingface"], source.cfg, "float32"))
 
 
-def test_synthetic_models_are_the_initialisers():
+def test_synthetic_models_are_the_initializers():
     from glm_jax.checkpoint.sources.synthetic import SyntheticSource, SyntheticSpec
     from glm_jax.config import Config
     from glm_jax.weights.params import init_params

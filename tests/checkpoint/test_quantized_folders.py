@@ -1,4 +1,4 @@
-"""Quantised checkpoints of every format: converted, split over devices, and used from the command line."""
+"""Quantized checkpoints of every format: converted, split over devices, and used from the command line."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def test_conversion_keeps_every_value(tmp_path, form):
             assert np.array_equal(values(sources[1], converted), values(sources[2], exact)), leaf.name
 
 
-# Columns in another order than their own cannot be split; MLX quantises o_proj, whose 96 inputs are three groups.
+# Columns in another order than their own cannot be split; MLX quantizes o_proj, whose 96 inputs are three groups.
 WHOLE = [form for form in FORMATS if "order" in form.name or form is quantized_formats.MLX_FORMAT]
 DIVIDED = [form for form in FORMATS if form not in WHOLE]
 
@@ -90,8 +90,8 @@ def test_blocks_that_devices_would_cut(tmp_path):
         load(pair.quantized, rules=LATENCY, mesh=make_mesh(2))
 
 
-def test_generate_from_a_quantised_folder(tmp_path):
-    """A folder as it was downloaded, with its tokenizer beside it: no flags say that it is quantised."""
+def test_generate_from_a_quantized_folder(tmp_path):
+    """A folder as it was downloaded, with its tokenizer beside it: no flags say that it is quantized."""
     tiny = Path(glm_jax.__file__).parent / "tiny"
     stops = {key: json.loads((tiny / "config.json").read_text())[key] for key in ("vocab_size", "eos_token_id")}
     form = quantized_formats.FORMATS_BY_NAME["gptq"]

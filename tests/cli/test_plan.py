@@ -221,7 +221,7 @@ def test_configs_that_cannot_be_run_are_refused(tmp_path):
         load_config_and_storage(write_config(tmp_path, model_type="llama"))
 
 
-def test_a_quantised_config_without_weights_is_planned_as_if_it_were_not(tmp_path, capsys):
+def test_a_quantized_config_without_weights_is_planned_as_if_it_were_not(tmp_path, capsys):
     assert load_config_and_storage(write_config(tmp_path, quantization_config={"quant_method": "awq"}))[0] == SMALL
     assert "how can be seen in the files alone" in capsys.readouterr().err
 

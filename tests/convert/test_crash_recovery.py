@@ -90,7 +90,7 @@ def test_killed_at_more_points(point, source, whole, tmp_path):
         pytest.param("before a layer's record", "signround", marks=pytest.mark.soak),
     ],
 )
-def test_quantising_killed_at(point, method, calibrated, tmp_path):
+def test_quantizing_killed_at(point, method, calibrated, tmp_path):
     quick = {"windows": 8, "length": 32, "steps": 5}
     text = {"calibration": CalibrationConfig(**quick)} if method == "signround" else {}
     options = {"quantize": "int4", "method": method}

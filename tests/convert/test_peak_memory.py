@@ -1,7 +1,7 @@
 """Memory of loading and converting at full width, measured in a process of its own.
 
 Needs about 28 GB of disk: two folders of 2.7 GB (two layers), and three of 6.5 GB (four layers and the prediction
-layer), of which the two of safetensors repeat embedding and head in the prediction layer, 1.3 GB each; quantised ones
+layer), of which the two of safetensors repeat embedding and head in the prediction layer, 1.3 GB each; quantized ones
 take less.
 """
 
@@ -62,9 +62,9 @@ def test_converting_four_layers(base):
 
 
 @pytest.mark.parametrize("method", ["rtn", "mse"])
-def test_quantising_four_layers(base, method):
+def test_quantizing_four_layers(base, method):
     """Within 4 GB, whatever the size of the model: a layer is in memory at a time."""
-    source = base / "quantise4"
+    source = base / "quantize4"
     if not source.exists():
         measure("convert", "synthetic:flash?layers=4", source, "safetensors")
     figures = measure("convert", source, base / f"int4-{method}", "orbax", "int4", method)

@@ -52,11 +52,11 @@ def folders(tmp_path_factory):
     return first, second
 
 
-def side(folder, cache_dtype="float32", **quantised):
+def side(folder, cache_dtype="float32", **quantized):
     source = open_source(folder)
     companions = ModelAssets.load(source.cfg, folder)
     return models.load_compared_model(
-        models.quantize_by_preset(source, **quantised) if quantised else source,
+        models.quantize_by_preset(source, **quantized) if quantized else source,
         companions,
         dtype="float32",
         cache_dtype=cache_dtype,
@@ -327,9 +327,9 @@ def test_report_files_and_comparison(folders, text, tmp_path, capsys):
     assert f"| bits per weight | {report['source']['size']['bits_per_weight']:.2f} |" in printed
     for block in re.findall(r"(?m)(?:^\|.*\n)+", printed):
         assert len({line.count("|") for line in block.splitlines()}) == 1
-    quantised = ("--quantize", "int8", "--method", "rtn", "--positions", out["b"])
-    assert run(verify.main, first, *common, *quantised) == OK
-    assert ", quantised to int8 by rtn, against" in capsys.readouterr().out
+    quantized = ("--quantize", "int8", "--method", "rtn", "--positions", out["b"])
+    assert run(verify.main, first, *common, *quantized) == OK
+    assert ", quantized to int8 by rtn, against" in capsys.readouterr().out
     assert run(compare.main, out["a"], out["b"], "--json", tmp_path / "c.json") == OK
     found = json.loads((tmp_path / "c.json").read_text())
     assert found["kl"]["a"] == pytest.approx(report["text"]["kl"]["mean"], rel=1e-6)
@@ -365,7 +365,7 @@ REFUSED = {
     "there is no folder": ("--text", "TEXT", "--json", "nowhere/a.json"),
     "--window must be 2 to 1,000": ("--text", "TEXT", "--window", "1001"),
     "--tokens must be at least 1": ("--text", "TEXT", "--tokens", "0"),
-    "no quantisation 'int5'": ("--text", "TEXT", "--quantize", "int5"),
+    "no quantization 'int5'": ("--text", "TEXT", "--quantize", "int5"),
     "cannot read nothing.jsonl": ("--chat", "nothing.jsonl"),
 }
 

@@ -521,7 +521,7 @@ def test_bandwidth_of_devices_at_hand(kind, bandwidth):
     assert hardware.device_bandwidth(fake(kind)) == bandwidth
 
 
-def test_the_default_share_is_recognised(monkeypatch):
+def test_the_default_share_is_recognized(monkeypatch):
     for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(name, raising=False)
     assert hardware.uses_default_memory_fraction(fake())

@@ -1,4 +1,4 @@
-"""Quantised weights in the model: every fast form equals the product with the dequantised matrix."""
+"""Quantized weights in the model: every fast form equals the product with the dequantized matrix."""
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def test_embedding(spec):
 
 
 def test_a_long_product_is_made_in_blocks_of_rows():
-    """No array as large as the dequantised matrix is made, and the primes of a size do not matter."""
+    """No array as large as the dequantized matrix is made, and the primes of a size do not matter."""
     for outputs in (192, 131):
         held = random_quantized_tensor(QuantSpec(kind="int4", block=(1, 4)), (outputs, 64))
         weight = on_device(held)
@@ -102,13 +102,13 @@ RULES = {
 
 
 def loaded(small, rules, mesh=None, layout="replicated"):
-    """The small model's parameters, quantised while loading."""
+    """The small model's parameters, quantized while loading."""
     placed = get_sharding_preset(layout)
     source = quantize_source(MemorySource(small.cfg, small.params), RULES[rules], "float32", placed, mesh)
     return load_params(source, source.cfg, "float32", placed, mesh)
 
 
-def dequantised(params):
+def dequantized(params):
     """The same values as plain arrays."""
     held = lambda leaf: isinstance(leaf, QuantizedTensor)  # noqa: E731
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)) if held(leaf) else leaf, params, is_leaf=held)
@@ -123,19 +123,19 @@ def dequantised(params):
         pytest.param("fp8", "full_rank_queries", marks=pytest.mark.soak),
     ],
 )
-def test_a_quantised_model_is_the_model_of_its_values(rules, variant):
+def test_a_quantized_model_is_the_model_of_its_values(rules, variant):
     small = MODEL_VARIANTS[variant]
     params = loaded(small, rules)
     assert any(isinstance(leaf, QuantizedTensor) for _, leaf in leaves_with_path(params))
     ids = random_tokens(small.config, 2, 20)
-    plainly = JittedModel(small.cfg, dequantised(params))
+    plainly = JittedModel(small.cfg, dequantized(params))
     ours = JittedModel(small.cfg, params)
     for form in ("expanded", "absorbed"):
         assert is_close(ours.apply(ids, attention=form)[0], plainly.apply(ids, attention=form)[0])
     if small.cfg.num_nextn_predict_layers:
         hidden = np.random.default_rng(0).standard_normal((2, 20, small.cfg.hidden_size)).astype(np.float32)
         drafts = [
-            JittedModel(small.cfg, p).apply(hidden, ids, method="draft")[0] for p in (params, dequantised(params))
+            JittedModel(small.cfg, p).apply(hidden, ids, method="draft")[0] for p in (params, dequantized(params))
         ]
         assert is_close(*drafts)
 
@@ -217,7 +217,7 @@ def test_layers_stored_in_different_ways_are_runs_of_their_own():
     assert source_storage(source).get(("runs", "1", "moe", "gate")) is not None
     assert source_storage(source).get(("runs", "2", "moe", "gate")) is None
     ids = random_tokens(ODD.config, 1, 10)
-    assert is_close(JittedModel(cfg, params).apply(ids)[0], JittedModel(cfg, dequantised(params)).apply(ids)[0])
+    assert is_close(JittedModel(cfg, params).apply(ids)[0], JittedModel(cfg, dequantized(params)).apply(ids)[0])
 
 
 def _two_runs(first, second):

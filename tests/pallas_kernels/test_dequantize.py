@@ -84,7 +84,7 @@ def run(text, first, second):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_code_in_every_place(kind):
-    """Each beside random neighbours, which must not be seen."""
+    """Each beside random neighbors, which must not be seen."""
     from pallas_kernels._dequantize import dequant_ptx
 
     bits, rng = BITS_PER_QVALUE[kind], np.random.default_rng(0)

@@ -142,8 +142,8 @@ def test_no_id_at_all(drawn):
 # Thresholds.
 
 FINITE = st.floats(-40, 40, width=32)
-NEIGHBOURS = st.sampled_from([1.0, float(np.nextafter(np.float32(1), np.float32(2))), 0.0, -0.0, -1.0, -INF])
-SCORES = st.lists(st.one_of(FINITE, NEIGHBOURS), min_size=2, max_size=64)
+NEIGHBORS = st.sampled_from([1.0, float(np.nextafter(np.float32(1), np.float32(2))), 0.0, -0.0, -1.0, -INF])
+SCORES = st.lists(st.one_of(FINITE, NEIGHBORS), min_size=2, max_size=64)
 
 
 def ranks_of(scores):

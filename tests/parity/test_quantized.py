@@ -1,4 +1,4 @@
-"""Quantised checkpoints of every format against transformers on the values that they stand for."""
+"""Quantized checkpoints of every format against transformers on the values that they stand for."""
 
 import json
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ def test_prediction_layer(name: str, tmp_path: Path) -> None:
     assert is_close(*drafts)
 
 
-# Types, and which tensors have them; K types need 256 inputs. Those of random blocks nobody has quantised.
+# Types, and which tensors have them; K types need 256 inputs. Those of random blocks nobody has quantized.
 GGUF = {"Q8_0": 1, "Q4_0": 1, "F16": 1, "Q4_K": 8, "Q6_K": 8}
 
 
@@ -132,7 +132,7 @@ EXPORTS = {
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_transformers_loads_our_export(name: str, tmp_path: Path) -> None:
-    """Without help: every weight is the one that we quantised to, bit for bit, and so are the logits."""
+    """Without help: every weight is the one that we quantized to, bit for bit, and so are the logits."""
     folder, plain, config = _exported(tmp_path, EXPORTS[name])
     ids = random_tokens(config, 2, LENGTH)
     expected = hf_models.load_model(plain)
@@ -147,7 +147,7 @@ def test_transformers_loads_our_export(name: str, tmp_path: Path) -> None:
 
 
 def _exported(tmp_path: Path, rules: QuantRules | str) -> tuple[Path, Path, dict[str, Any]]:
-    """A quantised export, and a plain one of the same values."""
+    """A quantized export, and a plain one of the same values."""
     config = original_config(**quantized_checkpoints.QUANTIZABLE_SIZES)
     source = hf_checkpoints.write_checkpoint(tmp_path / "hf", config, hf_checkpoints.random_tensors(config, 7))
     convert_checkpoint(source, tmp_path / "ours", quantize=rules, method="rtn", dtype="float32")

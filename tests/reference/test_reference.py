@@ -38,7 +38,7 @@ def test_router_groups() -> None:
     assert set(layers.select_experts(biased, 1, 1, 3)) == {2, 4, 0}
 
 
-def test_router_without_normalisation_keeps_the_sigmoids() -> None:
+def test_router_without_normalization_keeps_the_sigmoids() -> None:
     weights = layers.route(np.zeros((1, 6)), np.arange(6.0), {**ROUTER, "norm_topk_prob": False})
     np.testing.assert_allclose(weights, [[0, 0, 0, 0, 0.9, 0.9]])
 

@@ -35,7 +35,7 @@ DOCUMENTS = sorted(
     path for at in ("*.md", "docs/**/*.md", "examples/*.md", "glm_jax/tiny/*.md") for path in ROOT.glob(at)
 )
 README, ARCHITECTURE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "ARCHITECTURE.md"))
-QUANTISATION = (ROOT / "docs" / "quantisation.md").read_text(encoding="utf-8")
+QUANTIZATION = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
 FLASH = Config.flash()
 
 
@@ -208,7 +208,7 @@ def test_the_costs_of_attention_follow_from_the_config():
 
 
 def test_the_sizes_of_the_presets_follow_from_the_config():
-    table = {name.strip("`"): cells[-2:] for name, *cells in rows(QUANTISATION, "preset")}
+    table = {name.strip("`"): cells[-2:] for name, *cells in rows(QUANTIZATION, "preset")}
     expected = {}
     for name, rules in {"none": None, **QUANT_PRESETS}.items():
         storage = plan_storage(FLASH, rules)[0] if rules else Storage()
@@ -221,11 +221,11 @@ def test_the_sizes_of_the_presets_follow_from_the_config():
 
 
 def test_the_tables_of_quality_are_those_of_the_results(tmp_path):
-    results = json.loads((ROOT / "docs" / "quantisation" / "results.json").read_text(encoding="utf-8"))
-    (tmp_path / "page.md").write_text(QUANTISATION, encoding="utf-8")
+    results = json.loads((ROOT / "docs" / "quantization" / "results.json").read_text(encoding="utf-8"))
+    (tmp_path / "page.md").write_text(QUANTIZATION, encoding="utf-8")
     measure_quality.fill_page(tmp_path / "page.md", measure_quality.markdown_tables(results))
-    assert (tmp_path / "page.md").read_text(encoding="utf-8") == QUANTISATION
-    assert "| int4/mse |" in QUANTISATION
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == QUANTIZATION
+    assert "| int4/mse |" in QUANTIZATION
 
 
 GLOSSARY = {

@@ -209,14 +209,14 @@ def test_importing_anything_touches_no_device_sets_nothing_reads_nothing():
 
 
 def test_the_watch_sees_what_it_should(tmp_path):
-    """The test above proves nothing unless its watch catches each offence."""
+    """The test above proves nothing unless its watch catches each offense."""
     (tmp_path / "data.txt").write_text("x")
-    offences = {
+    offenses = {
         "reads": "from pathlib import Path\nPath(__file__).with_name('data.txt').read_text()",
         "sets": "import os\nos.environ['GLM_JAX_SET_AT_IMPORT'] = '1'",
         "starts": "import subprocess, sys\nsubprocess.run([sys.executable, '-c', ''])",
     }
-    for name, code in offences.items():
+    for name, code in offenses.items():
         (tmp_path / f"{name}.py").write_text(code)
         done = subprocess.run(
             [sys.executable, "-c", WATCH_IMPORTS, f"{tmp_path}{os.sep}", name],

@@ -54,7 +54,7 @@ FILTERS = [
     ("top_k keeps ties", {"top_p": 1, "top_k": 2}, [2.0, 3.0, 2.0, 2.0], {0, 1, 2, 3}),
     ("top_k keeps ties of zeros", {"top_p": 1, "top_k": 2}, [-0.0, 3.0, 0.0, -1.0], {0, 1, 2}),
     ("top_k 1 keeps equal maxima", {"top_p": 1, "top_k": 1}, [3.0, 3.0, 2.0, 3.0], {0, 1, 3}),
-    ("top_k tells neighbours apart", {"top_p": 1, "top_k": 1}, [1.0, np.nextafter(np.float32(1), 2), 0.0], {1}),
+    ("top_k tells neighbors apart", {"top_p": 1, "top_k": 1}, [1.0, np.nextafter(np.float32(1), 2), 0.0], {1}),
     ("top_k among negatives", {"top_p": 1, "top_k": 2}, [-5.0, -1.0, -3.0, -2.0], {1, 3}),
     ("top_k with fewer possible", {"top_p": 1, "top_k": 3}, [1.0, -INF, -INF, 0.0], {0, 3}),
     ("top_p keeps the one that crosses", {"top_p": 0.6}, logs(5, 3, 1, 1), {0, 1}),

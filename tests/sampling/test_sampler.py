@@ -82,7 +82,7 @@ def test_draws_have_the_right_distribution(options, vary):
 
 
 @pytest.mark.parametrize("step", [(0, 1), (1, 0), (2**32, 0), (1, 1)], ids=["position", "seed", "high half", "both"])
-def test_neighbouring_draws_are_independent(step):
+def test_neighboring_draws_are_independent(step):
     count = 20_000
     params = SamplingParams(top_p=1)
     logits = np.log([0.4, 0.3, 0.2, 0.1])
@@ -95,7 +95,7 @@ def test_neighbouring_draws_are_independent(step):
 def test_equal_tokens_of_a_wide_row_are_equally_likely():
     count, width = 2_000, 10_007
     tokens = tokens_at(SamplingParams(top_p=1), np.zeros(width), list(range(count)), [3] * count)
-    # Low ids would be favoured if the noise had too few values to tell ten thousand tokens apart.
+    # Low ids would be favored if the noise had too few values to tell ten thousand tokens apart.
     assert scipy.stats.kstest((tokens + 0.5) / width, "uniform").pvalue > RARE
 
 

@@ -116,7 +116,7 @@ def test_each_id_is_looked_at_once_and_little_is_kept(tokenizer, monkeypatch):
     assert looked_at == ids
 
 
-def test_special_tokens_in_text_are_recognised_and_none_is_added(tokenizer):
+def test_special_tokens_in_text_are_recognized_and_none_is_added(tokenizer):
     ids = tokenizer.encode("[gMASK]<sop><|user|>hi<|assistant|><think>")
     names = ["[gMASK]", "<sop>", "<|user|>", None, "<|assistant|>", "<think>"]
     known = [tokenizer.token_to_id(name) for name in names if name]

@@ -1,4 +1,4 @@
-"""A training run small enough to repeat: a model of two layers, a tokenizer learnt from a page, short rows."""
+"""A training run small enough to repeat: a model of two layers, a tokenizer learned from a page, short rows."""
 
 import dataclasses
 

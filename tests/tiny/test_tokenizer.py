@@ -1,4 +1,4 @@
-"""The miniature's tokenizer: GLM's special tokens, nothing lost, learnt the same way each time."""
+"""The miniature's tokenizer: GLM's special tokens, nothing lost, learned the same way each time."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Which matrices a preset quantises, and groups that fit."""
+"""Which matrices a preset quantizes, and groups that fit."""
 
 import json
 
@@ -20,19 +20,19 @@ KINDS = {"int4": {"int4", "int8"}, "int4-small": {"int4"}, "int4-experts": {"int
 def test_a_preset_never_touches_routers_norms_and_biases(name):
     storage, notes = plan_storage(FLASH, QUANT_PRESETS[name])
     assert not notes
-    quantised = dict(storage.specs)
-    assert {spec.kind for spec in quantised.values()} == KINDS[name]
+    quantized = dict(storage.specs)
+    assert {spec.kind for spec in quantized.values()} == KINDS[name]
     for path, spec in leaves_with_path(param_specs(FLASH)):
         if "router" in path[-1] or "norm" in path[-1] or not is_matrix(spec):
-            assert path not in quantised
+            assert path not in quantized
         elif name != "int4-experts":
-            assert path in quantised
+            assert path in quantized
 
 
 def test_the_experts_preset_leaves_everything_else():
-    quantised = {path for path, _ in plan_storage(FLASH, QUANT_PRESETS["int4-experts"])[0].specs}
-    assert {path[-1] for path in quantised} == {"gate", "up", "down"}
-    assert {path[-2] for path in quantised} == {"moe"}
+    quantized = {path for path, _ in plan_storage(FLASH, QUANT_PRESETS["int4-experts"])[0].specs}
+    assert {path[-1] for path in quantized} == {"gate", "up", "down"}
+    assert {path[-2] for path in quantized} == {"moe"}
 
 
 def test_each_kind_of_matrix_has_its_own_rule():
@@ -70,7 +70,7 @@ def test_rules_that_are_none_are_refused(value):
 
 
 def test_unknown_presets_are_listed():
-    with pytest.raises(QuantError, match="no quantisation 'int3'; there are int4, int4-small, int4-experts, int8"):
+    with pytest.raises(QuantError, match="no quantization 'int3'; there are int4, int4-small, int4-experts, int8"):
         QuantRules.resolve("int3")
 
 

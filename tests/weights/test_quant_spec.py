@@ -30,9 +30,9 @@ def test_json_round_trip(spec):
         ({"kind": "int4", "permuted": 1}, "permuted must be true or false"),
         ({"kind": "fp8", "zero": "point"}, "only integers"),
         ({"kind": "int4", "zero": "point", "scale": "e8m0"}, "only integers with 16- or 32-bit scales"),
-        ({"kind": "int4", "bits": 4}, "a quantisation has"),
-        ({}, "a quantisation has"),
-        ("int4", "a quantisation has"),
+        ({"kind": "int4", "bits": 4}, "a quantization has"),
+        ({}, "a quantization has"),
+        ("int4", "a quantization has"),
     ],
 )
 def test_impossible_specs_are_refused(fields, words):

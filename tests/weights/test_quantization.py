@@ -1,4 +1,4 @@
-"""Making quantised weights: error bounds, the search, exact cases."""
+"""Making quantized weights: error bounds, the search, exact cases."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -55,14 +55,14 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DiskArray:
-    """One array of a part: a leaf, or one component of a quantised leaf.
+    """One array of a part: a leaf, or one component of a quantized leaf.
 
     Attributes:
         checkpoint_name: that holds it.
         path: names inside the part, such as ``("moe", "gate", "codes")``.
         shape: on disk.
         dtype: on disk where the storage fixes it; None for a plain leaf.
-        component: of a quantised leaf, else empty.
+        component: of a quantized leaf, else empty.
         chunked_by_expert: whether the first axis counts experts, each of which gets chunks of its own.
     """
 

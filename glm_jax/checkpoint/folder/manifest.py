@@ -25,7 +25,7 @@ from glm_jax.weights import QuantSpec
 Array = np.ndarray[Any, np.dtype[Any]]
 
 MANIFEST_FORMAT = "glm-jax"
-MANIFEST_VERSION = 2  # the first with quantised weights; a folder without any is still of version 1
+MANIFEST_VERSION = 2  # the first with quantized weights; a folder without any is still of version 1
 MANIFEST_NAME = "manifest.json"
 FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -34,7 +34,7 @@ FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
-# Codes, zero points and permutations of quantised weights.
+# Codes, zero points and permutations of quantized weights.
 ARRAY_DTYPES = FLOAT_DTYPES | {name: np.dtype(name) for name in ("uint8", "int8", "int16", "int32")}
 
 
@@ -85,7 +85,7 @@ class Manifest:
         original: what is needed to write the source checkpoint back as it was.
         source_fingerprint: fingerprint of the source and the options it was converted with.
         array_records: the arrays of each part.
-        quant_specs: how leaves are quantised, by ``part/leaf``.
+        quant_specs: how leaves are quantized, by ``part/leaf``.
     """
 
     cfg: Config
@@ -248,7 +248,7 @@ def _check_arrays(manifest: Manifest, where: Path) -> None:
         "of the wrong dtype": [
             k for k, a in needed.items() if k in listed and not _is_allowed_dtype(listed[k].dtype, a.dtype)
         ],
-        "quantised, but not in the model": [printable(key) for key in manifest.quant_specs if key not in leaves],
+        "quantized, but not in the model": [printable(key) for key in manifest.quant_specs if key not in leaves],
     }
     problems = [f"{len(items)} arrays {title}: {format_names(items)}" for title, items in groups.items() if items]
     if problems:

@@ -1,4 +1,4 @@
-"""Readers of quantised checkpoints: every weight by its logical name, whatever tensors it is stored in.
+"""Readers of quantized checkpoints: every weight by its logical name, whatever tensors it is stored in.
 
 Which format a module is in is seen from the tensors that are there, never from lists of modules in a configuration:
 those are often wrong about what was left alone. Opening reads headers (and, where nothing else tells the shape or the
@@ -24,13 +24,13 @@ from glm_jax.checkpoint.formats.unsupported import reject_unsupported_formats as
 from glm_jax.checkpoint.safetensors.header import SAFETENSORS_DTYPE_NAMES, printable
 from glm_jax.errors import CheckpointError
 
-# Scales of what goes into and out of a product, or into the cache: they quantise activations, which are not quantised.
+# Scales of what goes into and out of a product, or into the cache: they quantize activations, which are not quantized.
 _ACTIVATION_SUFFIXES = frozenset(
     [f"{which}_{what}" for which in ("input", "output") for what in ("scale", "global_scale", "zero_point")]
     + [f"{which}_{what}" for which in "qkv" for what in ("scale", "global_scale", "zero_point")]
     + ["kv_scale", "prob_scale", "activation_scale"]
 )
-# Parts of a quantised weight; "weight" is one where another of them is beside it.
+# Parts of a quantized weight; "weight" is one where another of them is beside it.
 _QUANTIZED_SUFFIXES = frozenset(
     "weight_packed weight_shape weight_scale weight_zero_point weight_g_idx weight_global_scale weight_scale_inv "
     "weight_scale_2 qweight qzeros scales g_idx biases".split()
@@ -69,7 +69,7 @@ def read_formats(reader: TensorReader, config: Mapping[str, Any], folder: Path) 
 
 
 def _read_module(module: QuantizedModule, description: QuantizationConfig) -> StoredWeight:
-    """A quantised module, in the format that its tensors show."""
+    """A quantized module, in the format that its tensors show."""
     declared = description.scheme_for(module.name)
     for part, name in module.names_by_suffix.items():
         if 0 in module.reader.tensor_info(name).shape:

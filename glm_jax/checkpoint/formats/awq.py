@@ -28,7 +28,7 @@ def unsupported_awq_layout(description: QuantizationConfig) -> str | None:
         keys = ("version", "format", "checkpoint_format")
         said, known = str(next((section[key] for key in keys if section.get(key)), "gemm")).lower(), ("gemm",)
     else:
-        return f"the configuration describes {method or 'no quantisation'}, but the tensors are AWQ's"
+        return f"the configuration describes {method or 'no quantization'}, but the tensors are AWQ's"
     return None if said in known else f"AWQ's layout {said} is not read (known is {known[0]})"
 
 

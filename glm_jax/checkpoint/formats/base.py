@@ -29,13 +29,13 @@ class StoredWeight:
     Attributes:
         name: such as ``model.layers.1.self_attn.q_a_proj.weight``.
         shape: of the weight, ``[*stack, O, I]`` (any shape for a plain tensor).
-        dtype: of a plain tensor; of a quantised one that in which its own library gives values (float32 where the
+        dtype: of a plain tensor; of a quantized one that in which its own library gives values (float32 where the
             scales have 8 bits).
         spec: how it is stored here, without loss; None for a plain array.
         tensor_names: names in the file, for messages.
         load: gives the weight, or with a number one row of its leading axis, reading no more than that. Values are
             checked here and not before.
-        is_dequantized: whether the file has it quantised in a way that no storage here holds, so that it is a plain array.
+        is_dequantized: whether the file has it quantized in a way that no storage here holds, so that it is a plain array.
     """
 
     name: str
@@ -113,7 +113,7 @@ class QuantizedModule:
     def stored_weight(
         self, shape: tuple[int, ...], dtype: Any, spec: QuantSpec | None, build: Callable[[int | None], Any]
     ) -> StoredWeight:
-        """A quantised weight; ``build`` reads it, or one row of its stack."""
+        """A quantized weight; ``build`` reads it, or one row of its stack."""
 
         def load(row: int | None = None) -> Array | QuantizedTensor:
             if row is not None and len(shape) < 3:
@@ -146,7 +146,7 @@ def check_scales(module: QuantizedModule, suffix: str, scales: Array) -> Array:
     if not np.isfinite(wide).all():
         raise module.error(f"{suffix} holds values that are not finite: the file is damaged")
     if not wide.all():
-        raise module.error(f"{suffix} holds zeros, which no quantiser writes: the file is damaged")
+        raise module.error(f"{suffix} holds zeros, which no quantizer writes: the file is damaged")
     return scales
 
 

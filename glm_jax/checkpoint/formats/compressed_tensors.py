@@ -2,7 +2,7 @@
 
 Symmetric or with zero points (packed along the outputs), scales per group, output or matrix, and the activation order
 that versions before 0.15 wrote (``weight_g_idx``). Scales of activations are ignored, like all others here: they
-quantise what goes in, and products here take activations as they are.
+quantize what goes in, and products here take activations as they are.
 """
 
 from __future__ import annotations

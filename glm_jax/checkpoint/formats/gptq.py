@@ -3,7 +3,7 @@
 ``qweight`` int32 [I·b/32, O], ``scales`` [G, O], ``qzeros`` int32 [G, O·b/32], and from GPTQ ``g_idx`` int32 [I]. In
 version 1 zero points are stored less one, so that they run from 1 to 2^b: adding the one back gives 16 for a stored 15
 of 4 bits, as the kernels compute it. GPTQModel is the exception: it subtracts a pattern of ones from whole words and
-adds it to whole words again, borrowing from and carrying to the neighbour, and writes zero points of 0 that way.
+adds it to whole words again, borrowing from and carrying to the neighbor, and writes zero points of 0 that way.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def unsupported_gptq_layout(description: QuantizationConfig) -> str | None:
     key = "packing_format" if method == "auto-round" else "checkpoint_format"
     said = description.packing_format if method == "auto-round" else str(description.section.get(key) or "gptq").lower()
     if method not in ("gptq", "auto-round"):
-        return f"the configuration describes {method or 'no quantisation'}, but the tensors are GPTQ's"
+        return f"the configuration describes {method or 'no quantization'}, but the tensors are GPTQ's"
     if said not in _MINUS_ONE_FORMATS:
         return f"{key} {said} is not read (known are {', '.join(_MINUS_ONE_FORMATS)})"
     return None

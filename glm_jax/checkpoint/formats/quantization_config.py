@@ -1,4 +1,4 @@
-"""What a checkpoint's configuration says about its quantisation: one form for the spellings of all writers."""
+"""What a checkpoint's configuration says about its quantization: one form for the spellings of all writers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from glm_jax.checkpoint.safetensors.header import printable
 from glm_jax.errors import CheckpointError
 
-# Keys under which config.json describes quantised weights: MLX (which copies it to the next), most writers,
+# Keys under which config.json describes quantized weights: MLX (which copies it to the next), most writers,
 # compressed-tensors of old.
 QUANTIZATION_CONFIG_KEYS = ("quantization", "quantization_config", "compression_config")
 MODELOPT_CONFIG_NAME = "hf_quant_config.json"
@@ -61,7 +61,7 @@ class SchemeOverride:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QuantizationConfig:
-    """The section of a configuration that describes quantised weights.
+    """The section of a configuration that describes quantized weights.
 
     Attributes:
         quant_method: ``quant_method`` in lower case; "mlx" and "modelopt" where those say so in their own way; None where
@@ -156,7 +156,7 @@ def _compressed_tensors_scheme(section: Mapping[str, Any], module: str) -> Decla
 def _group_targets(group: Mapping[str, Any]) -> list[str]:
     targets = group.get("targets") or []
     if not isinstance(targets, list):
-        raise CheckpointError(f"targets in the quantisation's configuration must be a list, not {targets!r}")
+        raise CheckpointError(f"targets in the quantization's configuration must be a list, not {targets!r}")
     return [str(target) for target in targets]
 
 
@@ -247,19 +247,19 @@ def _mlx_scheme(section: Mapping[str, Any], module: str) -> DeclaredScheme:
 
 def _check_int(name: str, value: Any) -> Any:
     if value is not None and (type(value) is not int or not -1 <= value < 1 << 31):
-        raise CheckpointError(f"{name} in the quantisation's configuration must be a whole number, not {value!r}")
+        raise CheckpointError(f"{name} in the quantization's configuration must be a whole number, not {value!r}")
     return value
 
 
 def _check_bool(name: str, value: Any) -> bool | None:
     if value is not None and type(value) is not bool:
-        raise CheckpointError(f"{name} in the quantisation's configuration must be true or false, not {value!r}")
+        raise CheckpointError(f"{name} in the quantization's configuration must be true or false, not {value!r}")
     return value
 
 
 def _check_pair(value: Any) -> tuple[int, int]:
     if not isinstance(value, list | tuple) or len(value) != 2 or not all(type(n) is int and n > 0 for n in value):
-        raise CheckpointError(f"a block in the quantisation's configuration must be two sizes, not {value!r}")
+        raise CheckpointError(f"a block in the quantization's configuration must be two sizes, not {value!r}")
     return value[0], value[1]
 
 

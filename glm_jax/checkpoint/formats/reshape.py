@@ -1,4 +1,4 @@
-"""Quantised matrices cut and turned without loss: what a rule table does to plain arrays by slicing and transposing."""
+"""Quantized matrices cut and turned without loss: what a rule table does to plain arrays by slicing and transposing."""
 
 from __future__ import annotations
 

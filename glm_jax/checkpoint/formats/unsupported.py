@@ -1,4 +1,4 @@
-"""Quantised checkpoints that nothing here reads, refused by name instead of as a list of odd tensors."""
+"""Quantized checkpoints that nothing here reads, refused by name instead of as a list of odd tensors."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def reject_unsupported_formats(description: QuantizationConfig, names: Iterable[
         found = next((writer for suffix, writer in _WRITER_BY_SUFFIX.items() if suffix in endings), None)
     if found is not None:
         raise CheckpointError(
-            f"this checkpoint is quantised ({found}), which is not read: use one of compressed-tensors, GPTQ, AWQ, "
+            f"this checkpoint is quantized ({found}), which is not read: use one of compressed-tensors, GPTQ, AWQ, "
             "AutoRound, FP8, NVFP4, MXFP4 or MLX, or the original in bfloat16"
         )
 

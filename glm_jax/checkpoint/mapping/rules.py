@@ -292,7 +292,7 @@ def _format_count(items: Sequence[str]) -> str:
 
 
 def load_slot(tensor: CheckpointTensor, stored: StoredWeight, slot: ParamSlot) -> Any:
-    """What fills a slot, out of a checkpoint tensor: a view, or a quantised weight repacked."""
+    """What fills a slot, out of a checkpoint tensor: a view, or a quantized weight repacked."""
     names = [leaf.name for leaf in tensor.leaves]
     # A fused or stacked tensor holds every expert.
     expert = None if tensor.expert is not None else slot[2]

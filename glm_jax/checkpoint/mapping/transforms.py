@@ -49,7 +49,7 @@ class Transform:
         return dataclasses.replace(tensor_spec, block=(1, columns)) if self.merges_heads and rows > 1 else tensor_spec
 
     def split(self, tensor: Any, param_shapes: Sequence[Shape]) -> tuple[Any, ...]:
-        """The parameters as views of the tensor (of a quantised one: repacked where it must be)."""
+        """The parameters as views of the tensor (of a quantized one: repacked where it must be)."""
         if isinstance(tensor, QuantizedTensor):
             return self._split_quantized(tensor, param_shapes)
         if len(param_shapes) == 1:

@@ -61,7 +61,7 @@ class MappedFile(abc.ABC):
     def sample_digest(self) -> str:
         """A hash of the header and of pages of every tensor: its first, middle and last (all of a small one)."""
         digest = hashlib.sha256(self.digest.encode())
-        # Plain reads: touching a mapped page would bring its neighbours into memory as well.
+        # Plain reads: touching a mapped page would bring its neighbors into memory as well.
         with wrap_read_errors(self.path), self.path.open("rb", buffering=0) as file:
             for tensor in self.byte_ranges():
                 for begin, end in sample_ranges(*tensor):

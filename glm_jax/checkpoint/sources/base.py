@@ -107,7 +107,7 @@ class WeightSource(abc.ABC):
         """
 
     def quant_spec(self, leaf: Leaf) -> QuantSpec | None:
-        """How the array is quantised; None for a plain one."""
+        """How the array is quantized; None for a plain one."""
         del leaf
         return None
 
@@ -116,7 +116,7 @@ class WeightSource(abc.ABC):
         return {}
 
     def sha256(self, leaf: Leaf, component: str = "") -> str | None:
-        """Known hash of the bytes of an array (of a quantised one: of one component), if the source keeps one."""
+        """Known hash of the bytes of an array (of a quantized one: of one component), if the source keeps one."""
         del leaf, component
         return None
 
@@ -173,12 +173,12 @@ def output_dtype(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None) 
 
 
 def source_storage(source: WeightSource, cfg: Config | None = None) -> Storage:
-    """The quantised parameters of a source, under a config with the same runs (its own unless given)."""
+    """The quantized parameters of a source, under a config with the same runs (its own unless given)."""
     return build_storage(cfg or source.cfg, source.quant_spec)
 
 
 def build_storage(cfg: Config, storage: Callable[[Leaf], QuantSpec | None]) -> Storage:
-    """The quantised parameters of a model whose runs are layers of one storage each."""
+    """The quantized parameters of a model whose runs are layers of one storage each."""
     specs = {leaf.param_path: storage(leaf) for members in checkpoint_layout(cfg).values() for leaf in members}
     wanted = (path for path, _ in leaves_with_path(param_specs(cfg)))
     return Storage(tuple((path, spec) for path in wanted if (spec := specs.get(path))))
@@ -197,7 +197,7 @@ def split_layer_groups(cfg: Config, storage: Callable[[Leaf], QuantSpec | None])
 
 
 def to_plain_array(chunk: WeightChunk) -> Array:
-    """The values of a piece as an array, those of quantised ones in float32."""
+    """The values of a piece as an array, those of quantized ones in float32."""
     return np.asarray(chunk) if isinstance(chunk, QuantizedTensor) else chunk
 
 

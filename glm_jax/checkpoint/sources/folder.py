@@ -100,7 +100,7 @@ class ConvertedSource(WeightSource):
 
 
 def manifest_storage(manifest: Manifest) -> tuple[Config, Storage]:
-    """The model of a manifest, and which of its parameters are quantised and how; reads nothing else."""
+    """The model of a manifest, and which of its parameters are quantized and how; reads nothing else."""
 
     def stored(leaf: Leaf) -> QuantSpec | None:
         return manifest.quant_specs.get(f"{leaf.checkpoint_name}/{leaf.name}")

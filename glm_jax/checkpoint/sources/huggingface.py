@@ -1,4 +1,4 @@
-"""A folder as Hugging Face repositories have it, plain or quantised, read through the rule table."""
+"""A folder as Hugging Face repositories have it, plain or quantized, read through the rule table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from glm_jax.checkpoint.sources.named_tensors import NamedTensorSource
 
 
 class HuggingFaceSource(NamedTensorSource):
-    """Weights of a safetensors folder: plain ones as zero-copy views of its files, quantised ones repacked.
+    """Weights of a safetensors folder: plain ones as zero-copy views of its files, quantized ones repacked.
 
     Raises:
         CheckpointError: for anything wrong with the folder; tensors that do not fit the config are listed together.

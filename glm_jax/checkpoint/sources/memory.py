@@ -70,7 +70,7 @@ class MemorySource(WeightSource):
         return array.spec if isinstance(array, QuantizedTensor | TiledWeight) else None
 
     def iter_chunks(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, WeightChunk]]:
-        """The rows of one layer, gathered from the devices that hold them; quantised weights in one piece."""
+        """The rows of one layer, gathered from the devices that hold them; quantized weights in one piece."""
         array, slot = self._arrays[leaf.param_path], leaf.stack_index
         if isinstance(array, TiledWeight):  # one layer at a time: a second copy of all need not fit
             array, slot = untile_weight(_gather_to_one_device(array, slot)), None

@@ -107,7 +107,7 @@ class NamedTensorSource(WeightSource):
         """That of the leaf's tensors, if it is the same for all."""
         key = f"{leaf.checkpoint_name}/{leaf.name}"
         if key not in self._storage:
-            # Norms and routers are not held quantised, whatever a file does with them.
+            # Norms and routers are not held quantized, whatever a file does with them.
             fixed = not is_matrix(leaf.spec) or leaf.path[-1] == "router"
             specs: set[QuantSpec | None] = (
                 {None} if fixed else {self._slot_quant_spec(slot) for slot in _leaf_slots(leaf)}
@@ -121,14 +121,14 @@ class NamedTensorSource(WeightSource):
 
     def iter_chunks(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, WeightChunk]]:
         """One per expert, or the rows in one piece; plain ones are views."""
-        quantised = self.quant_spec(leaf) is not None
+        quantized = self.quant_spec(leaf) is not None
         end = leaf.spec.shape[0 if leaf.stack_index is None else 1] if stop is None else stop
         for slot in _leaf_slots(leaf):
             expert = slot[2]
             if expert is not None and not start <= expert < end:
                 continue
             value = self._load(slot)
-            if quantised:
+            if quantized:
                 stacked = value.map(lambda _, array: array[None]) if expert is not None else value
                 yield (start, stacked[start:stop]) if expert is None and len(leaf.shape) > 2 else (expert or 0, stacked)
             else:
@@ -161,7 +161,7 @@ class NamedTensorSource(WeightSource):
                 f'"{name}" {format_bytes(quantized_bytes(self.cfg, rules))}' for name, rules in QUANT_PRESETS.items()
             )
             yield (
-                f"{sum(packed.values()):,} weights are quantised in ways that cannot be kept as they are (such as "
+                f"{sum(packed.values()):,} weights are quantized in ways that cannot be kept as they are (such as "
                 f"{next(iter(packed)).name}), and become plain numbers; with quantize (--quantize) the whole model "
                 f"would take: {sizes}"
             )

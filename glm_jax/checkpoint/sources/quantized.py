@@ -1,4 +1,4 @@
-"""Any source with its matrices quantised anew, one at a time."""
+"""Any source with its matrices quantized anew, one at a time."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from glm_jax.weights.params import ParamPath
 from glm_jax.weights.quantization import QuantMethod
 from glm_jax.weights.storage import Storage, plan_storage
 
-_BLOCK_VALUES = 1 << 23  # quantised together: the search holds a few float32 copies of them
+_BLOCK_VALUES = 1 << 23  # quantized together: the search holds a few float32 copies of them
 
 
 class RequantizedSource(WeightSource):
-    """Weights of another source, quantised by rules on JAX's default device.
+    """Weights of another source, quantized by rules on JAX's default device.
 
     Args:
-        base: the source; where it is quantised itself, its values are taken.
+        base: the source; where it is quantized itself, its values are taken.
         quant: the rules.
         method: how scales are found.
         rules: mesh axis of each logical axis, so that groups do not cross from one device to the next.
@@ -54,13 +54,13 @@ class RequantizedSource(WeightSource):
         planned, notes = plan_storage(self.cfg, quant_rules, rules, axis_sizes)
         self._storage = Storage(tuple((path, spec) for path, spec in planned.specs if path not in exclude))
         if kept := ["/".join(path) for path, _ in planned.specs if path in exclude]:
-            notes = (*notes, f"not quantised, because the destination cannot hold it so: {', '.join(kept)}")
+            notes = (*notes, f"not quantized, because the destination cannot hold it so: {', '.join(kept)}")
         self._leaves = {
             (leaf.checkpoint_name, leaf.name): leaf for members in base.layout().values() for leaf in members
         }
         self.hf_config = base.hf_config
         if any(base.quant_spec(leaf) for leaf in self._leaves.values()):
-            notes = ("the source is quantised: its values are quantised again, which loses a little more", *notes)
+            notes = ("the source is quantized: its values are quantized again, which loses a little more", *notes)
         self.info = dataclasses.replace(base.info, notes=(*base.info.notes, *notes))
 
     def unquantized(self) -> WeightSource:
@@ -90,7 +90,7 @@ class RequantizedSource(WeightSource):
         return self._leaves[leaf.checkpoint_name, leaf.name]
 
     def iter_chunks(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, WeightChunk]]:
-        """The base's, quantised where the rules say so."""
+        """The base's, quantized where the rules say so."""
         spec, theirs = self.quant_spec(leaf), self.base_leaf(leaf)
         if spec is None:
             for row, piece in self._base.iter_chunks(theirs, start, stop):
@@ -121,7 +121,7 @@ def require_finite(values: Any, leaf: Leaf) -> None:
     """
     if not bool(jnp.isfinite(jnp.max(jnp.abs(jnp.asarray(values))))):
         raise CheckpointError(
-            f"{leaf.checkpoint_name}/{leaf.name} holds weights that are NaN or infinite, which cannot be quantised: "
+            f"{leaf.checkpoint_name}/{leaf.name} holds weights that are NaN or infinite, which cannot be quantized: "
             "the checkpoint is damaged"
         )
 

@@ -28,7 +28,7 @@ class ExportedCheckpoint:
 
     Attributes:
         outputs: every tensor under its real name, copies included where the original had them.
-        config: its ``config.json``, which describes quantised weights as compressed-tensors does.
+        config: its ``config.json``, which describes quantized weights as compressed-tensors does.
         notes: sentences worth telling the user.
     """
 
@@ -38,11 +38,11 @@ class ExportedCheckpoint:
 
 
 def export_checkpoint(source: WeightSource, dtype: np.dtype[Any] | None = None) -> ExportedCheckpoint:
-    """The checkpoint of a source. Weights that are quantised stay so where compressed-tensors can hold them.
+    """The checkpoint of a source. Weights that are quantized stay so where compressed-tensors can hold them.
 
     Args:
         source: the weights.
-        dtype: to convert what is not quantised to; ``None`` gives each tensor the dtype that the original had.
+        dtype: to convert what is not quantized to; ``None`` gives each tensor the dtype that the original had.
     """
     tensors = [*_exported_tensors(source)]
     exporter = _Exporter(source, plan_export(source, tensors, dtype), dtype)

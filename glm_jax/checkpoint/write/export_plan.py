@@ -1,4 +1,4 @@
-"""Which weights of a quantised source stay quantised in a Hugging Face folder, and what becomes of the others."""
+"""Which weights of a quantized source stay quantized in a Hugging Face folder, and what becomes of the others."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ _ROUTED_PREFIX = "mlp.experts.{expert}."
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """What an export does with the quantised weights of its source.
+    """What an export does with the quantized weights of its source.
 
     Attributes:
-        quant_specs: how each kind of tensor that stays quantised is stored.
+        quant_specs: how each kind of tensor that stays quantized is stored.
         dtype: of the values of those that do not.
         notes: sentences about these, and on who reads the others.
     """
@@ -72,12 +72,12 @@ def plan_export(source: WeightSource, tensors: Sequence[CheckpointTensor], dtype
     Args:
         source: the weights.
         tensors: of the checkpoint that is to be written.
-        dtype: of what is not quantised, if it is to be converted.
+        dtype: of what is not quantized, if it is to be converted.
     """
     kinds = {tensor_kind(tensor): tensor for tensor in tensors}
-    quantised = {kind: tensor for kind, tensor in kinds.items() if any(map(source.quant_spec, tensor.leaves))}
-    reasons = {kind: reason for kind, tensor in quantised.items() if (reason := _dequantize_reason(source, tensor))}
-    packed = {kind: _packed_spec(source, tensor) for kind, tensor in quantised.items() if kind not in reasons}
+    quantized = {kind: tensor for kind, tensor in kinds.items() if any(map(source.quant_spec, tensor.leaves))}
+    reasons = {kind: reason for kind, tensor in quantized.items() if (reason := _dequantize_reason(source, tensor))}
+    packed = {kind: _packed_spec(source, tensor) for kind, tensor in quantized.items() if kind not in reasons}
     for kind in [*packed]:
         members = [(kind[0], name) for names in _FUSED_MODULES if kind[1] in names for name in names]
         if len({_scheme(packed.get(member)) for member in members if member in kinds}) > 1:
@@ -87,13 +87,13 @@ def plan_export(source: WeightSource, tensors: Sequence[CheckpointTensor], dtype
     if experts and not any(kind in packed for kind in experts):
         reasons |= dict.fromkeys(packed, "beside plain experts, where transformers reads no packed weights")
         packed = {}
-    chosen = dtype or _model_dtype(source, bool(quantised))
-    left = [(quantised[kind], reason) for kind, reason in reasons.items()]
+    chosen = dtype or _model_dtype(source, bool(quantized))
+    left = [(quantized[kind], reason) for kind, reason in reasons.items()]
     return ExportPlan(packed, chosen, (*_dequantized_notes(left, chosen), *_compatibility_notes(packed, experts)))
 
 
 def _dequantize_reason(source: WeightSource, tensor: CheckpointTensor) -> str | None:
-    """Why a tensor cannot stay quantised; None if it can."""
+    """Why a tensor cannot stay quantized; None if it can."""
     specs = [source.quant_spec(leaf) for leaf in tensor.leaves]
     first = specs[0]
     if reason := _NOT_LINEAR.get(tensor.rule.name):
@@ -111,7 +111,7 @@ def _dequantize_reason(source: WeightSource, tensor: CheckpointTensor) -> str | 
 
 def _packed_spec(source: WeightSource, tensor: CheckpointTensor) -> QuantSpec:
     spec = source.quant_spec(tensor.leaves[0])
-    assert spec is not None  # a kind without a reason is quantised
+    assert spec is not None  # a kind without a reason is quantized
     return dataclasses.replace(spec, permuted=False)
 
 
@@ -123,17 +123,17 @@ def _scheme(spec: QuantSpec | None) -> Any:
 def _pieces(source: WeightSource, leaves: Sequence[Leaf]) -> Iterator[QuantizedTensor]:
     for leaf in leaves:
         for _, piece in source.iter_chunks(leaf):
-            assert isinstance(piece, QuantizedTensor)  # the source says that it is quantised
+            assert isinstance(piece, QuantizedTensor)  # the source says that it is quantized
             yield piece
 
 
-def _model_dtype(source: WeightSource, quantised: bool) -> np.dtype[Any]:
-    """That of the model, which scales and dequantised values need not have."""
+def _model_dtype(source: WeightSource, quantized: bool) -> np.dtype[Any]:
+    """That of the model, which scales and dequantized values need not have."""
     said = source.hf_config.get("dtype") or source.hf_config.get("torch_dtype")
     if said in FLOAT_DTYPES:
         return FLOAT_DTYPES[said]
-    # GGUF names no dtype, and its quantised values are float32 for lack of a better one.
-    wide = quantised and source.info.kind == "gguf" and source.info.dtype == "float32"
+    # GGUF names no dtype, and its quantized values are float32 for lack of a better one.
+    wide = quantized and source.info.kind == "gguf" and source.info.dtype == "float32"
     return FLOAT_DTYPES["bfloat16" if wide else source.info.dtype]
 
 
@@ -145,7 +145,7 @@ def _dequantized_notes(left: Sequence[tuple[CheckpointTensor, str]], dtype: np.d
         listed = "; ".join(f"{reason} ({size / 1e9:.2g} G)" for reason, size in sizes.items())
         how = "in float32" if dtype == np.float32 else f"rounded to {dtype.name}"
         yield (
-            f"{sum(sizes.values()) / 1e9:.2g} G of the quantised weights are written {how}, because "
+            f"{sum(sizes.values()) / 1e9:.2g} G of the quantized weights are written {how}, because "
             f"compressed-tensors' Linear modules do not hold them as they are: {listed}"
         )
 
@@ -164,7 +164,7 @@ def _compatibility_notes(packed: Mapping[TensorKind, QuantSpec], experts: Sequen
 
 
 class QuantizedMatrixLoader:
-    """The quantised matrices of a source, in the shape that a checkpoint has them; the last one is kept."""
+    """The quantized matrices of a source, in the shape that a checkpoint has them; the last one is kept."""
 
     def __init__(self, source: WeightSource) -> None:
         self._source = source
@@ -175,7 +175,7 @@ class QuantizedMatrixLoader:
         return functools.partial(self._get, tensor, name)
 
     def _get(self, tensor: CheckpointTensor, name: str) -> QuantizedTensor:
-        # A module's tensors are written one after the other, and reading (or quantising) a matrix takes time.
+        # A module's tensors are written one after the other, and reading (or quantizing) a matrix takes time.
         if self._latest is None or self._latest[0] != name:
             self._latest = None
             self._latest = (name, self._load(tensor))
@@ -189,7 +189,7 @@ class QuantizedMatrixLoader:
         start, stop = (0, None) if expert is None else (expert, expert + 1)
         pieces = []
         for _, piece in self._source.iter_chunks(leaf, start, stop):
-            assert isinstance(piece, QuantizedTensor)  # the source says that it is quantised
+            assert isinstance(piece, QuantizedTensor)  # the source says that it is quantized
             piece = piece.map_components(lambda _, array: np.asarray(array))
             pieces.append(undo_permutation(piece) if piece.spec.permuted else piece)
         whole = pieces[0] if len(pieces) == 1 else _concatenate(pieces)

@@ -106,7 +106,7 @@ def build_quantization_config(packed: Mapping[str, QuantSpec], ignored: Iterable
 
     Args:
         packed: how each packed module is stored, by name.
-        ignored: names of Linear modules that are not quantised.
+        ignored: names of Linear modules that are not quantized.
     """
     schemes: dict[tuple[int, bool, int], list[str]] = {}
     for module, spec in packed.items():

@@ -1,4 +1,4 @@
-"""The golden files (see ``tests/checkpoint/formats/golden/generate_golden.py``) and small checkpoints around quantised modules."""
+"""The golden files (see ``tests/checkpoint/formats/golden/generate_golden.py``) and small checkpoints around quantized modules."""
 
 import dataclasses
 import functools
@@ -59,7 +59,7 @@ def parametrize_cases(file):
 
 
 def write_module_checkpoint(folder, tensors, config=None, hf_quant_config=None):
-    """A folder with these tensors; `config` is the section that describes the quantisation."""
+    """A folder with these tensors; `config` is the section that describes the quantization."""
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "model.safetensors")
     if hf_quant_config is not None:

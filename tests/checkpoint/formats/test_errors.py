@@ -1,4 +1,4 @@
-"""What is wrong with a quantised checkpoint is said once, by name, and as early as it can be known."""
+"""What is wrong with a quantized checkpoint is said once, by name, and as early as it can be known."""
 
 import ml_dtypes
 import numpy as np
@@ -56,8 +56,8 @@ def test_configurations_that_contradict_compressed_tensors(tmp_path, case, setti
 def test_configurations_that_say_nothing_usable(tmp_path):
     for i, (settings, message) in enumerate(
         [
-            ({"num_bits": "four"}, "num_bits in the quantisation's configuration must be a whole number, not 'four'"),
-            ({"symmetric": 1}, "symmetric in the quantisation's configuration must be true or false, not 1"),
+            ({"num_bits": "four"}, "num_bits in the quantization's configuration must be a whole number, not 'four'"),
+            ({"symmetric": 1}, "symmetric in the quantization's configuration must be true or false, not 1"),
             ({"strategy": "block", "block_structure": [128]}, r"must be two sizes, not \[128\]"),
         ]
     ):
@@ -121,7 +121,7 @@ def test_shapes_without_a_configuration(tmp_path):
         ("weight_shape", np.array([9, 63]), r"weight_shape says \[9, 63\], but the other tensors make \[9, 64\]"),
         ("weight_scale", np.full((9, 2), np.nan, np.float16), "weight_scale holds values that are not finite"),
         ("weight_scale", np.full((9, 2), np.inf, ml_dtypes.bfloat16), "weight_scale holds values that are not finite"),
-        ("weight_scale", np.zeros((9, 2), np.float32), "weight_scale holds zeros, which no quantiser writes"),
+        ("weight_scale", np.zeros((9, 2), np.float32), "weight_scale holds zeros, which no quantizer writes"),
         ("weight_g_idx", np.full(64, 2, np.int32), r"weight_g_idx names groups outside 0 \.\. 1: the file is damaged"),
         ("weight_g_idx", np.full(64, -1, np.int32), r"weight_g_idx names groups outside 0 \.\. 1: the file is damaged"),
     ],
@@ -150,7 +150,7 @@ def test_configurations_that_contradict_gptq(tmp_path, config, message):
 
 
 def test_gptq_needs_a_configuration(tmp_path):
-    refused(tmp_path, "the configuration describes no quantisation, but the tensors are GPTQ's", GPTQ.tensors, None)
+    refused(tmp_path, "the configuration describes no quantization, but the tensors are GPTQ's", GPTQ.tensors, None)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_a_file_of_modelopt_that_is_broken(tmp_path):
     ],
 )
 def test_methods_that_nothing_reads(tmp_path, config, words):
-    with pytest.raises(CheckpointError, match=rf"this checkpoint is quantised \({words}\S*\), which is not read"):
+    with pytest.raises(CheckpointError, match=rf"this checkpoint is quantized \({words}\S*\), which is not read"):
         golden_cases.read_weights(tmp_path, SYM.tensors, config)
 
 
@@ -396,5 +396,5 @@ def test_methods_that_nothing_reads(tmp_path, config, words):
     ],
 )
 def test_tensors_that_nothing_reads(tmp_path, name, words):
-    with pytest.raises(CheckpointError, match=rf"this checkpoint is quantised \({words}\), which is not read"):
+    with pytest.raises(CheckpointError, match=rf"this checkpoint is quantized \({words}\), which is not read"):
         golden_cases.read_weights(tmp_path, {f"{golden_cases.MODULE_NAME}.{name}": np.ones(3, np.float32)})

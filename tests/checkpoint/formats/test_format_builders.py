@@ -1,4 +1,4 @@
-"""The tests' own writers of quantised formats write what the formats' libraries wrote, bit for bit."""
+"""The tests' own writers of quantized formats write what the formats' libraries wrote, bit for bit."""
 
 import numpy as np
 import pytest

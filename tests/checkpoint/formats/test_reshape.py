@@ -1,4 +1,4 @@
-"""Quantised matrices cut and turned: the values of all kinds stay what they were, bit by bit."""
+"""Quantized matrices cut and turned: the values of all kinds stay what they were, bit by bit."""
 
 import numpy as np
 import pytest

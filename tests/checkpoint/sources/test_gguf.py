@@ -52,7 +52,7 @@ def file(original, tmp_path_factory):  # noqa: F811
 
 
 def hugging_face(tensors):
-    """The dequantised tensors under the names and in the shapes of the original, by hand."""
+    """The dequantized tensors under the names and in the shapes of the original, by hand."""
     values = {name: gguf_dequantize(t) if isinstance(t, tuple) else t for name, t in tensors.items()}
     return {name: _turned(name, _gguf_name(name), values) for name in random_tensors(CONFIG, 0)}
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders as sources: copies, missing prediction layers, odd dtypes, quantised formats."""
+"""Hugging Face folders as sources: copies, missing prediction layers, odd dtypes, quantized formats."""
 
 import json
 
@@ -191,7 +191,7 @@ def test_experts_of_two_dtypes_keep_every_bit(tmp_path):
         ("self_attn.o_proj.scales", np.float16, "self_attn.o_proj"),
     ],
 )
-def test_part_of_a_quantised_weight_names_its_module(tmp_path, name, dtype, words):
+def test_part_of_a_quantized_weight_names_its_module(tmp_path, name, dtype, words):
     tensors = hf_checkpoints.random_tensors(CONFIG, 0)
     tensors[f"model.layers.1.{name}"] = np.zeros((4, 4), dtype)
     with pytest.raises(CheckpointError, match=words) as caught:

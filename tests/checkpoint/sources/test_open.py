@@ -110,7 +110,7 @@ def test_hub_errors_are_explained(monkeypatch, error, words):
     refused("org/model", *words)
 
 
-def test_offline_mode_is_honoured(monkeypatch, tmp_path):
+def test_offline_mode_is_honored(monkeypatch, tmp_path):
     """The real client, offline and with an empty cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -156,7 +156,7 @@ def test_bad_synthetic_strings(text, words):
 @pytest.mark.parametrize(
     ("dtype", "parts"), [("float32", ("layer-00000", "layer-00001", "mtp", "rest")), ("bfloat16", ("rest",))]
 )
-def test_synthetic_weights_are_the_initialisers(dtype, parts):
+def test_synthetic_weights_are_the_initializers(dtype, parts):
     """Drawn matrix by matrix, or all at once on the device: the same bits."""
     cfg = Config.from_hf(hf_configs.odd_size_config(num_hidden_layers=2))
     source = SyntheticSource(SyntheticSpec(cfg, 3), open.FLOAT_DTYPES[dtype], "synthetic")

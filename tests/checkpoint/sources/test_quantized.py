@@ -1,4 +1,4 @@
-"""Conversions that quantise: what is written, what is loaded, and that both are what quantising while loading gives."""
+"""Conversions that quantize: what is written, what is loaded, and that both are what quantizing while loading gives."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("method", ["rtn", "mse"])
-def test_converted_is_quantised_while_loading(source, tmp_path, preset, method):
+def test_converted_is_quantized_while_loading(source, tmp_path, preset, method):
     rules = QuantRules.resolve(preset)
     convert_checkpoint(source, tmp_path / "out", quantize=rules, method=method)
     cfg, params, info = checkpoint.load(tmp_path / "out", dtype="bfloat16", check=True)
@@ -87,7 +87,7 @@ def test_a_synthetic_model_is_drawn_the_same_on_the_device(tmp_path):
     assert np.array_equal(np.asarray(drawn), piece)
 
 
-def test_quantised_folders_say_so(pristine):
+def test_quantized_folders_say_so(pristine):
     manifest = json.loads((pristine / "manifest.json").read_text())
     assert manifest["format_version"] == 2
     assert QuantSpec.from_json(manifest["storage"]["layer-00001/moe.gate"]) == QuantSpec(kind="int4", block=(1, 16))
@@ -135,8 +135,8 @@ GATE, GATE_SCALES = "layer-00001/moe.gate", "layer-00001/moe.gate.scales"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m["storage"][GATE].update(kind="int5"), "is damaged (impossible quantisation"),
-        (lambda m: m["storage"].update({"layer-00001/moe.up": "int4"}), "is damaged (a quantisation has"),
+        (lambda m: m["storage"][GATE].update(kind="int5"), "is damaged (impossible quantization"),
+        (lambda m: m["storage"].update({"layer-00001/moe.up": "int4"}), "is damaged (a quantization has"),
         (lambda m: m["storage"].pop(GATE), f"arrays missing: {GATE}"),
         (lambda m: m["storage"].update({"layer-00009/moe.gate": m["storage"][GATE]}), "not in the model"),
         (lambda m: m["storage"][GATE].update(block=[1, 8]), f"wrong shape: {GATE_SCALES}"),
@@ -165,9 +165,9 @@ def test_scales_that_are_not_finite_are_found_on_request(tmp_path):
         checkpoint.load(tmp_path / "bad", check=True)
 
 
-def test_quantising_again_is_said(pristine):
+def test_quantizing_again_is_said(pristine):
     _, params, info = checkpoint.load(pristine, dtype="float32", quantize="int8")
-    assert any("quantised again" in note for note in info.notes)
+    assert any("quantized again" in note for note in info.notes)
     first = checkpoint.load(pristine, dtype="float32")[1]["runs"]["1"]["moe"]["gate"]
     second = params["runs"]["1"]["moe"]["gate"]
     assert second.spec.kind == "int8"
@@ -187,9 +187,9 @@ def test_mixed_rules_from_a_dictionary(source):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"quantize": "int3"}, "no quantisation 'int3'"),
+        ({"quantize": "int3"}, "no quantization 'int3'"),
         ({"quantize": "int4", "method": "best"}, "no method 'best'; there are rtn, mse, signround"),
-        ({"method": "rtn"}, "rtn is a way to quantise: say to what, with quantize"),
+        ({"method": "rtn"}, "rtn is a way to quantize: say to what, with quantize"),
     ],
 )
 def test_impossible_options(source, tmp_path, options, words):

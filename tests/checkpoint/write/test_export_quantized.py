@@ -1,4 +1,4 @@
-"""Quantised sources as folders of compressed-tensors: every code, every value, and what is said of them."""
+"""Quantized sources as folders of compressed-tensors: every code, every value, and what is said of them."""
 
 import json
 import re
@@ -118,7 +118,7 @@ def matches(target, module):
 
 def test_what_cannot_be_packed_is_not_rounded(source, tmp_path):
     report = convert_checkpoint(source, tmp_path / "out", to="safetensors", quantize="int8", method="rtn")
-    assert "not quantised, because the destination cannot hold it so: embed, mtp/eh_proj" in report.notes
+    assert "not quantized, because the destination cannot hold it so: embed, mtp/eh_proj" in report.notes
     before, after = hf_checkpoints.read_tensors(source), hf_checkpoints.read_tensors(tmp_path / "out")
     for name in ("model.embed_tokens.weight", "model.layers.2.eh_proj.weight"):
         np.testing.assert_array_equal(before[name], after[name])

@@ -33,7 +33,7 @@ def calibrated(source, **options):
 
 
 def arrays(source, part):
-    """The quantised arrays of a part by name."""
+    """The quantized arrays of a part by name."""
     made = {}
     for leaf in source.layout()[part]:
         if source.storage(leaf):
@@ -96,7 +96,7 @@ def test_codes_move_by_one_at_most_and_scales_within_their_limits():
     assert (moved[inside] <= 1.001 * step[inside]).all()
 
 
-def test_what_is_not_to_be_learnt_keeps_its_codes():
+def test_what_is_not_to_be_learned_keeps_its_codes():
     plain, x, y = problem(2)
     start, made, before, after = tuned(plain, x, y, learn=0.0)
     assert before == after
@@ -119,20 +119,20 @@ def test_the_same_settings_give_the_same_bits():
         (QuantSpec(kind="fp8"), False),
     ],
 )
-def test_which_storages_can_be_learnt(spec, can):
+def test_which_storages_can_be_learned(spec, can):
     assert supports_signround(spec) == can
 
 
 @pytest.fixture(scope="module")
-def learnt(source):
+def learned(source):
     """A calibration that was asked for its layers in turn, and what it gave for the second."""
     made = calibrated(source)
     parts = {part: arrays(made, part) for part in ("layer-00000", "layer-00001", "mtp")}
     return made, parts["layer-00001"]
 
 
-def test_layers_are_learnt_in_turn(learnt):
-    notes = learnt[0].conversion_notes()
+def test_layers_are_learned_in_turn(learned):
+    notes = learned[0].conversion_notes()
     assert [note.partition(":")[0] for note in notes] == ["layer-00000", "layer-00001", "mtp"]
     for note in notes[:2]:
         before, after = (float(word) for word in note.partition("output ")[2].split(";")[0].split(" -> "))
@@ -157,19 +157,19 @@ def _values(source, part, name):
 def test_experts_that_saw_little_are_listed_and_left_to_the_search(source):
     few = calibrated(source, calibration=CalibrationConfig(max_windows=8, window_tokens=16))
     searched = few.__class__.__mro__[1](source, QUANT_PRESETS["int4-small"])  # what it falls back to
-    learnt, plainly = arrays(few, "layer-00001"), arrays(searched, "layer-00001")
+    learned, plainly = arrays(few, "layer-00001"), arrays(searched, "layer-00001")
     note = few.conversion_notes()[-1] if few.conversion_notes() else ""
     listed = json.loads(note.partition("left to the search: ")[2] or "[]")
     assert listed, f"every expert had {MIN_EXPERT_TOKENS} tokens: {note}"
     for expert in range(7):
         for name in ("moe.gate", "moe.up", "moe.down"):
-            same = np.array_equal(learnt[name].codes[expert], plainly[name].codes[expert])
+            same = np.array_equal(learned[name].codes[expert], plainly[name].codes[expert])
             assert same or expert not in listed
 
 
-def test_asking_for_a_later_layer_first_learns_those_before(source, learnt):
+def test_asking_for_a_later_layer_first_learns_those_before(source, learned):
     late = arrays(calibrated(source), "layer-00001")
-    assert all(np.array_equal(late[name].codes, learnt[1][name].codes) for name in late)
+    assert all(np.array_equal(late[name].codes, learned[1][name].codes) for name in late)
 
 
 def test_another_text_is_another_conversion(source, tmp_path):
@@ -234,5 +234,5 @@ def test_the_miniature_s_own_text_holds_nothing_that_was_held_out():
 def test_a_text_without_a_use_is_refused(source, tmp_path):
     with pytest.raises(QuantError, match="uses no calibration text"):
         convert_checkpoint(source, tmp_path / "out", quantize="int4", calibration=TEXT)
-    with pytest.raises(QuantError, match="a calibration text is for quantising"):
+    with pytest.raises(QuantError, match="a calibration text is for quantizing"):
         convert_checkpoint(source, tmp_path / "out", calibration=TEXT)

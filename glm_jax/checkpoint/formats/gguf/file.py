@@ -42,7 +42,7 @@ class GgufModel:
     def fingerprint(self) -> str:
         """A hash of every file's name, size and header, and of three pages of every tensor.
 
-        It changes with any training or other quantisation; a few bytes changed between the pages do not show.
+        It changes with any training or other quantization; a few bytes changed between the pages do not show.
         """
         lines = [f"{part.name} {part.size} {part.sample_digest()}" for part in self.splits]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -248,7 +248,7 @@ def _check_tensor_info(name: str, info: _RawTensorInfo, start: int, alignment: i
     kind = GGML_TYPES.get(info.kind)
     if kind is None:
         raise CheckpointError(
-            f"{where} has the unknown GGUF type {info.kind}: get a file quantised with a current llama.cpp"
+            f"{where} has the unknown GGUF type {info.kind}: get a file quantized with a current llama.cpp"
         )
     if 0 in info.shape or info.shape[-1] % kind.block_size:
         raise CheckpointError(

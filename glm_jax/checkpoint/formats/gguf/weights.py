@@ -161,7 +161,7 @@ def _stored_weights(name: str, placed: LocatedTensor, heads: int) -> list[Stored
 def _stored_weight(name: str, placed: LocatedTensor, shape: tuple[int, ...], rows: slice) -> StoredWeight:
     kind = placed.info.type.name
     if len(shape) < 2 and kind not in _PLAIN_DTYPES:
-        raise CheckpointError(f"{printable(placed.info.name)} is a vector of type {kind}: vectors are never quantised")
+        raise CheckpointError(f"{printable(placed.info.name)} is a vector of type {kind}: vectors are never quantized")
     spec = REPACKED_TYPES[kind][0] if kind in REPACKED_TYPES else None
     return StoredWeight(
         name, shape, _PLAIN_DTYPES.get(kind, _FLOAT32), spec, (placed.info.name,), _TensorLoader(placed, shape, rows)

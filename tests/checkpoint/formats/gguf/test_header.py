@@ -132,7 +132,7 @@ def test_alignment_and_version_two():
         (blob([], [info(shape=(2**63, 2**63, 2**63, 2**63))], bytes(8)), "x.gguf is truncated: tensor t ends at byte"),
         (blob([], [info(offset=2**63)], bytes(16)), "x.gguf is truncated: tensor t ends at byte"),
         (blob([], [info(offset=8)], bytes(64)), "tensor t is at offset 8, which is not a multiple of 32"),
-        (blob([], [info(kind=4)], bytes(16)), "tensor t has the unknown GGUF type 4: get a file quantised with"),
+        (blob([], [info(kind=4)], bytes(16)), "tensor t has the unknown GGUF type 4: get a file quantized with"),
         (blob([], [info(kind=31)], bytes(16)), "tensor t has the unknown GGUF type 31"),
         (blob([], [info(shape=())], bytes(16)), "tensor t has 0 dimensions"),
         (blob([], [info(shape=(1,) * 5)], bytes(16)), "tensor t has 5 dimensions"),

@@ -87,7 +87,7 @@ def test_without_a_prediction_layer(tmp_path):
 
 
 def test_a_prediction_layer_that_was_left_out(tmp_path):
-    """Files of requantised models name the layer although nothing of it is there."""
+    """Files of requantized models name the layer although nothing of it is there."""
     tensors = random_tensors(CONFIG, 1)
     kept = {n: a for n, a in to_gguf_tensors(tensors, CONFIG).items() if not n.startswith("blk.3.")}
     opened = made(tmp_path, CONFIG, kept)
@@ -191,7 +191,7 @@ def wide():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantised_matrices_stacks_and_halves(tmp_path, wide, kind):
+def test_quantized_matrices_stacks_and_halves(tmp_path, wide, kind):
     names = ["token_embd.weight", *(f"blk.1.{n}.weight" for n in ("attn_q_b", "attn_k_b", "attn_v_b", "ffn_down_exps"))]
     replaced = {name: random_blocks(kind, wide[name].shape) for name in names}
     opened = made(tmp_path, WIDE, wide | replaced)
@@ -212,7 +212,7 @@ def test_quantised_matrices_stacks_and_halves(tmp_path, wide, kind):
                 stored.load(1)
 
 
-def test_half_of_a_quantised_pair_of_experts(tmp_path, wide):
+def test_half_of_a_quantized_pair_of_experts(tmp_path, wide):
     merged = dict(wide)
     for part in ("gate", "up"):
         del merged[f"blk.1.ffn_{part}_exps.weight"]
@@ -249,7 +249,7 @@ def test_types_that_no_weight_has(tmp_path, wide, tensor, words):
         made(tmp_path, WIDE, wide | {"output.weight": tensor})
 
 
-def test_a_quantised_vector_is_refused(tmp_path, wide):
+def test_a_quantized_vector_is_refused(tmp_path, wide):
     with pytest.raises(CheckpointError, match=r"output_norm\.weight is a vector of type Q8_0"):
         made(tmp_path, WIDE, wide | {"output_norm.weight": random_blocks("Q8_0", (256,))})
 

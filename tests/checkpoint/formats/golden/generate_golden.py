@@ -1,4 +1,4 @@
-"""Makes the golden files: small quantised matrices, packed by each format's own library, and what it makes of them.
+"""Makes the golden files: small quantized matrices, packed by each format's own library, and what it makes of them.
 
 Not part of the test run: the libraries are not among the project's requirements. The files were made with Python 3.11,
 torch 2.13.0 (CPU), transformers 5.23.0 and, in one environment,
@@ -14,7 +14,7 @@ for packing. AutoAWQ no longer imports as a whole, so its module of the GEMM lay
 
 Per case ``name`` a file holds ``name/<tensor>`` as the library writes it, and beside it what the library unpacks:
 ``name/=codes`` (unsigned, in the order of the inputs), ``name/=zeros`` and ``name/=scales`` (one per output and group)
-and ``name/=library``, the library's own dequantised matrix, all [O, I] or [O, G]. The metadata of a case is JSON: the
+and ``name/=library``, the library's own dequantized matrix, all [O, I] or [O, G]. The metadata of a case is JSON: the
 configuration of such a checkpoint, the shape, and the SHA-256 of the float32 values that the library's numbers give
 when nothing is rounded in between.
 """
@@ -56,7 +56,7 @@ def save_cases(file):
 
 
 def random_quantized_matrix(outputs, inputs, group, bits, *, symmetric=False, dtype=torch.float16, zeros=None):
-    """Random codes, zero points and scales, and the matrix that quantises to exactly them: [O, I], [O, G], [O, G]."""
+    """Random codes, zero points and scales, and the matrix that quantizes to exactly them: [O, I], [O, G], [O, G]."""
     groups = inputs // (group or inputs)
     codes = torch.randint(0, 1 << bits, (outputs, inputs))
     if zeros is None:
