@@ -179,7 +179,7 @@ def _abstract_decode_state(
     number = jax.ShapeDtypeStruct((batch,), jnp.int32)
     flag = jax.ShapeDtypeStruct((batch,), jnp.bool_)
     cache = jax.eval_shape(lambda: LatentCache.create(cfg, batch, slots, cache_dtype))
-    rows: Any = {"tokens": number, "positions": number, "left": number, "done": flag, "finite": flag}
+    rows: Any = {"tokens": number, "positions": number, "remaining": number, "done": flag, "finite": flag}
     return DecodeState(cache=cache, sampler=sampler, **rows)
 
 

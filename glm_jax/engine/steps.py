@@ -220,12 +220,12 @@ def _advance_state(state: DecodeState, result: SampleResult) -> tuple[DecodeStat
     """The state after a draw: rows that hit a stop token or their budget are done with it."""
     active = ~state.done
     tokens = jnp.where(active, result.tokens, NO_TOKEN)
-    left = state.remaining - active.astype(jnp.int32)
-    done = state.done | is_stop(result.tokens, state.sampler) | (left <= 0)
+    remaining = state.remaining - active.astype(jnp.int32)
+    done = state.done | is_stop(result.tokens, state.sampler) | (remaining <= 0)
     state = dataclasses.replace(
         state,
         tokens=jnp.where(active, result.tokens, 0),
-        left=left,
+        remaining=remaining,
         done=done,
         finite=state.finite & (result.ok | ~active),
         sampler=update_state(state.sampler, result.tokens, active),

@@ -179,11 +179,11 @@ def test_a_user_without_a_home_is_no_failure(monkeypatch, capsys):
 COMPILE = """
 import os, time
 import jax, jax.numpy as jnp
-from glm_jax import compile_cache
-from glm_jax.engine.compile_cache import compile_notice, use_compile_cache
+from glm_jax.engine import compile_cache
+from glm_jax.engine.compile_cache import compile_notice, enable_compile_cache
 
 compile_cache._NOTICE_AFTER_S = delay = float(os.environ["DELAY"])
-use_compile_cache()
+enable_compile_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 @jax.jit
