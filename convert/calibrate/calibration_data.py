@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.checkpoint.safetensors.header import printable
+from glm_jax.checkpoint.messages import printable
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from glm_jax.text import read_template, render_chat

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from glm_jax.checkpoint.array_record import FLOAT_DTYPES
 from glm_jax.checkpoint.folder.layout import Leaf
-from glm_jax.checkpoint.folder.manifest import FLOAT_DTYPES
+from glm_jax.checkpoint.messages import format_names
 from glm_jax.checkpoint.progress import ProgressCallback
-from glm_jax.checkpoint.safetensors.reader import format_names
 from glm_jax.checkpoint.sources.base import WeightChunk, WeightSource
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import QuantizedTensor

@@ -6,8 +6,9 @@ import jax
 import pytest
 
 import glm_jax.memory
+from glm_jax.checkpoint.array_record import ArrayRecord
 from glm_jax.checkpoint.folder.layout import checkpoint_layout
-from glm_jax.checkpoint.folder.manifest import ArrayRecord, Manifest
+from glm_jax.checkpoint.folder.manifest import Manifest
 from glm_jax.checkpoint.sources.base import RoundTripInfo
 from glm_jax.cli.common import BAD_INPUT, run_and_exit
 from glm_jax.config import Config

@@ -13,7 +13,7 @@ from typing import Any
 
 from convert.calibrate import CalibrationConfig
 from convert.pipeline import convert_checkpoint
-from glm_jax.checkpoint.folder import manifest, orbax_numpy
+from glm_jax.checkpoint.folder import orbax_numpy
 from glm_jax.checkpoint.safetensors import writer
 from glm_jax.checkpoint.write import conversion_state
 
@@ -50,7 +50,7 @@ def kill_before_replace(name: str) -> None:
 
 def kill_when_half_written(name: str) -> None:
     """Dies when half of a small file has been written."""
-    real = manifest.os.fsync
+    real = os.fsync
 
     def fsync(descriptor: int) -> None:
         if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"/.{name}.tmp"):
@@ -58,7 +58,7 @@ def kill_when_half_written(name: str) -> None:
             kill_self()
         real(descriptor)
 
-    manifest.os.fsync = fsync
+    os.fsync = fsync
 
 
 def kill_in_shard() -> None:

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from glm_jax.checkpoint.array_record import ARRAY_DTYPES
 from glm_jax.checkpoint.folder.layout import DiskArray
-from glm_jax.checkpoint.folder.manifest import ARRAY_DTYPES
 from glm_jax.errors import CheckpointError
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -3,76 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
+from glm_jax.checkpoint.array_record import FLOAT_DTYPES, ArrayRecords, records_from_json, records_to_json
 from glm_jax.checkpoint.folder.layout import checkpoint_layout, disk_arrays
-from glm_jax.checkpoint.safetensors.header import printable
-from glm_jax.checkpoint.safetensors.reader import format_names
+from glm_jax.checkpoint.messages import format_names, printable
 from glm_jax.checkpoint.sources.base import RoundTripInfo
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError, ConfigError, QuantError
 from glm_jax.weights import QuantSpec
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
 MANIFEST_FORMAT = "glm-jax"
 MANIFEST_VERSION = 2  # the first with quantized weights; a folder without any is still of version 1
 MANIFEST_NAME = "manifest.json"
-FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-}
-
-
-# Codes, zero points and permutations of quantized weights.
-ARRAY_DTYPES = FLOAT_DTYPES | {name: np.dtype(name) for name in ("uint8", "int8", "int16", "int32")}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ArrayRecord:
-    """Shape and dtype of one array, and the sha256 of its bytes in C order, little-endian."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    sha256: str
-
-    @classmethod
-    def from_array(cls, array: Array) -> ArrayRecord:
-        """The record of a contiguous array."""
-        return cls.from_blocks(array.shape, array.dtype.name, [array])
-
-    @classmethod
-    def from_blocks(cls, shape: tuple[int, ...], dtype: str, pieces: Iterable[Array]) -> ArrayRecord:
-        """The record of an array that comes as contiguous blocks of rows."""
-        digest = hashlib.sha256()
-        for piece in pieces:
-            digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-        return cls(shape, dtype, digest.hexdigest())
-
-    @classmethod
-    def from_json(cls, value: Any) -> ArrayRecord:
-        """From JSON; raises ValueError unless it is exactly what :meth:`from_array` makes."""
-        if not isinstance(value, dict) or set(value) != {"shape", "dtype", "sha256"}:
-            raise ValueError(f"an array must have shape, dtype and sha256, not {value!r}")
-        shape = value["shape"]
-        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-            raise ValueError(f"impossible shape {shape!r}")
-        if value["dtype"] not in ARRAY_DTYPES or not re.fullmatch(r"[0-9a-f]{64}", str(value["sha256"])):
-            raise ValueError(f"impossible dtype or sha256 in {value!r}")
-        return cls(tuple(shape), value["dtype"], value["sha256"])
-
-
-ArrayRecords = Mapping[str, ArrayRecord]  # array name -> record, of one part
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,24 +87,6 @@ class Manifest:
         )
 
 
-def records_to_json(records: ArrayRecords) -> dict[str, Any]:
-    """The arrays of one part as JSON values."""
-    return {name: dataclasses.asdict(record) for name, record in records.items()}
-
-
-def records_from_json(value: Any) -> dict[str, ArrayRecord]:
-    """The inverse of :func:`records_to_json`; raises ValueError for anything else."""
-    if not isinstance(value, dict):
-        raise ValueError("a part must map array names to arrays")
-    return {name: ArrayRecord.from_json(record) for name, record in value.items()}
-
-
-def hash_records(array_records: Mapping[str, ArrayRecords]) -> str:
-    """One hash of the records of all parts."""
-    fields = {part: records_to_json(records) for part, records in array_records.items()}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
 def load_manifest(folder: Path) -> Manifest:
     """The manifest of a converted folder.
 
@@ -185,23 +113,6 @@ def is_converted_folder(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(fields, dict) and fields.get("format") == MANIFEST_FORMAT
-
-
-def write_if_changed(path: Path, text: str | bytes) -> None:
-    """Writes a file atomically unless it has that very content."""
-    data = text.encode() if isinstance(text, str) else text
-    if not path.is_file() or path.read_bytes() != data:
-        write_atomic(path, data)
-
-
-def write_atomic(path: Path, text: str | bytes) -> None:
-    """Writes a file that is either there in full or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(text.encode() if isinstance(text, str) else text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _is_allowed_dtype(dtype: str, fixed: str | None) -> bool:

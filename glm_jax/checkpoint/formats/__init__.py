@@ -21,7 +21,8 @@ from glm_jax.checkpoint.formats.fp8 import read_fp8_or_int8
 from glm_jax.checkpoint.formats.mlx import read_mlx
 from glm_jax.checkpoint.formats.quantization_config import DeclaredScheme, QuantizationConfig
 from glm_jax.checkpoint.formats.unsupported import reject_unsupported_formats as reject_unsupported_formats
-from glm_jax.checkpoint.safetensors.header import SAFETENSORS_DTYPE_NAMES, printable
+from glm_jax.checkpoint.messages import printable
+from glm_jax.checkpoint.safetensors.header import SAFETENSORS_DTYPE_NAMES
 from glm_jax.errors import CheckpointError
 
 # Scales of what goes into and out of a product, or into the cache: they quantize activations, which are not quantized.

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from glm_jax.checkpoint.safetensors.header import SAFETENSORS_DTYPE_NAMES, SAFETENSORS_DTYPES, TensorInfo, printable
+from glm_jax.checkpoint.messages import printable
+from glm_jax.checkpoint.safetensors.header import SAFETENSORS_DTYPE_NAMES, SAFETENSORS_DTYPES, TensorInfo
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import QuantizedTensor, QuantSpec
 from glm_jax.weights.quant_spec import ScaleDtype

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from glm_jax.checkpoint.safetensors.header import printable
+from glm_jax.checkpoint.messages import printable
 from glm_jax.errors import CheckpointError
 
 # Keys under which config.json describes quantized weights: MLX (which copies it to the next), most writers,

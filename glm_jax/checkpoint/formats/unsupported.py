@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from glm_jax.checkpoint.formats.quantization_config import QuantizationConfig
-from glm_jax.checkpoint.safetensors.header import printable
+from glm_jax.checkpoint.messages import printable
 from glm_jax.errors import CheckpointError
 
 SUPPORTED_METHODS = ("compressed-tensors", "gptq", "auto-round", "awq", "fp8", "modelopt", "mlx")

@@ -16,8 +16,8 @@ from typing import Any
 from glm_jax.checkpoint.folder.layout import MTP, NON_LAYER, Leaf, checkpoint_layout, layer_checkpoint_name
 from glm_jax.checkpoint.formats.base import StoredWeight
 from glm_jax.checkpoint.mapping.transforms import IDENTITY, MERGED_HEADS, TRANSPOSED, Transform
-from glm_jax.checkpoint.safetensors.header import SAFETENSORS_DTYPE_NAMES, printable
-from glm_jax.checkpoint.safetensors.reader import format_names
+from glm_jax.checkpoint.messages import format_names, printable
+from glm_jax.checkpoint.safetensors.header import SAFETENSORS_DTYPE_NAMES
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import QuantSpec

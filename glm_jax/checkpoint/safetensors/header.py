@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from glm_jax.checkpoint.messages import printable
 from glm_jax.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
@@ -162,9 +163,3 @@ def _check_ranges(tensors: Mapping[str, TensorInfo], base: int, file_size: int, 
         at = entry.end
     if at != file_size:
         raise CheckpointError(f"{file} has {file_size - at} bytes after the last tensor: it is damaged")
-
-
-def printable(text: str, limit: int = 120) -> str:
-    """Text from a file, safe to print: no control characters or lone surrogates, and not endless."""
-    text = text if len(text) <= limit else text[:limit] + "…"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -6,12 +6,9 @@ can drop the pages again.
 
 from __future__ import annotations
 
-import abc
-import contextlib
 import dataclasses
 import hashlib
 import json
-import mmap
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -20,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from glm_jax.checkpoint.mapped_file import MappedFile, wrap_read_errors
+from glm_jax.checkpoint.messages import format_names, printable
 from glm_jax.checkpoint.safetensors.header import (
     HEADER_LENGTH_BYTES,
     SafetensorsHeader,
     TensorInfo,
     parse_header,
     parse_header_length,
-    printable,
 )
 from glm_jax.errors import CheckpointError
 
@@ -34,55 +32,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Index = Any  # whatever numpy takes between brackets
 
 INDEX_NAME = "model.safetensors.index.json"
-SAMPLE_PAGE_BYTES = 4096  # of a tensor, sampled at its beginning, middle and end
 MAX_NAME_BYTES = 255  # of a file, on every common system
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
-
-
-class MappedFile(abc.ABC):
-    """A file of tensors whose header was checked; mapped when first touched.
-
-    Attributes:
-        path: of the file.
-        size: in bytes, when its header was read.
-        digest: sha256 of its header.
-    """
-
-    path: Path
-    size: int
-    digest: str
-    _map: mmap.mmap | None = None
-
-    @abc.abstractmethod
-    def byte_ranges(self) -> Iterator[tuple[int, int]]:
-        """First byte and end of every tensor."""
-
-    def sample_digest(self) -> str:
-        """A hash of the header and of pages of every tensor: its first, middle and last (all of a small one)."""
-        digest = hashlib.sha256(self.digest.encode())
-        # Plain reads: touching a mapped page would bring its neighbors into memory as well.
-        with wrap_read_errors(self.path), self.path.open("rb", buffering=0) as file:
-            for tensor in self.byte_ranges():
-                for begin, end in sample_ranges(*tensor):
-                    file.seek(begin)
-                    page = file.read(end - begin)
-                    if len(page) != end - begin:
-                        raise self._changed()
-                    digest.update(page)
-        return digest.hexdigest()
-
-    def _mapped(self) -> mmap.mmap:
-        if self._map is None:
-            with wrap_read_errors(self.path), self.path.open("rb") as file:
-                # A file cut since its header was read would end the process at the first missing page.
-                if os.fstat(file.fileno()).st_size != self.size:
-                    raise self._changed()
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._map
-
-    def _changed(self) -> CheckpointError:
-        return CheckpointError(f"{printable(self.path.name)} changed while it was being read")
 
 
 class SafetensorsFile(MappedFile):
@@ -113,23 +65,6 @@ class SafetensorsFile(MappedFile):
     def byte_ranges(self) -> Iterator[tuple[int, int]]:
         """Of every tensor."""
         return ((entry.begin, entry.end) for entry in self.header.tensors.values())
-
-
-@contextlib.contextmanager
-def wrap_read_errors(path: Path) -> Iterator[None]:
-    """Turns the operating system's errors into a :class:`CheckpointError` that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path.parent / printable(path.name)}: {error.strerror}") from None
-
-
-def sample_ranges(begin: int, end: int) -> list[tuple[int, int]]:
-    """The byte ranges of a tensor that are sampled: its first, middle and last page, or all of a small one."""
-    if end - begin <= 3 * SAMPLE_PAGE_BYTES:
-        return [(begin, end)]
-    middle = (begin + end - SAMPLE_PAGE_BYTES) // 2
-    return [(at, at + SAMPLE_PAGE_BYTES) for at in (begin, middle, end - SAMPLE_PAGE_BYTES)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -301,9 +236,3 @@ def _total_size_notes(index: Mapping[str, Any] | None, shards: Mapping[str, Safe
     present = sum(e.end - e.begin for shard in shards.values() for e in shard.header.tensors.values())
     # Some writers count tied tensors twice, so a wrong total alone says nothing about the weights.
     return () if claimed in (None, present) else (f"{INDEX_NAME} says {claimed} bytes, the files hold {present}",)
-
-
-def format_names(items: list[str], limit: int = 20) -> str:
-    """Names for a message: the first few, and how many more there are."""
-    more = f" … and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more

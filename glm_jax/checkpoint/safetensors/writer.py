@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from glm_jax.checkpoint.folder.manifest import ArrayRecord
+from glm_jax.checkpoint.array_record import ArrayRecord
+from glm_jax.checkpoint.atomic_write import open_atomic
 from glm_jax.checkpoint.safetensors.header import HEADER_LENGTH_BYTES, SAFETENSORS_DTYPE_NAMES
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -62,8 +62,7 @@ def write_shard(path: Path, outputs: Sequence[TensorOutput], advance: Callable[[
     Returns:
         The record of each tensor.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with open_atomic(path, path.with_name(f"{path.name}.tmp")) as file:
         header = _header(outputs)
         file.write(len(header).to_bytes(HEADER_LENGTH_BYTES, "little") + header)
         records = {}
@@ -75,9 +74,6 @@ def write_shard(path: Path, outputs: Sequence[TensorOutput], advance: Callable[[
                 file.write(data)
                 advance(len(data))
             records[output.name] = ArrayRecord(output.shape, output.dtype.name, digest.hexdigest())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
     return records
 
 

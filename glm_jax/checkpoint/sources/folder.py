@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from glm_jax.checkpoint.array_record import FLOAT_DTYPES, ArrayRecord
 from glm_jax.checkpoint.folder.arrays import chunk_aligned_ranges, iter_array_blocks, layer_checkpoint_folder, read_rows
 from glm_jax.checkpoint.folder.layout import Leaf, disk_arrays
-from glm_jax.checkpoint.folder.manifest import FLOAT_DTYPES, ArrayRecord, Manifest, load_manifest
-from glm_jax.checkpoint.safetensors.reader import format_names
+from glm_jax.checkpoint.folder.manifest import Manifest, load_manifest
+from glm_jax.checkpoint.messages import format_names
 from glm_jax.checkpoint.sources.base import (
     SourceInfo,
     WeightChunk,

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glm_jax.checkpoint.array_record import FLOAT_DTYPES
 from glm_jax.checkpoint.device_stack import use_single_device_mesh
 from glm_jax.checkpoint.folder.layout import Leaf
-from glm_jax.checkpoint.folder.manifest import FLOAT_DTYPES
-from glm_jax.checkpoint.safetensors.reader import format_names
+from glm_jax.checkpoint.messages import format_names
 from glm_jax.checkpoint.sources.base import Array, RoundTripInfo, SourceInfo, WeightChunk, WeightSource, read_hf_config
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError

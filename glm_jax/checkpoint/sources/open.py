@@ -6,7 +6,8 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
-from glm_jax.checkpoint.folder.manifest import FLOAT_DTYPES, is_converted_folder
+from glm_jax.checkpoint.array_record import FLOAT_DTYPES
+from glm_jax.checkpoint.folder.manifest import is_converted_folder
 from glm_jax.checkpoint.safetensors.reader import reject_pickle
 from glm_jax.checkpoint.sources.base import WeightSource
 from glm_jax.checkpoint.sources.folder import ConvertedSource

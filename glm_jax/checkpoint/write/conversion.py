@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from glm_jax.checkpoint.folder.manifest import FLOAT_DTYPES, MANIFEST_VERSION, ArrayRecords
+from glm_jax.checkpoint.array_record import FLOAT_DTYPES, ArrayRecords
+from glm_jax.checkpoint.folder.manifest import MANIFEST_VERSION
+from glm_jax.checkpoint.messages import format_names, printable
 from glm_jax.checkpoint.progress import ProgressCallback, progress_bar
-from glm_jax.checkpoint.safetensors.header import printable
-from glm_jax.checkpoint.safetensors.reader import format_names
 from glm_jax.checkpoint.sources.base import WeightSource
 from glm_jax.checkpoint.validation import validate_weights
 from glm_jax.checkpoint.write.conversion_state import ConversionJob, ConversionState, open_conversion

@@ -18,17 +18,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from glm_jax.checkpoint.folder.manifest import (
-    MANIFEST_FORMAT,
-    MANIFEST_NAME,
-    ArrayRecord,
-    ArrayRecords,
-    records_from_json,
-    records_to_json,
-    write_atomic,
-)
-from glm_jax.checkpoint.safetensors.header import printable
-from glm_jax.checkpoint.safetensors.reader import INDEX_NAME, format_names
+from glm_jax.checkpoint.array_record import ArrayRecord, ArrayRecords, records_from_json, records_to_json
+from glm_jax.checkpoint.atomic_write import write_atomic
+from glm_jax.checkpoint.folder.manifest import MANIFEST_FORMAT, MANIFEST_NAME
+from glm_jax.checkpoint.messages import format_names, printable
+from glm_jax.checkpoint.safetensors.reader import INDEX_NAME
 from glm_jax.checkpoint.sources.base import ASSET_FILES
 from glm_jax.errors import CheckpointError, GlmError
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from glm_jax.checkpoint.array_record import FLOAT_DTYPES
 from glm_jax.checkpoint.folder.layout import MTP, Leaf
-from glm_jax.checkpoint.folder.manifest import FLOAT_DTYPES
 from glm_jax.checkpoint.formats.reshape import undo_permutation
 from glm_jax.checkpoint.mapping.rules import CheckpointTensor
 from glm_jax.checkpoint.sources.base import WeightSource

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from glm_jax.checkpoint.array_record import ARRAY_DTYPES, ArrayRecord, ArrayRecords, hash_records
+from glm_jax.checkpoint.atomic_write import write_if_changed
 from glm_jax.checkpoint.folder.arrays import (
     is_array_complete,
     iter_array_blocks,
@@ -21,16 +23,7 @@ from glm_jax.checkpoint.folder.arrays import (
     write_layer_checkpoint,
 )
 from glm_jax.checkpoint.folder.layout import DiskArray, Leaf, disk_arrays
-from glm_jax.checkpoint.folder.manifest import (
-    ARRAY_DTYPES,
-    MANIFEST_NAME,
-    ArrayRecord,
-    ArrayRecords,
-    Manifest,
-    hash_records,
-    load_manifest,
-    write_if_changed,
-)
+from glm_jax.checkpoint.folder.manifest import MANIFEST_NAME, Manifest, load_manifest
 from glm_jax.checkpoint.progress import ProgressCallback
 from glm_jax.checkpoint.safetensors.reader import INDEX_NAME, SafetensorsFile
 from glm_jax.checkpoint.safetensors.writer import TensorOutput, build_index_json, split_into_shards, write_shard

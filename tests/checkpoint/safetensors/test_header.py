@@ -10,13 +10,13 @@ import safetensors.numpy
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from glm_jax.checkpoint.messages import printable
 from glm_jax.checkpoint.safetensors.header import (
     MAX_HEADER_BYTES,
     SAFETENSORS_DTYPE_NAMES,
     SAFETENSORS_DTYPES,
     parse_header,
     parse_header_length,
-    printable,
 )
 from glm_jax.checkpoint.safetensors.reader import SafetensorsFile
 from glm_jax.errors import CheckpointError

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from glm_jax.checkpoint.safetensors.reader import INDEX_NAME, SAMPLE_PAGE_BYTES, SafetensorsReader, format_names
+from glm_jax.checkpoint.mapped_file import SAMPLE_PAGE_BYTES
+from glm_jax.checkpoint.messages import format_names
+from glm_jax.checkpoint.safetensors.reader import INDEX_NAME, SafetensorsReader
 from glm_jax.errors import CheckpointError
 
 A = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}

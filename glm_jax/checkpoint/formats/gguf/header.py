@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from glm_jax.checkpoint.formats.gguf.ggml_types import GGML_TYPES, GgmlType
-from glm_jax.checkpoint.safetensors.header import printable
+from glm_jax.checkpoint.messages import printable
 from glm_jax.errors import CheckpointError
 
 MetadataValue = (

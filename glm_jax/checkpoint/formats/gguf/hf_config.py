@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from glm_jax.checkpoint.formats.gguf.header import MetadataValue, read_uint
-from glm_jax.checkpoint.safetensors.header import printable
-from glm_jax.checkpoint.safetensors.reader import format_names
+from glm_jax.checkpoint.messages import format_names, printable
 from glm_jax.errors import CheckpointError
 
 ARCHITECTURE = "deepseek2"

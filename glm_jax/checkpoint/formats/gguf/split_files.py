@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from glm_jax.checkpoint.formats.gguf.header import GgufHeader, GgufTensorInfo, read_gguf_header, read_uint
-from glm_jax.checkpoint.safetensors.header import printable
-from glm_jax.checkpoint.safetensors.reader import MappedFile, format_names, wrap_read_errors
+from glm_jax.checkpoint.mapped_file import MappedFile, wrap_read_errors
+from glm_jax.checkpoint.messages import format_names, printable
 from glm_jax.errors import CheckpointError
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -10,7 +10,7 @@ import numpy as np
 
 from glm_jax.checkpoint.formats.gguf.header import MetadataValue
 from glm_jax.checkpoint.formats.gguf.hf_config import read_token_id
-from glm_jax.checkpoint.safetensors.header import printable
+from glm_jax.checkpoint.messages import printable
 from glm_jax.errors import CheckpointError
 
 _PREFIX = "tokenizer.ggml."

@@ -16,8 +16,7 @@ from glm_jax.checkpoint.formats.gguf.blocks import EXPANDED_TYPES, REPACKED_TYPE
 from glm_jax.checkpoint.formats.gguf.ggml_types import GgmlType
 from glm_jax.checkpoint.formats.gguf.header import GgufTensorInfo
 from glm_jax.checkpoint.formats.gguf.split_files import LocatedTensor
-from glm_jax.checkpoint.safetensors.header import printable
-from glm_jax.checkpoint.safetensors.reader import format_names
+from glm_jax.checkpoint.messages import format_names, printable
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import QuantizedTensor
 

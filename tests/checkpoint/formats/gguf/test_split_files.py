@@ -7,7 +7,7 @@ import pytest
 
 from glm_jax.checkpoint.formats.gguf import open_gguf
 from glm_jax.checkpoint.formats.gguf.split_files import open_splits
-from glm_jax.checkpoint.safetensors.reader import SAMPLE_PAGE_BYTES
+from glm_jax.checkpoint.mapped_file import SAMPLE_PAGE_BYTES
 from glm_jax.errors import CheckpointError
 from tests.builders.gguf_files import architecture_fields, small_mtp_config, to_gguf_tensors, write_gguf
 from tests.builders.hf_checkpoints import random_tensors
