@@ -34,8 +34,17 @@ TINY = ROOT / "glm_jax" / "tiny"
 DOCUMENTS = sorted(
     path for at in ("*.md", "docs/**/*.md", "examples/*.md", "glm_jax/tiny/*.md") for path in ROOT.glob(at)
 )
-README, ARCHITECTURE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "ARCHITECTURE.md"))
-QUANTIZATION = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+README, ARCHITECTURE, QUANTIZATION, NUMERICS, KERNELS, CHECKPOINTS = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in (
+        "README.md",
+        "ARCHITECTURE.md",
+        "docs/quantization.md",
+        "docs/numerics.md",
+        "docs/kernels.md",
+        "docs/checkpoints.md",
+    )
+)
 FLASH = Config.flash()
 
 
@@ -96,12 +105,14 @@ def parse(module: str, arguments: list[str]) -> None:
     """As the command does: by its class of options, or one for each of its own commands."""
     package = importlib.import_module(module)
     home = importlib.import_module(f"{module}.__main__") if hasattr(package, "__path__") else package
-    if hasattr(home, "parser"):
-        home.parser().parse_args(arguments)
+    own = {name: value for name, value in vars(home).items() if getattr(value, "__module__", "") == home.__name__}
+    if parsers := [build for name, build in own.items() if re.fullmatch("build_[a-z]+_parser", name)]:
+        parsers[0]().parse_args(arguments)
     elif hasattr(home, "COMMANDS"):
         tyro.extras.subcommand_cli_from_dict(home.COMMANDS, args=arguments)
     else:
-        tyro.cli(home.Options, args=arguments)
+        (options,) = (value for name, value in own.items() if name.endswith("Options"))
+        tyro.cli(options, args=arguments)
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if PYTHON.match(line)])
@@ -201,7 +212,7 @@ def test_the_costs_of_attention_follow_from_the_config():
     absorbed = FLASH.cache_width + FLASH.kv_lora_rank
     crossover = projection / (absorbed - heads)
     for number in (heads, projection, absorbed, absorbed - heads, int(crossover), FLASH.num_attention_heads * heads):
-        assert re.search(rf"\b{number:,}\b", ARCHITECTURE), number
+        assert re.search(rf"\b{number:,}\b", NUMERICS + ARCHITECTURE), number
     slots = 1 << 30
     assert not is_expanded_cheaper(FLASH, int(crossover), slots)
     assert is_expanded_cheaper(FLASH, int(crossover) + 1, slots)
@@ -289,7 +300,7 @@ OUR_FIRST_NAMES = {name.split(".")[1] for name in FILES if name.startswith("glm_
 NAMES = sorted(
     {
         name
-        for text in (README, ARCHITECTURE)
+        for text in (README, ARCHITECTURE, NUMERICS, KERNELS, CHECKPOINTS)
         for name in re.findall(r"`(?:glm_jax\.)?([A-Za-z_]+(?:\.[A-Za-z_]+)+)\b[^`]*`", without_code(text))
         if name.split(".")[0] in OUR_FIRST_NAMES and not name.endswith(".json")
     }
@@ -302,9 +313,10 @@ def test_names_in_the_text_exist(name):
 
 
 def test_names_are_found_in_the_text():
-    assert {"ops.mla.expanded_is_cheaper", "ops.moe.cheapest", "params.param_specs", "LLM.load"} <= set(NAMES)
+    expected = {"ops.mla.is_expanded_cheaper", "ops.experts.select_expert_method", "weights.params.param_specs"}
+    assert expected | {"LLM.load"} <= set(NAMES)
     with pytest.raises((AttributeError, ImportError)):
-        resolve("ops.moe.no_such_name")
-    files = set(re.findall(r"`([\w./-]+\.(?:py|md|ipynb))`", README + ARCHITECTURE))
+        resolve("ops.experts.no_such_name")
+    files = set(re.findall(r"`([\w-]+/[\w./-]+\.(?:py|md|ipynb))`", README + ARCHITECTURE + NUMERICS + KERNELS))
     assert files
     assert not [name for name in files if not (ROOT / name).is_file()]
