@@ -1,7 +1,18 @@
-"""Logits to tokens: options on the host, rows on the device, a fixed order of steps.
+"""Sampling: from logits to tokens, in a fixed order of steps that :mod:`glm_jax.sampling.sampler` lists.
 
-``SamplingParams`` needs no JAX; the rest is imported when first asked for, so that a command can read its options
-before it decides how JAX starts.
+========================  =============================================================================================
+``params``                ``SamplingParams``, the options of one request; ``validation`` checks each value
+``features``              ``SamplerFeatures``, the options in use by a batch: what a step is compiled for
+``state``                 ``SamplerState``, the options of a batch on the device; ``batch_arrays`` builds its arrays
+``sampler``               ``sample``: the order of all steps, the choice of the token, log-probabilities
+``penalties``             logit bias; repetition, frequency and presence penalties
+``thresholds``            temperature, min_p, top_k, top_p
+``gumbel``                random noise, a function of (seed, position, token id)
+``numerics``              sums, maxima and threshold search that do not depend on the rest of the batch
+========================  =============================================================================================
+
+Public names are imported on first use. ``SamplingParams`` needs no JAX, so a command can read its options before it
+decides how JAX starts.
 
 >>> from glm_jax.sampling import SamplerState, SamplingParams, sample, update_state, is_stop, completion_seeds
 """
@@ -44,7 +55,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Imports the module behind a public name the first time it is asked for."""
+    """Imports the module that defines a public name when the name is first used."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Sampling options as NumPy arrays, one row per completion; checked against the vocabulary."""
+"""Sampling options of a batch as NumPy arrays, one row per completion, checked against the vocabulary."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,9 @@ import numpy as np
 from glm_jax.errors import SamplingError
 from glm_jax.sampling.params import SEED_BITS, SamplingParams
 
-_SMALLEST_BUCKET = 8
+_MIN_WIDTH = 8
 NO_TOKEN = -1
+"""Padding of token id arrays."""
 
 
 def check_batch(
@@ -18,7 +19,11 @@ def check_batch(
     vocab_size: int,
     valid_vocab: int,
 ) -> None:
-    """Refuses rows that do not belong together or to this vocabulary."""
+    """Checks that options, seeds and prompts match each other and the vocabulary.
+
+    Raises:
+        SamplingError: if their numbers differ, or a seed, ``valid_vocab`` or a token id is out of range.
+    """
     if not len(params) == len(seeds) == len(prompt_ids) > 0:
         raise SamplingError(
             f"a batch has as many options as seeds and prompts, and at least one: "
@@ -29,9 +34,9 @@ def check_batch(
     for seed in seeds:
         if not 0 <= seed < 2**SEED_BITS:
             raise SamplingError(f"a seed must be in [0, 2**{SEED_BITS}), got {seed}")
-    for row, prompt in zip(params, prompt_ids, strict=True):
-        _check_ids("logit_bias", tuple(row.logit_bias or ()), vocab_size)
-        _check_ids("stop_token_ids", row.stop_token_ids, vocab_size)
+    for options, prompt in zip(params, prompt_ids, strict=True):
+        _check_ids("logit_bias", tuple(options.logit_bias or ()), vocab_size)
+        _check_ids("stop_token_ids", options.stop_token_ids, vocab_size)
         _check_ids("the prompt", prompt, vocab_size)
 
 
@@ -40,12 +45,15 @@ def _check_ids(where: str, ids: Sequence[int], vocab_size: int) -> None:
         return
     lowest, highest = min(ids), max(ids)
     if lowest < 0 or highest >= vocab_size:
-        wrong = lowest if lowest < 0 else highest
-        raise SamplingError(f"{where}: token id {wrong} is outside the model's vocabulary, [0, {vocab_size})")
+        invalid = lowest if lowest < 0 else highest
+        raise SamplingError(f"{where}: token id {invalid} is outside the model's vocabulary, [0, {vocab_size})")
 
 
 def scalar_arrays(params: Sequence[SamplingParams]) -> dict[str, np.ndarray]:
-    """The leaves with one number per row. Filters of a greedy row are switched off: they cannot change its token."""
+    """The options with one number per row, each ``[B]``.
+
+    Filters of a greedy row are switched off, because they cannot change its token.
+    """
 
     def column(dtype: type, values: Sequence[float]) -> np.ndarray:
         return np.asarray(values, dtype=dtype)
@@ -55,24 +63,27 @@ def scalar_arrays(params: Sequence[SamplingParams]) -> dict[str, np.ndarray]:
         "top_k": column(np.int32, [0 if p.greedy else p.top_k for p in params]),
         "top_p": column(np.float32, [1.0 if p.greedy else p.top_p for p in params]),
         "min_p": column(np.float32, [0.0 if p.greedy else p.min_p for p in params]),
-        "repetition": column(np.float32, [p.repetition_penalty for p in params]),
-        "presence": column(np.float32, [p.presence_penalty for p in params]),
-        "frequency": column(np.float32, [p.frequency_penalty for p in params]),
+        "repetition_penalty": column(np.float32, [p.repetition_penalty for p in params]),
+        "presence_penalty": column(np.float32, [p.presence_penalty for p in params]),
+        "frequency_penalty": column(np.float32, [p.frequency_penalty for p in params]),
     }
 
 
 def split_seeds(seeds: Sequence[int]) -> np.ndarray:
-    """Uint32 ``[B, 2]``, the high half first."""
+    """Seeds of 63 bits as ``uint32 [B, 2]``, the high half first."""
     return np.asarray([(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds], dtype=np.uint32)
 
 
 def stop_id_array(params: Sequence[SamplingParams], eos_ids: Sequence[int]) -> np.ndarray:
-    """Int32 ``[B, M]``: each row's own ids and, unless it ignores them, the checkpoint's."""
+    """Stop ids ``int32 [B, M]``: each row's own and, unless it ignores them, the checkpoint's end-of-sequence ids."""
     return _pad_to_bucket([(*p.stop_token_ids, *(() if p.ignore_eos else eos_ids)) for p in params], NO_TOKEN, np.int32)
 
 
 def bias_arrays(params: Sequence[SamplingParams], vocab_size: int) -> dict[str, np.ndarray]:
-    """The ids and values of each row's bias; the filling is an id that no scatter writes."""
+    """Logit biases: ids ``int32 [B, K]`` and values ``float32 [B, K]``.
+
+    Unused entries have the id ``vocab_size``, which a scatter with ``mode="drop"`` ignores.
+    """
     biases = [p.logit_bias or {} for p in params]
     return {
         "bias_ids": _pad_to_bucket([tuple(b) for b in biases], vocab_size, np.int32),
@@ -81,15 +92,15 @@ def bias_arrays(params: Sequence[SamplingParams], vocab_size: int) -> dict[str, 
 
 
 def penalty_arrays(prompt_ids: Sequence[Sequence[int]], vocab_size: int) -> dict[str, np.ndarray]:
-    """What the penalties look at, before the first token."""
+    """Penalty inputs before the first output token: ``counts`` ``int32 [B, V]`` and ``in_prompt`` ``bool [B, V]``."""
     in_prompt = np.zeros((len(prompt_ids), vocab_size), dtype=bool)
     for row, prompt in zip(in_prompt, prompt_ids, strict=True):
         row[np.asarray(prompt, dtype=np.int64)] = True
     return {"counts": np.zeros(in_prompt.shape, dtype=np.int32), "in_prompt": in_prompt}
 
 
-def _pad_to_bucket(lists: Sequence[Sequence[float]], filling: float, dtype: type) -> np.ndarray:
-    """A table as wide as the next power of two, so that few widths are ever compiled."""
+def _pad_to_bucket(lists: Sequence[Sequence[float]], padding: float, dtype: type) -> np.ndarray:
+    """Pads the lists to the next power of two, so that few widths are ever compiled."""
     longest = max(len(values) for values in lists)
-    width = max(_SMALLEST_BUCKET, 1 << max(longest - 1, 0).bit_length())
-    return np.asarray([[*values, *[filling] * (width - len(values))] for values in lists], dtype=dtype)
+    width = max(_MIN_WIDTH, 1 << max(longest - 1, 0).bit_length())
+    return np.asarray([[*values, *[padding] * (width - len(values))] for values in lists], dtype=dtype)

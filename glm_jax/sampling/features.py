@@ -1,4 +1,4 @@
-"""What a batch needs of the sampler: the part that is compiled in. Host only: this module imports no JAX."""
+"""The sampling features a batch uses, which select what is compiled. Host only: this module imports no JAX."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from glm_jax.sampling.params import SamplingParams
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerFeatures:
-    """The static part of :class:`~glm_jax.sampling.SamplerState`: each combination is a compilation of its own.
+    """The static part of :class:`~glm_jax.sampling.SamplerState`; each combination is compiled separately.
 
-    One that covers the batch gives the same tokens as the smallest that does, only slower, so a server can fix one for
-    all it will see and compile once. Which of top_k and top_p runs is decided on the device.
+    Features that a batch does not use change no token and only cost time. A server can therefore fix one combination
+    that covers all requests it accepts, and compile once. Whether top_k and top_p run is decided on the device.
 
     Attributes:
-        penalties: some row has a penalty; the state then holds ``[B, V]`` counts.
-        filters: some row that is drawn at random uses top_k, top_p or min_p.
-        bias: some row has a logit bias.
-        logprobs: None, or how many most likely tokens are reported beside the chosen one.
-        greedy_only: no row is drawn at random; no noise is made.
+        penalties: Some row has a penalty; the state then holds token counts ``int32 [B, V]``.
+        filters: Some row with a temperature uses top_k, top_p or min_p.
+        bias: Some row has a logit bias.
+        logprobs: Number of most likely tokens reported beside the chosen one; None reports no log-probabilities.
+        greedy_only: Every row is greedy, so no noise is computed.
     """
 
     penalties: bool = False
@@ -31,7 +31,7 @@ class SamplerFeatures:
 
     @classmethod
     def from_params(cls, params: Sequence[SamplingParams]) -> SamplerFeatures:
-        """The least that these rows need."""
+        """The smallest set of features that covers a batch with these options."""
         return cls(
             penalties=any(p.penalized for p in params),
             filters=any(p.filtered for p in params),
@@ -41,7 +41,7 @@ class SamplerFeatures:
         )
 
     def covers(self, other: SamplerFeatures) -> bool:
-        """Whether a batch that needs ``other`` can run with this."""
+        """Whether a batch that needs the features ``other`` can run with these."""
         return (
             self.penalties >= other.penalties
             and self.filters >= other.filters

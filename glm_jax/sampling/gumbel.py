@@ -1,7 +1,7 @@
-"""Noise that is a function of (seed, position, token id) and of nothing else.
+"""Gumbel noise as a pure function of (seed, position, token id).
 
-A row's tokens therefore depend neither on its neighbors nor on the batch, its slot, the mesh or how many tokens one
-step draws: verifying a drafted token redraws the very token that plain decoding would have drawn.
+A request's tokens therefore do not depend on the other requests, the batch size, the slot, the mesh or the number of
+tokens per step. Verifying a drafted token samples the same token that plain decoding would have sampled.
 """
 
 import jax
@@ -12,10 +12,10 @@ _PARITY = 0x1BD11BDA
 
 
 def threefry2x32(key: tuple[jax.Array, jax.Array], counter: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The Threefry-2x32-20 random function on uint32 arrays of shapes that broadcast.
+    """The counter-based random function Threefry-2x32-20 on ``uint32`` arrays whose shapes broadcast.
 
-    Written out because its value is a promise (the same tokens from the same seed under every version of JAX) that a
-    fused kernel has to keep too.
+    It is implemented here, and again in the fused kernels, because the same seed must give the same tokens under every
+    version of JAX.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 5.2 and its Random123 code.
     """
@@ -31,19 +31,19 @@ def threefry2x32(key: tuple[jax.Array, jax.Array], counter: tuple[jax.Array, jax
 
 
 def gumbel_noise(seeds: jax.Array, positions: jax.Array, ids: jax.Array) -> jax.Array:
-    """Standard Gumbel noise, float32 ``[B, V]``, between -2.9 and 22.9.
+    """Standard Gumbel noise ``float32 [B, V]``, between -2.9 and 22.9.
 
-    ``argmax(logits + noise)`` is a draw from ``softmax(logits)``. The winning tail is where the uniform is near 0: all
-    32 bits are kept there, so that 154,880 equally likely tokens rarely tie.
+    ``argmax(logits + noise)`` is a sample from ``softmax(logits)`` (the Gumbel-max trick). Large noise comes from
+    uniform numbers near 0, where all 32 random bits are kept, so that 154,880 equally likely tokens rarely tie.
 
     Args:
-        seeds: uint32 ``[B, 2]``, the high and the low half.
-        positions: int32 ``[B]``.
-        ids: int32 ``[B, V]``.
+        seeds: ``uint32 [B, 2]``, the high and the low half of each seed.
+        positions: ``int32 [B]``, position of the sampled token in its sequence.
+        ids: ``int32 [B, V]``, token ids.
     """
     key = (seeds[:, :1], seeds[:, 1:])
     counter = (positions.astype(jnp.uint32)[:, None], ids.astype(jnp.uint32))
     bits, _ = threefry2x32(key, counter)
     uniform = bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33
-    # Rounding may reach 1, whose noise of -inf would lose even against no rival.
+    # Rounding may give 1, whose noise of -inf would exclude a token even if it is the only one left.
     return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, 1.0 - 2.0**-24)))

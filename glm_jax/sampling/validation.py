@@ -1,4 +1,8 @@
-"""Checks of one option each: the value in its plain type, or a SamplingError that names field, range and value."""
+"""Checks of single option values.
+
+Each check returns the value as a plain Python type, or raises a SamplingError that names the field, the allowed range
+and the value.
+"""
 
 import math
 import numbers
@@ -12,25 +16,29 @@ T = TypeVar("T")
 
 
 def raise_invalid(field: str, value: object, expected: str) -> NoReturn:
-    """Raises the one error all checks share; a huge value is shortened."""
+    """Raises the error that all checks share; the text of a long value is shortened.
+
+    Raises:
+        SamplingError: always.
+    """
     raise SamplingError(f"{field} must be {expected}, got {reprlib.repr(value)}")
 
 
-def check_number(field: str, value: object, expected: str, allowed: Callable[[float], bool]) -> float:
-    """A finite real number that satisfies ``allowed``; booleans are refused."""
+def check_number(field: str, value: object, expected: str, is_allowed: Callable[[float], bool]) -> float:
+    """Returns a finite real number that satisfies ``is_allowed``; booleans are rejected."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise_invalid(field, value, expected)
     try:
         plain = float(value)
     except OverflowError:
         raise_invalid(field, value, expected)
-    if not math.isfinite(plain) or not allowed(plain):
+    if not math.isfinite(plain) or not is_allowed(plain):
         raise_invalid(field, value, expected)
     return plain
 
 
 def check_integer(field: str, value: object, low: int, high: int, expected: str | None = None) -> int:
-    """A whole number in [low, high]; booleans and floats are refused."""
+    """Returns an integer in [low, high]; booleans and floats are rejected."""
     expected = expected or f"an integer in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
         raise_invalid(field, value, expected)
@@ -38,33 +46,33 @@ def check_integer(field: str, value: object, low: int, high: int, expected: str 
 
 
 def check_bool(field: str, value: object) -> bool:
-    """True or False, and nothing that merely counts as one."""
+    """Returns True or False; other truthy or falsy values are rejected."""
     if not isinstance(value, bool):
         raise_invalid(field, value, "True or False")
     return value
 
 
-def _check_items(field: str, value: object, expected: str, most: int) -> list[object]:
+def _check_items(field: str, value: object, expected: str, max_items: int) -> list[object]:
     if isinstance(value, (bytes, Mapping)) or not isinstance(value, Iterable):
         raise_invalid(field, value, expected)
-    found = list(value)
-    if len(found) > most:
-        raise SamplingError(f"{field} must have at most {most} entries, got {len(found)}")
-    return found
+    items = list(value)
+    if len(items) > max_items:
+        raise SamplingError(f"{field} must have at most {max_items} entries, got {len(items)}")
+    return items
 
 
 def check_strings(field: str, value: object, max_items: int, max_length: int) -> tuple[str, ...]:
-    """Up to ``max_items`` non-empty strings of up to ``max_length`` characters; a lone string is a list of one."""
+    """Returns up to ``max_items`` non-empty strings of up to ``max_length`` characters; a single string is accepted."""
     expected = f"a sequence of at most {max_items} non-empty strings of at most {max_length} characters"
-    found = _check_items(field, [value] if isinstance(value, str) else value, expected, max_items)
-    for item in found:
+    items = _check_items(field, [value] if isinstance(value, str) else value, expected, max_items)
+    for item in items:
         if not isinstance(item, str) or not 0 < len(item) <= max_length:
             raise_invalid(field, item, expected)
-    return tuple(str(item) for item in found)
+    return tuple(str(item) for item in items)
 
 
 def check_token_ids(field: str, value: object, max_items: int, max_id: int) -> tuple[int, ...]:
-    """Up to ``max_items`` token ids."""
+    """Returns up to ``max_items`` token ids in [0, max_id]."""
     expected = f"a sequence of at most {max_items} token ids"
     if isinstance(value, str):
         raise_invalid(field, value, expected)
@@ -75,7 +83,7 @@ def check_token_ids(field: str, value: object, max_items: int, max_id: int) -> t
 
 
 def check_logit_bias(field: str, value: object, max_items: int, max_id: int, bound: float) -> dict[int, float] | None:
-    """Token id to bias, in order of id, as a new dictionary; an empty one is None."""
+    """Returns token id to bias as a new dictionary sorted by id; None if it is empty."""
     if not isinstance(value, Mapping):
         raise_invalid(field, value, "a mapping of token id to bias")
     if len(value) > max_items:
@@ -90,9 +98,13 @@ def check_logit_bias(field: str, value: object, max_items: int, max_id: int, bou
     return dict(sorted(plain.items())) or None
 
 
-def check_option_names(given: Iterable[object], fields: Iterable[str]) -> None:
-    """Refuses names that are not options."""
+def check_option_names(names: Iterable[object], fields: Iterable[str]) -> None:
+    """Rejects names that are not sampling options.
+
+    Raises:
+        SamplingError: if a name is not among ``fields``; the message lists the options.
+    """
     allowed = sorted(fields)
-    unknown = sorted(str(name) for name in given if name not in allowed)
+    unknown = sorted(str(name) for name in names if name not in allowed)
     if unknown:
         raise SamplingError(f"unknown sampling option {', '.join(unknown)}; the options are {', '.join(allowed)}")

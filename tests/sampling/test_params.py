@@ -215,7 +215,7 @@ def test_features_cover_what_needs_less():
 
 def test_options_need_no_jax():
     folder = Path(glm_jax.sampling.__file__).parent
-    for name in ("__init__", "params", "checks", "features"):
+    for name in ("__init__", "params", "validation", "features"):
         tree = ast.parse((folder / f"{name}.py").read_text())
         top = {
             alias.name if isinstance(node, ast.Import) else node.module
