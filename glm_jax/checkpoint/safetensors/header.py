@@ -1,8 +1,8 @@
-"""The header of a safetensors file, checked in full before anything trusts it.
+"""Parses the header of a safetensors file and checks all of it before any tensor is read.
 
 Format (https://github.com/huggingface/safetensors): eight bytes with the little-endian length of a JSON object, the
-object, then the tensors' bytes without gaps. Every field is hostile until checked: a file that passes can be mapped
-and sliced without further tests.
+object, then the tensors' bytes without gaps. Every field counts as hostile until it is checked, so a file that passes
+can be mapped and sliced without further tests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from glm_jax.checkpoint.messages import printable
 from glm_jax.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 HEADER_LENGTH_BYTES = 8
 
 SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
@@ -48,7 +48,7 @@ SAFETENSORS_DTYPE_NAMES: dict[np.dtype[Any], str] = {dtype: name for name, dtype
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies: dtype, shape and its byte range within the file."""
+    """Dtype, shape and byte range (from ``begin`` up to, not including, ``end``) of one tensor in its file."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -58,17 +58,25 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """The tensors of one file by name, and the free-form metadata."""
+    """Header of one safetensors file: its tensors by name, and its free-form metadata."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
 
 
 def parse_header_length(prefix: bytes, file_size: int, file: str) -> int:
-    """Length of the JSON header, from the first eight bytes.
+    """Reads the length of the JSON header from the first eight bytes of a file.
+
+    Args:
+        prefix: The first eight bytes of the file, or all of a shorter file.
+        file_size: Size of the whole file in bytes.
+        file: File name for error messages.
+
+    Returns:
+        Length of the JSON header in bytes.
 
     Raises:
-        CheckpointError: if the file is too short for it.
+        CheckpointError: If the file is too short to hold a header of that length.
     """
     if len(prefix) < HEADER_LENGTH_BYTES:
         raise CheckpointError(f"{file} has {file_size} bytes, too few for a safetensors file: download it again")
@@ -85,27 +93,27 @@ def parse_header(raw: bytes, file_size: int, file: str) -> SafetensorsHeader:
     """Parses and checks a header.
 
     Args:
-        raw: the JSON object, without the eight bytes before it.
-        file_size: bytes of the whole file.
-        file: name for messages.
+        raw: The JSON object, without the eight bytes before it.
+        file_size: Size of the whole file in bytes.
+        file: File name for error messages.
 
     Raises:
-        CheckpointError: for broken JSON, unknown dtypes, and byte ranges that lie outside the file, do not fit the
-            dtype and shape, overlap, or leave gaps.
+        CheckpointError: For broken JSON, unknown dtypes, and byte ranges that exceed the file, do not fit the dtype
+            and shape, overlap, or leave gaps.
     """
     fields = _load_object(raw, file)
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{file}: __metadata__ must map names to strings")
     base = HEADER_LENGTH_BYTES + len(raw)
-    tensors = {name: _entry(name, value, base, file) for name, value in fields.items()}
+    tensors = {name: _parse_tensor_info(name, value, base, file) for name, value in fields.items()}
     _check_ranges(tensors, base, file_size, file)
     return SafetensorsHeader(tensors, metadata)
 
 
 def _load_object(raw: bytes, file: str) -> dict[str, Any]:
     try:
-        fields = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique(file))
+        fields = json.loads(raw.decode("utf-8"), object_pairs_hook=_reject_duplicate_keys(file))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise CheckpointError(f"{file}: the header is not valid JSON ({printable(str(error))})") from None
     if not isinstance(fields, dict):
@@ -113,19 +121,19 @@ def _load_object(raw: bytes, file: str) -> dict[str, Any]:
     return fields
 
 
-def _unique(file: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(file: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) != len(pairs):
             seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-            raise CheckpointError(f"{file}: the header names {printable(twice)} twice")
+            duplicate = next(name for name, _ in pairs if name in seen or seen.add(name))
+            raise CheckpointError(f"{file}: the header names {printable(duplicate)} twice")
         return fields
 
-    return build
+    return build_object
 
 
-def _entry(name: str, value: Any, base: int, file: str) -> TensorInfo:
+def _parse_tensor_info(name: str, value: Any, base: int, file: str) -> TensorInfo:
     where = f"{file}: tensor {printable(name)}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where} must have dtype, shape and data_offsets, and nothing else")
@@ -146,20 +154,22 @@ def _entry(name: str, value: Any, base: int, file: str) -> TensorInfo:
 
 
 def _is_natural_list(value: Any) -> bool:
-    # Sizes past 2**62 cannot be mapped and would overflow in C code further on.
+    # Sizes past 2**62 cannot be mapped and would overflow in C code later.
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**62 for n in value)
 
 
 def _check_ranges(tensors: Mapping[str, TensorInfo], base: int, file_size: int, file: str) -> None:
-    at = base
-    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.end > file_size:
+    end = base
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.end > file_size:
             raise CheckpointError(
-                f"{file} is truncated: tensor {printable(name)} ends at byte {entry.end}, the file at {file_size}"
+                f"{file} is truncated: tensor {printable(name)} ends at byte {info.end}, the file at {file_size}"
             )
-        if entry.begin != at:
-            kind = "overlaps the tensor before it" if entry.begin < at else f"leaves a gap of {entry.begin - at} bytes"
-            raise CheckpointError(f"{file}: tensor {printable(name)} {kind}")
-        at = entry.end
-    if at != file_size:
-        raise CheckpointError(f"{file} has {file_size - at} bytes after the last tensor: it is damaged")
+        if info.begin != end:
+            problem = (
+                "overlaps the tensor before it" if info.begin < end else f"leaves a gap of {info.begin - end} bytes"
+            )
+            raise CheckpointError(f"{file}: tensor {printable(name)} {problem}")
+        end = info.end
+    if end != file_size:
+        raise CheckpointError(f"{file} has {file_size - end} bytes after the last tensor: it is damaged")

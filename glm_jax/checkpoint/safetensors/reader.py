@@ -1,7 +1,7 @@
-"""Lazy, memory-mapped safetensors folders: our own reader, on numpy and ml_dtypes alone.
+"""Reads folders of safetensors files lazily and memory-mapped, with NumPy and ml_dtypes alone.
 
-Opening reads headers only. Tensors are read-only views of mapped files, so nothing is copied and the operating system
-can drop the pages again.
+Opening a folder reads headers only. Tensors are read-only views of mapped files, so nothing is copied and the
+operating system can drop the pages again.
 """
 
 from __future__ import annotations
@@ -29,19 +29,24 @@ from glm_jax.checkpoint.safetensors.header import (
 from glm_jax.errors import CheckpointError
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Index = Any  # whatever numpy takes between brackets
 
 INDEX_NAME = "model.safetensors.index.json"
-MAX_NAME_BYTES = 255  # of a file, on every common system
+MAX_NAME_BYTES = 255  # limit for file names on every common system
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 
 class SafetensorsFile(MappedFile):
-    """One safetensors file, its header checked, mapped when first touched.
+    """One safetensors file; opening it reads and checks the header.
+
+    Args:
+        path: Path of the file.
+
+    Attributes:
+        header: Tensors and metadata of the file.
 
     Raises:
-        CheckpointError: if the file is unreadable, truncated, damaged, or not safetensors.
+        CheckpointError: If the file is unreadable, truncated, damaged, or not safetensors.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,27 +60,27 @@ class SafetensorsFile(MappedFile):
         self.digest = hashlib.sha256(raw).hexdigest()
 
     def get_tensor(self, name: str) -> Array:
-        """The tensor as a read-only view of the mapped file."""
-        entry = self.header.tensors[name]
-        if entry.begin == entry.end:
-            return np.empty(entry.shape, entry.dtype)
-        raw = np.frombuffer(self._mapped(), np.uint8, entry.end - entry.begin, entry.begin)
-        return raw.view(entry.dtype).reshape(entry.shape)
+        """Returns the tensor as a read-only view of the mapped file."""
+        info = self.header.tensors[name]
+        if info.begin == info.end:
+            return np.empty(info.shape, info.dtype)
+        raw = np.frombuffer(self._mapped(), np.uint8, info.end - info.begin, info.begin)
+        return raw.view(info.dtype).reshape(info.shape)
 
     def byte_ranges(self) -> Iterator[tuple[int, int]]:
-        """Of every tensor."""
-        return ((entry.begin, entry.end) for entry in self.header.tensors.values())
+        """First byte and end of every tensor within the file."""
+        return ((info.begin, info.end) for info in self.header.tensors.values())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SafetensorsReader:
-    """Every tensor of a folder of safetensors files.
+    """All tensors of a folder of safetensors files, by name.
 
     Attributes:
-        folder: where the files are.
-        shards: the files by name.
-        weight_map: tensor name -> file name.
-        notes: harmless oddities worth telling.
+        folder: Folder that holds the files.
+        shards: Opened files by file name.
+        weight_map: File name of each tensor, by tensor name.
+        notes: Harmless oddities to report to the user.
     """
 
     folder: Path
@@ -85,21 +90,19 @@ class SafetensorsReader:
 
     @classmethod
     def open(cls, folder: Path) -> SafetensorsReader:
-        """Opens every shard of a folder and checks that they belong together.
+        """Opens every shard of a folder and checks that they form one checkpoint.
 
         Raises:
-            CheckpointError: for pickle files, missing or damaged shards, tensors in two shards, and an index that does
-                not agree with the shards.
+            CheckpointError: For pickle files, missing or damaged shards, tensors in two shards, and an index that
+                disagrees with the shards.
         """
         index = _read_index(folder)
-        files = (
-            _require_all_shards(_find_weight_files(folder), folder) if index is None else _indexed_files(index, folder)
-        )
+        files = _find_all_shards(folder) if index is None else _indexed_files(index, folder)
         shards = {name: SafetensorsFile(folder / name) for name in files}
-        homes = _build_weight_map(shards)
+        weight_map = _build_weight_map(shards)
         if index is not None:
-            _check_index(index["weight_map"], homes)
-        return cls(folder, shards, homes, _total_size_notes(index, shards))
+            _check_index(index["weight_map"], weight_map)
+        return cls(folder, shards, weight_map, _total_size_notes(index, shards))
 
     def __contains__(self, name: str) -> bool:
         return name in self.weight_map
@@ -108,36 +111,32 @@ class SafetensorsReader:
         return iter(self.weight_map)
 
     def tensor_info(self, name: str) -> TensorInfo:
-        """Dtype, shape and place of a tensor."""
+        """Dtype, shape and byte range of a tensor."""
         return self.shards[self.weight_map[name]].header.tensors[name]
 
     def get_tensor(self, name: str) -> Array:
-        """A whole tensor as a read-only view; no byte is read before it is used."""
+        """Returns a whole tensor as a read-only view; its bytes are read when they are first used."""
         return self.shards[self.weight_map[name]].get_tensor(name)
 
-    def get_slice(self, name: str, index: Index) -> Array:
-        """A piece of a tensor, touching no other page than its own."""
-        return self.get_tensor(name)[index]
-
     def fingerprint(self) -> str:
-        """A hash of every shard's name, size and header, and of three pages of every tensor.
+        """SHA-256 of every shard's name, size and header, and of three pages of every tensor.
 
-        Training that touched a tensor as a whole, as every usual kind does, changes it. A few bytes changed between
-        the pages do not: a stopped conversion sees those by :meth:`mtimes_ns`, a finished one under ``--check``.
+        Any training that updates whole tensors changes the fingerprint. A few bytes changed between the sampled pages
+        do not; a stopped conversion notices those by :meth:`mtimes_ns`, a finished conversion with ``--check``.
         """
         lines = [f"{name} {shard.size} {shard.sample_digest()}" for name, shard in sorted(self.shards.items())]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def mtimes_ns(self) -> dict[str, int]:
-        """When each shard was last changed, in nanoseconds."""
+        """Time of each shard's last change in nanoseconds, by file name."""
         return {name: shard.mtime_ns for name, shard in sorted(self.shards.items())}
 
 
 def reject_pickle(path: Path) -> None:
-    """Refuses a file whose name says that loading it would run code.
+    """Rejects a file whose suffix marks it as a pickle, because loading a pickle can run code.
 
     Raises:
-        CheckpointError: if it is one.
+        CheckpointError: If the file has such a suffix.
     """
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise CheckpointError(
@@ -156,18 +155,20 @@ def _find_weight_files(folder: Path) -> list[str]:
         for name in names:
             reject_pickle(folder / name)
         raise CheckpointError(f"{folder} holds no weights: expected *.safetensors files")
-    # Repositories add other weights beside the model's (adapters, a copy in another layout).
+    # Some repositories hold other weights too, such as adapters or a copy in another layout.
     return [name for name in files if name.startswith("model")] or files
 
 
-def _require_all_shards(files: list[str], folder: Path) -> list[str]:
+def _find_all_shards(folder: Path) -> list[str]:
+    """Weight files of a folder without an index, complete according to their ``-00001-of-00002`` names."""
+    files = _find_weight_files(folder)
     for name in files:
         match = _SHARD.fullmatch(name)
         if match is None:
             continue
         stem, width, total = match[1], len(match[2]), int(match[3])
-        wanted = {f"{stem}-{i:0{width}d}-of-{match[3]}.safetensors" for i in range(1, min(total, 100_000) + 1)}
-        _reject_missing(sorted(wanted - set(files)), folder)
+        expected = {f"{stem}-{i:0{width}d}-of-{match[3]}.safetensors" for i in range(1, min(total, 100_000) + 1)}
+        _reject_missing(sorted(expected - set(files)), folder)
     return files
 
 
@@ -201,29 +202,30 @@ def _indexed_files(index: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def _is_file_name(name: str) -> bool:
-    # A name that can be printed has no control characters or lone surrogates, so it can be encoded too.
+    # A printable name has no control characters or lone surrogates, so it can be encoded too.
     return Path(name).name == name and name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES
 
 
 def _build_weight_map(shards: Mapping[str, SafetensorsFile]) -> dict[str, str]:
-    homes: dict[str, str] = {}
-    twice: list[str] = []
+    weight_map: dict[str, str] = {}
+    duplicates: list[str] = []
     for file, shard in shards.items():
         for name in shard.header.tensors:
-            if name in homes:
-                twice.append(f"{printable(name)} (in {printable(homes[name])} and {printable(file)})")
-            homes.setdefault(name, file)
-    if twice:
-        raise CheckpointError(f"tensors that are in two files: {format_names(twice)}")
-    return homes
+            if name in weight_map:
+                duplicates.append(f"{printable(name)} (in {printable(weight_map[name])} and {printable(file)})")
+            weight_map.setdefault(name, file)
+    if duplicates:
+        raise CheckpointError(f"tensors that are in two files: {format_names(duplicates)}")
+    return weight_map
 
 
-def _check_index(weight_map: Mapping[str, str], homes: Mapping[str, str]) -> None:
+def _check_index(listed: Mapping[str, str], actual: Mapping[str, str]) -> None:
+    """Compares the index's weight map with the weight map of the files themselves."""
     problems = []
-    absent = [f"{printable(n)} ({file})" for n, file in weight_map.items() if homes.get(n) != file]
+    absent = [f"{printable(name)} ({file})" for name, file in listed.items() if actual.get(name) != file]
     if absent:
         problems.append(f"the index lists tensors that are not in the file it names: {format_names(absent)}")
-    unlisted = [f"{printable(n)} ({printable(file)})" for n, file in homes.items() if n not in weight_map]
+    unlisted = [f"{printable(name)} ({printable(file)})" for name, file in actual.items() if name not in listed]
     if unlisted:
         problems.append(f"the files hold tensors that the index does not list: {format_names(unlisted)}")
     if problems:
@@ -233,6 +235,6 @@ def _check_index(weight_map: Mapping[str, str], homes: Mapping[str, str]) -> Non
 def _total_size_notes(index: Mapping[str, Any] | None, shards: Mapping[str, SafetensorsFile]) -> tuple[str, ...]:
     metadata = index.get("metadata") if index else None
     claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
-    present = sum(e.end - e.begin for shard in shards.values() for e in shard.header.tensors.values())
+    actual = sum(info.end - info.begin for shard in shards.values() for info in shard.header.tensors.values())
     # Some writers count tied tensors twice, so a wrong total alone says nothing about the weights.
-    return () if claimed in (None, present) else (f"{INDEX_NAME} says {claimed} bytes, the files hold {present}",)
+    return () if claimed in (None, actual) else (f"{INDEX_NAME} says {claimed} bytes, the files hold {actual}",)

@@ -1,4 +1,4 @@
-"""Writes safetensors files tensor by tensor, so that a file of any size needs the memory of one tensor."""
+"""Writes safetensors files block by block, so that a file of any size needs the memory of one block of a tensor."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class TensorOutput:
     """A tensor to be written.
 
     Attributes:
-        name: in the file.
-        shape: of the tensor.
-        dtype: of the tensor.
-        iter_blocks: gives its contiguous blocks in order, when its turn comes.
+        name: Name of the tensor in the file.
+        shape: Shape of the tensor.
+        dtype: Dtype of the tensor.
+        iter_blocks: Function that yields the tensor's consecutive blocks; called when the tensor is written.
     """
 
     name: str
@@ -37,33 +37,46 @@ class TensorOutput:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Size of the tensor in the file, in bytes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
 def split_into_shards(
     outputs: Sequence[TensorOutput], max_bytes: int = MAX_SHARD_BYTES
 ) -> dict[str, list[TensorOutput]]:
-    """Tensors, in order, in numbered files of at most ``max_bytes`` bytes (or one tensor)."""
-    groups: list[list[TensorOutput]] = [[]]
-    filled = 0
+    """Distributes tensors, in order, over numbered files.
+
+    Args:
+        outputs: Tensors in the order in which they are written.
+        max_bytes: Largest size of a file's tensors in bytes; a single larger tensor gets a file of its own.
+
+    Returns:
+        Tensors of each file, by file name.
+    """
+    shards: list[list[TensorOutput]] = [[]]
+    shard_bytes = 0
     for output in outputs:
-        if groups[-1] and filled + output.nbytes > max_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(output)
-        filled += output.nbytes
-    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+        if shards[-1] and shard_bytes + output.nbytes > max_bytes:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(output)
+        shard_bytes += output.nbytes
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
 
 
 def write_shard(path: Path, outputs: Sequence[TensorOutput], advance: Callable[[int], None]) -> dict[str, ArrayRecord]:
-    """Writes one file, which appears under its name when it is complete.
+    """Writes one safetensors file atomically.
+
+    Args:
+        path: Path of the file.
+        outputs: Tensors of the file.
+        advance: Called after each block with the number of bytes written.
 
     Returns:
-        The record of each tensor.
+        Shape, dtype and hash of each tensor, by name.
     """
     with open_atomic(path, path.with_name(f"{path.name}.tmp")) as file:
-        header = _header(outputs)
+        header = _build_header(outputs)
         file.write(len(header).to_bytes(HEADER_LENGTH_BYTES, "little") + header)
         records = {}
         for output in outputs:
@@ -77,24 +90,29 @@ def write_shard(path: Path, outputs: Sequence[TensorOutput], advance: Callable[[
     return records
 
 
-def _header(outputs: Sequence[TensorOutput]) -> bytes:
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say it
-    at = 0
+def _build_header(outputs: Sequence[TensorOutput]) -> bytes:
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers rejects files without it
+    begin = 0
     for output in outputs:
-        end = at + output.nbytes
+        end = begin + output.nbytes
         fields[output.name] = {
             "dtype": SAFETENSORS_DTYPE_NAMES[output.dtype],
             "shape": list(output.shape),
-            "data_offsets": [at, end],
+            "data_offsets": [begin, end],
         }
-        at = end
+        begin = end
     text = json.dumps(fields, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)  # the tensors start at a multiple of eight
+    return text + b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
 
 
 def build_index_json(shards: Mapping[str, Sequence[TensorOutput]], source: str) -> str:
-    """The index of a sharded checkpoint, with the key of what it was made from."""
-    total = sum(output.nbytes for group in shards.values() for output in group)
-    weight_map = {output.name: file for file, group in shards.items() for output in group}
+    """JSON text of ``model.safetensors.index.json``.
+
+    Args:
+        shards: Tensors of each file, by file name.
+        source: Key of the source and options that the checkpoint was written from, kept in the metadata.
+    """
+    total = sum(output.nbytes for outputs in shards.values() for output in outputs)
+    weight_map = {output.name: file for file, outputs in shards.items() for output in outputs}
     fields = {"metadata": {"source": source, "total_size": total}, "weight_map": weight_map}
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"

@@ -28,7 +28,7 @@ def file_bytes(fields, data=b"", *, length=None):
 
 
 def parse(blob):
-    """What `Shard` does with a file of these bytes."""
+    """Parses the header of a file with these bytes, as `SafetensorsFile` does."""
     length = parse_header_length(blob[:8], len(blob), "x.safetensors")
     return parse_header(blob[8 : 8 + length], len(blob), "x.safetensors")
 
