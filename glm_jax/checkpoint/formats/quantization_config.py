@@ -1,4 +1,4 @@
-"""What a checkpoint's configuration says about its quantization: one form for the spellings of all writers."""
+"""Parses a checkpoint's quantization configuration into one form, whichever program wrote it."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ from typing import Any
 from glm_jax.checkpoint.messages import printable
 from glm_jax.errors import CheckpointError
 
-# Keys under which config.json describes quantized weights: MLX (which copies it to the next), most writers,
-# compressed-tensors of old.
+# Keys of config.json that describe quantized weights: MLX's (which MLX also copies to the second key), that of most
+# writers, and that of old versions of compressed-tensors.
 QUANTIZATION_CONFIG_KEYS = ("quantization", "quantization_config", "compression_config")
 MODELOPT_CONFIG_NAME = "hf_quant_config.json"
-# "strategy" of compressed-tensors that says all there is to say about the block.
-_STRATEGIES = {"channel": (1, 0), "tensor": (0, 0)}
+_STRATEGY_BLOCKS = {"channel": (1, 0), "tensor": (0, 0)}  # strategies of compressed-tensors that imply the block
 _INTEGER_METHODS = ("gptq", "auto-round", "awq")
-_PLAIN_BITS = 16
-_PAIR = re.compile(r"\d{1,9}x\d{1,9}")  # a block as older versions wrote it
-_MAX_PATTERN = 1000  # characters
+_UNQUANTIZED_BITS = 16
+_BLOCK_TEXT = re.compile(r"\d{1,9}x\d{1,9}")  # a block such as 128x128, as older versions wrote it
+_MAX_PATTERN_LENGTH = 1000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DeclaredScheme:
-    """What is said about one module; None where nothing is.
+    """Quantization of one module as the configuration declares it; None for what it leaves open.
 
     Attributes:
-        bits: of a code.
-        block: (outputs, inputs) that share a scale, 0 for all.
-        symmetric: whether there are no zero points but the middle one.
-        desc_act: whether activation order may have been used.
-        kind: "int" or "float".
-        mode: MLX's name of the arithmetic.
+        bits: Bits of a quantized value.
+        block: Number of outputs and of inputs that share a scale; 0 for all of them.
+        symmetric: Whether all zero points are in the middle of the range.
+        desc_act: Whether the columns may be in activation order.
+        kind: Kind of the quantized values, "int" or "float".
+        mode: MLX's name of the quantization, such as "affine".
     """
 
     bits: int | None = None
@@ -47,15 +46,20 @@ class DeclaredScheme:
 
     @property
     def group_size(self) -> int | None:
-        """Inputs that share a scale."""
+        """Number of inputs that share a scale; 0 for all of them."""
         return None if self.block is None else self.block[1]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SchemeOverride:
-    """Settings for the modules that a pattern fits."""
+    """Settings that replace the general ones for some modules.
 
-    matches: Callable[[str], Any]
+    Attributes:
+        matches: Function whose result is true for the names of these modules.
+        settings: Settings of these modules.
+    """
+
+    matches: Callable[[str], object]
     settings: Mapping[str, Any]
 
 
@@ -64,10 +68,10 @@ class QuantizationConfig:
     """The section of a configuration that describes quantized weights.
 
     Attributes:
-        quant_method: ``quant_method`` in lower case; "mlx" and "modelopt" where those say so in their own way; None where
-            there is no description.
-        section: the section itself.
-        overrides: for modules by pattern.
+        quant_method: Value of ``quant_method`` in lower case; "mlx" or "modelopt" for configurations of these two,
+            which identify themselves in other ways; None if no section describes quantized weights.
+        section: The section itself.
+        overrides: Settings of single modules, in order of precedence.
     """
 
     quant_method: str | None
@@ -76,10 +80,10 @@ class QuantizationConfig:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], folder: Path) -> QuantizationConfig:
-        """From ``config.json`` and, for ModelOpt, the file beside it.
+        """Parses ``config.json`` and, for ModelOpt, ``hf_quant_config.json`` in the same folder.
 
         Raises:
-            CheckpointError: if a section is not an object, or that file is not JSON.
+            CheckpointError: If a section is not an object, or ModelOpt's file is not valid JSON.
         """
         for key in QUANTIZATION_CONFIG_KEYS:
             section = config.get(key)
@@ -97,29 +101,34 @@ class QuantizationConfig:
         return cls(None, {}) if exported is None else cls("modelopt", exported)
 
     def scheme_for(self, module: str) -> DeclaredScheme:
-        """What it says about a module.
+        """Quantization that the configuration declares for a module.
 
         Raises:
-            CheckpointError: if it says something that has no meaning.
+            CheckpointError: If a setting of the module has no valid meaning.
         """
         if self.quant_method in _INTEGER_METHODS:
-            own = (self.section.get("extra_config") or {}).get(module)
-            found = own if own is not None else next((o.settings for o in self.overrides if o.matches(module)), {})
-            return _integer_scheme({**self.section, **found} if isinstance(found, Mapping) else self.section)
-        read = {
+            override = (self.section.get("extra_config") or {}).get(module)
+            if override is None:
+                override = next((o.settings for o in self.overrides if o.matches(module)), {})
+            return _integer_scheme({**self.section, **override} if isinstance(override, Mapping) else self.section)
+        parse = {
             "compressed-tensors": _compressed_tensors_scheme,
             "fp8": _fp8_scheme,
             "modelopt": _modelopt_scheme,
             "mlx": _mlx_scheme,
         }.get(self.quant_method or "")
-        return read(self.section, module) if read else DeclaredScheme()
+        return parse(self.section, module) if parse else DeclaredScheme()
 
     @property
     def packing_format(self) -> str:
-        """AutoRound's ``packing_format``, in one spelling."""
-        said = str(self.section.get("packing_format") or "auto")
-        usual = {"auto": "auto_round:auto_gptq", "auto_round:awq": "auto_round:auto_awq"}
-        return usual.get(said, "auto_round:auto_gptq" if said == "auto_round:gptq" else said)
+        """AutoRound's ``packing_format`` in its canonical spelling."""
+        value = str(self.section.get("packing_format") or "auto")
+        canonical = {
+            "auto": "auto_round:auto_gptq",
+            "auto_round:gptq": "auto_round:auto_gptq",
+            "auto_round:awq": "auto_round:auto_awq",
+        }
+        return canonical.get(value, value)
 
 
 def _normalize_method(value: Any) -> str:
@@ -141,13 +150,13 @@ def _read_modelopt(folder: Path) -> Mapping[str, Any] | None:
 
 
 def _compressed_tensors_scheme(section: Mapping[str, Any], module: str) -> DeclaredScheme:
-    groups = section.get("config_groups") or {}
-    if not isinstance(groups, Mapping):
+    config_groups = section.get("config_groups") or {}
+    if not isinstance(config_groups, Mapping):
         raise CheckpointError("config_groups must be an object")
-    schemes = [group for group in groups.values() if isinstance(group, Mapping)]
-    named = [group for group in schemes if any(_target_matches(target, module) for target in _group_targets(group))]
-    by_class = [group for group in schemes if any(_is_class(target) for target in _group_targets(group))]
-    weights = [group.get("weights") for group in named[:1] or by_class]
+    groups = [group for group in config_groups.values() if isinstance(group, Mapping)]
+    by_name = [group for group in groups if any(_target_matches(target, module) for target in _group_targets(group))]
+    by_class = [group for group in groups if any(_is_class(target) for target in _group_targets(group))]
+    weights = [group.get("weights") for group in by_name[:1] or by_class]
     if not weights or any(other != weights[0] for other in weights) or not isinstance(weights[0], Mapping):
         return DeclaredScheme()
     return _weights_scheme(weights[0])
@@ -169,13 +178,15 @@ def _target_matches(target: str, module: str) -> bool:
 
 
 def _weights_scheme(weights: Mapping[str, Any]) -> DeclaredScheme:
-    strategy, group = weights.get("strategy"), weights.get("group_size")
-    block: tuple[int, int] | None = _STRATEGIES.get(str(strategy))
+    strategy, group_size = weights.get("strategy"), weights.get("group_size")
+    block: tuple[int, int] | None = _STRATEGY_BLOCKS.get(str(strategy))
     if strategy == "block":
-        said = weights.get("block_structure")
-        block = _check_pair([*map(int, said.split("x"))] if isinstance(said, str) and _PAIR.fullmatch(said) else said)
-    elif block is None and group is not None:
-        block = (1, max(_check_int("group_size", group), 0))
+        sizes = weights.get("block_structure")
+        if isinstance(sizes, str) and _BLOCK_TEXT.fullmatch(sizes):
+            sizes = [*map(int, sizes.split("x"))]
+        block = _check_pair(sizes)
+    elif block is None:
+        block = _group_block(group_size)
     return DeclaredScheme(
         bits=_check_int("num_bits", weights.get("num_bits")),
         block=block,
@@ -184,30 +195,36 @@ def _weights_scheme(weights: Mapping[str, Any]) -> DeclaredScheme:
     )
 
 
-def _integer_scheme(said: Mapping[str, Any]) -> DeclaredScheme:
-    bits = _check_int("bits", said.get("bits", said.get("w_bit")))
-    group = said.get("group_size", said.get("q_group_size"))
-    if bits is None or bits >= _PLAIN_BITS:
+def _group_block(group_size: Any) -> tuple[int, int] | None:
+    """Block of a group size, where -1 stands for all inputs; None if no group size is declared."""
+    size = _check_int("group_size", group_size)
+    return None if size is None else (1, max(size, 0))
+
+
+def _integer_scheme(settings: Mapping[str, Any]) -> DeclaredScheme:
+    bits = _check_int("bits", settings.get("bits", settings.get("w_bit")))
+    if bits is None or bits >= _UNQUANTIZED_BITS:
         return DeclaredScheme()
     return DeclaredScheme(
         bits=bits,
-        block=None if group is None else (1, max(_check_int("group_size", group), 0)),
-        symmetric=_check_bool("sym", said.get("sym")),
-        desc_act=_check_bool("desc_act", said.get("desc_act")),
+        block=_group_block(settings.get("group_size", settings.get("q_group_size"))),
+        symmetric=_check_bool("sym", settings.get("sym")),
+        desc_act=_check_bool("desc_act", settings.get("desc_act")),
         kind="int",
     )
 
 
 def _overrides(section: Mapping[str, Any]) -> Iterator[SchemeOverride]:
-    """AutoRound's ``extra_config`` and GPTQModel's ``dynamic`` (patterns, ``+:`` before them or nothing)."""
+    """AutoRound's ``extra_config``, and GPTQModel's ``dynamic``, whose patterns may start with ``+:``."""
     extra, dynamic = (section.get(key) or {} for key in ("extra_config", "dynamic"))
     if not isinstance(extra, Mapping) or not isinstance(dynamic, Mapping):
         raise CheckpointError("extra_config and dynamic must be objects")
     for key, value in extra.items():
         if isinstance(value, Mapping):
-            # A name without a sign of a pattern is any part of a module's name.
-            pattern = any(sign in key for sign in (".*", *"^$|()[]?+"))
-            yield SchemeOverride(_compile_pattern(key).search if pattern else functools.partial(_contains, key), value)
+            # AutoRound takes a key without pattern characters as a substring of module names.
+            is_pattern = any(characters in key for characters in (".*", *"^$|()[]?+"))
+            matches = _compile_pattern(key).search if is_pattern else functools.partial(_contains, key)
+            yield SchemeOverride(matches, value)
     for key, value in dynamic.items():
         if isinstance(value, Mapping) and not key.startswith("-:"):
             yield SchemeOverride(_compile_pattern(key.removeprefix("+:")).match, value)
@@ -223,29 +240,30 @@ def _fp8_scheme(section: Mapping[str, Any], module: str) -> DeclaredScheme:
 
 
 def _modelopt_scheme(section: Mapping[str, Any], module: str) -> DeclaredScheme:
-    """ModelOpt: in the form of compressed-tensors, or one algorithm for all modules, or one each."""
+    """ModelOpt's scheme: compressed-tensors' groups, one algorithm for all modules, or one algorithm per module."""
     if section.get("config_groups"):
         return _compressed_tensors_scheme(section, module)
     layers = section.get("quantized_layers")
-    own = layers.get(module) if isinstance(layers, Mapping) else None
-    said = own if isinstance(own, Mapping) else section
-    algorithm, group = str(said.get("quant_algo")), _check_int("group_size", said.get("group_size"))
+    override = layers.get(module) if isinstance(layers, Mapping) else None
+    settings = override if isinstance(override, Mapping) else section
+    algorithm, group_size = str(settings.get("quant_algo")), _check_int("group_size", settings.get("group_size"))
     if "NVFP4" in algorithm:
-        return DeclaredScheme(bits=4, block=(1, group or 16), kind="float")
+        return DeclaredScheme(bits=4, block=(1, group_size or 16), kind="float")
     return DeclaredScheme(bits=8, kind="float") if algorithm.startswith(("FP8", "MXFP8")) else DeclaredScheme()
 
 
 def _mlx_scheme(section: Mapping[str, Any], module: str) -> DeclaredScheme:
-    own = section.get(module)
-    said = {**section, **own} if isinstance(own, Mapping) else section
-    group = _check_int("group_size", said.get("group_size"))
-    mode = str(said.get("mode") or "affine")
+    override = section.get(module)
+    settings = {**section, **override} if isinstance(override, Mapping) else section
+    group_size = _check_int("group_size", settings.get("group_size"))
     return DeclaredScheme(
-        bits=_check_int("bits", said.get("bits")), block=None if group is None else (1, group), mode=mode
+        bits=_check_int("bits", settings.get("bits")),
+        block=None if group_size is None else (1, group_size),
+        mode=str(settings.get("mode") or "affine"),
     )
 
 
-def _check_int(name: str, value: Any) -> Any:
+def _check_int(name: str, value: Any) -> int | None:
     if value is not None and (type(value) is not int or not -1 <= value < 1 << 31):
         raise CheckpointError(f"{name} in the quantization's configuration must be a whole number, not {value!r}")
     return value
@@ -266,7 +284,7 @@ def _check_pair(value: Any) -> tuple[int, int]:
 @functools.lru_cache(maxsize=4096)
 def _compile_pattern(text: str) -> re.Pattern[str]:
     try:
-        if len(text) > _MAX_PATTERN:
+        if len(text) > _MAX_PATTERN_LENGTH:
             raise re.error("too long")
         return re.compile(text)
     except re.error as error:

@@ -1,4 +1,4 @@
-"""Quantized matrices cut and turned without loss: what a rule table does to plain arrays by slicing and transposing."""
+"""Slices and transposes quantized matrices without loss, as tensor rules do with plain arrays."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from glm_jax.weights import QuantizedTensor, pack_nibbles, unpack_nibbles
 
 
 def slice_rows(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
-    """Outputs ``start`` to ``stop`` of ``[*stack, O, I]``.
+    """Returns outputs ``start`` to ``stop`` of a matrix ``[*stack, O, I]``.
 
-    Where the cut goes through a block of outputs, each output gets a copy of the block's scale.
+    If a boundary falls inside a block of outputs, each output gets a copy of its block's scale.
 
     Raises:
-        QuantError: if there are no such outputs.
+        QuantError: If the range is empty or exceeds the outputs.
     """
     outputs = tensor.shape[-2]
     if not 0 <= start < stop <= outputs:
@@ -36,12 +36,12 @@ def slice_rows(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTenso
 
 
 def transpose_quantized(tensor: QuantizedTensor) -> QuantizedTensor:
-    """``[*stack, O, I]`` as ``[*stack, I, O]``: codes packed anew, blocks turned.
+    """Transposes a matrix ``[*stack, O, I]`` to ``[*stack, I, O]``: repacks its codes and transposes its blocks.
 
-    Columns that are permuted are put in order first, each with a copy of its group's scale.
+    A permutation of the columns is undone first (see :func:`undo_permutation`).
 
     Raises:
-        QuantError: if 4-bit codes cannot be packed along the outputs because those are odd in number.
+        QuantError: If the codes have 4 bits and the number of outputs is odd, so that pairs cannot be packed.
     """
     if tensor.spec.permuted:
         tensor = undo_permutation(tensor)
@@ -52,16 +52,16 @@ def transpose_quantized(tensor: QuantizedTensor) -> QuantizedTensor:
     codes = np.swapaxes(unpack_nibbles(tensor.codes) if packed else tensor.codes, -1, -2)
     height, width = spec.block
 
-    def turn(name: str, array: Array) -> Array:
+    def transpose(name: str, array: Array) -> Array:
         if name == "codes":
             return pack_nibbles(codes) if packed else np.ascontiguousarray(codes)
         return np.ascontiguousarray(np.swapaxes(array, -1, -2)) if name in ("scales", "zeros") else array
 
-    return dataclasses.replace(tensor.map_components(turn), spec=dataclasses.replace(spec, block=(width, height)))
+    return dataclasses.replace(tensor.map_components(transpose), spec=dataclasses.replace(spec, block=(width, height)))
 
 
 def expand_row_scales(tensor: QuantizedTensor) -> QuantizedTensor:
-    """The same with a copy of its block's scale for each output."""
+    """Gives each output a copy of its block's scale, so that blocks are one output high; values stay the same."""
     (height, width), outputs = tensor.spec.block, tensor.shape[-2]
 
     def repeat(name: str, array: Array) -> Array:
@@ -71,23 +71,23 @@ def expand_row_scales(tensor: QuantizedTensor) -> QuantizedTensor:
 
 
 def undo_permutation(tensor: QuantizedTensor) -> QuantizedTensor:
-    """The same with its permuted columns in the order of the inputs, each with a copy of its group's scale.
+    """Puts permuted columns back into the order of the inputs, each with a copy of its group's scale.
 
-    One scale per output (or for all) needs no copies and stays as it is.
+    A scale that serves all inputs of an output needs no copies.
     """
     (height, width), inputs = tensor.spec.block, tensor.shape[-1]
-    place = np.argsort(np.asarray(tensor.permutation), axis=-1)[..., None, :]
+    inverse = np.argsort(np.asarray(tensor.permutation), axis=-1)[..., None, :]
     packed = tensor.spec.values_per_byte == 2
 
-    def order(array: Array) -> Array:
-        return np.take_along_axis(array, np.broadcast_to(place, (*array.shape[:-1], inputs)), axis=-1)
+    def reorder(array: Array) -> Array:
+        return np.take_along_axis(array, np.broadcast_to(inverse, (*array.shape[:-1], inputs)), axis=-1)
 
-    def sort(name: str, array: Array) -> Array:
+    def reorder_component(name: str, array: Array) -> Array:
         if name == "codes":
-            return pack_nibbles(order(unpack_nibbles(array))) if packed else order(array)
+            return pack_nibbles(reorder(unpack_nibbles(array))) if packed else reorder(array)
         if name in ("scales", "zeros") and width:
-            return order(np.repeat(array, width, axis=-1)[..., :inputs])
+            return reorder(np.repeat(array, width, axis=-1)[..., :inputs])
         return array
 
     spec = dataclasses.replace(tensor.spec, block=(height, 1 if width else 0), permuted=False)
-    return dataclasses.replace(tensor.map_components(sort), permutation=None, spec=spec)
+    return dataclasses.replace(tensor.map_components(reorder_component), permutation=None, spec=spec)

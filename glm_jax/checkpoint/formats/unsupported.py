@@ -1,8 +1,8 @@
-"""Quantized checkpoints that nothing here reads, refused by name instead of as a list of odd tensors."""
+"""Rejects quantized checkpoints in unsupported formats by the format's name instead of as a list of unknown tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from glm_jax.checkpoint.formats.quantization_config import QuantizationConfig
@@ -10,7 +10,7 @@ from glm_jax.checkpoint.messages import printable
 from glm_jax.errors import CheckpointError
 
 SUPPORTED_METHODS = ("compressed-tensors", "gptq", "auto-round", "awq", "fp8", "modelopt", "mlx")
-# compressed-tensors' "format", in the whole configuration or in a group of it.
+# Supported values of compressed-tensors' "format", for the whole configuration or for one of its groups.
 _LAYOUTS = ("dense", "pack-quantized", "float-quantized", "naive-quantized", "int-quantized", "mixed-precision")
 _FLOAT_LAYOUTS = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 _UNSUPPORTED_METHODS = {
@@ -29,8 +29,8 @@ _UNSUPPORTED_METHODS = {
     "eetq": "EETQ",
     "fbgemm-fp8": "FBGEMM FP8",
 }
-# Last part of a tensor's name -> what writes such tensors.
-_WRITER_BY_SUFFIX = {
+# Last component of a tensor's name -> the format that has such tensors.
+_FORMAT_BY_SUFFIX = {
     "absmax": "bitsandbytes",
     "quant_map": "bitsandbytes",
     "SCB": "bitsandbytes",
@@ -46,42 +46,42 @@ _WRITER_BY_SUFFIX = {
     "weight_blocks": "MXFP4 of gpt-oss",
     "gate_up_proj_blocks": "MXFP4 of gpt-oss",
 }
-# Sections that say the stored weights are not the model's, but belong to turned activations.
+# Sections which say that the stored weights are rotated and only fit equally rotated activations.
 _ROTATION_KEYS = ("transform_config", "rotation_config", "rotation")
 
 
-def reject_unsupported_formats(description: QuantizationConfig, names: Iterable[str]) -> None:
-    """Refuses a checkpoint in a format that nothing here reads.
+def reject_unsupported_formats(quant_config: QuantizationConfig, names: Iterable[str]) -> None:
+    """Rejects a checkpoint whose quantization format is not supported.
 
     Args:
-        description: of its configuration.
-        names: of its tensors.
+        quant_config: Quantization configuration of the checkpoint.
+        names: Names of the checkpoint's tensors.
 
     Raises:
-        CheckpointError: naming the format.
+        CheckpointError: If the configuration or the tensors show such a format; the message names it.
     """
-    found = _from_description(description)
-    if found is None:
-        endings = {name.rpartition(".")[2] for name in names}
-        found = next((writer for suffix, writer in _WRITER_BY_SUFFIX.items() if suffix in endings), None)
-    if found is not None:
+    unsupported = _declared_unsupported_format(quant_config)
+    if unsupported is None:
+        suffixes = {name.rpartition(".")[2] for name in names}
+        unsupported = next((form for suffix, form in _FORMAT_BY_SUFFIX.items() if suffix in suffixes), None)
+    if unsupported is not None:
         raise CheckpointError(
-            f"this checkpoint is quantized ({found}), which is not read: use one of compressed-tensors, GPTQ, AWQ, "
-            "AutoRound, FP8, NVFP4, MXFP4 or MLX, or the original in bfloat16"
+            f"this checkpoint is quantized ({unsupported}), which is not read: use one of compressed-tensors, GPTQ, "
+            "AWQ, AutoRound, FP8, NVFP4, MXFP4 or MLX, or the original in bfloat16"
         )
 
 
-def _from_description(description: QuantizationConfig) -> str | None:
-    method, section = description.quant_method, description.section
+def _declared_unsupported_format(quant_config: QuantizationConfig) -> str | None:
+    method, section = quant_config.quant_method, quant_config.section
     if method is not None and method not in SUPPORTED_METHODS:
         return _UNSUPPORTED_METHODS.get(method, f"unknown quant_method {printable(method)}")
-    turned = next((key for key in _ROTATION_KEYS if section.get(key)), None)
-    if turned:
-        return f"{method} with {turned}"
+    rotation = next((key for key in _ROTATION_KEYS if section.get(key)), None)
+    if rotation:
+        return f"{method} with {rotation}"
     return _unsupported_layout(section) if method == "compressed-tensors" else None
 
 
-def _unsupported_layout(section: Any) -> str | None:
+def _unsupported_layout(section: Mapping[str, Any]) -> str | None:
     groups = section.get("config_groups")
     schemes = groups.values() if isinstance(groups, dict) else ()
     layouts = [section.get("format"), *(scheme.get("format") for scheme in schemes if isinstance(scheme, dict))]

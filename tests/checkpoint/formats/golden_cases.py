@@ -1,4 +1,4 @@
-"""The golden files (see ``tests/checkpoint/formats/golden/generate_golden.py``) and small checkpoints around quantized modules."""
+"""Loads the golden files that ``golden/generate_golden.py`` writes, and builds small checkpoints of one module."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from glm_jax.checkpoint.formats import read_formats
+from glm_jax.checkpoint.formats import read_stored_weights
 from glm_jax.checkpoint.safetensors.reader import SafetensorsFile, SafetensorsReader
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
@@ -70,7 +70,7 @@ def write_module_checkpoint(folder, tensors, config=None, hf_quant_config=None):
 
 def read_weights(folder, tensors, config=None, hf_quant_config=None):
     section = write_module_checkpoint(folder, tensors, config, hf_quant_config)
-    return read_formats(SafetensorsReader.open(folder), section, folder)
+    return read_stored_weights(SafetensorsReader.open(folder), section, folder)
 
 
 def read_weight(folder, parts, config=None, hf_quant_config=None):

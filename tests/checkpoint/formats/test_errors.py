@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from glm_jax.checkpoint.formats import read_formats
+from glm_jax.checkpoint.formats import read_stored_weights
 from glm_jax.checkpoint.safetensors.reader import SafetensorsReader
 from glm_jax.errors import CheckpointError
 from tests.checkpoint.formats import golden_cases
@@ -77,7 +77,7 @@ def test_configurations_that_say_nothing_usable(tmp_path):
             tmp_path, {f"{golden_cases.MODULE_NAME}.{part}": array for part, array in SYM.tensors.items()}
         )
         with pytest.raises(CheckpointError, match=message):
-            read_formats(SafetensorsReader.open(tmp_path), {"quantization_config": section}, tmp_path)
+            read_stored_weights(SafetensorsReader.open(tmp_path), {"quantization_config": section}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_a_file_of_modelopt_that_is_broken(tmp_path):
         golden_cases.write_module_checkpoint(tmp_path, {"w": np.ones(3, np.float32)})
         (tmp_path / "hf_quant_config.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):
-            read_formats(SafetensorsReader.open(tmp_path), {}, tmp_path)
+            read_stored_weights(SafetensorsReader.open(tmp_path), {}, tmp_path)
 
 
 @pytest.mark.parametrize(

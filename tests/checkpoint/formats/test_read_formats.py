@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from glm_jax.checkpoint.formats import read_formats
+from glm_jax.checkpoint.formats import read_stored_weights
 from glm_jax.checkpoint.formats.quantization_config import DeclaredScheme, QuantizationConfig
 from glm_jax.checkpoint.safetensors.reader import SafetensorsReader
 from glm_jax.errors import CheckpointError
 from tests.checkpoint.formats import golden_cases
 
 
-class Counting:
-    """A reader that notes which tensors are read."""
+class RecordingReader:
+    """A reader that records the suffixes of the tensors that are read."""
 
     def __init__(self, reader):
         self.reader, self.read = reader, []
@@ -19,12 +19,12 @@ class Counting:
     def __iter__(self):
         return iter(self.reader)
 
-    def entry(self, name):
-        return self.reader.entry(name)
+    def tensor_info(self, name):
+        return self.reader.tensor_info(name)
 
-    def get(self, name):
+    def get_tensor(self, name):
         self.read.append(name.rpartition(".")[2])
-        return self.reader.get(name)
+        return self.reader.get_tensor(name)
 
 
 FILES = ("compressed_tensors", "compressed_tensors_actorder", "gptq", "autoround", "awq", "fp8", "fp4", "mlx")
@@ -37,15 +37,15 @@ def test_opening_reads_no_weights(tmp_path, file):
         section = golden_cases.write_module_checkpoint(
             folder, {f"{golden_cases.MODULE_NAME}.{k}": v for k, v in case.tensors.items()}, case.config
         )
-        reader = Counting(SafetensorsReader.open(folder))
-        found = read_formats(reader, section, folder)
-        # The shape, where nothing else tells what is padding; the order of columns, where they may be in groups of
-        # any size.
+        reader = RecordingReader(SafetensorsReader.open(folder))
+        weights = read_stored_weights(reader, section, folder)
+        # The shape, if nothing else tells how much of the last word is padding; the group index, if groups may have
+        # different sizes.
         expected = ["weight_shape"] if case.name.endswith("-channel") and file == "compressed_tensors" else []
         expected += ["g_idx"] if case.config.get("desc_act") else []
         expected += ["weight_g_idx"] if "actorder" in file else []
         assert reader.read == expected
-        found[f"{golden_cases.MODULE_NAME}.weight"].load(None)
+        weights[f"{golden_cases.MODULE_NAME}.weight"].load(None)
         assert len(reader.read) > len(expected)
 
 

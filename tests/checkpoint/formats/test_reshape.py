@@ -28,7 +28,7 @@ SPECS = [
 def random(spec, shape, seed=0):
     rng = np.random.default_rng(seed)
     parts = {}
-    for name, (size, dtype) in spec.components(shape).items():
+    for name, (size, dtype) in spec.component_shapes(shape).items():
         if name == "permutation":
             flat = [rng.permutation(size[-1]) for _ in range(int(np.prod(size[:-1])))]
             parts[name] = np.array(flat, np.int32).reshape(size)
@@ -45,7 +45,7 @@ def random(spec, shape, seed=0):
 
 def consistent(tensor):
     found = {name: (array.shape, array.dtype) for name, array in tensor.components().items()}
-    assert found == tensor.spec.components(tensor.shape)
+    assert found == tensor.spec.component_shapes(tensor.shape)
 
 
 @pytest.mark.parametrize("shape", [(12, 16), (2, 12, 16), (2, 3, 10, 32)])

@@ -102,7 +102,7 @@ def opened(original, tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(opened, tmp_path_factory):
     folder = tmp_path_factory.mktemp("companions")
-    for name, raw in opened.companions().items():
+    for name, raw in opened.asset_files().items():
         (folder / name).write_bytes(raw)
     return folder
 
