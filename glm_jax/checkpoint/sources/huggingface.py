@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from glm_jax.checkpoint.formats import read_formats
+from glm_jax.checkpoint.formats import read_stored_weights
 from glm_jax.checkpoint.safetensors.reader import SafetensorsReader
 from glm_jax.checkpoint.sources.base import read_hf_config
 from glm_jax.checkpoint.sources.named_tensors import NamedTensorSource
@@ -20,5 +20,5 @@ class HuggingFaceSource(NamedTensorSource):
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         config, reader = read_hf_config(folder), SafetensorsReader.open(folder)
-        weights = read_formats(reader, config, folder)
+        weights = read_stored_weights(reader, config, folder)
         super().__init__(weights, config, reader, kind="huggingface", name=name or str(folder), folder=folder)

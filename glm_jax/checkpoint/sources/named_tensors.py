@@ -50,7 +50,7 @@ class NamedTensorSource(WeightSource):
     """Weights by their names in a checkpoint.
 
     Args:
-        weights: by logical name, as :func:`glm_jax.checkpoint.formats.read_formats` gives them.
+        weights: by logical name, as :func:`glm_jax.checkpoint.formats.read_stored_weights` gives them.
         config: the ``config.json`` they came with.
         files: that they are in.
         kind: of the source.
