@@ -1,7 +1,8 @@
-"""Messages to prompt text: GLM-4.7-Flash's own chat template in Python, and any other checkpoint's in a sandbox.
+"""The chat template: messages to prompt text.
 
-The format has no newlines between role tags and text. Source: ``chat_template.jinja`` of zai-org/GLM-4.7-Flash, with
-whose output this module's agrees on everything that :mod:`glm_jax.text.messages` lets through.
+GLM-4.7-Flash's own template is written in Python here; a checkpoint's different template is rendered in a sandbox. The
+format has no newlines between role tags and text. Source: ``chat_template.jinja`` of zai-org/GLM-4.7-Flash. The output
+is identical for every conversation that :mod:`glm_jax.text.messages` accepts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from glm_jax.text.sandbox import render_template
 from glm_jax.text.tools import Tool, dump_prompt_json, parse_tools
 
 OFFICIAL_TEMPLATE_SHA256: Final = "d63ad536c3c81880043e22ec7fd08db42b4d8fb7c89c7138bc562bfa25281375"
-"""Of the official template's text, with Unix line ends and no white space at the end."""
+"""Hash of the official template's text, with Unix line endings and without white space at the end."""
 
 _OFFICIAL_SWITCHES: Final = ("enable_thinking", "clear_thinking")
 _TOOLS_PREFIX: Final = """<|system|>
@@ -46,51 +47,51 @@ def render_chat(
     add_generation_prompt: bool = True,
     **switches: Any,
 ) -> str:
-    """The prompt for a conversation.
+    """Renders the prompt of a conversation.
 
     Args:
-        messages: in OpenAI's form. Content is a string, null, or text parts; ``developer`` is ``system``; a call's
-            arguments are an object or JSON text; thinking is in ``reasoning_content`` or ``reasoning``, or inline in
-            ``<think>…</think>``.
-        tools: function objects in OpenAI's form.
-        template: text of a checkpoint's ``chat_template.jinja``. None and the official text mean the official
-            template, written in Python; any other is rendered by Jinja in a child process within limits.
-        add_generation_prompt: ends with the tag that makes the model answer.
-        **switches: for the official template ``enable_thinking`` (default true) and ``clear_thinking`` (default true:
-            thinking before the last user message is left out); for another, variables that it reads. None is
-            "not given".
+        messages: Messages in OpenAI's form. Content is a string, null, or a list of text parts. The role ``developer``
+            means ``system``. A tool call's arguments are an object or JSON text. Thinking is in ``reasoning_content``
+            or ``reasoning``, or inline in ``<think>…</think>``.
+        tools: Function objects in OpenAI's form.
+        template: Text of a checkpoint's ``chat_template.jinja``. None and the official text mean the official
+            template; Jinja renders any other in a child process with limits on time, memory and output.
+        add_generation_prompt: Whether the prompt ends with the tag that makes the model answer.
+        **switches: Options of the template; those that are None are ignored. The official template has
+            ``enable_thinking`` (default true) and ``clear_thinking`` (default true: thinking before the last user
+            message is left out). Any other template has the variables that it reads.
 
     Raises:
-        PromptError: if a message, tool or switch is malformed or unknown, or another template fails.
+        PromptError: if a message, tool or switch is malformed or unknown, or a template in the sandbox fails.
     """
-    turns, read = parse_messages(messages), parse_tools(tools)
-    given = {name: value for name, value in switches.items() if value is not None}
+    conversation, functions = parse_messages(messages), parse_tools(tools)
+    switches = {name: value for name, value in switches.items() if value is not None}
     if template is None or is_official(template):
-        return "".join(_render(turns, read, add_generation_prompt, **_check_switches(given)))
+        return "".join(_render(conversation, functions, add_generation_prompt, **_check_switches(switches)))
     return render_template(
         template,
         {
-            "messages": [turn.to_template_dict() for turn in turns],
-            "tools": [dict(tool.declaration) for tool in read] or None,
+            "messages": [message.to_template_dict() for message in conversation],
+            "tools": [dict(tool.declaration) for tool in functions] or None,
             "add_generation_prompt": add_generation_prompt,
         },
-        given,
+        switches,
     )
 
 
 def is_official(template: str) -> bool:
-    """Whether a template's text is the official one (line ends and white space at the end aside)."""
+    """Whether a template is the official one; line endings and white space at the end do not matter."""
     text = template.replace("\r\n", "\n").rstrip()
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() == OFFICIAL_TEMPLATE_SHA256
 
 
 def read_template(folder: str | Path) -> str | None:
-    """A checkpoint's own chat template: ``chat_template.jinja``, else ``chat_template`` of ``tokenizer_config.json``.
+    """Reads a checkpoint's chat template from ``chat_template.jinja`` or ``tokenizer_config.json``.
 
-    Of several named ones, "default" is taken. None where there is none.
+    Of several named templates the one named "default" is taken. Returns None if the checkpoint has no template.
 
     Raises:
-        CheckpointError: if a file is there but cannot be read.
+        CheckpointError: if a file exists but cannot be read.
     """
     folder = Path(folder)
     if (text := _read_text(folder / "chat_template.jinja")) is not None:
@@ -99,11 +100,11 @@ def read_template(folder: str | Path) -> str | None:
         config = json.loads(_read_text(folder / "tokenizer_config.json") or "{}")
     except ValueError as error:
         raise CheckpointError(f"{folder / 'tokenizer_config.json'} is not JSON: {error}") from error
-    found = config.get("chat_template") if isinstance(config, dict) else None
-    if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+    template = config.get("chat_template") if isinstance(config, dict) else None
+    if isinstance(template, list):
+        by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = by_name.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _read_text(path: Path) -> str | None:
@@ -115,17 +116,17 @@ def _read_text(path: Path) -> str | None:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def _check_switches(given: Mapping[str, Any]) -> dict[str, bool]:
-    for name, value in given.items():
+def _check_switches(switches: Mapping[str, Any]) -> dict[str, bool]:
+    for name, value in switches.items():
         if name not in _OFFICIAL_SWITCHES:
             raise PromptError(f"unknown switch {name!r}: the chat template knows {' and '.join(_OFFICIAL_SWITCHES)}")
         if not isinstance(value, bool):
             raise PromptError(f"{name} must be true or false, not {value!r}")
-    return dict(given)
+    return dict(switches)
 
 
 def _render(
-    turns: Sequence[InputMessage],
+    messages: Sequence[InputMessage],
     tools: Sequence[Tool],
     add_generation_prompt: bool,
     enable_thinking: bool = True,
@@ -137,31 +138,31 @@ def _render(
         for index, tool in enumerate(tools):
             yield dump_prompt_json(tool.declaration, f"tools[{index}]") + "\n"
         yield _TOOLS_SUFFIX
-    last_user = max((index for index, turn in enumerate(turns) if turn.role == "user"), default=-1)
-    for index, turn in enumerate(turns):
-        if turn.role == "assistant":
-            yield from _render_assistant(turn, keep_reasoning=index > last_user or not clear_thinking)
-        elif turn.role == "tool":
-            yield from _render_tool_result(turn, follows_result=index > 0 and turns[index - 1].role == "tool")
+    last_user = max((index for index, message in enumerate(messages) if message.role == "user"), default=-1)
+    for index, message in enumerate(messages):
+        if message.role == "assistant":
+            yield from _render_assistant(message, keep_reasoning=index > last_user or not clear_thinking)
+        elif message.role == "tool":
+            yield from _render_tool_result(message, follows_result=index > 0 and messages[index - 1].role == "tool")
         else:
-            yield f"<|{turn.role}|>{turn.content}"
+            yield f"<|{message.role}|>{message.content}"
     if add_generation_prompt:
         yield "<|assistant|>" + ("<think>" if enable_thinking else "</think>")
 
 
-def _render_assistant(turn: InputMessage, keep_reasoning: bool) -> Iterator[str]:
-    reasoning, content = turn.reasoning, turn.content
+def _render_assistant(message: InputMessage, keep_reasoning: bool) -> Iterator[str]:
+    reasoning, content = message.reasoning, message.content
     if reasoning is None:
         reasoning, content = _split_inline_reasoning(content)
     yield "<|assistant|>"
     yield f"<think>{reasoning.strip()}</think>" if reasoning and keep_reasoning else "</think>"
     yield content.strip()
-    for call in turn.tool_calls:
+    for call in message.tool_calls:
         yield from _render_call(call)
 
 
 def _split_inline_reasoning(content: str) -> tuple[str, str]:
-    """Thinking and answer of ``<think>thinking</think>answer``."""
+    """Splits ``<think>thinking</think>answer`` into thinking and answer."""
     before, closed, _ = content.partition("</think>")
     if not closed:
         return "", content
@@ -176,11 +177,11 @@ def _render_call(call: InputToolCall) -> Iterator[str]:
     yield "</tool_call>"
 
 
-def _render_tool_result(turn: InputMessage, follows_result: bool) -> Iterator[str]:
-    if turn.tool_outputs is None:
-        yield ("" if follows_result else "<|observation|>") + f"<tool_response>{turn.content}</tool_response>"
+def _render_tool_result(message: InputMessage, follows_result: bool) -> Iterator[str]:
+    if message.tool_outputs is None:
+        yield ("" if follows_result else "<|observation|>") + f"<tool_response>{message.content}</tool_response>"
         return
-    # A message with several results opens an observation of its own, wherever it stands; the official template does.
+    # As in the official template, a message with several results always begins a new observation.
     yield "<|observation|>"
-    for output in turn.tool_outputs:
+    for output in message.tool_outputs:
         yield f"<tool_response>{output}</tool_response>"

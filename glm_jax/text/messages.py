@@ -1,7 +1,7 @@
-"""Checks and tidies a conversation, so that every template is given the same plain thing.
+"""Checks a conversation and normalizes it, so that every chat template gets the same plain messages.
 
-Templates are trusting: the official one renders ``null`` content as "None", drops roles it does not know, and shows
-lists as Python would. What this module lets through has none of that.
+Templates do not check their input: the official one renders ``null`` content as "None", drops unknown roles, and shows
+lists in Python syntax. This module normalizes or rejects all such input.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROLE_ALIASES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class InputToolCall:
-    """A tool call of an earlier turn."""
+    """A tool call in an earlier assistant message of the conversation."""
 
     id: str | None
     name: str
@@ -34,15 +34,15 @@ class InputToolCall:
 
 @dataclass(frozen=True, slots=True)
 class InputMessage:
-    """One message, checked.
+    """A checked message of the conversation.
 
     Attributes:
         role: "system", "user", "assistant" or "tool".
-        content: its text.
-        reasoning: thinking given in a field of its own; None where there was no such field.
-        tool_calls: tool calls of an assistant.
-        tool_outputs: several results in one tool message; None where it has one, in ``content``.
-        tool_call_id: the call that a tool message answers.
+        content: Text of the message.
+        reasoning: Thinking from ``reasoning_content`` or ``reasoning``; None if the message has neither.
+        tool_calls: Tool calls of an assistant message.
+        tool_outputs: Results of a tool message with several; None if it has a single one, which is in ``content``.
+        tool_call_id: Id of the call that a tool message answers.
     """
 
     role: str
@@ -53,7 +53,7 @@ class InputMessage:
     tool_call_id: str | None = None
 
     def to_template_dict(self) -> dict[str, Any]:
-        """The message as templates expect it, with thinking under both of its names and without empty fields."""
+        """The message as chat templates expect it: reasoning under both of its names, and no empty fields."""
         calls = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
             for call in self.tool_calls
@@ -69,11 +69,11 @@ class InputMessage:
 
 
 def parse_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[InputMessage, ...]:
-    """Reads messages in OpenAI's form; fields that no template shows (``name``, ``refusal``, …) are passed over.
+    """Parses messages in OpenAI's form; fields that no template shows (``name``, ``refusal``, …) are ignored.
 
     Raises:
-        PromptError: naming the message, if there is none at all, a role is unknown, content is not text, or a tool
-            call is malformed.
+        PromptError: if the list is empty, a role is unknown, content is not text, or a tool call is malformed. The
+            error names the message.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise PromptError('messages must be a list such as [{"role": "user", "content": "Hello"}]')
@@ -112,7 +112,7 @@ def _parse_tool_result(content: object, call_id: object, where: str) -> InputMes
         outputs = (part["output"] for part in content)
         texts = tuple(item if isinstance(item, str) else dump_prompt_json(item, where) for item in outputs)
         return InputMessage("tool", "", tool_outputs=texts, tool_call_id=call_id)
-    # Parts of one result read as paragraphs; parts of any other message as one text. So does vLLM.
+    # As in vLLM, text parts of a tool result are joined by newlines, those of other messages by nothing.
     return InputMessage("tool", "\n".join(_texts(content, where)), tool_call_id=call_id)
 
 
@@ -140,13 +140,13 @@ def _part_text(part: object, where: str) -> str:
 
 
 def _parse_reasoning(message: Mapping[str, Any], where: str) -> str | None:
-    given = {key: message[key] for key in ("reasoning_content", "reasoning") if message.get(key) is not None}
-    for key, value in given.items():
+    fields = {key: message[key] for key in ("reasoning_content", "reasoning") if message.get(key) is not None}
+    for key, value in fields.items():
         if not isinstance(value, str):
             raise PromptError(f"{where}: {key} must be a string, not {type(value).__name__}")
-    if len(set(given.values())) > 1:
+    if len(set(fields.values())) > 1:
         raise PromptError(f"{where}: reasoning and reasoning_content differ; give one of them")
-    return next(iter(given.values()), None)
+    return next(iter(fields.values()), None)
 
 
 def _parse_tool_calls(calls: object, where: str) -> tuple[InputToolCall, ...]:
@@ -170,7 +170,7 @@ def _parse_tool_call(call: object, where: str) -> InputToolCall:
 
 
 def _parse_arguments(arguments: object, where: str) -> Mapping[str, Any]:
-    """Arguments as an object: clients send them as JSON text, and "" where there are none."""
+    """Returns the arguments as an object. Clients send JSON text, or "" for a call without arguments."""
     if arguments is None or arguments == "":
         return {}
     if isinstance(arguments, str):

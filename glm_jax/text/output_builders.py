@@ -1,4 +1,4 @@
-"""The growing parts of an answer: text whose white space waits, and a call whose JSON is written as it comes."""
+"""Builders for the parts of a streamed answer: text, and tool calls whose JSON is written piece by piece."""
 
 from __future__ import annotations
 
@@ -12,43 +12,55 @@ from glm_jax.text.schema_coercion import coerce_to_types, schema_types
 
 
 class TextBuilder:
-    """Text that holds white space back until something follows it, so that a trailing run can still be dropped."""
+    """Text of one part of the answer.
+
+    White space is held back until more text follows, so that trailing white space can be dropped.
+
+    Args:
+        strip_start: Whether leading white space is dropped.
+    """
 
     def __init__(self, strip_start: bool) -> None:
         self._strip_start = strip_start
-        self._shown: list[str] = []
-        self._held: list[str] = []
+        self._emitted: list[str] = []
+        self._pending_space: list[str] = []
 
     def add(self, text: str) -> str:
-        """Takes text and returns what can be shown now."""
+        """Appends text and returns the part that can be shown now."""
         body = text.rstrip()
         if not body:
-            self._held.append(text)
+            self._pending_space.append(text)
             return ""
-        shown = "".join([*self._held, body])
-        if self._strip_start and not self._shown:
-            shown = shown.lstrip()
-        self._held = [text[len(body) :]]
-        self._shown.append(shown)
-        return shown
+        emitted = "".join([*self._pending_space, body])
+        if self._strip_start and not self._emitted:
+            emitted = emitted.lstrip()
+        self._pending_space = [text[len(body) :]]
+        self._emitted.append(emitted)
+        return emitted
 
-    def end(self, keep_held: bool) -> str:
-        """Ends the text; returns the white space that stays."""
-        keep = keep_held and not (self._strip_start and not self._shown)
-        rest = "".join(self._held) if keep else ""
-        self._shown.append(rest)
-        self._held = []
-        return rest
+    def end(self, keep_trailing_space: bool) -> str:
+        """Ends the text and returns the trailing white space, if it is kept."""
+        keep = keep_trailing_space and not (self._strip_start and not self._emitted)
+        space = "".join(self._pending_space) if keep else ""
+        self._emitted.append(space)
+        self._pending_space = []
+        return space
 
     def result(self) -> str | None:
-        """All that was shown; None for nothing."""
-        return "".join(self._shown) or None
+        """The whole text; None if it is empty."""
+        return "".join(self._emitted) or None
 
 
 class ToolCallBuilder:
-    """One tool call. Each method returns the piece of JSON that it adds.
+    """One tool call. Each method returns the piece of JSON text that it appends.
 
-    A value whose type can only be a string is written while it comes; any other when it is whole.
+    A value that can only be a string is written as it arrives. Any other value is written when it is complete, because
+    its type depends on the whole text.
+
+    Args:
+        index: Number of the call within the answer.
+        name: Name of the called function.
+        properties: JSON schema of each parameter by name.
     """
 
     def __init__(self, index: int, name: str, properties: Mapping[str, Any]) -> None:
@@ -64,30 +76,30 @@ class ToolCallBuilder:
         self._value: list[str] = []
 
     def open_value(self, key: str) -> str:
-        """Begins the value of ``key``."""
+        """Begins the value of the argument ``key``."""
         self._key, self._value = key, []
         self._types = schema_types(self._properties.get(key))
-        before = ", " if self._json else "{"
-        return self._write(f"{before}{_dump(key)}: {_QUOTE if self._is_string() else ''}")
+        prefix = ", " if self._json else "{"
+        return self._write(f"{prefix}{_dump(key)}: {_QUOTE if self._is_string() else ''}")
 
     def add_value(self, text: str) -> str:
-        """Adds text to the value."""
+        """Appends text to the open value."""
         self._value.append(text)
         return self._write(_dump(text)[1:-1]) if self._is_string() else ""
 
     def close_value(self) -> str:
-        """Ends the value. A key that came before is replaced, as it is for a reader of the JSON."""
+        """Ends the open value. A repeated key replaces the earlier value, as it does for a JSON parser."""
         value = coerce_to_types("".join(self._value), self._types)
         self._arguments[self._key] = value
         return self._write(_QUOTE if self._is_string() else _dump(value))
 
     def close(self) -> str:
-        """Ends a well-formed call."""
+        """Ends the call and marks it complete."""
         self.complete = True
         return self._write("}" if self._json else "{}")
 
     def result(self) -> ToolCall:
-        """The call as it stands."""
+        """The call built so far."""
         return ToolCall(self.id, self.name, dict(self._arguments), "".join(self._json), self.complete)
 
     def _is_string(self) -> bool:

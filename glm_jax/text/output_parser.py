@@ -1,17 +1,20 @@
-"""Splits what the model writes into reasoning, content and tool calls, piece by piece.
+"""Streaming parser that splits the model's answer into reasoning, content and tool calls.
 
-The grammar of an answer, whose opening ``<think>`` is the end of the prompt::
+The grammar of an answer; the opening ``<think>`` belongs to the prompt::
 
     answer := [reasoning "</think>"] content? call*
     call   := "<tool_call>" NAME pair* "</tool_call>"
     pair   := "<arg_key>" KEY "</arg_key>" ws* "<arg_value>" VALUE "</arg_value>"
 
-What leaves the grammar is handled so that no argument is made up: a ``<tool_call>`` that no name follows is text; a
-call that is cut off, or has a key without a value, is reported as incomplete; inside a value every tag but
-``</arg_value>`` is part of the value. Left out are text between the pairs of a call, and, when the request has tools,
-calls of any other.
+The parser never invents an argument. Outside the grammar it does this:
 
-Text is looked at once, except for at most a tag or a name that a piece may have cut in two.
+* A ``<tool_call>`` without a name after it is text.
+* A call that is cut off, or has a key without a value, is reported as incomplete.
+* Inside a value, every tag except ``</arg_value>`` is part of the value.
+* Text between the pairs of a call is dropped.
+* If the request has tools, calls to any other tool are dropped.
+
+Each character is scanned once, except for a tag or a name that two pieces share.
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from glm_jax.errors import PromptError
 from glm_jax.text.output_builders import TextBuilder, ToolCallBuilder
-from glm_jax.text.output_types import Delta, FinishReason, Message, ToolCall, ToolCallDelta, join_deltas
+from glm_jax.text.output_types import Delta, FinishReason, Message, StopReason, ToolCall, ToolCallDelta, join_deltas
 from glm_jax.text.tools import named_tool_choice, parse_tools, select_callable_tools
 
 
@@ -45,23 +48,23 @@ _CALL_TAGS: Final = {
     _State.VALUE: ("</arg_value>",),
 }
 _NAME: Final = re.compile(r"\s*([^\s<>]*)\s*")
-_MAX_NAME_LENGTH: Final = 512  # for a name and the white space about it
-StopReason = Literal["stop", "length", "abort"]
+_MAX_NAME_LENGTH: Final = 512  # of a name with the white space around it
 _LAST_ROLE: Final = re.compile(r".*<\|(?:assistant|user|system|observation)\|>", re.DOTALL)
 
 
 class OutputParser:
-    """Parses one answer: :meth:`append_tokens` it pieces, :meth:`flush` at the end, and :meth:`finish` for the whole.
+    """Parses one answer as it is generated.
 
-    However the text is cut into pieces, the message is the same, and the deltas joined are the message.
+    :meth:`feed` takes each piece of text, :meth:`flush` ends the text, and :meth:`finish` returns the whole answer. The
+    resulting message does not depend on how the text is cut into pieces, and the joined deltas equal the message.
 
     Args:
-        tools: those of the request, in OpenAI's form. A call to any other is left out, and content then never begins
-            with white space, nor ends with it when there are calls. Without tools every call is taken, with strings
-            for arguments.
-        tool_choice: "auto", "required", or a named tool's object. "none" leaves calls out; without tools it makes
-            their tags plain text.
-        thinking: whether the prompt left a ``<think>`` open. If not, its tags are plain text.
+        tools: Tools of the request, in OpenAI's form. With tools, calls to any other tool are dropped, and content
+            neither begins with white space nor, if there are calls, ends with it. Without tools every call is
+            accepted, and its arguments are strings.
+        tool_choice: "auto", "required", or the object that names a tool. "none" drops all calls; without tools it
+            makes their tags plain text.
+        thinking: Whether the prompt ends with an open ``<think>``. If not, thinking tags are plain text.
 
     Raises:
         PromptError: if ``tools`` or ``tool_choice`` is malformed.
@@ -73,84 +76,88 @@ class OutputParser:
         tool_choice: str | Mapping[str, Any] = "auto",
         thinking: bool = True,
     ) -> None:
-        read = parse_tools(tools)
-        self._declared = [tool.name for tool in read]
-        self._callable = select_callable_tools(read, tool_choice)
+        functions = parse_tools(tools)
+        self._declared = [tool.name for tool in functions]
+        self._callable = select_callable_tools(functions, tool_choice)
         self._is_named = named_tool_choice(tool_choice) is not None
-        may_call = bool(read) or self._callable is None
+        may_call = bool(functions) or self._callable is None
         text_tags = (("<think>", "</think>") if thinking else ()) + (("<tool_call>",) if may_call else ())
         self._tags = {**_CALL_TAGS, _State.REASONING: text_tags, _State.CONTENT: text_tags}
         self._search = {state: re.compile("|".join(tags) or "(?!)") for state, tags in self._tags.items()}
         self._state = _State.REASONING if thinking else _State.CONTENT
-        self._resume = self._state  # where a <tool_call> that was none leads back to
+        self._resume = self._state  # state to return to after a <tool_call> that is text
         self._text, self._position = "", 0
         self._reasoning = TextBuilder(strip_start=False)
-        self._content = TextBuilder(strip_start=bool(read) and tool_choice != "none")
+        self._content = TextBuilder(strip_start=bool(functions) and tool_choice != "none")
         self._calls: list[ToolCallBuilder] = []
-        self._call: ToolCallBuilder | None = None  # the open one; None while one is left out
-        self._is_well_formed = True  # every key of the open call has its value
+        self._call: ToolCallBuilder | None = None  # the open call; None in a call that is dropped
+        self._is_well_formed = True  # whether every key of the open call has a value
         self._key: list[str] = []
         self._cut_name: str | None = None
         self._deltas: list[Delta] = []
         self._flushed = False
 
     def feed(self, piece: str) -> list[Delta]:
-        """Takes the next piece of text; returns what is new."""
+        """Parses the next piece of text and returns the new deltas.
+
+        Raises:
+            RuntimeError: after :meth:`flush`.
+        """
         if self._flushed:
-            raise RuntimeError("this answer has ended: make a new OutputParser for the next")
+            raise RuntimeError("this answer has ended: create a new OutputParser for the next one")
         self._text += piece
         self._advance(final=False)
         return self._take_deltas()
 
     def flush(self) -> list[Delta]:
-        """Ends the text; returns what was held back. A second time it returns nothing."""
+        """Ends the text and returns the deltas that were held back; further calls return no delta."""
         if not self._flushed:
             self._advance(final=True)
             self._flushed = True
-            self._reasoning.end(keep_held=False)
-            self._show(content=self._content.end(keep_held=not self._calls))
+            self._reasoning.end(keep_trailing_space=False)
+            self._show(content=self._content.end(keep_trailing_space=not self._calls))
         return self._take_deltas()
 
     def finish(self, reason: StopReason = "stop") -> Message:
-        """The whole answer; ``reason`` says why the model stopped: "stop", "length" or "abort".
+        """Returns the whole answer; ``reason`` tells why generation ended.
 
         Raises:
-            PromptError: for another reason.
+            PromptError: if ``reason`` is not "stop", "length" or "abort".
         """
         if reason not in ("stop", "length", "abort"):
             raise PromptError(f'finish_reason must be "stop", "length" or "abort", not {reason!r}')
         self.flush()
         calls = [call.result() for call in self._calls]
         complete = [call for call in calls if call.complete]
-        finished: FinishReason = reason
+        finish_reason: FinishReason = reason
         if reason == "stop" and complete and not self._is_named:
-            finished = "tool_calls"
+            finish_reason = "tool_calls"
         incomplete = [call for call in calls if not call.complete]
         if self._cut_name is not None:
             incomplete.append(ToolCall("", self._cut_name, {}, "", complete=False))
-        return Message(self._reasoning.result(), self._content.result(), complete, finished, incomplete)
+        return Message(self._reasoning.result(), self._content.result(), complete, finish_reason, incomplete)
 
     def _advance(self, final: bool) -> None:
         while self._position < len(self._text) or (final and self._state is _State.NAME):
-            going = self._step_name(final) if self._state is _State.NAME else self._step(final)
-            if not going:
+            advanced = self._step_name(final) if self._state is _State.NAME else self._step(final)
+            if not advanced:
                 break
         self._text, self._position = self._text[self._position :], 0
 
     def _step(self, final: bool) -> bool:
-        """Goes on to the next tag, or as far as the text goes; returns whether there may be more."""
-        found = self._search[self._state].search(self._text, self._position)
-        end = found.start() if found else len(self._text) if final else self._safe_end()
+        """Consumes text up to and including the next tag; returns False if there is no further tag."""
+        tag = self._search[self._state].search(self._text, self._position)
+        end = tag.start() if tag else len(self._text) if final else self._safe_end()
         self._add(self._text[self._position : end])
-        self._position = found.end() if found else end
-        if found and self._state in (_State.REASONING, _State.CONTENT):
-            self._on_text_tag(found[0])
-        elif found:
-            self._on_call_tag(found[0])
-        return found is not None
+        self._position = tag.end() if tag else end
+        if tag and self._state in (_State.REASONING, _State.CONTENT):
+            self._on_text_tag(tag[0])
+        elif tag:
+            self._on_call_tag(tag[0])
+        return tag is not None
 
     def _safe_end(self) -> int:
-        """Where the text ends that cannot be the beginning of a tag."""
+        """End of the text that cannot be the beginning of a tag."""
         tags = self._tags[self._state]
         longest = max(map(len, tags), default=1)
         start = self._text.rfind("<", max(self._position, len(self._text) - longest + 1))
@@ -176,18 +183,18 @@ class OutputParser:
             self._state = _State.REASONING if tag == "<think>" else _State.CONTENT
 
     def _step_name(self, final: bool) -> bool:
-        """Reads ``NAME`` and the tag after it; returns False where more text is needed to tell."""
+        """Consumes ``NAME`` and the tag after it; returns False if more text is needed to decide."""
         match = _NAME.match(self._text, self._position, self._position + _MAX_NAME_LENGTH)
         assert match is not None
         rest = self._text[match.end() : match.end() + len("</tool_call>")]
-        fits = len(match[0]) < _MAX_NAME_LENGTH
-        tag = next((tag for tag in _CALL_TAGS[_State.NAME] if fits and rest.startswith(tag)), None)
-        may_be = fits and any(tag.startswith(rest) for tag in _CALL_TAGS[_State.NAME])
+        is_short = len(match[0]) < _MAX_NAME_LENGTH
+        tag = next((tag for tag in _CALL_TAGS[_State.NAME] if is_short and rest.startswith(tag)), None)
+        may_follow = is_short and any(tag.startswith(rest) for tag in _CALL_TAGS[_State.NAME])
         if tag in ("<arg_key>", "</tool_call>"):
             self._position = match.end() + len(tag)
             self._open_call(match[1])
             self._on_call_tag(tag)
-        elif tag or not may_be or (final and not self._begins_name(match[1])):
+        elif tag or not may_follow or (final and not self._may_begin_name(match[1])):
             self._state = self._resume
             self._add("<tool_call>")
         elif final:
@@ -198,7 +205,7 @@ class OutputParser:
             return False
         return True
 
-    def _begins_name(self, text: str) -> bool:
+    def _may_begin_name(self, text: str) -> bool:
         return not self._declared or any(name.startswith(text) for name in self._declared)
 
     def _open_call(self, name: str) -> None:
@@ -227,7 +234,7 @@ class OutputParser:
             self._end_call(tag)
 
     def _end_call(self, tag: str) -> None:
-        """``</tool_call>`` ends a call; ``<tool_call>`` cuts it off and begins another."""
+        """Ends the open call: ``</tool_call>`` completes it, ``<tool_call>`` cuts it off and begins another."""
         if self._call and tag == "</tool_call>" and self._is_well_formed and self._state is _State.PAIRS:
             self._show_arguments(self._call.close())
         self._call = None
@@ -266,9 +273,10 @@ def parse_output(
 
 
 def opens_thinking(prompt: str) -> bool:
-    """Whether a prompt leaves ``<think>`` open, so that the answer begins with reasoning: what ``thinking`` should be.
+    """Whether a prompt ends with an open ``<think>``, so that the answer begins with reasoning.
 
-    Only what follows the last role tag counts: earlier turns hold closed and dropped thinking of their own.
+    This is the value for the parser's ``thinking``. Only text after the last role tag counts, because earlier messages
+    contain thinking tags of their own.
     """
     turn = prompt[match.end() :] if (match := _LAST_ROLE.match(prompt)) else prompt
     return turn.rfind("<think>") > turn.rfind("</think>")

@@ -1,4 +1,4 @@
-"""What an answer consists of, whole and in pieces."""
+"""The result types of parsing: a whole answer (``Message``) and the pieces of a stream (``Delta``)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
 
+StopReason = Literal["stop", "length", "abort"]
+"""Why generation ended: a stop token or string, a length limit, or cancellation."""
+
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
+"""Why an answer ended, in OpenAI's words: a :data:`StopReason`, or "tool_calls" if it stopped after complete calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that the model wrote.
+    """A tool call in the model's answer.
 
     Attributes:
-        id: made here, unique; equality ignores it.
-        name: the function.
-        arguments: its arguments, typed by the tool's schema. Of an incomplete call, those that were finished.
-        arguments_json: the same as JSON text, as it was streamed; of an incomplete call it breaks off, and is "" where
-            nothing had come yet.
-        complete: whether the call was closed and every key had a value. Never act on one that is not.
+        id: Random unique id; comparisons ignore it.
+        name: Name of the function.
+        arguments: Arguments, typed by the tool's schema. An incomplete call has those that were finished.
+        arguments_json: Arguments as JSON text, as it was streamed. The text of an incomplete call breaks off; it is ""
+            if no argument had begun.
+        complete: Whether the call was closed and every key had a value. Never execute an incomplete call.
     """
 
     id: str = field(compare=False)
@@ -32,7 +36,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A piece of a call: the first has ``id`` and ``name``, all others only text to append to the arguments' JSON."""
+    """A piece of a tool call. The first has ``id`` and ``name``; later ones append to the arguments' JSON text."""
 
     index: int
     id: str | None = None
@@ -42,7 +46,7 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of an answer, of one kind: the other fields are empty."""
+    """A piece of an answer. One field is set; the others are empty."""
 
     content: str = ""
     reasoning: str = ""
@@ -51,15 +55,15 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A whole answer.
+    """A parsed answer.
 
     Attributes:
-        reasoning: the thinking, without white space at its end; None where there is none.
-        content: the answer's text; None where there is none.
-        tool_calls: complete calls, in order.
-        finish_reason: "tool_calls" where there are complete calls, unless the answer was cut ("length"), given up
-            ("abort") or bound to one named tool ("stop").
-        incomplete_calls: calls that were cut off or had a key without a value.
+        reasoning: Thinking, without white space at its end; None if there is none.
+        content: Text of the answer; None if there is none.
+        tool_calls: Complete tool calls, in order.
+        finish_reason: "tool_calls" for an answer with complete calls, unless it was cut off ("length"), canceled
+            ("abort"), or ``tool_choice`` named a single tool ("stop").
+        incomplete_calls: Calls that were cut off or have a key without a value.
     """
 
     reasoning: str | None
@@ -69,7 +73,7 @@ class Message:
     incomplete_calls: list[ToolCall] = field(default_factory=list)
 
     def as_turn(self) -> dict[str, Any]:
-        """The message to append to a conversation, in OpenAI's form; incomplete calls are left out."""
+        """The message in OpenAI's form, to append to the conversation. Incomplete calls are left out."""
         turn: dict[str, Any] = {"role": "assistant", "content": self.content}
         if self.reasoning is not None:
             turn["reasoning_content"] = self.reasoning
@@ -82,8 +86,8 @@ class Message:
 
 
 def join_deltas(deltas: Iterable[Delta]) -> list[Delta]:
-    """The same pieces with neighbors of one kind joined; the first of a call stays apart from its arguments."""
-    return [_joined(list(group)) for _, group in groupby(deltas, _kind)]
+    """Joins neighboring deltas of one kind. The first delta of a call stays separate from its arguments."""
+    return [_join(list(group)) for _, group in groupby(deltas, _kind)]
 
 
 def _kind(delta: Delta) -> tuple[bool, bool, int, str | None]:
@@ -91,7 +95,7 @@ def _kind(delta: Delta) -> tuple[bool, bool, int, str | None]:
     return bool(delta.content), bool(delta.reasoning), call.index if call else -1, call.id if call else None
 
 
-def _joined(group: list[Delta]) -> Delta:
+def _join(group: list[Delta]) -> Delta:
     calls = [delta.tool_call for delta in group if delta.tool_call]
     call = None
     if calls:

@@ -1,7 +1,7 @@
-"""Renders a checkpoint's own Jinja template, which is somebody else's code, in a child process within limits.
+"""Renders a checkpoint's own Jinja chat template, which is untrusted code, in a child process.
 
-The child (:mod:`glm_jax.text.sandbox_child`) has Jinja's immutable sandbox, a limit on memory and one on output; this
-side has the clock. One child renders one prompt, about a tenth of a second.
+The child (:mod:`glm_jax.text.sandbox_child`) uses Jinja's immutable sandbox and limits memory and output; the parent
+enforces the timeout. Each prompt gets its own child, which takes about a tenth of a second.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ MAX_OUTPUT_BYTES: Final = 1 << 20
 MAX_MEMORY_BYTES: Final = 512 << 20
 _START_TIMEOUT_S: Final = 30.0
 _CHILD_SCRIPT: Final = Path(__file__).with_name("sandbox_child.py")
+# An isolated interpreter (-I) ignores PYTHONPATH, so the folders that hold Jinja are passed as arguments.
+_CHILD_BOOTSTRAP: Final = (
+    "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+)
 
 
 def render_template(template: str, variables: Mapping[str, Any], switches: Mapping[str, Any]) -> str:
@@ -29,12 +33,12 @@ def render_template(template: str, variables: Mapping[str, Any], switches: Mappi
 
     Args:
         template: Jinja text.
-        variables: what every chat template is given; JSON.
-        switches: what this caller adds; each must be a variable that the template reads.
+        variables: Variables that every chat template gets; values that JSON can express.
+        switches: Additional variables of this call; the template must read each of them.
 
     Raises:
-        PromptError: in one sentence, if the template fails, does what the sandbox forbids, takes longer than 2 s, or
-            needs more than 1 MB of output or 512 MB of memory.
+        PromptError: if the template fails, does what the sandbox forbids, takes longer than 2 s, or needs more than
+            1 MB of output or 512 MB of memory. The message is one sentence.
     """
     job = {
         "template": template,
@@ -48,17 +52,17 @@ def render_template(template: str, variables: Mapping[str, Any], switches: Mappi
         payload = json.dumps(job).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise PromptError(f"the conversation cannot be given to the chat template as JSON: {error}") from None
-    answer = _run_child(payload)
-    if "text" in answer:
-        return answer["text"]
-    raise PromptError(f"the checkpoint's chat template {answer['error']}")
+    result = _run_child(payload)
+    if "text" in result:
+        return result["text"]
+    raise PromptError(f"the checkpoint's chat template {result['error']}")
 
 
 def _run_child(payload: bytes) -> dict[str, str]:
     try:
-        # A session of its own, so that Ctrl-C reaches only us; we end it below.
+        # In a new session Ctrl-C does not reach the child; it is killed below.
         child = subprocess.Popen(
-            [sys.executable, "-I", str(_CHILD_SCRIPT), *_library_folders()],
+            _child_command(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -75,27 +79,27 @@ def _run_child(payload: bytes) -> dict[str, str]:
 
 
 def _exchange(child: subprocess.Popen[bytes], payload: bytes) -> dict[str, str]:
-    """Waits until the child has imported Jinja, then starts the clock: a busy machine is not the template's fault."""
+    """Sends the job; the timeout starts only when the child has imported Jinja, which a busy machine delays."""
     assert child.stdout is not None
-    alarm = threading.Timer(_START_TIMEOUT_S, child.kill)
-    alarm.start()
+    watchdog = threading.Timer(_START_TIMEOUT_S, child.kill)
+    watchdog.start()
     try:
-        started = child.stdout.readline()
+        first_line = child.stdout.readline()
     finally:
-        alarm.cancel()
-    if started != b"ready\n":
+        watchdog.cancel()
+    if first_line != b"ready\n":
         raise PromptError("the process that renders chat templates did not start: is the jinja2 package installed?")
     try:
-        answer, _ = child.communicate(payload, timeout=RENDER_TIMEOUT_S)
+        output, _ = child.communicate(payload, timeout=RENDER_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return {"error": f"takes longer than {RENDER_TIMEOUT_S:g} s and was stopped"}
     try:
-        return json.loads(answer)
+        return json.loads(output)
     except ValueError:
         return {"error": f"was stopped by the system (exit status {child.returncode}): too much memory, or a crash"}
 
 
-def _library_folders() -> list[str]:
-    """Where Jinja is found from here; an isolated interpreter does not know of PYTHONPATH."""
+def _child_command() -> list[str]:
     specs = (importlib.util.find_spec(name) for name in ("jinja2", "markupsafe"))
-    return [str(Path(spec.origin).parents[1]) for spec in specs if spec is not None and spec.origin]
+    folders = [str(Path(spec.origin).parents[1]) for spec in specs if spec is not None and spec.origin]
+    return [sys.executable, "-I", "-c", _CHILD_BOOTSTRAP, str(_CHILD_SCRIPT), *folders]

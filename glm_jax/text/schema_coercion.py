@@ -1,9 +1,9 @@
-"""Argument values: the text that a model wrote, typed by the tool's JSON schema.
+"""Converts the text of a tool argument to the type that the tool's JSON schema declares.
 
-GLM writes every value as plain text between tags, so the schema alone says what ``5`` is. The rules are those of vLLM's
-``coerce_to_schema_type``: of the types that a schema allows, the first that fits in the order of :data:`_COERCERS`;
-where none fits, JSON; where that fails, the text itself. Only the top level is typed, and ``$ref`` and ``const`` say
-nothing.
+GLM writes every value as plain text between tags, so only the schema tells whether ``5`` is a number or a string. The
+rules are those of vLLM's ``coerce_to_schema_type``: the allowed types are tried in the order of :data:`_COERCERS`, then
+JSON, and otherwise the value is the text itself. Only the top level of a schema is read; ``$ref`` and ``const`` are
+ignored.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ _STRING: Final = frozenset({"string"})
 
 
 def schema_types(schema: object) -> frozenset[str]:
-    """Types that a property's schema allows; ``{"string"}`` where it says nothing about types."""
+    """The types that a property's schema allows; ``{"string"}`` if it does not mention types."""
     types: set[str] = set()
-    todo, seen = [schema], set()
-    while todo:
-        part = todo.pop()
-        if id(part) in seen:
+    pending, seen = [schema], set()
+    while pending:
+        subschema = pending.pop()
+        if id(subschema) in seen:
             continue
-        seen.add(id(part))
-        own = set(_own_types(part))
-        choices = _choices(part)
-        types |= own if own or choices else _STRING
-        todo += choices
+        seen.add(id(subschema))
+        own = set(_own_types(subschema))
+        alternatives = _alternatives(subschema)
+        types |= own if own or alternatives else _STRING
+        pending += alternatives
     return frozenset(types)
 
 
 def coerce_to_types(text: str, types: frozenset[str]) -> Any:
-    """The value that ``text`` stands for where a schema allows ``types``."""
-    for name, read in _COERCERS.items():
+    """Converts ``text`` to the first of ``types`` that fits, else reads it as JSON, else returns the text."""
+    for name, coerce in _COERCERS.items():
         if name in types:
             try:
-                return read(text)
+                return coerce(text)
             except (ValueError, RecursionError):
                 continue
     try:
@@ -51,7 +51,7 @@ def coerce_to_types(text: str, types: frozenset[str]) -> Any:
 
 
 def _own_types(schema: object) -> Iterator[str]:
-    """Types that ``type`` and ``enum`` name."""
+    """The types that ``type`` and the values of ``enum`` name."""
     if not isinstance(schema, Mapping):
         return
     declared = schema.get("type")
@@ -62,10 +62,10 @@ def _own_types(schema: object) -> Iterator[str]:
         yield _type_of(value)
 
 
-def _choices(schema: object) -> list[Any]:
+def _alternatives(schema: object) -> list[Any]:
     if not isinstance(schema, Mapping):
         return []
-    return [choice for key in ("anyOf", "oneOf", "allOf") for choice in _list(schema, key)]
+    return [alternative for key in ("anyOf", "oneOf", "allOf") for alternative in _list(schema, key)]
 
 
 def _list(schema: Mapping[str, Any], key: str) -> list[Any]:
@@ -92,20 +92,20 @@ def _integer(text: str) -> int:
 def _number(text: str) -> float | int:
     if not _NUMBER.fullmatch(text) or not math.isfinite(value := float(text)):
         raise ValueError(text)
-    # Up to 2**53 a float holds an integer exactly, and beyond it a float is what was meant.
+    # A float holds integers up to 2**53 exactly; a larger number was meant as a float.
     return int(value) if value.is_integer() and abs(value) <= _MAX_EXACT_INTEGER else value
 
 
 def _boolean(text: str) -> bool:
-    known = {"true": True, "1": True, "false": False, "0": False}
+    values = {"true": True, "1": True, "false": False, "0": False}
     word = text.strip().lower()
-    if word not in known:
+    if word not in values:
         raise ValueError(text)
-    return known[word]
+    return values[word]
 
 
 def _json(text: str, kind: type = object) -> Any:
-    """JSON of one kind; refuses NaN, infinities and lone surrogates, which could not be written as JSON again."""
+    """Parses JSON of one Python type; rejects NaN, infinities and lone surrogates, which JSON cannot express."""
     value = json.loads(text)
     if not isinstance(value, kind):
         raise ValueError(text)

@@ -1,9 +1,9 @@
-"""What each token of a tokenizer stands for, in bytes, so that text can be put together token by token.
+"""The bytes of single tokens, from which text is decoded token by token.
 
 A token may hold part of a UTF-8 character, so tokens are joined as bytes and decoded once. Three kinds of decoder are
-understood: ``ByteLevel`` (GLM's own: each character of a token names one byte, the table of GPT-2), a sequence of
-``Replace``/``ByteFallback``/``Fuse``/``Strip`` (what conversions from SentencePiece write), and none at all (tokens are
-words, joined by spaces).
+supported: ``ByteLevel`` (GLM's own, where each character of a token names a byte by GPT-2's table), a sequence of
+``Replace``/``ByteFallback``/``Fuse``/``Strip`` (from SentencePiece conversions), and no decoder (tokens are words,
+joined by spaces).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @dataclass(frozen=True, slots=True)
 class TokenByteDecoder:
-    """How ordinary tokens become bytes, and how bytes become text.
+    """The rules by which a tokenizer's ordinary tokens become text.
 
     Attributes:
-        to_bytes: the bytes that one token's string stands for.
-        separator: put between any two tokens.
-        max_leading_spaces: the most spaces to drop at the very start of a text.
+        to_bytes: Maps the string of a token to its bytes.
+        separator: Bytes between any two tokens.
+        max_leading_spaces: Maximum number of spaces dropped at the start of the text.
     """
 
     to_bytes: Callable[[str], bytes]
@@ -36,7 +36,7 @@ class TokenByteDecoder:
 
 @dataclass(frozen=True, slots=True)
 class _SequenceDecoder:
-    """One token through the steps of a ``Sequence`` decoder that look at a token alone."""
+    """Token to bytes by the per-token steps of a ``Sequence`` decoder."""
 
     replacements: tuple[tuple[str, str], ...]
     byte_fallback: bool
@@ -50,7 +50,10 @@ class _SequenceDecoder:
 
 
 def unicode_to_bytes() -> dict[str, int]:
-    """The byte that each of 256 printable characters names (GPT-2's table: Latin-1's own, the rest from U+0100)."""
+    """GPT-2's table from 256 printable characters to bytes.
+
+    Printable Latin-1 characters name their own byte; the other bytes are named by characters from U+0100 on.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -58,7 +61,7 @@ def unicode_to_bytes() -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class _ByteLevelDecoder:
-    """One byte-level token; a token with a character outside the table stands for itself."""
+    """Byte-level token to bytes. A token with a character outside the table is encoded as UTF-8."""
 
     table: dict[str, int] = field(default_factory=unicode_to_bytes)
 
@@ -73,7 +76,7 @@ def parse_decoder(decoder: dict[str, Any] | None) -> TokenByteDecoder:
     """Reads the ``decoder`` entry of a ``tokenizer.json``.
 
     Raises:
-        CheckpointError: if it has a step that cannot be done token by token, or one that is not known.
+        CheckpointError: if a step is unknown or does not work token by token.
     """
     if decoder is None:
         return TokenByteDecoder(str.encode, separator=b" ")
@@ -81,12 +84,12 @@ def parse_decoder(decoder: dict[str, Any] | None) -> TokenByteDecoder:
         return TokenByteDecoder(_ByteLevelDecoder())
     steps = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
     replacements: list[tuple[str, str]] = []
-    strip = 0
+    leading_spaces = 0
     for step in steps:
         match step:
             case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
                 replacements.append((old, new))
-            case {"type": "Strip", "content": " ", "start": int(strip), "stop": 0}:
+            case {"type": "Strip", "content": " ", "start": int(leading_spaces), "stop": 0}:
                 pass
             case {"type": "ByteFallback" | "Fuse"}:
                 pass
@@ -95,5 +98,5 @@ def parse_decoder(decoder: dict[str, Any] | None) -> TokenByteDecoder:
                     f"the tokenizer's decoder has a step that is not supported: {json.dumps(step)[:200]}; "
                     "GLM-4.7-Flash has ByteLevel"
                 )
-    fallback = any(step["type"] == "ByteFallback" for step in steps)
-    return TokenByteDecoder(_SequenceDecoder(tuple(replacements), fallback), max_leading_spaces=strip)
+    byte_fallback = any(step["type"] == "ByteFallback" for step in steps)
+    return TokenByteDecoder(_SequenceDecoder(tuple(replacements), byte_fallback), max_leading_spaces=leading_spaces)

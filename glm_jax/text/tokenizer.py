@@ -1,4 +1,4 @@
-"""Text to token ids and back, on the ``tokenizers`` package, one token at a time where that is asked for."""
+"""Tokenizer: text to token ids and back, in whole or token by token, based on the ``tokenizers`` package."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from glm_jax.errors import CheckpointError, PromptError
 from glm_jax.text.token_bytes import TokenByteDecoder, parse_decoder
 
 MAX_TEXT_LENGTH: Final = 1 << 22
-"""Longest text that is encoded at once: twenty characters for each token of the longest context."""
+"""Maximum number of characters to encode: twenty for each token of the longest context."""
 
 STRUCTURAL_TAGS: Final = frozenset(
     f"<{slash}{name}>"
     for name in ("think", "tool_call", "arg_key", "arg_value", "tool_response")
     for slash in ("", "/")
 )
-"""Tags that shape an answer. They are text to a reader of the answer, so they never count as special tokens."""
+"""Tags that structure an answer. The output parser reads them as text, so they never count as special tokens."""
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tokenizer:
-    """A ``tokenizer.json``; make one with :meth:`from_file` or :meth:`from_dir`.
+    """A tokenizer read from a ``tokenizer.json`` by :meth:`from_file` or :meth:`from_dir`.
 
     Attributes:
-        model_vocab: rows of the model's embedding, which may be more than the tokenizer knows.
-        vocab_size: number of ids that the tokenizer knows.
-        unused_ids: ids of the model that stand for no token; sampling must never choose them.
-        special_ids: ids that ``skip_special`` leaves out. The tags in :data:`STRUCTURAL_TAGS` are never among them, also
-            where a file marks them as special.
+        model_vocab: Number of rows of the model's embedding, which may exceed ``vocab_size``.
+        vocab_size: Number of ids that the tokenizer knows.
+        unused_ids: Ids of the model that the tokenizer does not know; they must never be sampled.
+        special_ids: Ids that ``skip_special`` leaves out. The tags in :data:`STRUCTURAL_TAGS` are never among them,
+            even if the file marks them as special.
     """
 
     model_vocab: int
@@ -56,23 +56,23 @@ class Tokenizer:
         """Reads a ``tokenizer.json`` for a model with ``model_vocab`` embedding rows.
 
         Raises:
-            CheckpointError: if the file is missing, damaged, not a tokenizer, or knows ids that the model has not.
+            CheckpointError: if the file is missing, damaged, not a tokenizer, or has ids that the model lacks.
         """
-        backend = _read(Path(path))
+        backend = _read_backend(Path(path))
         backend.no_padding()
         backend.no_truncation()
         added = backend.get_added_tokens_decoder()
-        known = set(backend.get_vocab(with_added_tokens=True).values())
-        if known and max(known) >= model_vocab:
+        known_ids = set(backend.get_vocab(with_added_tokens=True).values())
+        if known_ids and max(known_ids) >= model_vocab:
             raise CheckpointError(
-                f"{path} has token id {max(known)}, but the model has only {model_vocab} embedding rows: "
+                f"{path} has token id {max(known_ids)}, but the model has only {model_vocab} embedding rows: "
                 "take the tokenizer.json that belongs to this model"
             )
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         return cls(
             model_vocab=model_vocab,
-            vocab_size=len(known),
-            unused_ids=tuple(i for i in range(model_vocab) if i not in known),
+            vocab_size=len(known_ids),
+            unused_ids=tuple(i for i in range(model_vocab) if i not in known_ids),
             special_ids=frozenset(i for i, t in added.items() if t.special and t.content not in STRUCTURAL_TAGS),
             _backend=backend,
             _added_tokens={i: token.content.encode() for i, token in added.items()},
@@ -81,11 +81,11 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, folder: str | Path, *, model_vocab: int) -> Self:
-        """Reads ``tokenizer.json`` in a checkpoint's folder; as :meth:`from_file`."""
+        """Reads ``tokenizer.json`` from a checkpoint's folder; see :meth:`from_file`."""
         return cls.from_file(Path(folder) / "tokenizer.json", model_vocab=model_vocab)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Special tokens written in it are recognized; none is added at either end.
+        """Encodes a text to token ids. Special tokens in the text are recognized; none is added at either end.
 
         Raises:
             PromptError: if the text holds a lone surrogate or is longer than :data:`MAX_TEXT_LENGTH`.
@@ -96,33 +96,32 @@ class Tokenizer:
             raise PromptError(
                 f"the text has {len(text):,} characters, and at most {MAX_TEXT_LENGTH:,} can be encoded: shorten it"
             )
-        if found := _SURROGATE.search(text):
+        if surrogate := _SURROGATE.search(text):
             raise PromptError(
-                f"the text is not valid Unicode: character {found.start()} is the lone surrogate "
-                f"U+{ord(found[0]):04X}; read the input as UTF-8"
+                f"the text is not valid Unicode: character {surrogate.start()} is the lone surrogate "
+                f"U+{ord(surrogate[0]):04X}; read the input as UTF-8"
             )
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
-        """Text of token ids; bytes that are no UTF-8 become U+FFFD, and unused ids nothing.
+        """Decodes token ids to text. Invalid UTF-8 becomes U+FFFD; unused ids have no text.
 
         Raises:
-            PromptError: if an id is not one of the model's.
+            PromptError: if an id is outside the model's vocabulary.
         """
-        parts = [part for part in (self.token_bytes(i, skip_special) for i in ids) if part is not None]
-        return _drop_spaces(self._byte_decoder.separator.join(parts), self._byte_decoder.max_leading_spaces).decode(
-            errors="replace"
-        )
+        tokens = [token for token in (self.token_bytes(i, skip_special) for i in ids) if token is not None]
+        data = self._byte_decoder.separator.join(tokens)
+        return _drop_spaces(data, self._byte_decoder.max_leading_spaces).decode(errors="replace")
 
     def stream(self, skip_special: bool = True) -> StreamDecoder:
-        """A decoder for ids that come one at a time."""
+        """Returns a decoder for ids that arrive one at a time."""
         return StreamDecoder(self, skip_special)
 
     def token_bytes(self, token_id: SupportsIndex, skip_special: bool = False) -> bytes | None:
-        """The bytes that one id stands for (part of a character, maybe); None where it stands for no text at all.
+        """The bytes of one token, which may be part of a character; None for unused and skipped ids.
 
         Raises:
-            PromptError: if the id is not one of the model's.
+            PromptError: if the id is outside the model's vocabulary.
         """
         index = operator.index(token_id)
         if not 0 <= index < self.model_vocab:
@@ -135,14 +134,14 @@ class Tokenizer:
         return None if token is None else self._byte_decoder.to_bytes(token)
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token given as the vocabulary spells it, or None."""
+        """The id of a token in the vocabulary's spelling; None if there is no such token."""
         return self._backend.token_to_id(token)
 
 
 class StreamDecoder:
-    """Decodes ids one at a time: the pieces, joined, are what :meth:`Tokenizer.decode` gives for all the ids.
+    """Decodes ids one at a time; the joined pieces equal :meth:`Tokenizer.decode` of all ids.
 
-    A piece never ends inside a character. At most three bytes are held back, and no id is looked at twice.
+    A piece never ends inside a character. At most three bytes are held back, and each id is decoded once.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
@@ -150,36 +149,36 @@ class StreamDecoder:
         self._skip_special = skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._separator = b""
-        self._strip = tokenizer._byte_decoder.max_leading_spaces
+        self._spaces_to_drop = tokenizer._byte_decoder.max_leading_spaces
 
     def feed(self, token_id: SupportsIndex) -> str:
-        """The text that this id completes, maybe none.
+        """Returns the text that this id completes; "" while a character is incomplete.
 
         Raises:
-            PromptError: if the id is not one of the model's.
+            PromptError: if the id is outside the model's vocabulary.
         """
         data = self._tokenizer.token_bytes(token_id, self._skip_special)
         if data is None:
             return ""
         data = self._separator + data
         self._separator = self._tokenizer._byte_decoder.separator
-        if self._strip and data:
-            kept = _drop_spaces(data, self._strip)
-            self._strip = 0 if kept else self._strip - len(data)
-            data = kept
+        if self._spaces_to_drop and data:
+            stripped = _drop_spaces(data, self._spaces_to_drop)
+            self._spaces_to_drop = 0 if stripped else self._spaces_to_drop - len(data)
+            data = stripped
         return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """Ends the text: U+FFFD for bytes still held back, else nothing."""
+        """Ends the text. Returns U+FFFD for an incomplete character, otherwise ""."""
         return self._utf8.decode(b"", final=True)
 
 
 def _drop_spaces(data: bytes, limit: int) -> bytes:
-    """``data`` without its leading spaces, at most ``limit`` of them."""
+    """Removes at most ``limit`` leading spaces."""
     return data[min(limit, len(data) - len(data.lstrip(b" "))) :]
 
 
-def _read(path: Path) -> tokenizers.Tokenizer:
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
@@ -202,20 +201,24 @@ def _describe_problem(text: str, error: Exception) -> str:
     except (ValueError, RecursionError):
         return "is damaged: it is not complete JSON; download it again"
     if not isinstance(content, dict) or "model" not in content:
-        return 'is not a tokenizer: it has no "model"; the file wanted is the checkpoint\'s tokenizer.json'
+        return 'is not a tokenizer: it has no "model"; use the checkpoint\'s tokenizer.json'
     return f"is not a tokenizer that the tokenizers package {tokenizers.__version__} can read: {error}"
 
 
 def load_tokenizer(cfg: Config, folder: Path | None) -> Tokenizer:
-    """The checkpoint's tokenizer; for made-up weights, which have none, the miniature's."""
-    home = Path(str(files("glm_jax") / "tiny")) if folder is None else folder
-    return Tokenizer.from_dir(home, model_vocab=cfg.vocab_size)
+    """Loads the checkpoint's tokenizer, or the built-in miniature's for random weights, which have no folder.
+
+    Raises:
+        CheckpointError: if the tokenizer cannot be read or does not fit the model.
+    """
+    folder = Path(str(files("glm_jax") / "tiny")) if folder is None else folder
+    return Tokenizer.from_dir(folder, model_vocab=cfg.vocab_size)
 
 
 def valid_vocab_size(tokenizer: Tokenizer) -> int:
-    """Ids from here on stand for no token; they end the vocabulary."""
+    """The vocabulary size without the unused ids at its end."""
     unused = set(tokenizer.unused_ids)
-    last = tokenizer.model_vocab
-    while last - 1 in unused:
-        last -= 1
-    return last
+    size = tokenizer.model_vocab
+    while size - 1 in unused:
+        size -= 1
+    return size

@@ -1,4 +1,4 @@
-"""The tools of a request: what a caller declares, and which of them an answer may call."""
+"""The tools of a request: their declarations, and which of them an answer may call."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any, Final
 from glm_jax.errors import PromptError
 
 TOOL_NAME_PATTERN: Final = re.compile(r"[^\s<>]{1,256}")
-"""What an answer can call: the name ends at white space or a tag."""
+"""Names that the output format can express: in an answer, a name ends at white space or at a tag."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """One declared function.
+    """A declared function.
 
     Attributes:
-        name: what an answer calls it by.
-        properties: JSON schema of each parameter by name; empty where none is declared.
-        declaration: the whole object as the caller wrote it, which is what the prompt shows.
+        name: Name by which an answer calls the function.
+        properties: JSON schema of each parameter by name; empty if no parameters are declared.
+        declaration: Object as the caller wrote it; the prompt shows it unchanged.
     """
 
     name: str
@@ -30,30 +30,30 @@ class Tool:
 
 
 def parse_tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[Tool, ...]:
-    """Reads tools in OpenAI's form, ``{"type": "function", "function": {"name", "description", "parameters"}}``.
+    """Parses tools in OpenAI's form, ``{"type": "function", "function": {"name", "description", "parameters"}}``.
 
-    The inner object alone is accepted as well, and shown as given.
+    The inner object alone is accepted too, and shown as it is.
 
     Raises:
-        PromptError: if an entry is not a function with a name, a name comes twice, or one is not JSON.
+        PromptError: if an entry is not a function with a valid name, or two have the same name.
     """
     if tools is None:
         return ()
     if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence):
         raise PromptError("tools must be a list of function objects")
-    read = tuple(_parse_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools))
-    names = [tool.name for tool in read]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise PromptError(f"tools: the name {twice[0]!r} comes twice; names must differ")
-    return read
+    functions = tuple(_parse_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools))
+    names = [tool.name for tool in functions]
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise PromptError(f"tools: the name {duplicates[0]!r} comes twice; names must differ")
+    return functions
 
 
 def select_callable_tools(tools: tuple[Tool, ...], tool_choice: str | Mapping[str, Any]) -> dict[str, Tool] | None:
-    """The tools that an answer may call, by name; None where no tools were declared, so that any name will do.
+    """The tools that an answer may call, by name; None, which allows any name, if no tools are declared.
 
     Raises:
-        PromptError: if ``tool_choice`` is not "auto", "none", "required" or a declared function's
-            ``{"type": "function", "function": {"name": …}}``, or demands a call where there are no tools.
+        PromptError: if ``tool_choice`` is not "auto", "none", "required" or the
+            ``{"type": "function", "function": {"name": …}}`` of a declared tool, or requires a call without any tool.
     """
     by_name = {tool.name: tool for tool in tools}
     if tool_choice == "none":
@@ -76,7 +76,7 @@ def select_callable_tools(tools: tuple[Tool, ...], tool_choice: str | Mapping[st
 
 
 def named_tool_choice(tool_choice: str | Mapping[str, Any]) -> str | None:
-    """The function that ``tool_choice`` names, or None."""
+    """The function that ``tool_choice`` names; None if it names none."""
     match tool_choice:
         case {"type": "function", "function": {"name": str(name)}}:
             return name
@@ -84,10 +84,10 @@ def named_tool_choice(tool_choice: str | Mapping[str, Any]) -> str | None:
 
 
 def dump_prompt_json(value: object, where: str) -> str:
-    """JSON as the prompt shows it: characters as they are, ", " and ": " between parts, keys in the order given.
+    """Serializes a value as the prompt shows it: non-ASCII characters as they are, ", " and ": ", keys in given order.
 
     Raises:
-        PromptError: if the value cannot be JSON, as NaN and infinity cannot.
+        PromptError: if JSON cannot express the value; NaN and infinity are such values.
     """
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)

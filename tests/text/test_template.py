@@ -152,7 +152,7 @@ def test_starting_slowly_is_not_the_templates_fault(monkeypatch, tmp_path):
 def test_the_child_loads_nothing_of_ours():
     limits = {"output_bytes": 9, "memory_bytes": 1 << 30, "cpu_seconds": 9}
     child = subprocess.run(
-        [sys.executable, "-I", "-X", "importtime", str(sandbox._CHILD_SCRIPT), *sandbox._library_folders()],
+        [sys.executable, "-X", "importtime", *sandbox._child_command()[1:]],
         input=json.dumps({"template": "x", "variables": {}, "switches": {}, **limits}),
         capture_output=True,
         text=True,
