@@ -1,10 +1,10 @@
-"""GLM-4.7-Flash in pure JAX.
+"""Inference of GLM-4.7-Flash in pure JAX.
 
 >>> import glm_jax
 >>> llm = glm_jax.LLM.load()                       # the built-in miniature  # doctest: +SKIP
 >>> llm.generate("def fib(n):", max_tokens=64).text                          # doctest: +SKIP
 
-Public names are looked up on first use, so importing this package imports nothing else: it touches no device, sets no
+Public names are imported on first use, so importing this package imports nothing else: it touches no device, sets no
 environment variable and reads no file.
 """
 
@@ -48,7 +48,7 @@ __all__ = [  # noqa: RUF022 (most used first)
 
 
 def __getattr__(name: str) -> object:
-    """Imports the module behind a public name the first time it is asked for."""
+    """Imports the module that defines a public name when the name is first used."""
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
     if name not in _HOMES:

@@ -1,6 +1,7 @@
-"""The architecture of a GLM-4.7-Flash checkpoint, as ``config.json`` states it.
+"""The architecture of a model (:class:`Config`), and its conversion from and to ``config.json``.
 
-:class:`Config` holds what the mathematics needs and nothing about how it is run. Names are those of ``config.json``.
+:class:`Config` holds the sizes and constants of the forward pass, and nothing about devices, dtypes or batches. Field
+names are those of ``config.json``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from glm_jax.errors import ConfigError
 
 LayerKind = Literal["dense", "sparse"]
 
-# Keys that say nothing about the mathematics of the forward pass.
+# Keys without influence on the forward pass.
 _IGNORED = frozenset(
     """architectures model_type dtype torch_dtype transformers_version use_cache initializer_range pretraining_tp
     bos_token_id attention_dropout output_router_logits router_aux_loss_coef num_key_value_heads max_length
@@ -25,7 +26,7 @@ _IGNORED = frozenset(
 )
 _REQUIRED = """vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim
     qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size n_routed_experts num_experts_per_tok""".split()
-# Absent from at least one real spelling; the value is what transformers' Glm4MoeLiteConfig then takes.
+# Keys that real files may lack, with the defaults of transformers' Glm4MoeLiteConfig.
 _DEFAULTS: dict[str, Any] = {
     "q_lora_rank": 768,
     "n_shared_experts": 1,
@@ -39,9 +40,9 @@ _DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 202_752,
     "tie_word_embeddings": False,
 }
-_NULLABLE = frozenset({"q_lora_rank"})  # null is a value of its own
+_NULLABLE = frozenset({"q_lora_rank"})  # null does not mean the default
 _MAX_LAYERS = 1000
-# Keys that may only have the value this architecture has.
+# Allowed values of keys that this architecture fixes; () marks keys that are checked elsewhere.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
@@ -63,7 +64,13 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """A stretch of ``count`` consecutive layers of one kind, the first of which is layer ``start``."""
+    """Consecutive layers of one kind, whose parameters are stacked and which run as one scan.
+
+    Attributes:
+        kind: "dense" for a plain feed-forward, "sparse" for routed experts.
+        start: Index of the first layer.
+        count: Number of layers.
+    """
 
     kind: LayerKind
     start: int
@@ -72,16 +79,47 @@ class LayerGroup:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Architecture of one model; frozen and hashable, so it can be a static argument of ``jax.jit``.
+    """Architecture of a model. Frozen and hashable, so it can be a static argument of ``jax.jit``.
 
-    ``latent_eps`` is the epsilon of the two norms inside the attention (``q_a``, ``kv_a``): transformers uses 1e-6
-    there, vLLM, SGLang and llama.cpp use ``rms_norm_eps``. ``mtp_own_embeddings`` says that the prediction layer's
-    copies of the embedding and of the head differ from the model's and are kept. ``run_starts`` are layers at which a
-    new run begins although the kind does not change, because their weights are stored in another way: no part of the
-    architecture, but of the shapes of the stacked parameters.
+    Letters are axes of the glossary in ARCHITECTURE.md.
+
+    Attributes:
+        vocab_size: Rows of the embedding and the head (V).
+        hidden_size: Width of the residual stream (D).
+        num_hidden_layers: Number of layers (L), without the prediction layer.
+        num_attention_heads: Number of attention heads (N).
+        q_lora_rank: Width of the query latent (Q); None projects queries directly from the hidden state.
+        kv_lora_rank: Width of the key/value latent (R), which the cache holds.
+        qk_nope_head_dim: Width of the part of a query or key head without rotary embedding (Hn).
+        qk_rope_head_dim: Width of the part with rotary embedding (P); even.
+        v_head_dim: Width of a value head (Hv).
+        intermediate_size: Width of the feed-forward in dense layers (I).
+        moe_intermediate_size: Width of a routed expert (F).
+        n_routed_experts: Number of routed experts in a sparse layer (E).
+        num_experts_per_tok: Number of routed experts chosen for each token (X).
+        mlp_layer_types: Kind of each layer, "dense" or "sparse".
+        n_shared_experts: Number of experts that every token uses; they form one feed-forward of width
+            ``n_shared_experts * moe_intermediate_size``.
+        n_group: Number of groups into which the router divides the experts.
+        topk_group: Number of groups from which a token's experts are chosen.
+        norm_topk_prob: Whether the weights of the chosen experts are normalized to sum to 1.
+        routed_scaling_factor: Factor on the weights of the chosen experts.
+        num_nextn_predict_layers: Number of multi-token-prediction (MTP) layers, 0 or 1.
+        rope_theta: Base of the rotary frequencies.
+        rope_interleave: Whether the rotary embedding pairs neighboring features; if not, it pairs the two halves.
+        rms_norm_eps: Epsilon of all norms except the two of ``latent_eps``.
+        latent_eps: Epsilon of the ``q_a`` and ``kv_a`` norms inside the attention. transformers uses 1e-6; vLLM,
+            SGLang and llama.cpp use ``rms_norm_eps``.
+        max_position_embeddings: Longest supported context, in tokens.
+        tie_word_embeddings: Whether the head is the embedding.
+        eos_token_ids: Token ids that end a completion.
+        pad_token_id: Token id for padding; None if the checkpoint has none.
+        mtp_own_embeddings: Whether the prediction layer has an embedding and a head that differ from the model's.
+        run_starts: Layers that begin a new layer group although their kind is that of the previous layer, because their
+            weights are stored in another format. They affect the shapes of the stacked parameters only.
 
     Raises:
-        ConfigError: if a value is impossible; the message names all of them.
+        ConfigError: if a value is invalid; the message names all problems.
     """
 
     vocab_size: int
@@ -122,37 +160,44 @@ class Config:
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of a query or key head; its inverse square root scales the scores."""
+        """Width of a query or key head; its inverse square root is the softmax scale of attention."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def cache_width(self) -> int:
-        """Values kept per token and layer: the normed latent and the rotated rope key."""
+        """Values per token and layer in the cache: the normalized latent and the rotated key (R + P)."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def shared_width(self) -> int:
-        """Width of the always-on expert."""
+        """Width of the feed-forward that the shared experts form together."""
         return self.n_shared_experts * self.moe_intermediate_size
 
     @property
     def layer_groups(self) -> tuple[LayerGroup, ...]:
-        """The layers as runs of one kind and storage, in order; each run's parameters are stacked."""
-        runs: list[LayerGroup] = []
+        """The layers in order, grouped into consecutive layers of one kind and weight storage.
+
+        The parameters of each group are stacked along a leading layer axis.
+        """
+        groups: list[LayerGroup] = []
         for layer, kind in enumerate(self.mlp_layer_types):
-            if runs and runs[-1].kind == kind and layer not in self.run_starts:
-                runs[-1] = dataclasses.replace(runs[-1], count=runs[-1].count + 1)
+            if groups and groups[-1].kind == kind and layer not in self.run_starts:
+                groups[-1] = dataclasses.replace(groups[-1], count=groups[-1].count + 1)
             else:
-                runs.append(LayerGroup(kind, layer, 1))
-        return tuple(runs)
+                groups.append(LayerGroup(kind, layer, 1))
+        return tuple(groups)
 
     def replace(self, **changes: Any) -> Config:
-        """A copy with some fields changed."""
+        """Returns a copy with some fields changed.
+
+        Raises:
+            ConfigError: if a new value is invalid.
+        """
         return dataclasses.replace(self, **changes)
 
     @classmethod
     def flash(cls, *, layers: int = 47) -> Config:
-        """GLM-4.7-Flash (``zai-org/GLM-4.7-Flash``), or its first ``layers`` layers."""
+        """The architecture of ``zai-org/GLM-4.7-Flash``, or of its first ``layers`` layers."""
         return cls(
             vocab_size=154_880,
             hidden_size=2048,
@@ -177,21 +222,21 @@ class Config:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, latent_eps: float | None = None) -> Config:
-        """Reads the dictionary of a ``config.json`` in any spelling that real checkpoints use.
+        """Reads a parsed ``config.json`` in any spelling that real checkpoints use.
 
         Args:
-            config: the parsed file: the original one, one saved again by transformers 5, or one made from scratch.
-            latent_eps: epsilon of the q_a and kv_a norms; 1e-6, as transformers has it, unless given.
+            config: Parsed file: the original, one saved again by transformers 5, or one written from scratch.
+            latent_eps: Epsilon of the ``q_a`` and ``kv_a`` norms; 1e-6 by default, as in transformers.
 
         Raises:
-            ConfigError: for another architecture, a key that is not understood, keys that disagree, or rope scaling.
+            ConfigError: for another architecture, an unknown key, keys that contradict each other, or rope scaling.
         """
         config = _resolve_aliases(config)
         _check_keys(config)
         values = {key: config[key] for key in _REQUIRED}
         for key, default in _DEFAULTS.items():
-            given = config.get(key, default)
-            values[key] = default if given is None and key not in _NULLABLE else given
+            value = config.get(key, default)
+            values[key] = default if value is None and key not in _NULLABLE else value
         return cls(
             **values,
             mlp_layer_types=_layer_types(config),
@@ -202,10 +247,12 @@ class Config:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``config.json`` of this model, readable by transformers and serving engines (both spellings at once)."""
+        """Returns the ``config.json`` of this model, in the spellings of both transformers and serving engines."""
         names = [*_REQUIRED, *_DEFAULTS]
-        leading = next((i for i, kind in enumerate(self.mlp_layer_types) if kind == "sparse"), self.num_hidden_layers)
-        only_leading = "dense" not in self.mlp_layer_types[leading:]
+        first_sparse = next(
+            (i for i, kind in enumerate(self.mlp_layer_types) if kind == "sparse"), self.num_hidden_layers
+        )
+        is_dense_prefix = "dense" not in self.mlp_layer_types[first_sparse:]
         return {
             "architectures": ["Glm4MoeLiteForCausalLM"],
             "model_type": "glm4_moe_lite",
@@ -216,7 +263,7 @@ class Config:
             "hidden_act": "silu",
             "qk_head_dim": self.qk_head_dim,
             "mlp_layer_types": list(self.mlp_layer_types),
-            **({"first_k_dense_replace": leading} if only_leading else {}),
+            **({"first_k_dense_replace": first_sparse} if is_dense_prefix else {}),
             "rope_theta": self.rope_theta,
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta, "partial_rotary_factor": 1.0},
             "partial_rotary_factor": 1.0,
@@ -228,7 +275,7 @@ class Config:
 
 
 def _resolve_aliases(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same with transformers' second name of ``n_routed_experts`` read as the first."""
+    """Renames ``num_local_experts``, transformers' alias, to ``n_routed_experts``."""
     alias, experts = config.get("num_local_experts"), config.get("n_routed_experts")
     if alias is None:
         return config
@@ -247,7 +294,7 @@ def _check_keys(config: Mapping[str, Any]) -> None:
     for key in _REQUIRED:
         _require_int(key, config[key])
     known = {*_REQUIRED, *_DEFAULTS, *_FIXED, *_IGNORED}
-    # A key without a value, or one that is false, switches nothing on.
+    # An unknown key that is null or false has no effect.
     unknown = [key for key, value in config.items() if key not in known and value is not None and value is not False]
     if unknown:
         raise ConfigError(f"config.json has keys this version does not understand: {', '.join(sorted(unknown))}")
@@ -259,7 +306,7 @@ def _check_keys(config: Mapping[str, Any]) -> None:
 
 def _check_head_dims(config: Mapping[str, Any]) -> None:
     rope, nope = config["qk_rope_head_dim"], config["qk_nope_head_dim"]
-    # transformers calls the rope width ``head_dim``; nothing here is sized by it.
+    # transformers writes the rope width as ``head_dim``; no size here depends on it.
     for key, expected in (("head_dim", (rope, rope + nope)), ("qk_head_dim", (rope + nope,))):
         if config.get(key) is not None and config[key] not in expected:
             raise ConfigError(
@@ -269,20 +316,20 @@ def _check_head_dims(config: Mapping[str, Any]) -> None:
 
 def _layer_types(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
     layers, kinds = config["num_hidden_layers"], config.get("mlp_layer_types")
-    leading = config.get("first_k_dense_replace")
+    dense_count = config.get("first_k_dense_replace")
     if layers > _MAX_LAYERS:
         raise ConfigError(f"num_hidden_layers is {layers:,}; at most {_MAX_LAYERS:,} are understood")
-    if leading is not None:
-        _require_int("first_k_dense_replace", leading)
-    dense = 1 if leading is None else leading
-    from_leading: tuple[LayerKind, ...] = tuple("dense" if i < dense else "sparse" for i in range(layers))
+    if dense_count is not None:
+        _require_int("first_k_dense_replace", dense_count)
+    first_sparse = 1 if dense_count is None else dense_count
+    by_count: tuple[LayerKind, ...] = tuple("dense" if i < first_sparse else "sparse" for i in range(layers))
     if kinds is None:
-        return from_leading
+        return by_count
     if not isinstance(kinds, (list, tuple)) or any(kind not in ("dense", "sparse") for kind in kinds):
         raise ConfigError(f"mlp_layer_types must list 'dense' or 'sparse' for each layer, not {kinds!r}")
-    if leading is not None and tuple(kinds) != from_leading:
+    if dense_count is not None and tuple(kinds) != by_count:
         raise ConfigError(
-            f"mlp_layer_types has {list(kinds).count('dense')} dense layers, first_k_dense_replace says {leading}: "
+            f"mlp_layer_types has {list(kinds).count('dense')} dense layers, first_k_dense_replace says {dense_count}: "
             "transformers follows the first, serving engines the second; correct config.json"
         )
     return tuple(kinds)
@@ -308,12 +355,11 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
             raise ConfigError(f"{key} has keys this version does not understand: {', '.join(sorted(unknown))}")
         if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
             raise ConfigError(f"partial_rotary_factor is {rope['partial_rotary_factor']}; this architecture has 1.0")
-    # Without any rope key transformers' own default holds.
-    given = [part["rope_theta"] for part in (config, scaling, parameters) if part.get("rope_theta") is not None]
-    for theta in given:
+    stated = [part["rope_theta"] for part in (config, scaling, parameters) if part.get("rope_theta") is not None]
+    for theta in stated:
         if not is_number(theta):
             raise ConfigError(f"rope_theta must be a number, not {theta!r}")
-    thetas = {float(theta) for theta in given} or {10_000.0}
+    thetas = {float(theta) for theta in stated} or {10_000.0}  # without any rope key: transformers' default
     if len(thetas) > 1:
         raise ConfigError(f"rope_theta and rope_parameters.rope_theta disagree: {sorted(thetas)}")
     return thetas.pop()

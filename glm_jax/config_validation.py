@@ -1,4 +1,7 @@
-"""Checks of a :class:`~glm_jax.Config`: types first, then values."""
+"""Validation of a :class:`~glm_jax.Config`: types first, then values.
+
+Configs are typed as Any here, because :mod:`glm_jax.config` imports this module.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ _POSITIVE = """vocab_size hidden_size num_hidden_layers num_attention_heads kv_l
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is an integer or a float (true and false are neither)."""
+    """Whether a value is an integer or a float; booleans are neither."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def type_problems(cfg: Any) -> list[str]:
-    """Fields of a config whose values are not of their type, in words."""
+    """Descriptions of all fields whose value does not have the type of the field."""
     problems = []
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
@@ -42,7 +45,8 @@ def type_problems(cfg: Any) -> list[str]:
 
 
 def value_problems(cfg: Any) -> list[str]:
-    """Values of a config that cannot go together, in words."""
+    """Descriptions of all values that are out of range or contradict each other."""
+    # Pairs of (is valid, message).
     checks = [(getattr(cfg, name) > 0, f"{name} is {getattr(cfg, name)}, must be positive") for name in _POSITIVE]
     checks += [
         (cfg.q_lora_rank is None or cfg.q_lora_rank > 0, f"q_lora_rank is {cfg.q_lora_rank}, must be positive or null"),
@@ -58,10 +62,11 @@ def value_problems(cfg: Any) -> list[str]:
             f"num_nextn_predict_layers is {cfg.num_nextn_predict_layers}, must be 0 or 1",
         ),
     ]
-    if any(not ok for ok, _ in checks):
-        return [text for ok, text in checks if not ok]
-    per_group, kept = cfg.n_routed_experts // cfg.n_group, cfg.n_routed_experts // cfg.n_group * cfg.topk_group
-    checks += [
+    if problems := [message for is_valid, message in checks if not is_valid]:
+        return problems
+    per_group = cfg.n_routed_experts // cfg.n_group
+    candidates = per_group * cfg.topk_group
+    checks = [
         (
             cfg.n_routed_experts % cfg.n_group == 0,
             f"n_group {cfg.n_group} does not divide n_routed_experts {cfg.n_routed_experts}",
@@ -72,12 +77,12 @@ def value_problems(cfg: Any) -> list[str]:
             f"n_group {cfg.n_group} leaves {per_group} expert per group, must be two or more",
         ),
         (
-            cfg.num_experts_per_tok <= kept,
-            f"num_experts_per_tok {cfg.num_experts_per_tok} is more than the {kept} experts to choose from",
+            cfg.num_experts_per_tok <= candidates,
+            f"num_experts_per_tok {cfg.num_experts_per_tok} is more than the {candidates} experts to choose from",
         ),
         (
             all(0 <= i < cfg.vocab_size for i in cfg.eos_token_ids),
             f"eos_token_id {list(cfg.eos_token_ids)} is outside the vocabulary",
         ),
     ]
-    return [text for ok, text in checks if not ok]
+    return [message for is_valid, message in checks if not is_valid]

@@ -1,36 +1,36 @@
-"""Every error a user can cause, with one clear message that says what to do.
+"""Errors that a user can cause. Each message states the problem and what to do about it.
 
-Commands print ``error: <message>`` and exit with 2; anything else that escapes is a bug of ours.
+Commands print ``error: <message>`` and exit with status 2. Any other exception that reaches the user is a bug.
 """
 
 
 class GlmError(Exception):
-    """Base of all errors a user can cause."""
+    """Base class of all errors that a user can cause."""
 
 
 class ConfigError(GlmError, ValueError):
-    """A ``config.json`` (or a :class:`~glm_jax.Config`) that this stack cannot run."""
+    """A ``config.json`` or :class:`~glm_jax.Config` that this stack cannot run."""
 
 
 class CheckpointError(GlmError):
-    """Weights that are missing, damaged, unknown or not allowed."""
+    """A checkpoint whose files are missing, damaged, of an unknown format or not allowed."""
 
 
 class PromptError(GlmError, ValueError):
-    """A prompt, message list or model output that cannot be used."""
+    """An invalid prompt, message list or tool declaration."""
 
 
 class SamplingError(GlmError, ValueError):
-    """A sampling option outside its range."""
+    """A sampling option that is unknown or out of range."""
 
 
 class MemoryPlanError(GlmError):
-    """A model, context or batch that does not fit the device."""
+    """A model, context length or batch that does not fit into device memory."""
 
 
 class ShardingError(GlmError, ValueError):
-    """A mesh that the model cannot be laid out on."""
+    """A device mesh over which the model cannot be split."""
 
 
 class QuantError(GlmError, ValueError):
-    """A quantization that does not exist, or that does not fit the matrix it is asked for."""
+    """A quantization that does not exist or does not fit a matrix."""
