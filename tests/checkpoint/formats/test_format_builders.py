@@ -33,13 +33,13 @@ def write(file, case):
     integers, config = given(case), case.config
     if "config_groups" in config:
         weights = config["config_groups"]["group_0"]["weights"]
-        settings = {"symmetric": weights["symmetric"], "ordered": file == "actorder"}
+        settings = {"symmetric": weights["symmetric"], "act_order": file == "actorder"}
         return quantized_formats.pack_compressed_tensors(integers, weights["num_bits"], **settings)
     if "awq" in case.name or file == "awq":
         return quantized_formats.pack_awq(integers)
-    less_one = config.get("checkpoint_format") == "gptq" or config.get("packing_format") == "auto_round:auto_gptq"
+    minus_one = config.get("checkpoint_format") == "gptq" or config.get("packing_format") == "auto_round:auto_gptq"
     return quantized_formats.pack_gptq(
-        integers, config["bits"], zero_points_minus_one=less_one, with_g_idx=file == "gptq"
+        integers, config["bits"], zero_points_minus_one=minus_one, with_g_idx=file == "gptq"
     )
 
 

@@ -1,7 +1,8 @@
-"""Blocks of GGUF's tensor types as codes and scales of ours, without loss.
+"""Decodes blocks of GGUF's tensor types into the codes and scales of a QuantizedTensor, without loss.
 
-The values are those of ggml in float32, bit for bit: a product of two float32 scales is taken here in the same order,
-and the product with the code, in :func:`glm_jax.weights.dequantize`, is the same single operation.
+Dequantized values equal ggml's in float32, bit for bit: nested scales are multiplied here in ggml's order, and
+:func:`glm_jax.weights.dequantize` then multiplies the code in one operation, as ggml does. The bit layouts are those of
+``ggml-common.h`` and ``ggml-quants.c`` (https://github.com/ggml-org/llama.cpp).
 """
 
 from __future__ import annotations
@@ -16,77 +17,77 @@ from glm_jax.checkpoint.formats.gguf.ggml_types import GgmlType
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import QuantizedTensor, QuantSpec
 from glm_jax.weights.codes import pack_nibbles
+from glm_jax.weights.quant_spec import QuantDtype, ScaleDtype, ZeroPointKind
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Components = dict[str, Array]
 
-_CHUNK = 1 << 18  # values that are unpacked at once
+_CHUNK_VALUES = 1 << 18  # values decoded at a time, so that temporary arrays stay small
 _HALF = np.dtype("<f2")
-# The sixteen values of IQ4_NL and IQ4_XS.
-_IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+# kvalues_iq4nl of ggml: the sixteen values of IQ4_NL and IQ4_XS.
+_IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 
 
 def repack_blocks(raw: Array, ggml_type: GgmlType, name: str) -> QuantizedTensor:
-    """A weight ``[*stack, O, I]`` from its bytes.
+    """Decodes a weight ``[*stack, O, I]`` from its bytes.
 
     Args:
-        raw: uint8 ``[*stack, O, row bytes]``.
-        ggml_type: one of :data:`REPACKED_TYPES`.
-        name: for messages.
+        raw: Bytes of the tensor, ``uint8 [*stack, O, row_bytes]``.
+        ggml_type: A type in :data:`REPACKED_TYPES`.
+        name: Name of the tensor for error messages.
 
     Raises:
-        CheckpointError: if a block has a scale that stands for no number.
+        CheckpointError: If the scale or bias of a block is not finite.
     """
-    spec, unpack = REPACKED_TYPES[ggml_type.name]
+    spec, decode = REPACKED_TYPES[ggml_type.name]
     shape = (*raw.shape[:-1], raw.shape[-1] // ggml_type.type_size * ggml_type.block_size)
-    whole = {key: np.empty(size, dtype) for key, (size, dtype) in spec.component_shapes(shape).items()}
+    components = {key: np.empty(size, dtype) for key, (size, dtype) in spec.component_shapes(shape).items()}
     blocks = raw.reshape(-1, ggml_type.type_size)
-    flat = {key: array.reshape(len(blocks), -1) for key, array in whole.items()}
-    step = max(1, _CHUNK // ggml_type.block_size)
+    by_block = {key: array.reshape(len(blocks), -1) for key, array in components.items()}
+    step = max(1, _CHUNK_VALUES // ggml_type.block_size)
     for start in range(0, len(blocks), step):
-        with np.errstate(invalid="ignore"):  # a scale of infinity times a code of 0, as in ggml
-            parts = unpack(blocks[start : start + step])
-        if not _are_numbers(parts, spec):
+        with np.errstate(invalid="ignore"):  # an infinite scale times a code of 0, as in ggml
+            decoded = decode(blocks[start : start + step])
+        if not _has_finite_scales(decoded, spec):
             raise CheckpointError(f"{name} has a block whose scale is not a number: the file is damaged")
         if spec.values_per_byte == 2:
-            parts["codes"] = pack_nibbles(parts["codes"])
-        for key, array in flat.items():
-            array[start : start + step] = parts[key]
-    return QuantizedTensor(**whole, spec=spec)
+            decoded["codes"] = pack_nibbles(decoded["codes"])
+        for key, array in by_block.items():
+            array[start : start + step] = decoded[key]
+    return QuantizedTensor(**components, spec=spec)
 
 
-def _are_numbers(parts: Components, spec: QuantSpec) -> bool:
-    """Whether all scales and biases are finite."""
+def _has_finite_scales(decoded: Components, spec: QuantSpec) -> bool:
     if spec.scale == "e8m0":
-        return parts["scales"].max(initial=0) < 255
-    return all(bool(np.isfinite(parts[key]).all()) for key in ("scales", "zeros") if key in parts)
+        return decoded["scales"].max(initial=0) < 255
+    return all(bool(np.isfinite(decoded[key]).all()) for key in ("scales", "zeros") if key in decoded)
 
 
 def _unpack_nibbles(packed: Array, width: int) -> Array:
-    """Codes of 4 bits ``[n, 2 * bytes]``: of each ``width`` bytes first all low halves, then all high ones."""
+    """Unpacks 4-bit codes ``[n, 2 * bytes]``: the low nibbles of each ``width`` bytes, then their high nibbles."""
     packed = packed.reshape(len(packed), -1, 1, width)
     return np.concatenate([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1)
 
 
 def _unpack_bit_fields(packed: Array, width: int, bits: int) -> Array:
-    """Codes of few bits: of each ``width`` bytes first all lowest fields, then all next ones, and so on."""
+    """Unpacks codes of few bits: the lowest fields of each ``width`` bytes, then their next fields, and so on."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     codes = packed.reshape(len(packed), -1, 1, width) >> shifts & np.uint8((1 << bits) - 1)
     return codes.reshape(len(packed), -1)
 
 
-def _read_float16(blocks: Array, at: int) -> Array:
-    """The float16 number at a byte of each block, as float32 ``[n, 1]``."""
-    return blocks[:, at : at + 2].view(_HALF).astype(np.float32)
+def _read_float16(blocks: Array, offset: int) -> Array:
+    """The float16 number at a byte offset of each block, as ``float32 [n, 1]``."""
+    return blocks[:, offset : offset + 2].view(_HALF).astype(np.float32)
 
 
 def _scaled(scale: Array, factors: Array) -> Array:
     return scale * factors.astype(np.float32)
 
 
-def _high_bits(blocks: Array, at: int) -> Array:
-    """The high bit of each of 32 codes, moved to where it belongs: 0 or 16."""
-    return np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << np.uint8(4)
+def _high_bits(blocks: Array, offset: int) -> Array:
+    """The fifth bit of each of a block's 32 codes, shifted to its position: 0 or 16."""
+    return np.unpackbits(blocks[:, offset : offset + 4], axis=1, bitorder="little") << np.uint8(4)
 
 
 def _q4_0(blocks: Array) -> Components:
@@ -119,10 +120,10 @@ def _q8_0(blocks: Array) -> Components:
 
 
 def _q2_k(blocks: Array) -> Components:
-    scale, least = _read_float16(blocks, 80), _read_float16(blocks, 82)
+    scale, minimum = _read_float16(blocks, 80), _read_float16(blocks, 82)
     return {
         "scales": _scaled(scale, blocks[:, :16] & 15),
-        "zeros": -_scaled(least, blocks[:, :16] >> 4),
+        "zeros": -_scaled(minimum, blocks[:, :16] >> 4),
         "codes": _unpack_bit_fields(blocks[:, 16:80], 32, 2),
     }
 
@@ -130,13 +131,13 @@ def _q2_k(blocks: Array) -> Components:
 def _q3_k(blocks: Array) -> Components:
     low, high = _unpack_nibbles(blocks[:, 96:104], 8), _unpack_bit_fields(blocks[:, 104:108], 4, 2)
     factors = (low | high << 4).view(np.int8) - np.int8(32)
-    # The third bit of a code says that 4 is *not* taken away; ours count from -8.
+    # ggml subtracts 4 from a code whose third bit is clear; a QuantSpec of int4 subtracts 8 from every code.
     codes = _unpack_bit_fields(blocks[:, 32:96], 32, 2) + (_unpack_bit_fields(blocks[:, :32], 32, 1) << 2) + np.uint8(4)
     return {"scales": _scaled(_read_float16(blocks, 108), factors), "codes": codes}
 
 
 def _unpack_6bit_scales(packed: Array) -> tuple[Array, Array]:
-    """Eight scales and eight minima of 6 bits each, from 12 bytes."""
+    """Unpacks eight scales and eight minima of 6 bits each from 12 bytes."""
     first, second, third = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=1)
     minima = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], axis=1)
@@ -144,6 +145,7 @@ def _unpack_6bit_scales(packed: Array) -> tuple[Array, Array]:
 
 
 def _k_scales(blocks: Array) -> Components:
+    """Scales and biases of Q4_K and Q5_K."""
     scales, minima = _unpack_6bit_scales(blocks[:, 4:16])
     return {"scales": _scaled(_read_float16(blocks, 0), scales), "zeros": -_scaled(_read_float16(blocks, 2), minima)}
 
@@ -164,7 +166,7 @@ def _q6_k(blocks: Array) -> Components:
 
 
 def _iq4_nl(blocks: Array) -> Components:
-    return {"scales": blocks[:, :2].view(_HALF), "codes": _IQ4.take(_unpack_nibbles(blocks[:, 2:], 16))}
+    return {"scales": blocks[:, :2].view(_HALF), "codes": _IQ4_VALUES.take(_unpack_nibbles(blocks[:, 2:], 16))}
 
 
 def _iq4_xs(blocks: Array) -> Components:
@@ -172,19 +174,19 @@ def _iq4_xs(blocks: Array) -> Components:
     factors = (low | high << 4).view(np.int8) - np.int8(32)
     return {
         "scales": _scaled(_read_float16(blocks, 0), factors),
-        "codes": _IQ4.take(_unpack_nibbles(blocks[:, 8:], 16)),
+        "codes": _IQ4_VALUES.take(_unpack_nibbles(blocks[:, 8:], 16)),
     }
 
 
 def _mxfp4(blocks: Array) -> Components:
     codes = _unpack_nibbles(blocks[:, 1:], 16)
-    # In ggml there is no negative zero. It also halves the scale and doubles the codes, which cancels.
+    # ggml has no negative zero. It also halves the scale and doubles the codes, which cancels.
     codes[codes == 8] = 0
     return {"scales": blocks[:, :1], "codes": codes}
 
 
-def _spec(kind: Any, group: int, scale: Any, zero: Any = "none") -> QuantSpec:
-    return QuantSpec(kind=kind, block=(1, group), scale=scale, zero=zero)
+def _spec(kind: QuantDtype, group_size: int, scale: ScaleDtype, zero: ZeroPointKind = "none") -> QuantSpec:
+    return QuantSpec(kind=kind, block=(1, group_size), scale=scale, zero=zero)
 
 
 REPACKED_TYPES: dict[str, tuple[QuantSpec, Callable[[Array], Components]]] = {
@@ -202,33 +204,38 @@ REPACKED_TYPES: dict[str, tuple[QuantSpec, Callable[[Array], Components]]] = {
     "IQ4_XS": (_spec("int8", 32, "float32"), _iq4_xs),
     "MXFP4": (_spec("fp4", 32, "e8m0"), _mxfp4),
 }
-"""Types whose numbers our storages hold exactly, with how."""
+"""Types that a QuantSpec holds exactly: the spec, and the function that decodes their blocks."""
 
 EXPANDED_TYPES = frozenset("IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S TQ1_0 TQ2_0 NVFP4".split())
-"""Types that no storage of ours holds: the gguf package expands them to float32."""
+"""Types that no QuantSpec holds: the gguf package dequantizes them."""
 
 
 def expand_blocks(raw: Array, ggml_type: GgmlType, name: str) -> Array:
-    """The float32 values ``[*stack, O, I]`` of a type in :data:`EXPANDED_TYPES`; arguments as for :func:`repack_blocks`.
+    """Dequantizes a weight to ``float32 [*stack, O, I]`` with the gguf package.
+
+    Args:
+        raw: Bytes of the tensor, ``uint8 [*stack, O, row_bytes]``.
+        ggml_type: A type in :data:`EXPANDED_TYPES`.
+        name: Name of the tensor for error messages.
 
     Raises:
-        CheckpointError: if the gguf package is absent, or too old for the type.
+        CheckpointError: If the gguf package is not installed, or does not know the type.
     """
     try:
-        from gguf.constants import GGMLQuantizationType
-        from gguf.quants import dequantize
+        from gguf.constants import GGMLQuantizationType  # optional extra
+        from gguf.quants import dequantize  # optional extra
     except ImportError:
         raise CheckpointError(
             f'{name} is of type {ggml_type.name}, which takes the gguf package to read: pip install "glm-jax[gguf]"'
         ) from None
     rows = raw.reshape(math.prod(raw.shape[:-1]), raw.shape[-1])
     out = np.empty((len(rows), raw.shape[-1] // ggml_type.type_size * ggml_type.block_size), np.float32)
-    step = max(1, _CHUNK // out.shape[1])
+    step = max(1, _CHUNK_VALUES // out.shape[1])
     try:
-        number = GGMLQuantizationType[ggml_type.name]
+        gguf_type = GGMLQuantizationType[ggml_type.name]
         for start in range(0, len(rows), step):
             with np.errstate(all="ignore"):
-                out[start : start + step] = dequantize(np.ascontiguousarray(rows[start : start + step]), number)
+                out[start : start + step] = dequantize(np.ascontiguousarray(rows[start : start + step]), gguf_type)
     except (KeyError, NotImplementedError):
         raise CheckpointError(
             f"{name} is of type {ggml_type.name}, which the installed gguf package cannot read"

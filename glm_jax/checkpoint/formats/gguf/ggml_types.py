@@ -1,4 +1,4 @@
-"""The tensor types of GGUF: number, name, and how many bytes hold a block of how many values."""
+"""The tensor types of GGUF: number, name, values per block and bytes per block."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GgmlType:
-    """One type; a row of values is a sequence of blocks.
+    """A tensor type; each row of a tensor is a sequence of blocks. The names of the fields are ggml's.
 
     Attributes:
-        name: as every tool spells it.
-        block_size: in a block.
-        type_size: of a block.
+        name: Name of the type, such as ``Q4_K``.
+        block_size: Number of values in a block.
+        type_size: Number of bytes in a block.
     """
 
     name: str
@@ -20,10 +20,10 @@ class GgmlType:
     type_size: int
 
 
-# https://github.com/ggml-org/ggml/blob/master/docs/gguf.md numbers them; the gaps are types that were withdrawn.
+# Numbers are those of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the gaps are withdrawn types.
 GGML_TYPES: dict[int, GgmlType] = {
-    number: GgmlType(name, values, nbytes)
-    for number, name, values, nbytes in (
+    number: GgmlType(name, block_size, type_size)
+    for number, name, block_size, type_size in (
         (0, "F32", 1, 4),
         (1, "F16", 1, 2),
         (2, "Q4_0", 32, 18),

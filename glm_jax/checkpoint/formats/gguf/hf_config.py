@@ -1,4 +1,4 @@
-"""The fields of a GGUF file as the dictionary of a ``config.json``."""
+"""Builds the content of a ``config.json`` from the metadata fields of a GGUF file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from glm_jax.checkpoint.messages import format_names, printable
 from glm_jax.errors import CheckpointError
 
 ARCHITECTURE = "deepseek2"
-_SIGMOID = 2  # of expert_gating_func; 1 is softmax
-# Say nothing about the computation, or repeat what other fields and the tensors say.
+_SOFTMAX, _SIGMOID = 1, 2  # values of expert_gating_func
+# Fields that do not affect the computation, or repeat other fields and the tensors.
 _IGNORED_FIELDS = frozenset(
     """attention.causal attention.key_length attention.value_length rope.scaling.original_context_length
     rope.scaling.finetuned rope.scaling.yarn_log_multiplier tensor_data_layout""".split()
@@ -31,7 +31,7 @@ _UINT_FIELDS = {
     "rope.dimension_count": "qk_rope_head_dim",
     "context_length": "max_position_embeddings",
 }
-# With what llama.cpp takes where they are absent.
+# Field -> config key, and llama.cpp's value for an absent field.
 _OPTIONAL_UINT_FIELDS: dict[str, tuple[str, int]] = {
     "expert_shared_count": ("n_shared_experts", 0),
     "expert_group_count": ("n_group", 1),
@@ -43,29 +43,29 @@ _EOS_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "toke
 def build_hf_config(
     fields: Mapping[str, MetadataValue], tensors: Mapping[str, tuple[int, ...]], file: str
 ) -> dict[str, Any]:
-    """A dictionary that :meth:`glm_jax.config.Config.from_hf` takes.
+    """Builds a dictionary for :meth:`glm_jax.config.Config.from_hf`.
 
     Args:
-        fields: of the file.
-        tensors: shape of each tensor by its name in the file; what it says of the prediction layer, tied embeddings
-            and the vocabulary counts where the fields say nothing.
-        file: name for messages.
+        fields: Metadata fields of the file.
+        tensors: Shape of each tensor by its name in the file. They decide about the prediction layer and tied
+            embeddings, and give the vocabulary size if the fields do not.
+        file: File name for error messages.
 
     Raises:
-        CheckpointError: for another architecture, missing or impossible fields, and those that ask for a computation
+        CheckpointError: For another architecture, missing or impossible fields, and fields that require a computation
             which GLM-4.7-Flash does not have (softmax routing, rope scaling, anything unknown).
     """
     reader = _MetadataReader(fields, file)
-    config = {name: reader.get_uint(key) for key, name in _UINT_FIELDS.items()}
+    config: dict[str, Any] = {name: reader.get_uint(key) for key, name in _UINT_FIELDS.items()}
     config |= {name: reader.get_uint(key, default) for key, (name, default) in _OPTIONAL_UINT_FIELDS.items()}
-    blocks, predicted = reader.get_uint("block_count"), reader.get_uint("nextn_predict_layers", 0)
-    layers = blocks - predicted
-    has_prediction = any(name.startswith(f"blk.{layers}.") for name in tensors)
+    blocks, mtp_layers = reader.get_uint("block_count"), reader.get_uint("nextn_predict_layers", 0)
+    layers = blocks - mtp_layers
+    has_mtp_tensors = any(name.startswith(f"blk.{layers}.") for name in tensors)
     config |= {
         "architectures": ["Glm4MoeLiteForCausalLM"],
         "model_type": "glm4_moe_lite",
         "num_hidden_layers": layers,
-        "num_nextn_predict_layers": predicted if has_prediction else 0,
+        "num_nextn_predict_layers": mtp_layers if has_mtp_tensors else 0,
         "num_key_value_heads": config["num_attention_heads"],
         "q_lora_rank": reader.get_uint("attention.q_lora_rank", 0) or None,
         "rms_norm_eps": reader.get_float("attention.layer_norm_rms_epsilon"),
@@ -87,7 +87,7 @@ def build_hf_config(
 
 
 class _MetadataReader:
-    """The fields of the architecture, and which of them have been read."""
+    """Reads the architecture's metadata fields and remembers which of them have been read."""
 
     def __init__(self, fields: Mapping[str, MetadataValue], file: str) -> None:
         architecture = fields.get("general.architecture")
@@ -97,17 +97,17 @@ class _MetadataReader:
                 f"GGUF files of GLM-4.7-Flash have {ARCHITECTURE!r}"
             )
         self._fields, self._file = fields, file
-        self._read: set[str] = set(_IGNORED_FIELDS)
+        self._read_keys: set[str] = set(_IGNORED_FIELDS)
 
-    def error(self, text: str) -> CheckpointError:
-        return CheckpointError(f"{self._file}: {text}")
+    def error(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self._file}: {problem}")
 
-    def get(self, key: str) -> MetadataValue:
-        self._read.add(key)
+    def get(self, key: str) -> MetadataValue | None:
+        self._read_keys.add(key)
         return self._fields.get(f"{ARCHITECTURE}.{key}")
 
     def get_uint(self, key: str, default: int | None = None) -> int:
-        self._read.add(key)
+        self._read_keys.add(key)
         return read_uint(self._fields, f"{ARCHITECTURE}.{key}", self._file, default)
 
     def get_float(self, key: str, default: float | None = None) -> float:
@@ -115,9 +115,9 @@ class _MetadataReader:
         value = default if value is None else value
         if value is None:
             raise CheckpointError(f"{self._file} lacks the field {ARCHITECTURE}.{key}")
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.error(f"{ARCHITECTURE}.{key} must be a number, not {printable(repr(value))}")
-        # The file has float32: 1e-5, not the 9.99999974e-06 that is its nearest double.
+        # The file stores float32. Its shortest decimal is the intended 1e-5, its exact value is 9.99999974e-06.
         return float(str(np.float32(value)))
 
     def get_bool(self, key: str, default: bool) -> bool:
@@ -128,11 +128,11 @@ class _MetadataReader:
 
     def reject_unread(self) -> None:
         prefix = f"{ARCHITECTURE}."
-        # A field that is zero, false or empty switches nothing on.
+        # An unknown field that is zero, false or empty cannot change the computation.
         unknown = [
             key
             for key, value in self._fields.items()
-            if key.startswith(prefix) and key.removeprefix(prefix) not in self._read and np.any(_truth_value(value))
+            if key.startswith(prefix) and key.removeprefix(prefix) not in self._read_keys and _is_nonzero(value)
         ]
         if unknown:
             raise self.error(
@@ -140,8 +140,8 @@ class _MetadataReader:
             )
 
 
-def _truth_value(value: MetadataValue) -> Any:
-    return value if isinstance(value, np.ndarray) else bool(value)
+def _is_nonzero(value: MetadataValue) -> bool:
+    return bool(np.any(value)) if isinstance(value, np.ndarray) else bool(value)
 
 
 def _vocab_size(reader: _MetadataReader, tensors: Mapping[str, tuple[int, ...]]) -> int:
@@ -155,25 +155,27 @@ def _head_sizes(
     heads = config["num_attention_heads"]
     if reader.get_uint("attention.head_count_kv", heads) not in (1, heads):
         raise reader.error(f"attention.head_count_kv must be 1 or {heads}, the number of heads")
-    keys, values = reader.get_uint("attention.key_length_mla", 0), reader.get_uint("attention.value_length_mla", 0)
-    if not keys or not values:
-        # The first files of this family keep kv_b whole and give the sizes of real heads under the general names.
+    key_dim = reader.get_uint("attention.key_length_mla", 0)
+    value_dim = reader.get_uint("attention.value_length_mla", 0)
+    if not key_dim or not value_dim:
+        # The first files of this family keep kv_b whole and give the sizes of expanded heads under the general names.
         if any(name.endswith(".attn_k_b.weight") for name in tensors):
             raise reader.error("attention.key_length_mla and value_length_mla are missing: get a newer file")
-        keys, values = reader.get_uint("attention.key_length"), reader.get_uint("attention.value_length")
-    rope = config["qk_rope_head_dim"]
-    if keys <= rope:
-        raise reader.error(f"a key of {keys} values cannot contain the {rope} of rope.dimension_count")
-    return {"qk_nope_head_dim": keys - rope, "v_head_dim": values}
+        key_dim, value_dim = reader.get_uint("attention.key_length"), reader.get_uint("attention.value_length")
+    rope_dim = config["qk_rope_head_dim"]
+    if key_dim <= rope_dim:
+        raise reader.error(f"a key of {key_dim} values cannot contain the {rope_dim} of rope.dimension_count")
+    return {"qk_nope_head_dim": key_dim - rope_dim, "v_head_dim": value_dim}
 
 
 def _check_routing(reader: _MetadataReader, config: Mapping[str, Any]) -> None:
-    # Usually absent, because the original config.json does not name the function either.
+    # The field is usually absent, because the original config.json does not name the function either.
     gating = reader.get_uint("expert_gating_func", _SIGMOID)
     if gating != _SIGMOID:
+        name = " (softmax)" if gating == _SOFTMAX else ""
         raise reader.error(
-            f"expert_gating_func is {gating}{' (softmax)' if gating == 1 else ''}, but GLM-4.7-Flash routes with the "
-            "sigmoid: files made before 21 January 2026 are wrong in this. Download a newer file, or correct this one "
+            f"expert_gating_func is {gating}{name}, but GLM-4.7-Flash routes with the sigmoid: files made before "
+            "21 January 2026 are wrong in this. Download a newer file, or correct this one "
             "with `gguf-set-metadata FILE deepseek2.expert_gating_func 2` of the gguf package"
         )
     width = config["n_shared_experts"] * config["moe_intermediate_size"]
@@ -192,22 +194,22 @@ def _check_rope(reader: _MetadataReader) -> None:
 
 
 def read_eos_token_ids(fields: Mapping[str, MetadataValue], file: str) -> list[int]:
-    """Every token that ends an answer: of the text, of the turn, and of the message before a tool's answer.
+    """Ids of all tokens that end a response: end of text, end of turn, and end of a message with tool calls.
 
     Raises:
-        CheckpointError: if one is not a token id.
+        CheckpointError: If one of the fields is not a token id.
     """
     ids = [read_token_id(fields, key, file) for key in _EOS_KEYS]
-    more = fields.get("tokenizer.ggml.eos_token_ids")
-    if isinstance(more, np.ndarray) and more.dtype.kind in "iu":
-        ids += more.tolist()
+    more_ids = fields.get("tokenizer.ggml.eos_token_ids")
+    if isinstance(more_ids, np.ndarray) and more_ids.dtype.kind in "iu":
+        ids += more_ids.tolist()
     return list(dict.fromkeys(i for i in ids if i is not None and i >= 0))
 
 
 def read_token_id(fields: Mapping[str, MetadataValue], key: str, file: str) -> int | None:
-    """A token id among the fields, or None where it is absent.
+    """Token id in a metadata field, or None if the field is absent.
 
     Raises:
-        CheckpointError: if it is not one.
+        CheckpointError: If the field is not a token id.
     """
     return read_uint(fields, key, file) if key in fields else None

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file as weights under their logical names."""
+"""Maps the tensors of a GGUF file to weights under the logical names of Hugging Face checkpoints."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ _LAYER_NAMES = {
     "nextn.shared_head_head.weight": "shared_head.head.weight",
     "nextn.shared_head_norm.weight": "shared_head.norm.weight",
 } | {
-    f"ffn_{part}{ours}.weight": f"mlp.{theirs}{part}_proj.weight"
-    for part in ("gate", "up", "down")
-    for ours, theirs in (("", ""), ("_exps", "switch_mlp."), ("_shexp", "shared_experts."))
+    f"ffn_{branch}{suffix}.weight": f"mlp.{prefix}{branch}_proj.weight"
+    for branch in ("gate", "up", "down")
+    for suffix, prefix in (("", ""), ("_exps", "switch_mlp."), ("_shexp", "shared_experts."))
 }
-_GATE_UP = "ffn_gate_up_exps.weight"  # gate in the first half of the rows, up in the second
+_GATE_UP = "ffn_gate_up_exps.weight"  # the first half of the rows is gate, the second half is up
 _KV_B = "attn_kv_b.weight"
 _PER_HEAD = ("attn_k_b.weight", "attn_v_b.weight")
 _LAYER_PATTERN = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(.+)", re.DOTALL)
@@ -66,12 +66,12 @@ _FLOAT32 = np.dtype(np.float32)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _TensorLoader:
-    """Loads a tensor, or one entry of its leading axis.
+    """Loads a weight, or one entry of its leading axis.
 
     Attributes:
-        located: where it is.
-        shape: as the weight has it, which may be another than the file's.
-        rows: of each matrix, those that are meant.
+        located: Tensor that holds the weight.
+        shape: Shape of the weight, which may differ from the tensor's shape.
+        rows: Rows of each matrix that belong to the weight.
     """
 
     located: LocatedTensor
@@ -79,105 +79,109 @@ class _TensorLoader:
     rows: slice
 
     def __call__(self, index: int | None = None) -> Array | QuantizedTensor:
-        entry = self.located.info
-        raw = self.located.split.tensor_bytes(entry)
+        info = self.located.info
+        raw = self.located.split.tensor_bytes(info)
         if len(self.shape) > 1:
-            raw = raw.reshape(*self._stored_shape(), entry.row_bytes)[..., self.rows, :]
-        dtype = _PLAIN_DTYPES.get(entry.type.name)
+            raw = raw.reshape(*self._stored_shape(), info.row_bytes)[..., self.rows, :]
+        dtype = _PLAIN_DTYPES.get(info.type.name)
         if dtype is not None:
             raw = raw.view(dtype)
         if index is not None:
             if dtype is None and len(self.shape) < 3:
                 raise IndexError("a single matrix has no stack axis to index")
             raw = raw[index]
-        return _decode_blocks(raw, entry) if dtype is None else raw
+        return _decode_blocks(raw, info) if dtype is None else raw
 
     def _stored_shape(self) -> tuple[int, ...]:
-        """``[*stack, O]`` of the whole tensor, with all rows."""
+        """Shape ``[*stack, O]`` of the tensor with all its rows, without the row bytes."""
         stack = self.shape[:-2]
         return (*stack, math.prod(self.located.info.shape[:-1]) // math.prod(stack))
 
 
-def _decode_blocks(raw: Array, entry: GgufTensorInfo) -> Array | QuantizedTensor:
-    read = repack_blocks if entry.type.name in REPACKED_TYPES else expand_blocks
-    return read(raw, entry.type, printable(entry.name))
+def _decode_blocks(raw: Array, info: GgufTensorInfo) -> Array | QuantizedTensor:
+    decode = repack_blocks if info.type.name in REPACKED_TYPES else expand_blocks
+    return decode(raw, info.type, printable(info.name))
 
 
 def named_weights(
     tensors: Mapping[str, LocatedTensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, StoredWeight], list[str]]:
-    """Weights by logical name, and what is worth telling of them.
+    """Finds the weights of a GGUF file.
 
-    Names are those of Hugging Face checkpoints where these have the tensor. Stacked experts are
-    ``mlp.switch_mlp.*_proj.weight`` ``[E, O, I]``; the halves of kv_b are ``self_attn.embed_q.weight`` ``[N, R, Hn]``
-    and ``self_attn.unembed_out.weight`` ``[N, Hv, R]``.
+    The logical names are those of Hugging Face checkpoints where these have the tensor. Stacked experts are called
+    ``mlp.switch_mlp.*_proj.weight``, ``[E, O, I]``. The halves of ``kv_b`` are called ``self_attn.embed_q.weight``,
+    ``[N, R, Hn]``, and ``self_attn.unembed_out.weight``, ``[N, Hv, R]``.
 
     Args:
-        tensors: by their names in the file.
-        config: that :func:`~glm_jax.checkpoint.formats.gguf.hf_config.build_hf_config` made of the same file.
+        tensors: Tensors by their names in the file.
+        config: Config that :func:`~glm_jax.checkpoint.formats.gguf.hf_config.build_hf_config` built from the same file.
+
+    Returns:
+        The weights by logical name, and notes for the user.
 
     Raises:
-        CheckpointError: for tensors that this model does not have, and for types that cannot be read.
+        CheckpointError: For tensors that this model does not have, and for unsupported tensor types.
     """
-    both = {name for name in tensors if name.endswith(_KV_B) and _has_halves(name, tensors)}
+    redundant = {name for name in tensors if name.endswith(_KV_B) and _has_halves(name, tensors)}
     weights: dict[str, StoredWeight] = {}
     unknown: list[str] = []
-    for name, placed in tensors.items():
-        if name in both:
+    for name, located in tensors.items():
+        if name in redundant:
             continue
-        found = _stored_weights(name, placed, config["num_attention_heads"])
-        if not found:
+        stored_weights = _stored_weights(name, located, config["num_attention_heads"])
+        if not stored_weights:
             unknown.append(printable(name))
-        weights |= {stored.name: stored for stored in found}
+        weights |= {stored.name: stored for stored in stored_weights}
     if unknown:
         raise CheckpointError(f"{len(unknown)} tensors that GLM-4.7-Flash does not have: {format_names(unknown)}")
     _check_types(tensors)
-    return weights, ["attn_kv_b is left out where the file has its halves as well"] if both else []
+    return weights, ["attn_kv_b is left out where the file has its halves as well"] if redundant else []
 
 
 def _has_halves(name: str, tensors: Mapping[str, LocatedTensor]) -> bool:
     return all(name.removesuffix(_KV_B) + half in tensors for half in _PER_HEAD)
 
 
-def _stored_weights(name: str, placed: LocatedTensor, heads: int) -> list[StoredWeight]:
+def _stored_weights(name: str, located: LocatedTensor, heads: int) -> list[StoredWeight]:
+    """Weights that a tensor holds: usually one, two if gate and up are fused, none for an unknown name."""
     block = _LAYER_PATTERN.fullmatch(name)
     prefix, inner = (f"model.layers.{block[1]}.", block[2]) if block else ("", name)
-    shape = placed.info.shape
+    shape = located.info.shape
     if block and inner == _GATE_UP and len(shape) == 3 and shape[1] % 2 == 0:
         half = (shape[0], shape[1] // 2, shape[2])
-        parts = (("gate", slice(None, half[1])), ("up", slice(half[1], None)))
+        branches = (("gate", slice(None, half[1])), ("up", slice(half[1], None)))
         return [
-            _stored_weight(f"{prefix}mlp.switch_mlp.{part}_proj.weight", placed, half, rows) for part, rows in parts
+            _stored_weight(f"{prefix}mlp.switch_mlp.{branch}_proj.weight", located, half, rows)
+            for branch, rows in branches
         ]
     logical = (_LAYER_NAMES if block else _NON_LAYER_NAMES).get(inner)
     if logical is None:
         return []
     if inner in _PER_HEAD and len(shape) == 2 and heads and shape[0] % heads == 0:
-        shape = (heads, shape[0] // heads, shape[1])  # some converters write the heads below each other
-    return [_stored_weight(prefix + logical, placed, shape, slice(None))]
+        shape = (heads, shape[0] // heads, shape[1])  # some converters merge the axis of heads into the rows
+    return [_stored_weight(prefix + logical, located, shape, slice(None))]
 
 
-def _stored_weight(name: str, placed: LocatedTensor, shape: tuple[int, ...], rows: slice) -> StoredWeight:
-    kind = placed.info.type.name
+def _stored_weight(name: str, located: LocatedTensor, shape: tuple[int, ...], rows: slice) -> StoredWeight:
+    original_name, kind = located.info.name, located.info.type.name
     if len(shape) < 2 and kind not in _PLAIN_DTYPES:
-        raise CheckpointError(f"{printable(placed.info.name)} is a vector of type {kind}: vectors are never quantized")
+        raise CheckpointError(f"{printable(original_name)} is a vector of type {kind}: vectors are never quantized")
     spec = REPACKED_TYPES[kind][0] if kind in REPACKED_TYPES else None
-    return StoredWeight(
-        name, shape, _PLAIN_DTYPES.get(kind, _FLOAT32), spec, (placed.info.name,), _TensorLoader(placed, shape, rows)
-    )
+    dtype = _PLAIN_DTYPES.get(kind, _FLOAT32)
+    return StoredWeight(name, shape, dtype, spec, (original_name,), _TensorLoader(located, shape, rows))
 
 
 def _check_types(tensors: Mapping[str, LocatedTensor]) -> None:
-    found: dict[str, tuple[GgmlType, str]] = {}
-    for name, placed in tensors.items():
-        found.setdefault(placed.info.type.name, (placed.info.type, printable(name)))
-    readable = {*_PLAIN_DTYPES, *REPACKED_TYPES, *EXPANDED_TYPES}
-    for kind, (_, name) in found.items():
-        if kind not in readable:
+    first_of_type: dict[str, tuple[GgmlType, str]] = {}
+    for name, located in tensors.items():
+        first_of_type.setdefault(located.info.type.name, (located.info.type, printable(name)))
+    supported = {*_PLAIN_DTYPES, *REPACKED_TYPES, *EXPANDED_TYPES}
+    for kind, (_, name) in first_of_type.items():
+        if kind not in supported:
             raise CheckpointError(
-                f"{name} is of type {kind}, which cannot be read; known are {', '.join(sorted(readable))}"
+                f"{name} is of type {kind}, which cannot be read; known are {', '.join(sorted(supported))}"
             )
-    for kind, (tensor_type, name) in found.items():
+    for kind, (ggml_type, name) in first_of_type.items():
         if kind in EXPANDED_TYPES:
-            # Better now than after an hour of reading.
-            expand_blocks(np.zeros((1, tensor_type.type_size), np.uint8), tensor_type, name)
+            # A missing or old gguf package is reported now and not after an hour of reading.
+            expand_blocks(np.zeros((1, ggml_type.type_size), np.uint8), ggml_type, name)
