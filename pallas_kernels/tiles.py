@@ -153,7 +153,7 @@ def make_tiles(
     held = {
         "scales": _rows_to_tiles(scales, rows, more),
         "offsets": _rows_to_tiles(offsets, rows, more),
-        "factors": input_scales,
+        "input_scales": input_scales,
     }
     return Tiles(words, **held, kind=kind, outputs=outputs, inputs=inputs, group_size=group)
 
