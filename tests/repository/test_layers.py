@@ -1,97 +1,36 @@
-"""Imports point down only, and importing costs nothing but time."""
+"""Imports point down only: between levels, between packages, and between the parts of a package."""
 
 import ast
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
-from importlib import import_module
-from pathlib import Path
 
 import pytest
 
-import glm_jax
+from tests.repository.product_code import FILES, GRAPH, ROOT, TREES, names_imported_by
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("glm_jax", "convert", "pallas_kernels")
-
-# A module's level is that of the longest prefix of its name found here. ARCHITECTURE.md draws the same table.
+# A module's level is that of the longest prefix of its name in this table. ARCHITECTURE.md prints the same table.
 LEVELS = {
-    "glm_jax": 7,  # the facade: looks names up lazily, and nothing below may import it
-    **{f"glm_jax.{name}": 6 for name in ("generate", "plan", "bench", "batch", "serve", "cli", "terminal")},
-    **{f"glm_jax.{name}": 5 for name in ("llm", "decoding", "answers", "companions", "requests", "engine", "aot")},
-    **{
-        f"glm_jax.{name}": 4
-        for name in ("steps", "checkpoint", "memory", "compile_cache", "rows", "prompts", "completion")
-    },
-    "convert": 4,
-    **{f"convert.{name}": 6 for name in ("verify", "compare", "quality")},
-    **{f"glm_jax.{name}": 3 for name in ("model", "mtp", "sampling", "text", "kernel_choice")},
+    "convert": 8,
+    "glm_jax": 7,  # the facade: looks names up lazily, and nothing in glm_jax may import it
+    **{f"glm_jax.{name}": 6 for name in ("generate", "plan", "batch", "serve", "bench", "cli")},
+    **{f"glm_jax.{name}": 5 for name in ("llm", "engine")},
+    **{f"glm_jax.{name}": 4 for name in ("checkpoint", "memory")},
+    **{f"glm_jax.{name}": 3 for name in ("model", "sampling", "text")},
     "glm_jax.ops": 2,
-    **{
-        f"glm_jax.{name}": 1
-        for name in ("cache", "config", "config_checks", "errors", "params", "quant", "sharding", "storage", "tiling")
-    },
+    **{f"glm_jax.{name}": 1 for name in ("weights", "cache", "config", "config_validation", "sharding", "errors")},
     "pallas_kernels": 0,
 }
-NO_JAX = ("glm_jax.engine.request", "glm_jax.engine.blocks", "glm_jax.engine.scheduler")
-
-
-def module_files() -> dict[str, Path]:
-    """Dotted module name -> file, for every product module in the repository."""
-    files = {}
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return files
-
-
-FILES = module_files()
-
-
-def imported_names(module: str, path: Path) -> Iterator[str]:
-    """Absolute names that a module imports anywhere, inside functions and for type checking included."""
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".")
-            base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
-            origin = base if node.level else (node.module or "")
-            yield from (f"{origin}.{alias.name}" for alias in node.names)
-
-
-def owner(name: str) -> str | None:
-    """The product module that an imported dotted name comes from, or None when it is foreign."""
-    while name:
-        if name in FILES:
-            return name
-        name = name.rpartition(".")[0]
-    return None
+MAX_LOOSE_FILES = 10
+MAX_LOCAL_IMPORTS = 15
 
 
 def level(module: str) -> int | None:
-    """The level of a product module; below the facade itself, every module must be listed."""
+    """The level of a product module, or None for a part of glm_jax that the table does not list."""
     name = module
     while name not in LEVELS:
         name = name.rpartition(".")[0]
         if name in ("", "glm_jax"):
             return None
     return LEVELS[name]
-
-
-def import_graph() -> dict[str, set[str]]:
-    return {
-        module: {found for name in imported_names(module, path) if (found := owner(name)) and found != module}
-        for module, path in FILES.items()
-    }
-
-
-GRAPH = import_graph()
 
 
 def test_every_module_has_a_level():
@@ -109,154 +48,92 @@ def test_imports_point_down():
     assert not upward, "\n".join(upward)
 
 
-def test_no_import_cycles():
+# ---------------------------------------------------------------------------------------------- cycles
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str] | None:
     try:
-        tuple(TopologicalSorter(GRAPH).static_order())
+        tuple(TopologicalSorter(graph).static_order())
     except CycleError as error:
-        pytest.fail("import cycle: " + " <- ".join(error.args[1]), pytrace=False)
-
-
-def imports_by_name(module: str) -> bool:
-    return any(name == "importlib" or name.endswith(".import_module") for name in imported_names(module, FILES[module]))
-
-
-def typed_names(module: str) -> dict[str, str]:
-    """Public name -> module, as a lazy package tells type checkers."""
-    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
-    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
-    return {alias.name: node.module or "" for node in imports for alias in node.names}
-
-
-@pytest.mark.parametrize("module", [module for module in FILES if imports_by_name(module)])
-def test_lazy_packages_say_what_they_import(module):
-    """A string given to import_module would escape the tests above, were it not also imported for type checkers."""
-    assert FILES[module].name == "__init__.py", "only packages look their public names up lazily"
-    package = import_module(module)
-    homes = {name: home if "." in home else f"{module}.{home}" for name, home in package._HOMES.items()}
-    assert typed_names(module) == {**homes, **dict.fromkeys(getattr(package, "_MODULES", ()), module)}
-    assert set(package.__all__) == set(typed_names(module))
-
-
-def reachable(start: str) -> set[str]:
-    seen, todo = set(), [start]
-    while todo:
-        module = todo.pop()
-        if module not in seen:
-            seen.add(module)
-            todo += GRAPH[module]
-    return seen
-
-
-def test_the_scheduler_side_of_the_engine_is_plain_python():
-    for module in sorted(set(NO_JAX) & set(FILES)):
-        users = [m for m in reachable(module) if any(n.split(".")[0] == "jax" for n in imported_names(m, FILES[m]))]
-        assert not users, f"{module} reaches jax through {users}"
-
-
-# Runs in a fresh interpreter. Blames an event on us when, going out from it, a frame of ours comes before one of the
-# import system: then our module's own top level (or something it called) did it, not a library's or the loader's.
-WATCH_IMPORTS = """
-import json, os, runpy, sys
-root, modules = sys.argv[1], sys.argv[2:]
-WATCHED = ("open", "os.putenv", "os.unsetenv", "os.listdir", "os.system", "socket.connect", "socket.getaddrinfo",
-           "subprocess.Popen")
-found = []
-
-def ours(frame):
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith("<frozen importlib"):
-            return None
-        if file.startswith(root) and os.sep + "." not in file[len(root) - 1:]:
-            return f"{file[len(root):]}:{frame.f_lineno}"
-        frame = frame.f_back
+        return error.args[1]
     return None
 
-def watch(event, arguments):
-    if event in WATCHED and (place := ours(sys._getframe(1))):
-        found.append(f"{place} {event} {arguments[:1]}")
 
-sys.addaudithook(watch)
-for module in modules:
-    __import__(module)
-print(json.dumps({"found": found, "modules": sorted(sys.modules)}))
-"""
+def parts_graph(package: str) -> dict[str, set[str]]:
+    """Imports between the direct parts of a package, modules and subpackages; "" means the three packages.
 
+    The package's own ``__init__`` is left out: it re-exports its parts.
+    """
+    prefix = f"{package}." if package else ""
 
-def watch_imports(*modules: str) -> dict[str, list[str]]:
-    # A platform that does not exist: the first question about devices raises.
-    environment = {**os.environ, "JAX_PLATFORMS": "no_such_platform", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", WATCH_IMPORTS, f"{ROOT}{os.sep}", *modules],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    def part(module: str) -> str:
+        return module.removeprefix(prefix).split(".")[0]
+
+    inside = {module for module in FILES if module.startswith(prefix) and module != package}
+    graph: dict[str, set[str]] = {part(module): set() for module in inside}
+    for module in inside:
+        graph[part(module)] |= {part(target) for target in GRAPH[module] & inside} - {part(module)}
+    return graph
 
 
-@pytest.mark.smoke
-def test_importing_anything_touches_no_device_sets_nothing_reads_nothing():
-    # Triton reads the source of what it is to compile; nothing imports such a module before it launches a kernel.
-    kernels = [module for module in FILES if module.rpartition(".")[2] in ("triton", "_tile_dot", "_dequantize")]
-    importable = [module for module in FILES if not module.endswith("__main__") and module not in kernels]
-    watched = watch_imports(*importable)
-    assert watched["found"] == []
-    assert not {*kernels, "triton"} & set(watched["modules"])
+def test_no_cycle_between_modules():
+    cycle = find_cycle(GRAPH)
+    assert cycle is None, " <- ".join(cycle)
 
 
-def test_the_watch_sees_what_it_should(tmp_path):
-    """The test above proves nothing unless its watch catches each offense."""
-    (tmp_path / "data.txt").write_text("x")
-    offenses = {
-        "reads": "from pathlib import Path\nPath(__file__).with_name('data.txt').read_text()",
-        "sets": "import os\nos.environ['GLM_JAX_SET_AT_IMPORT'] = '1'",
-        "starts": "import subprocess, sys\nsubprocess.run([sys.executable, '-c', ''])",
+@pytest.mark.parametrize("package", ["", *(module for module, path in FILES.items() if path.name == "__init__.py")])
+def test_no_cycle_between_the_parts_of_a_package(package):
+    cycle = find_cycle(parts_graph(package))
+    assert cycle is None, " <- ".join(cycle)
+
+
+def test_the_cycle_test_sees_a_cycle():
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": set()}) is None
+    assert set(find_cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == {"a", "b", "c"}
+
+
+def test_few_files_lie_outside_the_packages_of_glm_jax():
+    loose = [path.name for path in (ROOT / "glm_jax").glob("*.py")]
+    assert len(loose) <= MAX_LOOSE_FILES, loose
+
+
+# ------------------------------------------------------------------------------------- local imports
+
+# Imports inside functions, with what each saves. Triton kernels are not listed: an operation imports its own when it
+# launches one, because Triton is optional and its modules need it at the top.
+LOCAL_IMPORTS = {}
+
+
+def local_imports(module: str) -> list[ast.Import | ast.ImportFrom]:
+    """Import statements inside the functions of a module, imports of Triton kernels excepted."""
+    found = {
+        node
+        for function in ast.walk(TREES[module])
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
     }
-    for name, code in offenses.items():
-        (tmp_path / f"{name}.py").write_text(code)
-        done = subprocess.run(
-            [sys.executable, "-c", WATCH_IMPORTS, f"{tmp_path}{os.sep}", name],
-            env={**os.environ, "PYTHONPATH": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert json.loads(done.stdout)["found"], name
-    (tmp_path / "touches.py").write_text("import jax\njax.devices()")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "no_such_platform"}
-    done = subprocess.run([sys.executable, "-c", "import touches"], env=environment, capture_output=True, check=False)
-    assert done.returncode != 0
+    return sorted((node for node in found if not imports_kernels(module, node)), key=lambda node: node.lineno)
 
 
-def test_importing_the_package_imports_nothing_heavy():
-    loaded = watch_imports("glm_jax")["modules"]
-    assert not {"jax", "numpy", "flax", "tokenizers"} & set(loaded)
-    assert [m for m in loaded if m.startswith("glm_jax")] == ["glm_jax"]
+def imports_kernels(module: str, node: ast.Import | ast.ImportFrom) -> bool:
+    names = names_imported_by(module, node)
+    return all(name.startswith("pallas_kernels.") and ".triton." in name for name in names)
 
 
-PUBLIC = ["LLM", "SamplingParams", "GLM", "Config", "LatentCache", "Rules", "GlmError", "text"]
+def test_imports_inside_functions_are_few_and_have_a_reason():
+    present = {module: len(nodes) for module in FILES if (nodes := local_imports(module))}
+    unlisted = sorted(set(present) - set(LOCAL_IMPORTS))
+    assert not unlisted, "move these imports to the top of their modules, or list the modules with a reason"
+    assert not set(LOCAL_IMPORTS) - set(present), "these modules are listed without need"
+    assert sum(present.values()) <= MAX_LOCAL_IMPORTS, present
 
 
-def test_public_names_are_these():
-    assert glm_jax.__all__ == PUBLIC
-    assert set(PUBLIC) <= set(dir(glm_jax))
-    assert glm_jax.__version__.count(".") == 2
-    with pytest.raises(AttributeError, match="nonsense"):
-        glm_jax.nonsense  # noqa: B018
-
-
-@pytest.mark.smoke
-@pytest.mark.parametrize("name", PUBLIC)
-def test_public_name_resolves_and_is_documented(name):
-    home = glm_jax._HOMES.get(name, f"glm_jax.{name}")
-    value = getattr(glm_jax, name)
-    assert value.__doc__
-    assert value is (getattr(import_module(home), name) if name in glm_jax._HOMES else import_module(home))
-
-
-def test_packages_carry_the_typing_marker():
-    assert (ROOT / "glm_jax" / "py.typed").is_file()
+def test_an_import_inside_a_function_says_why_on_its_line():
+    silent = []
+    for module in FILES:
+        text = FILES[module].read_text(encoding="utf-8").splitlines()
+        lines = [node.lineno for node in local_imports(module)]
+        # One reason is enough for several imports in a row.
+        silent += [f"{module}:{line}" for line in lines if "#" not in text[line - 1] and line - 1 not in lines]
+    assert not silent
