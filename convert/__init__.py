@@ -1,1 +1,1 @@
-"""Checkpoints in and out: ``python -m convert SRC DST``."""
+"""Converts checkpoints (``python -m convert``) and measures the result (``convert.verify``, ``convert.compare``)."""

@@ -1,4 +1,4 @@
-"""``python -m convert SRC DST``: checkpoints to and from this program's own folder layout."""
+"""Command line of ``python -m convert``, which converts checkpoints to and from the converted-folder format."""
 
 from __future__ import annotations
 
@@ -10,53 +10,57 @@ from typing import Annotated, Literal
 
 import tyro
 
+from glm_jax.cli.common import log_to_stderr
 from glm_jax.errors import GlmError
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertOptions:
-    """Convert a checkpoint. Run the same command again after a kill to go on; the result is the same."""
+    """Convert a checkpoint. After a kill, the same command resumes, and the result is identical."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """Hugging Face folder, hub id, converted folder, "tiny", or synthetic:flash?layers=4&seed=0."""
+    """Hugging Face folder, hub id, converted folder, GGUF file, "tiny", or "synthetic:flash?layers=4&seed=0"."""
     destination: Annotated[str, tyro.conf.Positional]
-    """A new or empty folder, or that of an earlier run: what is missing there, or of the wrong size, is written."""
+    """New or empty folder, or the destination of an earlier run: output that is missing or has the wrong size is
+    written again."""
     to: Literal["orbax", "safetensors"] = "orbax"
-    """orbax: loads fast and in slices. safetensors: a Hugging Face folder; quantized weights as compressed-tensors."""
+    """orbax: a converted folder, which loads fast and in slices. safetensors: a Hugging Face folder, with quantized
+    weights in the compressed-tensors format."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Of the weights that are not quantized; unchanged unless given."""
+    """Dtype of weights that are not quantized. Default: unchanged."""
     quantize: str | None = None
-    """int4, int4-small, int4-experts or int8; every value stays as it is unless given."""
+    """Quantize to int4, int4-small, int4-experts or int8. Default: all values stay unchanged."""
     method: Literal["rtn", "mse", "signround"] = "mse"
-    """rtn: round to nearest. mse: search each group's scale for the least squared error. signround: also learn from
-    text how to round, layer by layer; slow, and best."""
+    """rtn: round to nearest. mse: search each group's scale for the least squared error. signround: also learn rounding
+    from text, layer by layer; slowest, and most accurate."""
     calibration: Path | None = None
-    """Text for signround: a text file, or .jsonl with "text" or "messages" on each line. The miniature's own data
-    unless given, which suits the miniature."""
+    """Calibration text for signround: a text file, or a .jsonl file with "text" or "messages" on each line. Default:
+    the miniature's own data, which suits only the miniature."""
     check: bool = False
-    """Refuse weights that are NaN or infinite; compare a finished conversion with the source, and mend it."""
+    """Reject NaN and infinite weights; compare a finished conversion with the source, and rewrite what differs."""
     force: bool = False
-    """Start over, replacing whatever conversion is in the destination."""
+    """Start over, and replace any conversion in the destination."""
 
 
+@log_to_stderr()
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0 done, 2 for bad input, 130 stopped from the keyboard."""
+    """Runs the command; returns its exit code: 0 for success, 2 for bad input, 130 if interrupted."""
     options = tyro.cli(ConvertOptions, args=arguments, prog="python -m convert")
-    # Conversion is the host's work: leave accelerators, and most of their memory, to others.
+    # Conversion runs on the host, so it leaves accelerators and their memory to other processes.
     if options.method != "signround":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from convert.calibrate import CalibrationConfig
-    from convert.pipeline import convert_checkpoint
+    from convert import calibrate, pipeline  # they import JAX, which must read the environment first
 
+    calibration = None if options.calibration is None else calibrate.CalibrationConfig(path=options.calibration)
     try:
-        report = convert_checkpoint(
+        report = pipeline.convert_checkpoint(
             options.source,
             options.destination,
             to=options.to,
             dtype=options.dtype,
             quantize=options.quantize,
             method=options.method,
-            calibration=None if options.calibration is None else CalibrationConfig(path=options.calibration),
+            calibration=calibration,
             check=options.check,
             force=options.force,
             progress=True,
@@ -65,12 +69,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        same = "the same command without --force" if options.force else "the same command"
-        print(f"stopped; {same} goes on where this one was", file=sys.stderr)
+        command = "the same command without --force" if options.force else "the same command"
+        print(f"stopped; {command} resumes the conversion", file=sys.stderr)
         return 130
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
-    kept = f" ({report.kept} of {report.kept + report.written} parts were there already)" if report.kept else ""
+    kept = f" ({report.kept} of {report.kept + report.written} shards were already complete)" if report.kept else ""
     print(f"{report.folder}: {report.nbytes / 1e9:.2f} GB{kept}")
     return 0
 

@@ -1,4 +1,4 @@
-"""The conversion job: opens a source, quantizes it if asked to, and writes it, safe to kill and to run again."""
+"""Runs a conversion: opens the source, quantizes it if requested, and writes it to a folder."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from glm_jax.checkpoint.write.conversion import ConversionReport, OutputFormat, 
 from glm_jax.checkpoint.write.pack_quantized import NON_LINEAR_PARAMS
 from glm_jax.errors import CheckpointError, QuantError
 from glm_jax.weights import QuantRules
+from glm_jax.weights.params import ParamPath
 from glm_jax.weights.quantization import QuantMethod
 
 
@@ -31,36 +32,41 @@ def convert_checkpoint(
     force: bool = False,
     progress: bool = False,
 ) -> ConversionReport:
-    """Converts a checkpoint; the same call after a kill goes on with the part that was being written.
+    """Converts a checkpoint; after a kill, the same call resumes with the layer that was being written.
 
     Args:
-        source: anything that :func:`glm_jax.checkpoint.sources.open.open_source` takes.
-        destination: new or empty folder, or that of an earlier run: a stopped conversion goes on, and of a finished
-            one what is missing or of the wrong size is written again.
-        to: "orbax" (parts that load fast and in slices) or "safetensors" (a Hugging Face folder).
-        dtype: of the weights that are not quantized; ``None`` keeps every array's own.
-        quantize: a preset (:data:`glm_jax.weights.QUANT_PRESETS`) or rules; ``None`` keeps every value.
+        source: Anything that :func:`glm_jax.checkpoint.sources.open.open_source` accepts, or an open source.
+        destination: New or empty folder, or the destination of an earlier call. A stopped conversion resumes; in a
+            finished one, output that is missing or has the wrong size is written again.
+        to: "orbax" for a converted folder, which loads fast and in slices; "safetensors" for a Hugging Face folder.
+        dtype: Dtype of weights that are not quantized; ``None`` keeps each array's own.
+        quantize: Preset (a name in :data:`glm_jax.weights.QUANT_PRESETS`) or rules; ``None`` keeps all values.
         method: "rtn" rounds to nearest, "mse" searches scales for the least squared error, "signround" also learns
-            from text how to round (one layer in memory at a time, about 24 bytes per weight of it).
-        calibration: the text for "signround"; the miniature's own data unless given.
-        check: refuse weights that are NaN or infinite; compare every byte of a finished conversion with the source, and
-            write again what differs.
-        force: start over, replacing whatever conversion is in the destination.
-        progress: show it on stderr.
+            rounding from text, one layer in memory at a time (about 24 bytes per weight of that layer).
+        calibration: Calibration text for "signround"; ``None`` for the miniature's own data.
+        check: Whether to reject NaN and infinite weights, and to compare every byte of a finished conversion with the
+            source; output that differs is written again.
+        force: Whether to start over and replace any conversion in the destination.
+        progress: Whether to show progress on stderr.
+
+    Returns:
+        Destination, sizes and notes of the conversion.
 
     Raises:
-        CheckpointError: for bad sources, folders that cannot be written, full disks, and arrays that do not read back.
+        CheckpointError: if the source is damaged, the folder cannot be written, the disk is full, or arrays do not read
+            back as written.
         ConfigError: for a ``config.json`` that this stack cannot run.
-        QuantError: for a quantization that does not exist.
+        MemoryPlanError: if learned rounding does not fit in memory.
+        QuantError: for an unknown preset or method.
     """
     folder = resolve_destination(destination)
     weights = source if isinstance(source, WeightSource) else open_source(source, dtype=dtype)
     if weights.info.folder and weights.info.folder.resolve() == folder:
         raise CheckpointError(f"{folder} is the source: choose another destination")
     if rules := QuantRules.resolve(quantize):
-        # What the folder cannot hold quantized is not rounded in vain.
-        keep = NON_LINEAR_PARAMS if to == "safetensors" else ()
-        weights = _quantize_source(weights, rules, method, calibration, dtype or weights.info.dtype, keep)
+        # Parameters that the destination cannot hold quantized keep their exact values.
+        exclude = NON_LINEAR_PARAMS if to == "safetensors" else ()
+        weights = _quantize_source(weights, rules, method, calibration, dtype or weights.info.dtype, exclude)
     elif calibration is not None:
         raise QuantError("a calibration text is for quantizing: say to what, with quantize (--quantize)")
     elif method != "mse":
@@ -73,17 +79,18 @@ def convert_checkpoint(
 
 def _quantize_source(
     source: WeightSource,
-    rules: QuantRules,
+    quant_rules: QuantRules,
     method: str,
     calibration: CalibrationConfig | None,
     dtype: str,
-    keep: Collection[tuple[str, ...]],
+    exclude: Collection[ParamPath],
 ) -> WeightSource:
     if method == "signround":
-        text = calibration or CalibrationConfig()
-        return CalibratedSource(source, rules, text, SignRoundConfig(steps=text.steps), dtype=dtype, exclude=keep)
+        calibration = calibration or CalibrationConfig()
+        config = SignRoundConfig(steps=calibration.steps)
+        return CalibratedSource(source, quant_rules, calibration, config, dtype=dtype, exclude=exclude)
     if calibration is not None:
-        raise QuantError(f"the method {method} uses no calibration text: say signround, or leave the text out")
+        raise QuantError(f"the method {method} uses no calibration text: choose signround, or leave the text out")
     if method not in get_args(QuantMethod):
         raise QuantError(f"no method {method!r}; there are {', '.join(get_args(QuantMethod))}, signround")
-    return RequantizedSource(source, rules, cast(QuantMethod, method), dtype=dtype, exclude=keep)
+    return RequantizedSource(source, quant_rules, cast(QuantMethod, method), dtype=dtype, exclude=exclude)

@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 from convert.pipeline import convert_checkpoint  # noqa: E402
 from convert.quality import chat_tasks, divergence  # noqa: E402
-from convert.quality.divergence import PositionMetrics  # noqa: E402
 from convert.quality.models import ComparedModel, load_compared_model, quantize_by_preset  # noqa: E402
-from convert.quality.report_tables import format_nats, format_relative_error, markdown_table  # noqa: E402
+from convert.quality.position_metrics import PositionMetrics  # noqa: E402
+from convert.quality.report_tables import format_nats, format_relative_error, labeled_table  # noqa: E402
 from convert.quality.statistics import paired_bootstrap  # noqa: E402
 from convert.quality.weight_errors import model_sizes, weight_errors  # noqa: E402
 from examples.tiny_recipe import corpus, held_out_tasks  # noqa: E402
@@ -201,7 +201,7 @@ def _weights_table(results: dict[str, Any]) -> str:
     rows.insert(1, ["bfloat16, as trained", "16.00", "100.0%", "0", "0", "0", perplexity, "100%", "100%"])
     rows[1][1] = f"{results['source']['bits_per_weight']:.2f}"
     words = f"{text['tokens']:,} tokens of {results['files']} files; the lead is over 0.5 nats at "
-    return f"{markdown_table(rows)}\n\n{words}{text['top1']['sure_positions']:,} of them."
+    return f"{labeled_table(rows[0], rows[1:])}\n\n{words}{text['top1']['sure_positions']:,} of them."
 
 
 def _cache_table(results: dict[str, Any]) -> str:
@@ -214,7 +214,7 @@ def _cache_table(results: dict[str, Any]) -> str:
         cells = [_short_cell(found[name, cache]["text"]) for cache in caches]
         rows.append(["bfloat16" if name == UNQUANTIZED else name, *cells])
     tokens = results["cached"][0]["text"]["tokens"] if rows[2:] else 0
-    return f"{markdown_table(rows)}\n\n{tokens:,} tokens, in windows spread evenly over the same text."
+    return f"{labeled_table(rows[0], rows[1:])}\n\n{tokens:,} tokens, in windows spread evenly over the same text."
 
 
 def _short_cell(text: dict[str, Any]) -> str:
@@ -234,7 +234,7 @@ def _methods_table(results: dict[str, Any]) -> str:
     for name, found in results["differences"].items():
         low, high = found["kl_95"]
         rows.append([name.replace(" - ", " − "), f"{found['kl']:+.3g}", f"{low:+.3g} to {high:+.3g}"])
-    return markdown_table(rows)
+    return labeled_table(rows[0], rows[1:])
 
 
 def _chat_table(answered: dict[str, Any]) -> str:
@@ -249,7 +249,7 @@ def _chat_table(answered: dict[str, Any]) -> str:
         ratio, ends = found["ratio"], found["ratio_95"]
         difference = f"{found['difference']:+.2%} ({low:+.2%} to {high:+.2%})"
         rows.append([name, *cells, difference, f"{ratio:.4f} ({ends[0]:.4f} – {ends[1]:.4f})"])
-    return markdown_table(rows)
+    return labeled_table(rows[0], rows[1:])
 
 
 def fill_page(page: Path, made: dict[str, str]) -> None:

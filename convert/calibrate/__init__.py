@@ -1,4 +1,4 @@
-"""Quantization that learns from text: rounding and clipping of each layer are tuned to keep its output."""
+"""Quantization with learned rounding: tunes rounding and scales of each layer on text to preserve its output."""
 
 from convert.calibrate.calibrated_source import CalibratedSource as CalibratedSource
 from convert.calibrate.calibration_data import CalibrationConfig as CalibrationConfig

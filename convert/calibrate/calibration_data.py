@@ -1,4 +1,4 @@
-"""Text to calibrate on, as windows of tokens."""
+"""Reads calibration text as windows of tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from glm_jax.errors import CheckpointError
 from glm_jax.text import read_template, render_chat
 from glm_jax.text.tokenizer import load_tokenizer
 
-# Modules of Python's library that the miniature was trained on; none is among its held-out files.
+# Modules of Python's standard library in the miniature's training data; none is among its held-out files.
 _STDLIB_FILES = """argparse.py ast.py calendar.py configparser.py csv.py difflib.py fractions.py functools.py heapq.py
     inspect.py ipaddress.py logging/__init__.py random.py shutil.py statistics.py subprocess.py tarfile.py textwrap.py
     threading.py typing.py unittest/mock.py urllib/request.py""".split()
@@ -26,14 +26,14 @@ _MIN_WINDOWS = 8
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationConfig:
-    """What to calibrate on.
+    """The text to calibrate on, and the length of the calibration.
 
     Attributes:
-        path: a text file, or ``.jsonl`` with ``{"text": …}`` or ``{"messages": […], "tools": […]}`` on each line; None
-            for the miniature's own data: conversations, and modules of Python's library.
-        max_windows: of text, at most.
-        window_tokens: tokens in each.
-        steps: of the descent, for each layer.
+        path: A text file, or a ``.jsonl`` file with ``{"text": …}`` or ``{"messages": […], "tools": […]}`` on each
+            line; ``None`` for the miniature's own data: conversations, and modules of Python's standard library.
+        max_windows: Maximum number of windows of text.
+        window_tokens: Number of tokens per window.
+        steps: Number of gradient descent steps per layer.
     """
 
     path: Path | None = None
@@ -42,7 +42,11 @@ class CalibrationConfig:
     steps: int = 200
 
     def load_windows(self, cfg: Config, folder: Path | None) -> np.ndarray:
-        """Windows int32 ``[N, T]``, spread evenly over the text.
+        """Returns windows of token ids, int32 ``[N, T]``, spread evenly over the text.
+
+        Args:
+            cfg: Config of the model.
+            folder: Folder with tokenizer and chat template; ``None`` for the miniature's.
 
         Raises:
             CheckpointError: if the file cannot be read, or holds too little text.
@@ -55,15 +59,16 @@ class CalibrationConfig:
         if count < _MIN_WINDOWS:
             raise CheckpointError(
                 f"{'the calibration text' if self.path is None else self.path} has {len(ids):,} tokens: calibrating "
-                f"takes at least {_MIN_WINDOWS * self.window_tokens:,}, and does better with {self.max_windows * self.window_tokens:,}"
+                f"takes at least {_MIN_WINDOWS * self.window_tokens:,}, and does better with "
+                f"{self.max_windows * self.window_tokens:,}"
             )
-        whole = np.asarray(ids[: count * self.window_tokens], np.int32).reshape(count, self.window_tokens)
-        chosen = np.linspace(0, count - 1, min(count, self.max_windows)).astype(int)
-        return whole[np.unique(chosen)]
+        windows = np.asarray(ids[: count * self.window_tokens], np.int32).reshape(count, self.window_tokens)
+        indices = np.linspace(0, count - 1, min(count, self.max_windows)).astype(int)
+        return windows[np.unique(indices)]
 
 
 def _builtin_texts() -> Iterator[str]:
-    # Drawn by the miniature's recipe (examples/tiny_recipe/conversations.py), as its training data was.
+    # Generated like the miniature's training data (examples/tiny_recipe/conversations.py).
     yield from _read_texts(Path(__file__).parent / "conversations.jsonl", None)
     library = Path(sysconfig.get_path("stdlib"))
     for name in _STDLIB_FILES:
@@ -81,7 +86,7 @@ def _read_texts(path: Path, template: str | None) -> Iterator[str]:
     if path.suffix != ".jsonl":
         yield text
         return
-    # JSON may hold line separators of its own, which splitlines would take for ends of lines.
+    # splitlines would also split at the Unicode line separators that JSON strings may contain.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield _parse_line(line, f"{path}, line {number}", template)

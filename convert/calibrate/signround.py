@@ -1,13 +1,13 @@
-"""Learned rounding: signed gradient descent on one block's output.
+"""Learned rounding: signed gradient descent on the output of one transformer block.
 
-SignRound (https://arxiv.org/abs/2309.05516): with a weight's block of scale ``s``, learn an offset ``v`` in
-[-1/2, 1/2] for each weight and a factor ``a`` for each scale so that
+SignRound (https://arxiv.org/abs/2309.05516) learns, for a quantization block with scale ``s``, an offset ``v`` in
+[-1/2, 1/2] for each weight and a factor ``a`` for each scale, so that
 
     w' = s a * clip(round(w / (s a) + v))
 
-keeps what the transformer block gives: each step takes the sign of the gradient of the squared error, with a rate that
-falls linearly to zero and sums up to 1/2. Rounding counts as the identity in the gradient. Scales begin where the
-search for the least squared error of the weights ends, not at the full range.
+preserves the output of the transformer block. Each step follows the sign of the gradient of the squared error, with a
+learning rate that falls linearly to zero and sums up to 1/2. The gradient treats rounding as the identity. Scales start
+at the result of the search for the least squared error of the weights, not at the full range.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from glm_jax.weights import QuantizedTensor, QuantSpec, dequantize, quantize
 from glm_jax.weights.params import ParamPath
@@ -35,12 +36,12 @@ _MIN_SCALE_FACTOR, _MAX_SCALE_FACTOR = 0.5, 1.25
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SignRoundConfig:
-    """How long and how fast to learn.
+    """Settings of the gradient descent.
 
     Attributes:
-        steps: of the descent.
-        batch_size: windows of text per step.
-        seed: of the order of windows.
+        steps: Number of steps.
+        batch_size: Windows of text per step.
+        seed: Seed for the choice of windows.
     """
 
     steps: int = 200
@@ -49,14 +50,14 @@ class SignRoundConfig:
 
 
 class RoundingParams(NamedTuple):
-    """What is learned of one weight: ``offset`` shaped like its blocks, ``scale_factor`` like its scales."""
+    """The learned parameters of one weight: ``offset`` has the shape of its blocks, ``scale_factor`` of its scales."""
 
     offset: jax.Array
     scale_factor: jax.Array
 
 
 def supports_signround(spec: QuantSpec) -> bool:
-    """Whether rounding to this storage can be learned; small floats and zero points are left to the search."""
+    """Returns whether rounding to this storage can be learned; small floats and zero points cannot."""
     return spec.kind in ("int4", "int8") and spec.zero == "none" and spec.outer == "none" and not spec.permuted
 
 
@@ -73,53 +74,56 @@ def tune_block(
     """Tunes the quantized weights of one block.
 
     Args:
-        forward: the block.
-        weights: every weight of it in float32, quantized ones included, ``[*stack, O, I]`` or of any shape.
-        initial: the quantized weights as the search left them.
-        learn_mask: float32 0 or 1 for each matrix of each stack ``[*stack]`` of the weights to tune; the others stay.
-        inputs: float32 ``[N, T, D]``, what the block will see: outputs of the layers before it, quantized.
-        targets: float32 ``[N, T, D]``, what the unquantized model has after the block.
-        config: of the descent.
-        advance: called with 1 after each step.
+        forward: The block.
+        weights: All weights of the block in float32, including those that are quantized; matrices are
+            ``[*stack, O, I]``.
+        initial: Quantized weights as the search for the least squared error left them.
+        learn_mask: For each weight to tune, float32 ``[*stack]``: 1 for matrices to tune, 0 for those to keep.
+        inputs: Outputs of the quantized layers before the block, float32 ``[N, T, D]``.
+        targets: Outputs of the block in the unquantized model, float32 ``[N, T, D]``.
+        config: Settings of the descent.
+        advance: Callback that receives 1 after each step.
 
     Returns:
-        The weights, and the mean squared errors before and after (the start is kept where learning did not help).
+        The quantized weights, and the mean squared error of the block's output before and after. The initial weights
+        are returned if tuning did not lower the error.
     """
     fixed = {path: value for path, value in weights.items() if path not in initial}
     fixed |= {path: dequantize(weight) for path, weight in initial.items() if path not in learn_mask}
     tuned = {path: _init_params(weights[path], initial[path]) for path in learn_mask}
     scales = {path: decode_scales(initial[path])[..., None, None] for path in learn_mask}
     specs = tuple(sorted((path, initial[path].spec) for path in learn_mask))
-    wanted = {path: weights[path] for path in learn_mask}
+    plain = {path: weights[path] for path in learn_mask}
     optimizer = _make_optimizer(config.steps)
     state = optimizer.init(tuned)
     step = functools.partial(_step, forward, optimizer, specs)
-    order = np.random.default_rng(config.seed)
+    rng = np.random.default_rng(config.seed)
     for _ in range(config.steps):
-        rows = np.sort(order.choice(len(inputs), min(config.batch_size, len(inputs)), replace=False))
-        tuned, state = step(tuned, state, wanted, scales, fixed, learn_mask, inputs[rows], targets[rows])
+        rows = np.sort(rng.choice(len(inputs), min(config.batch_size, len(inputs)), replace=False))
+        tuned, state = step(tuned, state, plain, scales, fixed, learn_mask, inputs[rows], targets[rows])
         advance(1)
-    before = _mean_squared_error(
-        forward, {**fixed, **{path: dequantize(initial[path]) for path in learn_mask}}, inputs, targets, config
-    )
+
+    def error(quantized: Mapping[ParamPath, QuantizedTensor]) -> float:
+        values = {path: dequantize(quantized[path]) for path in learn_mask}
+        return _mean_squared_error(forward, {**fixed, **values}, inputs, targets, config.batch_size)
+
     rounded = {
-        path: _quantize_learned(tuned[path], wanted[path], initial[path], learn_mask[path]) for path in learn_mask
+        path: _quantize_learned(tuned[path], plain[path], initial[path], learn_mask[path]) for path in learn_mask
     }
-    held = {path: dequantize(weight) for path, weight in rounded.items()}
-    after = _mean_squared_error(forward, {**fixed, **held}, inputs, targets, config)
+    before, after = error(initial), error(rounded)
     return {**initial, **(rounded if after < before else {})}, before, after
 
 
 @functools.cache
 def _make_optimizer(steps: int) -> optax.GradientTransformation:
-    """One object for all layers, which then share a compilation."""
-    import optax  # takes half a second, and only learning needs it
+    """Returns one optimizer object for all layers, so that they share a compilation."""
+    import optax  # takes half a second, and only learned rounding needs it
 
     return optax.sign_sgd(optax.linear_schedule(1.0 / steps, 0.0, steps))
 
 
-def _init_params(plain: jax.Array, start: QuantizedTensor) -> RoundingParams:
-    blocks = jax.eval_shape(lambda w: to_blocks(w, start.spec), plain)
+def _init_params(plain: jax.Array, initial: QuantizedTensor) -> RoundingParams:
+    blocks = jax.eval_shape(lambda w: to_blocks(w, initial.spec), plain)
     return RoundingParams(jnp.zeros(blocks.shape, jnp.float32), jnp.ones((*blocks.shape[:-2], 1, 1), jnp.float32))
 
 
@@ -129,30 +133,28 @@ def _step(
     optimizer: optax.GradientTransformation,
     specs: tuple[tuple[ParamPath, QuantSpec], ...],
     tuned: dict[ParamPath, RoundingParams],
-    state: Any,
+    state: optax.OptState,
     plain: dict[ParamPath, jax.Array],
     scales: dict[ParamPath, jax.Array],
     fixed: dict[ParamPath, jax.Array],
-    learn: dict[ParamPath, jax.Array],
+    learn_mask: dict[ParamPath, jax.Array],
     inputs: jax.Array,
     targets: jax.Array,
-) -> tuple[dict[ParamPath, RoundingParams], Any]:
+) -> tuple[dict[ParamPath, RoundingParams], optax.OptState]:
     def loss(tuned: dict[ParamPath, RoundingParams]) -> jax.Array:
-        made = {path: _fake_quantize(tuned[path], plain[path], scales[path], spec) for path, spec in specs}
-        return jnp.mean(jnp.square(forward({**fixed, **made}, inputs) - targets))
-
-    import optax
+        values = {path: _fake_quantize(tuned[path], plain[path], scales[path], spec) for path, spec in specs}
+        return jnp.mean(jnp.square(forward({**fixed, **values}, inputs) - targets))
 
     gradients = jax.grad(loss)(tuned)
-    gradients = {path: _mask_gradient(gradient, learn[path]) for path, gradient in gradients.items()}
+    gradients = {path: _mask_gradient(gradient, learn_mask[path]) for path, gradient in gradients.items()}
     updates, state = optimizer.update(gradients, state, tuned)
-    moved = optax.apply_updates(tuned, updates)
-    return {path: _clip_params(value) for path, value in cast(dict[ParamPath, RoundingParams], moved).items()}, state
+    updated = cast(dict[ParamPath, RoundingParams], jax.tree.map(jnp.add, tuned, updates))
+    return {path: _clip_params(params) for path, params in updated.items()}, state
 
 
-def _mask_gradient(gradient: RoundingParams, learn: jax.Array) -> RoundingParams:
-    wide = learn.reshape(*learn.shape, *[1] * 4)
-    return RoundingParams(gradient.offset * wide, gradient.scale_factor * wide)
+def _mask_gradient(gradient: RoundingParams, learn_mask: jax.Array) -> RoundingParams:
+    mask = learn_mask.reshape(*learn_mask.shape, *[1] * 4)
+    return RoundingParams(gradient.offset * mask, gradient.scale_factor * mask)
 
 
 def _clip_params(tuned: RoundingParams) -> RoundingParams:
@@ -162,10 +164,10 @@ def _clip_params(tuned: RoundingParams) -> RoundingParams:
 
 
 def _fake_quantize(tuned: RoundingParams, plain: jax.Array, scales: jax.Array, spec: QuantSpec) -> jax.Array:
-    """The weight that the stored one will be, with a gradient."""
+    """Returns the dequantized value of the weight as it will be stored, with a gradient."""
     scale = _stored_scale(tuned, scales, spec)
-    codes = _round_codes(tuned, to_blocks(plain, spec), scale, spec)
-    return from_blocks(codes * scale, plain.shape)
+    qvalues = _round_qvalues(tuned, to_blocks(plain, spec), scale, spec)
+    return from_blocks(qvalues * scale, plain.shape)
 
 
 def _stored_scale(tuned: RoundingParams, scales: jax.Array, spec: QuantSpec) -> jax.Array:
@@ -173,7 +175,7 @@ def _stored_scale(tuned: RoundingParams, scales: jax.Array, spec: QuantSpec) -> 
     return _straight_through(scale, scale.astype(jnp.dtype(spec.scale)).astype(jnp.float32))
 
 
-def _round_codes(tuned: RoundingParams, blocks: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Array:
+def _round_qvalues(tuned: RoundingParams, blocks: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Array:
     shifted = blocks / scale + tuned.offset
     return jnp.clip(_straight_through(shifted, jnp.round(shifted)), *qvalue_range(spec))
 
@@ -184,20 +186,20 @@ def _straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
 
 @jax.jit
 def _quantize_learned(
-    tuned: RoundingParams, plain: jax.Array, start: QuantizedTensor, learn: jax.Array
+    tuned: RoundingParams, plain: jax.Array, initial: QuantizedTensor, learn_mask: jax.Array
 ) -> QuantizedTensor:
-    spec = start.spec
-    scale = _stored_scale(tuned, decode_scales(start)[..., None, None], spec)
+    spec = initial.spec
+    scale = _stored_scale(tuned, decode_scales(initial)[..., None, None], spec)
     codes, scales, _ = pack_components(
-        _round_codes(tuned, to_blocks(plain, spec), scale, spec), scale, jnp.zeros_like(scale), spec, plain.shape
+        _round_qvalues(tuned, to_blocks(plain, spec), scale, spec), scale, jnp.zeros_like(scale), spec, plain.shape
     )
-    made = {"codes": codes, "scales": scales}
+    components = {"codes": codes, "scales": scales}
 
-    def choose(name: str, array: jax.Array) -> jax.Array:
-        # Matrices that were not to be learned keep the codes of the search, to the bit.
-        return jnp.where(learn.reshape(*learn.shape, 1, 1) > 0, made[name], array)
+    def select(name: str, array: jax.Array) -> jax.Array:
+        # Matrices outside the mask keep the result of the search bit for bit.
+        return jnp.where(learn_mask.reshape(*learn_mask.shape, 1, 1) > 0, components[name], array)
 
-    return start.map_components(choose)
+    return initial.map_components(select)
 
 
 def _mean_squared_error(
@@ -205,12 +207,12 @@ def _mean_squared_error(
     weights: dict[ParamPath, jax.Array],
     inputs: np.ndarray,
     targets: np.ndarray,
-    settings: SignRoundConfig,
+    batch_size: int,
 ) -> float:
     total = 0.0
-    for at in range(0, len(inputs), settings.batch_size):
-        part = slice(at, at + settings.batch_size)
-        total += float(_squared_error_sum(forward, weights, inputs[part], targets[part]))
+    for start in range(0, len(inputs), batch_size):
+        batch = slice(start, start + batch_size)
+        total += float(_squared_error_sum(forward, weights, inputs[batch], targets[batch]))
     return total / targets.size
 
 
@@ -221,9 +223,9 @@ def _squared_error_sum(
     return jnp.sum(jnp.square(forward(weights, inputs) - targets))
 
 
-def quantize_by_search(weight: jax.Array, spec: QuantSpec, dtype: Any) -> QuantizedTensor:
-    """The weight with the scales of the search, one matrix of a stack at a time."""
+def quantize_by_search(weight: jax.Array, spec: QuantSpec, dtype: DTypeLike) -> QuantizedTensor:
+    """Quantizes a weight ``[*stack, O, I]`` with the scales of least squared error, one matrix of a stack at a time."""
     if weight.ndim == 2:
         return quantize(weight, spec, "mse", dtype)
-    parts = [quantize(weight[i : i + 1], spec, "mse", dtype) for i in range(len(weight))]
-    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+    matrices = [quantize(weight[i : i + 1], spec, "mse", dtype) for i in range(len(weight))]
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *matrices)

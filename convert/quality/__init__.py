@@ -1,1 +1,1 @@
-"""How close one model's weights and words are to another's: what ``python -m convert.verify`` measures."""
+"""Measures how close one model is to another: errors of weights, divergence of predictions, scores on chat tasks."""

@@ -1,11 +1,10 @@
-"""The two models of a comparison: opened, checked against each other, loaded."""
+"""The models of a comparison: checks that they are comparable, and loads them."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -16,12 +15,12 @@ from glm_jax.config import Config
 from glm_jax.engine.assets import ModelAssets
 from glm_jax.errors import CheckpointError, MemoryPlanError, PromptError
 from glm_jax.llm import LLM
-from glm_jax.memory import plan_memory_on_devices
+from glm_jax.memory import MemoryPlan, plan_memory_on_devices
 from glm_jax.weights import QuantRules
 from glm_jax.weights.quantization import QuantMethod
 
-# Of a config, what may differ between two forms of one model: how its weights are stored, what a reader allows, and
-# what the measurement shows.
+# Config fields that may differ between two forms of one model: storage of the weights, limits of the reader, and
+# properties whose effect the measurement shows.
 _IGNORED_CONFIG_FIELDS = frozenset(
     """run_starts num_nextn_predict_layers mtp_own_embeddings max_position_embeddings eos_token_ids pad_token_id
     latent_eps""".split()
@@ -30,11 +29,11 @@ _IGNORED_CONFIG_FIELDS = frozenset(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ComparedModel:
-    """A loaded model.
+    """A model that is loaded for a comparison.
 
     Attributes:
-        llm: it.
-        cache_dtype: of its latent cache.
+        llm: The loaded model.
+        cache_dtype: Dtype of its latent cache.
     """
 
     llm: LLM
@@ -42,25 +41,30 @@ class ComparedModel:
 
     @property
     def cfg(self) -> Config:
-        """Its architecture."""
+        """Config of the model."""
         return self.llm.config
 
 
 def quantize_by_preset(source: WeightSource, quantize: str | None, method: QuantMethod = "mse") -> WeightSource:
-    """A source with its matrices quantized by a preset; itself without one.
+    """Wraps a source so that its matrices are quantized while they are read; returns it unchanged without a preset.
+
+    Args:
+        source: The weights.
+        quantize: Name of a preset, or ``None``.
+        method: Method of choosing the scales.
 
     Raises:
-        QuantError: for a preset that does not exist.
+        QuantError: for an unknown preset.
     """
     rules = QuantRules.resolve(quantize)
     return source if rules is None else RequantizedSource(source, rules, method, dtype="float32")
 
 
 def check_same_architecture(reference: Config, other: Config) -> None:
-    """That two models can be compared at all.
+    """Checks that two models are forms of the same model.
 
     Raises:
-        CheckpointError: naming what differs.
+        CheckpointError: if vocabulary or architecture differ; names the fields.
     """
     if reference.vocab_size != other.vocab_size:
         raise CheckpointError(
@@ -78,18 +82,18 @@ def check_same_architecture(reference: Config, other: Config) -> None:
 
 
 def _differs(reference: Config, other: Config, name: str) -> bool:
-    ours, theirs = getattr(reference, name), getattr(other, name)
-    if isinstance(ours, float):  # some files keep numbers in float32
-        return not math.isclose(ours, theirs, rel_tol=1e-6)
-    return ours != theirs
+    value, other_value = getattr(reference, name), getattr(other, name)
+    if isinstance(value, float):  # some formats store numbers in float32
+        return not math.isclose(value, other_value, rel_tol=1e-6)
+    return value != other_value
 
 
 def encode_texts(texts: Sequence[str], reference: ModelAssets, other: ModelAssets) -> list[list[int]]:
-    """Token ids of texts.
+    """Returns the token ids of texts.
 
     Raises:
-        CheckpointError: if the two tokenizers do not agree on them.
-        PromptError: if there is no text.
+        CheckpointError: if the two tokenizers give different ids.
+        PromptError: if all texts are empty.
     """
     if not any(text.strip() for text in texts):
         raise PromptError("the text is empty: give a file with a few thousand words like those the model is for")
@@ -102,28 +106,34 @@ def encode_texts(texts: Sequence[str], reference: ModelAssets, other: ModelAsset
 def load_compared_model(
     source: WeightSource, assets: ModelAssets, *, dtype: str, cache_dtype: str = "float32", progress: bool = False
 ) -> ComparedModel:
-    """The model of an open source, on the default device, without its prediction layer.
+    """Loads the model of an open source on the default device, without its prediction layer.
 
     Args:
-        source: the weights.
-        assets: tokenizer and template.
-        dtype: of activations and of weights that are not quantized.
-        cache_dtype: of the latent cache.
-        progress: show it on stderr.
+        source: The weights.
+        assets: Tokenizer and chat template.
+        dtype: Dtype of activations and of weights that are not quantized.
+        cache_dtype: Dtype of the latent cache.
+        progress: Whether to show progress on stderr.
     """
     cfg, params, info = checkpoint.load(source, dtype=dtype, mtp=False, progress=progress)
     return ComparedModel(llm=LLM(cfg, params, assets, info=info, cache_dtype=cache_dtype), cache_dtype=cache_dtype)
 
 
 def require_device_memory(reference: WeightSource, other: WeightSource, *, dtype: str, window: int) -> None:
-    """That both models fit on the device together.
+    """Checks that both models fit on the default device together.
+
+    Args:
+        reference: Source of the reference model.
+        other: Source of the other model.
+        dtype: Dtype of activations and of weights that are not quantized.
+        window: Tokens per window.
 
     Raises:
-        MemoryPlanError: with the arithmetic, and what else can be done.
+        MemoryPlanError: if they do not fit; states the sizes and the alternatives.
     """
     plans = [_memory_plan(source, dtype, window) for source in (reference, other)]
     logits = 8 * 4 * window * reference.cfg.vocab_size
-    need = plans[0].need.total + plans[1].weight_bytes + logits
+    need = plans[0].requirement.total + plans[1].weight_bytes + logits
     if need > plans[0].device_bytes:
         raise MemoryPlanError(
             f"both models together need {need / 1e9:.1f} GB ({plans[0].weight_bytes / 1e9:.1f} and "
@@ -133,9 +143,9 @@ def require_device_memory(reference: WeightSource, other: WeightSource, *, dtype
         )
 
 
-def _memory_plan(source: WeightSource, dtype: str, window: int) -> Any:
+def _memory_plan(source: WeightSource, dtype: str, window: int) -> MemoryPlan:
     storage = checkpoint.source_storage(source)
-    # The sequence must not be refused as longer than the model's context.
+    # The plan rejects a context longer than the model's.
     context = min(window, source.cfg.max_position_embeddings)
     return plan_memory_on_devices(
         source.cfg, jax.devices()[:1], dtype=dtype, storage=storage, context=context, mtp=False

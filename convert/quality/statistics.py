@@ -1,4 +1,4 @@
-"""Means, intervals and comparisons of what was measured, in NumPy alone."""
+"""Means, confidence intervals and paired comparisons of measurements; needs NumPy alone."""
 
 from __future__ import annotations
 
@@ -9,59 +9,59 @@ import numpy as np
 from glm_jax.errors import GlmError
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Interval = tuple[float, float, float]
+Estimate = tuple[float, float, float]  # value, and both ends of its 95 % interval
 
 _CONFIDENCE_LEVEL = 0.95
-_DRAWS_PER_BATCH = 1 << 22  # numbers of units drawn at once
+_COUNTS_PER_BATCH = 1 << 22  # resample counts held in memory at once
 
 
-def paired_bootstrap(a: Any, b: Any, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """Mean difference ``a - b`` with its 95 % interval, by drawing units anew.
+def paired_bootstrap(a: Any, b: Any, resamples: int = 10_000, seed: int = 0) -> Estimate:
+    """Estimates the mean difference ``a - b`` with its 95 % interval by a paired bootstrap over units.
 
-    Tokens of one window depend on each other, and an interval from tokens drawn one by one would be too narrow. So
-    whole units are drawn, with replacement, and the same ones of ``a`` and ``b``.
+    Tokens of one window depend on each other, so resampling single tokens would make the interval too narrow. Whole
+    units are resampled with replacement, the same ones of ``a`` and ``b``.
 
     Args:
-        a: ``[units, ...]``: one number per unit, or all those of a window. NaN is padding.
-        b: the same for what it is compared with; NaN in the same places.
-        resamples: how often to draw.
-        seed: of the draws.
+        a: Measurements ``[units, ...]``: one number per unit, or all numbers of a window. NaN is padding.
+        b: Measurements to compare with, with the same shape and padding.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
 
     Returns:
-        The difference of the means over all numbers, and the 2.5 and 97.5 percentiles of it over the resamples.
+        The difference of the means over all numbers, and its 2.5 and 97.5 percentiles over the resamples.
 
     Raises:
-        GlmError: if the shapes or the paddings differ, or nothing but padding is there.
+        GlmError: if shapes or padding differ, or all numbers are padding.
     """
     a, b = _pair(a, b)
     return bootstrap_mean(a - b, resamples, seed)
 
 
-def bootstrap_mean(values: Any, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """Mean of ``[units, ...]`` (NaN is padding) with its 95 % interval, by drawing units anew."""
+def bootstrap_mean(values: Any, resamples: int = 10_000, seed: int = 0) -> Estimate:
+    """Estimates the mean of ``[units, ...]`` (NaN is padding) with its 95 % interval by a bootstrap over units."""
     sums, counts = _unit_totals(np.asarray(values, np.float64))
     means = np.concatenate([w @ sums / (w @ counts) for w in _resample_counts(counts, resamples, seed)])
     return float(sums.sum() / counts.sum()), *_interval_bounds(means)
 
 
-def paired_ratio(a: Any, b: Any, resamples: int = 10_000, seed: int = 0) -> Interval | None:
-    """Ratio of the means ``a / b`` with its 95 % interval, as :func:`paired_bootstrap`; None if b's mean can be 0."""
+def paired_ratio(a: Any, b: Any, resamples: int = 10_000, seed: int = 0) -> Estimate | None:
+    """Estimates the ratio of means ``a / b`` like :func:`paired_bootstrap`; ``None`` if a resampled mean of b is 0."""
     a, b = _pair(a, b)
-    (above, counts), (below, _) = _unit_totals(a), _unit_totals(b)
+    (sums_a, counts), (sums_b, _) = _unit_totals(a), _unit_totals(b)
     ratios = []
     for weights in _resample_counts(counts, resamples, seed):
-        bottom = weights @ below
-        if not bottom.all():
+        denominators = weights @ sums_b
+        if not denominators.all():
             return None
-        ratios.append(weights @ above / bottom)
-    return float(above.sum() / below.sum()), *_interval_bounds(np.concatenate(ratios))
+        ratios.append(weights @ sums_a / denominators)
+    return float(sums_a.sum() / sums_b.sum()), *_interval_bounds(np.concatenate(ratios))
 
 
 def summarize_distribution(values: Array) -> dict[str, float]:
-    """Mean, median, 99th percentile and maximum of the numbers that are not NaN."""
-    there = values[~np.isnan(values)].astype(np.float64)
-    median, high = np.quantile(there, (0.5, 0.99))
-    return {"mean": float(there.mean()), "median": float(median), "p99": float(high), "max": float(there.max())}
+    """Returns mean, median, 99th percentile and maximum of the values that are not NaN."""
+    valid = values[~np.isnan(values)].astype(np.float64)
+    median, high = np.quantile(valid, (0.5, 0.99))
+    return {"mean": float(valid.mean()), "median": float(median), "p99": float(high), "max": float(valid.max())}
 
 
 def _pair(a: Any, b: Any) -> tuple[Array, Array]:
@@ -72,7 +72,7 @@ def _pair(a: Any, b: Any) -> tuple[Array, Array]:
 
 
 def _unit_totals(values: Array) -> tuple[Array, Array]:
-    """Sum and count of each unit, without those that have nothing."""
+    """Returns sum and count of each unit; drops units that are all padding."""
     flat = values.reshape(len(values), -1)
     counts = (~np.isnan(flat)).sum(axis=1)
     if not counts.any():
@@ -81,11 +81,11 @@ def _unit_totals(values: Array) -> tuple[Array, Array]:
 
 
 def _resample_counts(counts: Array, resamples: int, seed: int) -> list[Array]:
-    """How often each unit is drawn, ``[resamples, units]`` in parts."""
+    """Returns how often each resample contains each unit, ``float64 [resamples, units]``, in batches of resamples."""
     units, rng = len(counts), np.random.default_rng(seed)
-    together = max(1, _DRAWS_PER_BATCH // units)
-    parts = [min(together, resamples - start) for start in range(0, resamples, together)]
-    return [rng.multinomial(units, np.full(units, 1 / units), size=part).astype(np.float64) for part in parts]
+    batch_size = max(1, _COUNTS_PER_BATCH // units)
+    sizes = [min(batch_size, resamples - start) for start in range(0, resamples, batch_size)]
+    return [rng.multinomial(units, np.full(units, 1 / units), size=size).astype(np.float64) for size in sizes]
 
 
 def _interval_bounds(values: Array) -> tuple[float, float]:

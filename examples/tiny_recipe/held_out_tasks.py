@@ -1,4 +1,4 @@
-"""The held-out chat tasks: a file of prompts and right answers."""
+"""The held-out chat tasks: prompts and their only correct answers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from random import Random
-from typing import Any
 
+from convert.quality.task_scoring import ChatTask
 from convert.quality.task_scoring import TaskScore as TaskScore
 from convert.quality.task_scoring import score_answer as score_answer
 from convert.quality.task_scoring import summarize_scores as summarize_scores
@@ -19,24 +19,24 @@ SEED = "held-out tasks"
 
 
 def evaluation_conversations() -> list[Conversation]:
-    """The held-out conversations, always the same."""
+    """The held-out conversations of the evaluation; always the same."""
     return held_out_conversations(Random(SEED), PER_KIND, TOOL_TASKS)
 
 
 def large_evaluation_conversations(per_kind: int = 60, tool_tasks: int = 200) -> list[Conversation]:
-    """A larger set for comparing models that differ little: over 1,000 tasks, always the same, each prompt once.
+    """A larger set of over 1,000 held-out conversations, for comparing similar models; always the same.
 
-    They are drawn as :func:`evaluation_conversations` are, from another seed: every instance is one that its own hash holds out
-    (:func:`examples.tiny_recipe.tasks.is_held_out`), and neither the training conversations nor the calibration text,
-    which are drawn from the other instances, hold any of them in whatever words. Kinds with few held-out instances
-    give fewer than ``per_kind``, for repetitions are left out.
+    The conversations are sampled like :func:`evaluation_conversations`, from another seed. The hash of an instance
+    decides whether it is held out (:func:`examples.tiny_recipe.tasks.is_held_out`). Training conversations and the
+    calibration text are sampled from the other instances, so they contain no held-out instance in any wording. Each
+    prompt occurs once; kinds with few held-out instances give fewer than ``per_kind``.
     """
-    drawn = held_out_conversations(Random(f"{SEED}, more"), per_kind, tool_tasks)
-    return list({json.dumps(to_record(item)): item for item in drawn}.values())
+    sampled = held_out_conversations(Random(f"{SEED}, more"), per_kind, tool_tasks)
+    return list({json.dumps(to_record(item)): item for item in sampled}.values())
 
 
-def to_record(conversation: Conversation) -> dict[str, Any]:
-    """A conversation as one line of the file: messages to send, and the answer or the call that is right."""
+def to_record(conversation: Conversation) -> ChatTask:
+    """A conversation as a JSON record: the messages to send, and the correct answer or tool call."""
     last = conversation.messages[-1]
     calls = [call["function"] for call in last.get("tool_calls", ())]
     return {
@@ -50,5 +50,5 @@ def to_record(conversation: Conversation) -> dict[str, Any]:
 
 
 def write_tasks(path: Path, items: Iterable[Conversation]) -> None:
-    """Writes the file, one JSON object per line."""
+    """Writes tasks to a file with one JSON object per line."""
     path.write_text("".join(json.dumps(to_record(item), ensure_ascii=False) + "\n" for item in items), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Puts pieces of layers into stacked arrays, on one device or over a mesh, without a second copy of anything large.
+"""Fills stacked arrays with chunks of layers, on one device or over a mesh, without a second copy of anything large.
 
-On CPU a stack is a host buffer that JAX takes over as it is. On accelerators it is made on the device and filled by
-updates that reuse its memory, so that the host never holds more than a piece.
+On a CPU, a stack is a host buffer that JAX adopts without a copy. On an accelerator, it is allocated on the device and
+filled by in-place updates, so the host never holds more than one chunk.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Device = Any  # what jax.devices() lists; jax has no public type for it
+Device = Any  # jax has no public type for the devices that jax.devices() returns
 Box = tuple[tuple[int, int], ...]  # (start, stop) along each axis
 
-_ALIGNMENT = 64  # JAX takes host buffers over without a copy if they begin at a multiple of this
+_ALIGNMENT = 64  # JAX adopts host buffers without a copy if their address is a multiple of this
 _BLOCK_BYTES = 32 << 20
 
 
 class StackBuilder:
-    """One parameter being filled.
+    """One parameter that is being filled.
 
     Args:
-        shape: of the whole array.
-        dtype: of the whole array.
-        sharding: its place on a mesh; ``None`` for JAX's default device.
-        as_bits: give the bytes of bfloat16 values as uint16 (host memory only).
+        shape: Shape of the whole array.
+        dtype: Dtype of the whole array.
+        sharding: Sharding over a mesh; ``None`` for JAX's default device.
+        as_bits: Return bfloat16 values as their bits in uint16 (host memory only).
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class StackBuilder:
         self._regions: dict[Box, _HostRegion | _DeviceRegion] = {}
         self._placements: list[tuple[Box, Device | None]] = [(tuple((0, n) for n in shape), None)]
         if sharding is not None:
-            places = sharding.addressable_devices_indices_map(shape)
-            self._placements = [(_slices_to_box(index or (), shape), device) for device, index in places.items()]
+            indices = sharding.addressable_devices_indices_map(shape)
+            self._placements = [(_slices_to_box(index or (), shape), device) for device, index in indices.items()]
         for box, device in self._placements:
-            # Devices that hold the same values share one region.
+            # Devices that hold the same shard share one region.
             if box not in self._regions:
                 self._regions[box] = _create_region(tuple(b - a for a, b in box), dtype, device, as_bits)
 
@@ -52,29 +52,29 @@ class StackBuilder:
         """Writes rows of one layer.
 
         Args:
-            stack_index: layer within the stack; ``None`` if the parameter has no layer axis.
-            row: first row of the piece.
-            chunk: rows, in any dtype.
+            stack_index: Index of the layer within the stack; ``None`` if the parameter has no layer axis.
+            row: Index of the chunk's first row.
+            chunk: Rows, in any dtype.
         """
-        if not self._shape:  # one number for the one matrix of a parameter
+        if not self._shape:  # the parameter is a scalar
             for region in self._regions.values():
                 _write_overlap(region, (), (), chunk)
             return
-        if not chunk.ndim:  # one number for a whole matrix
+        if not chunk.ndim:  # one scalar per matrix
             if stack_index is None:
                 for region in self._regions.values():
                     region.write((), chunk)
                 return
             chunk, stack_index, row = chunk.reshape(1), None, stack_index
-        for at, block in _blocks(chunk):
-            start = (row + at,) + (0,) * (block.ndim - 1)
+        for offset, block in _iter_blocks(chunk):
+            start = (row + offset,) + (0,) * (block.ndim - 1)
             if stack_index is not None:
                 start, block = (stack_index, *start), block[None]
             for box, region in self._regions.items():
                 _write_overlap(region, box, start, block)
 
     def finish(self) -> jax.Array:
-        """The array; the stack must not be used again."""
+        """Returns the array; the builder must not be used again."""
         arrays = [self._regions[box].to_array(device) for box, device in self._placements]
         self._regions.clear()
         if self._sharding is None:
@@ -96,7 +96,7 @@ class _HostRegion:
         self._buffer[tuple(slice(a, a + n) for a, n in zip(start, block.shape, strict=True))] = block
 
     def to_array(self, device: Device | None) -> jax.Array:
-        """The region as an array that shares its memory."""
+        """Returns the region as an array that shares its memory."""
         shared = self._buffer.view(np.uint16) if self._as_bits else self._buffer
         return jax.device_put(shared, device, may_alias=True)
 
@@ -111,20 +111,20 @@ class _DeviceRegion:
             self._array = zeros(shape, dtype)
 
     def write(self, start: tuple[int, ...], block: Array) -> None:
-        """Sends a block and writes it in place."""
-        sent = jax.device_put(block.astype(self._array.dtype, copy=False), self._device)
+        """Transfers a block to the device and writes it in place."""
+        on_device = jax.device_put(block.astype(self._array.dtype, copy=False), self._device)
         with use_single_device_mesh(self._device):
-            self._array = _update(self._array, sent, np.asarray(start, np.int32))
+            self._array = _update(self._array, on_device, np.asarray(start, np.int32))
 
     def to_array(self, device: Device | None) -> jax.Array:
-        """The region, sent to another device if it is not the one it was made on."""
+        """Returns the region, copied if another device than its own is given."""
         return self._array if device in (None, self._device) else jax.device_put(self._array, device)
 
 
 @contextlib.contextmanager
 def use_single_device_mesh(device: Device) -> Iterator[None]:
-    """For work on one device's arrays: a mesh that the caller has set would refuse them."""
-    with jax.set_mesh(Mesh(np.asarray([device]), ("alone",))):
+    """Sets a mesh of one device: operations on that device's arrays fail under a larger mesh set by the caller."""
+    with jax.set_mesh(Mesh(np.asarray([device]), ("single",))):
         yield
 
 
@@ -142,7 +142,7 @@ def _create_region(
 
 
 def _write_overlap(region: _HostRegion | _DeviceRegion, box: Box, start: tuple[int, ...], block: Array) -> None:
-    """Writes what a block and a region have in common."""
+    """Writes the intersection of a block and a region."""
     lows = [max(a, s) for (a, _), s in zip(box, start, strict=True)]
     highs = [min(b, s + n) for (_, b), s, n in zip(box, start, block.shape, strict=True)]
     if all(low < high for low, high in zip(lows, highs, strict=True)):
@@ -152,9 +152,9 @@ def _write_overlap(region: _HostRegion | _DeviceRegion, box: Box, start: tuple[i
 
 def _slices_to_box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
     slices = [*index, *[slice(None)] * (len(shape) - len(index))]
-    return tuple(piece.indices(n)[:2] for piece, n in zip(slices, shape, strict=True))
+    return tuple(axis.indices(n)[:2] for axis, n in zip(slices, shape, strict=True))
 
 
-def _blocks(piece: Array) -> Iterator[tuple[int, Array]]:
-    rows = max(1, _BLOCK_BYTES * len(piece) // max(1, piece.nbytes))
-    return ((at, piece[at : at + rows]) for at in range(0, len(piece), rows))
+def _iter_blocks(chunk: Array) -> Iterator[tuple[int, Array]]:
+    rows = max(1, _BLOCK_BYTES * len(chunk) // max(1, chunk.nbytes))
+    return ((start, chunk[start : start + rows]) for start in range(0, len(chunk), rows))

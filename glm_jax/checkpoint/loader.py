@@ -1,4 +1,4 @@
-"""Weights in and out of memory: any source into the stacked parameter tree, and the tree into a folder.
+"""Loads any source into the stacked parameter tree, and saves the tree as a folder.
 
 >>> cfg, params, info = load("tiny")                                      # doctest: +SKIP
 >>> save("finetuned", cfg, params, origin=info)                           # doctest: +SKIP
@@ -16,14 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from glm_jax.checkpoint.device_stack import StackBuilder
 from glm_jax.checkpoint.folder.layout import Leaf
 from glm_jax.checkpoint.progress import ProgressCallback, progress_bar
-from glm_jax.checkpoint.sources.base import SourceInfo, WeightChunk, WeightSource, source_storage, to_plain_array
+from glm_jax.checkpoint.sources.base import SourceInfo, WeightChunk, WeightSource
+from glm_jax.checkpoint.sources.build import to_plain_array
 from glm_jax.checkpoint.sources.memory import MemorySource
 from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.checkpoint.sources.quantized import RequantizedSource
+from glm_jax.checkpoint.sources.storage import source_storage
 from glm_jax.checkpoint.sources.synthetic import SyntheticSource
 from glm_jax.checkpoint.validation import WeightValidator
 from glm_jax.checkpoint.write.conversion import ConversionReport, OutputFormat, write_checkpoint
@@ -31,27 +34,16 @@ from glm_jax.config import Config
 from glm_jax.memory import available_device_memory
 from glm_jax.sharding import Rules
 from glm_jax.weights import Bfloat16Bits, QuantizedTensor, QuantRules
-from glm_jax.weights.params import ParamTree, init_params, leaves_with_path
+from glm_jax.weights.params import ParamPath, ParamTree, leaves_with_path
+from glm_jax.weights.random_init import init_params
 from glm_jax.weights.storage import abstract_params
 from glm_jax.weights.tiling import ModelSharding, tile_param, tile_param_layerwise
-
-__all__ = [
-    "OutputFormat",
-    "SourceInfo",
-    "WeightSource",
-    "load",
-    "load_params",
-    "open_source",
-    "quantize_source",
-    "save",
-    "source_storage",
-]
 
 
 def load(
     source: str | Path | WeightSource,
     *,
-    dtype: Any = "bfloat16",
+    dtype: DTypeLike = "bfloat16",
     quantize: str | QuantRules | None = None,
     rules: Rules = Rules(),
     mesh: Mesh | None = None,
@@ -64,25 +56,25 @@ def load(
 
     Args:
         source: Hugging Face folder, hub id, converted folder, GGUF file, ``"tiny"``,
-            ``"synthetic:flash?layers=4&seed=0"``, or what :func:`open_source` returned for one of these.
-        dtype: of the parameters that are not quantized (router biases stay float32), and of activations.
-        quantize: a preset (:data:`glm_jax.weights.QUANT_PRESETS`) or rules to quantize by while loading; unless given, every
-            weight keeps the values that it has in the source, quantized ones included.
-        rules: mesh axis of each logical axis.
-        mesh: devices to lay the parameters out on; ``None`` for JAX's default device.
-        mtp: load the prediction layer, if there is one.
-        tiles: lay the matrices out as kernels read them (:class:`~glm_jax.weights.TiledWeight`), where they can be.
-        check: read every byte a second look: hashes of a converted folder, and values that are NaN or infinite.
-        progress: show it on stderr.
+            ``"synthetic:flash?layers=4&seed=0"``, or a source that :func:`open_source` returned.
+        dtype: Dtype of parameters that are not quantized (router biases stay float32), and of activations.
+        quantize: Preset (a name in :data:`glm_jax.weights.QUANT_PRESETS`) or rules to quantize by while loading;
+            ``None`` keeps the values of the source, and its quantized weights as they are.
+        rules: Mesh axis of each logical axis.
+        mesh: Devices that hold the parameters; ``None`` for JAX's default device.
+        mtp: Whether to load the prediction layer, if there is one.
+        tiles: Whether to store matrices in the kernels' layout (:class:`~glm_jax.weights.TiledWeight`) where possible.
+        check: Whether to verify the hashes of a converted folder and to reject NaN and infinite values.
+        progress: Whether to show progress on stderr.
 
     Returns:
         Config, parameter tree (``jax.Array``, :class:`~glm_jax.weights.QuantizedTensor`, or
-        :class:`~glm_jax.weights.Bfloat16Bits` on a CPU), and what is known of the source.
+        :class:`~glm_jax.weights.Bfloat16Bits` on a CPU), and the description of the source.
 
     Raises:
-        CheckpointError: if the weights are missing, damaged, or do not fit their config.
+        CheckpointError: if weights are missing, damaged, or do not fit the config.
         ConfigError: for a ``config.json`` that this stack cannot run.
-        QuantError: for rules that do not exist.
+        QuantError: for an unknown preset.
         ShardingError: if the mesh does not divide the model.
     """
     weights = source if isinstance(source, WeightSource) else open_source(source, dtype=jnp.dtype(dtype).name)
@@ -97,26 +89,33 @@ def load(
 def quantize_source(
     source: WeightSource,
     quantize: str | QuantRules | None,
-    dtype: Any = "bfloat16",
+    dtype: DTypeLike = "bfloat16",
     rules: Rules = Rules(),
     mesh: Mesh | None = None,
 ) -> WeightSource:
-    """A source with its matrices quantized by a preset or rules; itself if there are none.
+    """Wraps a source so that its matrices are quantized while they are read.
+
+    Args:
+        source: The weights.
+        quantize: Preset or rules; ``None`` returns the source itself.
+        dtype: Dtype of the model.
+        rules: Mesh axis of each logical axis.
+        mesh: Devices that will hold the parameters; no quantization group crosses a device boundary.
 
     Raises:
-        QuantError: for a preset that does not exist.
+        QuantError: for an unknown preset.
     """
-    quant = QuantRules.resolve(quantize)
-    if quant is None:
+    quant_rules = QuantRules.resolve(quantize)
+    if quant_rules is None:
         return source
-    sizes = None if mesh is None else dict(mesh.shape)
-    return RequantizedSource(source, quant, rules=rules, axis_sizes=sizes, dtype=dtype)
+    axis_sizes = None if mesh is None else dict(mesh.shape)
+    return RequantizedSource(source, quant_rules, rules=rules, axis_sizes=axis_sizes, dtype=dtype)
 
 
 def load_params(
     source: WeightSource,
     cfg: Config,
-    dtype: Any = "bfloat16",
+    dtype: DTypeLike = "bfloat16",
     rules: Rules = Rules(),
     mesh: Mesh | None = None,
     *,
@@ -124,59 +123,59 @@ def load_params(
     check: bool = False,
     progress: bool = False,
 ) -> ParamTree:
-    """The parameters of an open source, stacked; peak memory is theirs and a few pieces.
+    """Loads the stacked parameters of an open source; peak memory is the parameters and a few chunks.
 
-    In tiles there are two copies of the stack that is laid out, unless a GPU has no room for them: then that stack goes
-    by way of the host, layer by layer.
+    Tiling needs a second copy of one stack at a time. A GPU without room for it tiles that stack layer by layer, by way
+    of the host.
 
     Args:
-        source: the weights.
-        cfg: of the source, possibly without its prediction layer.
-        dtype: of the parameters that are not quantized.
-        rules: mesh axis of each logical axis.
-        mesh: devices; ``None`` for JAX's default device.
-        tiles: lay the matrices out as kernels read them.
-        check: also check hashes and finiteness.
-        progress: show it on stderr.
+        source: The weights.
+        cfg: Config of the source, possibly without its prediction layer.
+        dtype: Dtype of parameters that are not quantized.
+        rules: Mesh axis of each logical axis.
+        mesh: Devices that hold the parameters; ``None`` for JAX's default device.
+        tiles: Whether to store matrices in the kernels' layout where possible.
+        check: Whether to verify hashes and to reject NaN and infinite values.
+        progress: Whether to show progress on stderr.
 
     Raises:
         CheckpointError: if bytes are missing or damaged.
-        ShardingError: if the mesh would cut through a block that shares a scale.
+        ShardingError: if the mesh would split a block of values that share a scale.
     """
     placement = None if mesh is None else ModelSharding(cfg, rules, mesh)
     if isinstance(source, SyntheticSource):
-        made = init_params(cfg, source.seed, dtype, rules, mesh)
-        return _tile_params_in_place(made, placement) if tiles else made
+        params = init_params(cfg, source.seed, dtype, rules, mesh)
+        return _tile_params_in_place(params, placement) if tiles else params
     abstract = dict(leaves_with_path(abstract_params(cfg, dtype, rules, mesh, source_storage(source, cfg))))
-    wanted = [leaf for members in source.layout().values() for leaf in members if leaf.param_path in abstract]
-    total = sum(source.nbytes(leaf) for leaf in wanted)
+    leaves = [leaf for members in source.layout().values() for leaf in members if leaf.param_path in abstract]
+    total = sum(source.nbytes(leaf) for leaf in leaves)
     with progress_bar("loading", total, show=progress) as advance:
         finish = functools.partial(_tile_weight, placement=placement) if tiles else lambda _, weight: weight
-        filled = _load_stacks(source, wanted, abstract, WeightValidator(source) if check else None, advance, finish)
-    return _unflatten_tree({path: filled[path] for path in abstract})
+        loaded = _load_stacks(source, leaves, abstract, WeightValidator(source) if check else None, advance, finish)
+    return _unflatten_tree({path: loaded[path] for path in abstract})
 
 
-def _tile_params_in_place(params: ParamTree, placement: ModelSharding | None, path: tuple[str, ...] = ()) -> ParamTree:
-    """Lays parameters out one after the other: a second copy of all need not fit."""
+def _tile_params_in_place(params: ParamTree, placement: ModelSharding | None, path: ParamPath = ()) -> ParamTree:
+    """Tiles parameters one after the other, because a second copy of all of them may not fit."""
     for name in params:
-        inner, here = params[name], (*path, name)
+        inner, inner_path = params[name], (*path, name)
         params[name] = (
-            _tile_params_in_place(inner, placement, here)
+            _tile_params_in_place(inner, placement, inner_path)
             if isinstance(inner, dict)
-            else _tile_weight(here, inner, placement)
+            else _tile_weight(inner_path, inner, placement)
         )
     return params
 
 
-def _tile_weight(path: tuple[str, ...], weight: Any, placement: ModelSharding | None) -> Any:
-    """A parameter as kernels read it; for a moment there are two copies of it, where there is room for them."""
+def _tile_weight(path: ParamPath, weight: Any, placement: ModelSharding | None) -> Any:
+    """Returns a parameter in the kernels' layout; holds two copies of it for a moment if both fit."""
     if placement is None and not _fits_second_copy(weight):
         return tile_param_layerwise(path, weight)
     return tile_param(path, weight, placement)
 
 
 def _fits_second_copy(weight: Any) -> bool:
-    """Whether a GPU has memory for another copy of a weight, and a tenth more for what is on the way."""
+    """Returns whether a GPU has memory for a second copy of a weight, and a tenth more for temporaries."""
     arrays = jax.tree.leaves(weight)
     (device,) = arrays[0].devices()
     return device.platform == "cpu" or 1.1 * sum(array.nbytes for array in arrays) <= available_device_memory(device)
@@ -184,36 +183,37 @@ def _fits_second_copy(weight: Any) -> bool:
 
 def _load_stacks(
     source: WeightSource,
-    wanted: list[Leaf],
-    abstract: Mapping[Any, Any],
-    checker: WeightValidator | None,
+    leaves: list[Leaf],
+    abstract: Mapping[ParamPath, Any],
+    validator: WeightValidator | None,
     advance: ProgressCallback,
-    finish: Callable[[Any, Any], Any],
-) -> dict[Any, Any]:
-    left = Counter(leaf.param_path for leaf in wanted)
-    stacks: dict[Any, _ParamBuilder] = {}
-    filled: dict[Any, Any] = {}
-    for leaf in wanted:
+    finish: Callable[[ParamPath, Any], Any],
+) -> dict[ParamPath, Any]:
+    """Fills the parameters with the chunks of all leaves; ``finish`` is applied to each complete parameter."""
+    remaining = Counter(leaf.param_path for leaf in leaves)
+    builders: dict[ParamPath, _ParamBuilder] = {}
+    loaded: dict[ParamPath, Any] = {}
+    for leaf in leaves:
         path = leaf.param_path
-        if path not in stacks:
-            stacks[path] = _ParamBuilder(abstract[path])
-        for row, piece in source.iter_chunks(leaf):
-            stacks[path].add(leaf.stack_index, row, piece)
-            if checker:
-                checker.check_chunk(leaf, piece)
-        if checker:
-            checker.end_array(leaf)
+        if path not in builders:
+            builders[path] = _ParamBuilder(abstract[path])
+        for row, chunk in source.iter_chunks(leaf):
+            builders[path].add(leaf.stack_index, row, chunk)
+            if validator:
+                validator.check_chunk(leaf, chunk)
+        if validator:
+            validator.end_array(leaf)
         advance(source.nbytes(leaf))
-        left[path] -= 1
-        if not left[path]:
-            filled[path] = finish(path, stacks.pop(path).finish())
-    if checker:
-        checker.raise_problems()
-    return filled
+        remaining[path] -= 1
+        if not remaining[path]:
+            loaded[path] = finish(path, builders.pop(path).finish())
+    if validator:
+        validator.raise_problems()
+    return loaded
 
 
 class _ParamBuilder:
-    """A parameter being filled: one stack, or one for each array of a quantized one."""
+    """A parameter that is being filled: one stack, or one per component of a quantized parameter."""
 
     def __init__(self, goal: Any) -> None:
         self._goal = goal
@@ -233,7 +233,7 @@ class _ParamBuilder:
             self._stacks[name].add(stack_index, row, array)
 
     def finish(self) -> Any:
-        """The parameter."""
+        """Returns the parameter; the builder must not be used again."""
         if isinstance(self._goal, QuantizedTensor):
             return self._goal.map_components(lambda name, _: self._stacks[name].finish())
         array = self._stacks[""].finish()
@@ -250,24 +250,25 @@ def save(
     force: bool = False,
     progress: bool = False,
 ) -> ConversionReport:
-    """Writes parameters as a converted folder, or as a Hugging Face folder.
+    """Writes parameters as a converted folder or as a Hugging Face folder.
 
     Args:
-        path: new or empty folder.
-        cfg: of the model.
-        params: nested dictionaries of arrays.
-        origin: what :func:`load` returned: tokenizer, chat template and foreign config keys are taken from there.
-        to: "orbax" or "safetensors".
-        force: replace an earlier conversion at ``path``.
-        progress: show it on stderr.
+        path: New or empty folder.
+        cfg: Config of the model.
+        params: Nested dictionaries of arrays.
+        origin: Description of the source that :func:`load` returned; supplies tokenizer, chat template and those keys
+            of config.json that ``cfg`` does not have.
+        to: "orbax" for a converted folder, "safetensors" for a Hugging Face folder.
+        force: Whether to replace an earlier conversion at ``path``.
+        progress: Whether to show progress on stderr.
 
     Raises:
-        CheckpointError: if the parameters are not the config's, or the folder cannot be written.
+        CheckpointError: if the parameters do not match the config, or the folder cannot be written.
     """
     return write_checkpoint(MemorySource(cfg, params, origin), path, to=to, force=force, progress=progress)
 
 
-def _unflatten_tree(flat: Mapping[tuple[str, ...], Any]) -> ParamTree:
+def _unflatten_tree(flat: Mapping[ParamPath, Any]) -> ParamTree:
     tree: ParamTree = {}
     for path, value in flat.items():
         node = tree

@@ -1,4 +1,4 @@
-"""Progress of long copies, on stderr: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of long operations: a bar on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _BYTES = "bytes"
 def progress_bar(
     label: str, total: int, *, unit: str = _BYTES, show: bool = True, stream: TextIO | None = None
 ) -> Iterator[ProgressCallback]:
-    """Shows how much is done and the time left while the block runs; yields a function that takes what was just done.
+    """Shows progress and the remaining time while the block runs; yields a function that adds finished units.
 
     Args:
-        label: what is going on.
-        total: bytes in all, or whatever the unit is.
-        unit: in the plural; bytes are shown in GB, and with MB/s.
-        show: whether to show anything at all.
-        stream: stderr unless given.
+        label: Name of the operation.
+        total: Number of units in all.
+        unit: Name of the unit in the plural; bytes are shown in GB and MB/s.
+        show: Whether to show anything.
+        stream: Stream to write to; stderr if ``None``.
     """
     if not show:
         yield lambda _: None
@@ -40,7 +40,7 @@ def progress_bar(
 
 @contextlib.contextmanager
 def _bar(label: str, total: int, unit: str, stream: TextIO) -> Iterator[ProgressCallback]:
-    from rich import progress as rich
+    from rich import progress as rich  # slow to import, and only terminals need it
     from rich.console import Console
 
     counted = (rich.MofNCompleteColumn(), rich.TextColumn(unit))
@@ -52,7 +52,7 @@ def _bar(label: str, total: int, unit: str, stream: TextIO) -> Iterator[Progress
 
 
 class _LineProgress:
-    """A line every few seconds and one at the end."""
+    """Prints a line every few seconds and one at the end."""
 
     def __init__(self, label: str, total: int, unit: str, stream: TextIO) -> None:
         self._label, self._total, self._unit, self._stream = label, total, unit, stream
@@ -60,16 +60,16 @@ class _LineProgress:
         self._last = self._start
 
     def advance(self, count: int) -> None:
-        """Counts what was done, and prints a line if it is time."""
+        """Adds finished units, and prints a line if one is due."""
         self._done += count
         now = time.monotonic()
         if now - self._last < _LINE_SECONDS and self._done < self._total:
             return
         self._last = now
         rate = self._done / max(now - self._start, 1e-3)
-        left = (self._total - self._done) / max(rate, 1e-3)
+        seconds_left = (self._total - self._done) / max(rate, 1e-3)
         if self._unit == _BYTES:
             amount = f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s"
         else:
             amount = f"{self._done:,} of {self._total:,} {self._unit}"
-        print(f"{self._label}: {amount}, {left:.0f} s left", file=self._stream, flush=True)
+        print(f"{self._label}: {amount}, {seconds_left:.0f} s left", file=self._stream, flush=True)

@@ -1,10 +1,12 @@
-"""Checks of weights' values, made on request: they read every byte."""
+"""Checks of the weights' values and bytes; they read every byte, and run on request."""
 
 from __future__ import annotations
 
 import hashlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.checkpoint.array_record import FLOAT_DTYPES
@@ -18,13 +20,16 @@ from glm_jax.weights.quantized_tensor import COMPONENTS
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_BLOCK = 1 << 22  # values looked at together
+_BLOCK_VALUES = 1 << 22  # values checked at once
 
 
 class WeightValidator:
-    """Collects arrays with values that are not finite, or whose bytes are not those of the manifest.
+    """Collects arrays that hold values that are not finite, or whose bytes differ from the manifest's hash.
 
-    Feed it every piece of every array, in order.
+    Expects every chunk of every array, in order.
+
+    Args:
+        source: Source of the arrays.
     """
 
     def __init__(self, source: WeightSource) -> None:
@@ -34,33 +39,33 @@ class WeightValidator:
         self._nonfinite_counts: dict[str, int] = {}
 
     def check_chunk(self, leaf: Leaf, chunk: WeightChunk) -> None:
-        """Looks at the next rows of an array."""
+        """Checks the next rows of an array."""
         if isinstance(chunk, QuantizedTensor):
             for name, array in chunk.components().items():
                 self._check_array(leaf, name, np.asarray(array))
         else:
             self._check_array(leaf, "", chunk)
 
-    def _check_array(self, leaf: Leaf, component: str, piece: Array) -> None:
+    def _check_array(self, leaf: Leaf, component: str, rows: Array) -> None:
         key = disk_array_name(leaf, component)
-        if count := _count_nonfinite(piece):
+        if count := _count_nonfinite(rows):
             self._nonfinite_counts[key] = self._nonfinite_counts.get(key, 0) + count
         if self._source.sha256(leaf, component) is not None:
             digest = self._hashes.setdefault(key, hashlib.sha256())
-            digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+            digest.update(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
 
     def end_array(self, leaf: Leaf) -> None:
-        """Says that an array is complete."""
+        """Compares the hash of a complete array with the manifest."""
         for component in ("", *COMPONENTS):
             digest = self._hashes.pop(disk_array_name(leaf, component), None)
             if digest is not None and digest.hexdigest() != self._source.sha256(leaf, component):
                 self._mismatched.append(disk_array_name(leaf, component))
 
     def raise_problems(self) -> None:
-        """Reports everything that was found.
+        """Reports all problems.
 
         Raises:
-            CheckpointError: listing the arrays.
+            CheckpointError: if there are any; lists the arrays.
         """
         problems = []
         if self._mismatched:
@@ -73,30 +78,51 @@ class WeightValidator:
 
 
 def validate_weights(source: WeightSource, advance: ProgressCallback) -> None:
-    """Reads all weights.
+    """Reads and checks all weights.
+
+    Args:
+        source: The weights.
+        advance: Callback that receives the bytes of each checked chunk.
 
     Raises:
-        CheckpointError: listing the arrays that hold NaN or infinite values, or differ from their manifest.
+        CheckpointError: if arrays hold NaN or infinite values, or differ from their manifest; lists them all.
     """
-    checker = WeightValidator(source)
+    validator = WeightValidator(source)
     for leaves in source.layout().values():
         for leaf in leaves:
-            for _, piece in source.iter_chunks(leaf):
-                checker.check_chunk(leaf, piece)
-                advance(piece.size * source.dtype(leaf).itemsize)
-            checker.end_array(leaf)
-    checker.raise_problems()
+            for _, chunk in source.iter_chunks(leaf):
+                validator.check_chunk(leaf, chunk)
+                advance(chunk.size * source.dtype(leaf).itemsize)
+            validator.end_array(leaf)
+    validator.raise_problems()
+
+
+def require_finite(values: Array | jax.Array, leaf: Leaf) -> None:
+    """Checks weights before they are quantized, because integers would hide a NaN or an infinity.
+
+    Args:
+        values: Weights, in any float dtype and of any shape.
+        leaf: Array that they belong to.
+
+    Raises:
+        CheckpointError: if a value is not finite; names the array.
+    """
+    if not bool(jnp.isfinite(jnp.max(jnp.abs(jnp.asarray(values))))):
+        raise CheckpointError(
+            f"{leaf.checkpoint_name}/{leaf.name} holds weights that are NaN or infinite, which cannot be quantized: "
+            "the checkpoint is damaged"
+        )
 
 
 def disk_array_name(leaf: Leaf, component: str) -> str:
-    """Part and name of an array on disk: a quantized weight has several."""
+    """Returns the name of an array on disk, such as ``layer-00001/moe.gate.codes``; ``component`` is "" if plain."""
     return f"{leaf.checkpoint_name}/{leaf.name}" + (f".{component}" if component else "")
 
 
-def _count_nonfinite(piece: Array) -> int:
-    if not np.issubdtype(piece.dtype, np.inexact) and piece.dtype != FLOAT_DTYPES["bfloat16"]:
+def _count_nonfinite(array: Array) -> int:
+    if not np.issubdtype(array.dtype, np.inexact) and array.dtype != FLOAT_DTYPES["bfloat16"]:
         return 0
-    piece = np.atleast_1d(piece)
-    rows = max(1, _BLOCK * len(piece) // max(1, piece.size))
-    blocks = (piece[at : at + rows] for at in range(0, len(piece), rows))
+    array = np.atleast_1d(array)
+    rows = max(1, _BLOCK_VALUES * len(array) // max(1, array.size))
+    blocks = (array[start : start + rows] for start in range(0, len(array), rows))
     return sum(block.size - int(np.count_nonzero(np.isfinite(block))) for block in blocks)

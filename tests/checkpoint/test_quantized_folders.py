@@ -12,8 +12,9 @@ import pytest
 import glm_jax
 from convert.pipeline import convert_checkpoint
 from glm_jax.checkpoint import load
-from glm_jax.checkpoint.sources.base import build_disk_arrays, source_storage, to_plain_array
+from glm_jax.checkpoint.sources.build import build_disk_arrays, to_plain_array
 from glm_jax.checkpoint.sources.open import open_source
+from glm_jax.checkpoint.sources.storage import source_storage
 from glm_jax.errors import ShardingError
 from glm_jax.sharding import get_sharding_preset, make_mesh
 from glm_jax.weights import QuantizedTensor
@@ -28,7 +29,7 @@ LATENCY = get_sharding_preset("latency")
 
 
 def values(source, leaf):
-    return np.concatenate([to_plain_array(piece) for _, piece in source.pieces(leaf)])
+    return np.concatenate([to_plain_array(piece) for _, piece in source.iter_chunks(leaf)])
 
 
 @EACH

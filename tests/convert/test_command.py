@@ -85,13 +85,13 @@ sys.exit(main())
 
 @pytest.mark.parametrize("to", ["orbax", "safetensors"])
 def test_file_that_cannot_grow(source, tmp_path, to):
-    """The system refuses a write in the middle; finished parts stay, and the same command goes on."""
+    """The system refuses a write in the middle; finished parts stay, and the same command resumes."""
     out = tmp_path / "out"
     command = [sys.executable, "-c", LIMITED, str(source), str(out), "--to", to]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if "GB, " not in line]
-    assert lines == [f"error: the disk of {out} is full: make room and run the same command again to go on"]
+    assert lines == [f"error: the disk of {out} is full: make room and run the same command again to continue"]
     report = convert_checkpoint(source, tmp_path / "out", to=to)
     if to == "orbax":
         assert report.kept == 3  # the prediction layer has the first array that is too large

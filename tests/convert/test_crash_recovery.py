@@ -91,7 +91,7 @@ def test_killed_at_more_points(point, source, whole, tmp_path):
     ],
 )
 def test_quantizing_killed_at(point, method, calibrated, tmp_path):
-    quick = {"windows": 8, "length": 32, "steps": 5}
+    quick = {"max_windows": 8, "window_tokens": 32, "steps": 5}
     text = {"calibration": CalibrationConfig(**quick)} if method == "signround" else {}
     options = {"quantize": "int4", "method": method}
     convert_checkpoint(calibrated, tmp_path / "whole", **options, **text)

@@ -13,7 +13,7 @@ from glm_jax.checkpoint.folder import arrays
 from glm_jax.checkpoint.folder.manifest import load_manifest
 from glm_jax.checkpoint.safetensors.writer import split_into_shards
 from glm_jax.checkpoint.sources.open import open_source
-from glm_jax.checkpoint.write import conversion, targets
+from glm_jax.checkpoint.write import conversion, orbax_target, safetensors_target
 from glm_jax.checkpoint.write.conversion_state import STATE_FOLDER
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
@@ -81,7 +81,7 @@ def test_round_trip_of_one_own_copy(tmp_path):
 
 
 def test_straight_to_safetensors_in_many_shards(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(targets, "split_into_shards", functools.partial(split_into_shards, max_bytes=20_000))
+    monkeypatch.setattr(safetensors_target, "split_into_shards", functools.partial(split_into_shards, max_bytes=20_000))
     report = convert_checkpoint(source, tmp_path / "copy", to="safetensors")
     files = sorted(p.name for p in (tmp_path / "copy").glob("*.safetensors"))
     assert len(files) == report.written > 5
@@ -209,7 +209,7 @@ class Stop(Exception):
 
 def stop_after(monkeypatch, count):
     """Lets `count` parts be written, and fails at the next."""
-    real, written = targets.write_layer_checkpoint, []
+    real, written = orbax_target.write_layer_checkpoint, []
 
     def write(folder, part, leaves, arrays):
         if len(written) == count:
@@ -217,7 +217,7 @@ def stop_after(monkeypatch, count):
         real(folder, part, leaves, arrays)
         written.append(part)
 
-    monkeypatch.setattr(targets, "write_layer_checkpoint", write)
+    monkeypatch.setattr(orbax_target, "write_layer_checkpoint", write)
 
 
 def test_stopped_conversion_goes_on(tmp_path, source, monkeypatch):
@@ -272,14 +272,14 @@ def test_source_that_changed_between_runs(tmp_path, monkeypatch):
 
 
 def test_second_writer_is_refused(tmp_path, source, monkeypatch):
-    real = targets.write_layer_checkpoint
+    real = orbax_target.write_layer_checkpoint
 
     def write(folder, part, leaves, arrays):
         with pytest.raises(CheckpointError, match="another conversion is writing"):
             convert_checkpoint(source, folder)
         real(folder, part, leaves, arrays)
 
-    monkeypatch.setattr(targets, "write_layer_checkpoint", write)
+    monkeypatch.setattr(orbax_target, "write_layer_checkpoint", write)
     convert_checkpoint(source, tmp_path / "out")
 
 
@@ -288,13 +288,13 @@ def test_verification_catches_what_the_disk_changed(tmp_path, source, monkeypatc
     """A byte that changes after it was written is found, named, and written anew by the next run."""
     real = conversion._verify_shards
 
-    def damage(work, target, bar, total):
+    def damage(state, target, bar):
         pattern = "parts/layer-00001/moe.up/c/*/*/*" if to == "orbax" else "*.safetensors"
-        path = sorted(work.folder.glob(pattern))[0]
+        path = sorted(state.folder.glob(pattern))[0]
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-        return real(work, target, bar, total)
+        return real(state, target, bar)
 
     with monkeypatch.context() as patch:
         patch.setattr(conversion, "_verify_shards", damage)

@@ -16,7 +16,7 @@ from convert.__main__ import main
 from convert.pipeline import convert_checkpoint
 from glm_jax.checkpoint.folder.manifest import load_manifest
 from glm_jax.checkpoint.sources.open import open_source
-from glm_jax.checkpoint.write import conversion_state, targets
+from glm_jax.checkpoint.write import conversion_state, orbax_target
 from glm_jax.checkpoint.write.conversion_state import STATE_FOLDER
 from glm_jax.errors import CheckpointError
 from tests.builders import hf_checkpoints, hf_configs
@@ -209,7 +209,7 @@ class Stop(Exception):
 
 def stopped(monkeypatch, source, out):
     """Leaves a conversion that has written two parts."""
-    real, written = targets.write_layer_checkpoint, []
+    real, written = orbax_target.write_layer_checkpoint, []
 
     def write(folder, part, leaves, arrays):
         if len(written) == 2:
@@ -218,7 +218,7 @@ def stopped(monkeypatch, source, out):
         written.append(part)
 
     with monkeypatch.context() as patch:
-        patch.setattr(targets, "write_layer_checkpoint", write)
+        patch.setattr(orbax_target, "write_layer_checkpoint", write)
         with pytest.raises(Stop):
             convert_checkpoint(source, out)
 
@@ -258,7 +258,7 @@ def change_one_byte(source):
 
 def test_a_change_of_a_byte_stops_a_stopped_conversion(tmp_path, monkeypatch):
     source = write_source(tmp_path / "hf", TENSORS)
-    monkeypatch.setattr("glm_jax.checkpoint.sources.huggingface.Reader.fingerprint", lambda _: "the same")
+    monkeypatch.setattr("glm_jax.checkpoint.sources.huggingface.SafetensorsReader.fingerprint", lambda _: "the same")
     stopped(monkeypatch, source, tmp_path / "out")
     name = change_one_byte(source)
     with pytest.raises(CheckpointError, match=rf"since then {name} changed: start over with --force"):
@@ -268,7 +268,7 @@ def test_a_change_of_a_byte_stops_a_stopped_conversion(tmp_path, monkeypatch):
 
 def test_a_change_of_a_byte_shows_under_check(tmp_path, monkeypatch, to):
     source = write_source(tmp_path / "hf", TENSORS)
-    monkeypatch.setattr("glm_jax.checkpoint.sources.huggingface.Reader.fingerprint", lambda _: "the same")
+    monkeypatch.setattr("glm_jax.checkpoint.sources.huggingface.SafetensorsReader.fingerprint", lambda _: "the same")
     convert_checkpoint(source, tmp_path / "out", to=to)
     change_one_byte(source)
     assert convert_checkpoint(source, tmp_path / "out", to=to, check=True).written == 1
@@ -360,8 +360,8 @@ def test_full_disk_under_force_says_how_to_go_on(source, tmp_path, monkeypatch):
     def write(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(targets, "write_layer_checkpoint", write)
-    with pytest.raises(CheckpointError, match="run the same command again without --force to go on"):
+    monkeypatch.setattr(orbax_target, "write_layer_checkpoint", write)
+    with pytest.raises(CheckpointError, match="run the same command again without --force to continue"):
         convert_checkpoint(source, tmp_path / "out", force=True)
 
 

@@ -2,19 +2,19 @@
 
 import json
 import re
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from convert import compare, verify
+from convert import compare
 from convert.quality import chat_tasks, divergence, models, task_scoring
-from convert.quality.divergence import PositionMetrics
+from convert.quality.position_metrics import PositionMetrics
 from convert.quality.weight_errors import WEIGHT_KINDS, model_sizes, weight_errors, weight_kind
+from convert.verify import __main__ as verify
 from glm_jax import checkpoint
-from glm_jax.checkpoint.sources.base import build_array
-from glm_jax.checkpoint.sources.open import open_source
+from glm_jax.checkpoint.sources.build import build_array
+from glm_jax.checkpoint.sources.open import open_source, tiny_folder
 from glm_jax.cli.common import BAD_INPUT, OK, run_and_exit
 from glm_jax.engine.assets import ModelAssets
 from glm_jax.errors import CheckpointError, GlmError, MemoryPlanError, PromptError
@@ -275,7 +275,7 @@ def test_answers_are_marked_and_compared(tmp_path):
 
 
 def test_the_miniatures_tasks_can_be_read():
-    tasks = task_scoring.read_chat_tasks(Path(verify.__file__).parents[1] / "glm_jax" / "tiny" / "heldout_chat.jsonl")
+    tasks = task_scoring.read_chat_tasks(tiny_folder() / "heldout_chat.jsonl")
     assert len(tasks) == 625
 
 
@@ -426,4 +426,4 @@ def test_files_that_are_no_positions_are_refused(tmp_path, pair, ids):
     (shorter,) = divergence.measure_divergence(pair[0], [pair[1]], [ids[:-1]], window=WINDOW)
     shorter.save(tmp_path / "shorter")
     with pytest.raises(PromptError, match="are about different tokens"):
-        compare.compare_models(tmp_path / "good", tmp_path / "shorter")
+        compare.compare_positions(tmp_path / "good", tmp_path / "shorter")

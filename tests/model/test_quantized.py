@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from glm_jax.checkpoint import load_params, quantize_source
-from glm_jax.checkpoint.sources.base import source_storage
+from glm_jax.checkpoint.sources.storage import source_storage
 from glm_jax.checkpoint.sources.memory import MemorySource
 from glm_jax.errors import ConfigError, ShardingError
 from glm_jax.model import GLM
@@ -41,7 +41,7 @@ def named(spec):
 
 
 def on_device(tensor):
-    return tensor.map(lambda _, array: jnp.asarray(array))
+    return tensor.map_components(lambda _, array: jnp.asarray(array))
 
 
 def close(made, expected, terms):

@@ -30,7 +30,7 @@ SUM = re.compile(r"(?:What is|Add|Compute) (\d+) (?:\+|and) (\d)[.?]")
 seeds = st.integers(0, 2**32)
 DIGEST = """
 import hashlib; from random import Random
-from convert.calibrate.calibration_data import _LIBRARY as calibration_library_files
+from convert.calibrate.calibration_data import _STDLIB_FILES as calibration_library_files
 from examples.tiny_recipe.conversations import draw_conversation
 from glm_jax.text import render_chat
 rng = Random(7)

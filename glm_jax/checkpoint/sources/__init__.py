@@ -1,1 +1,1 @@
-"""Weight sources: every kind of checkpoint behind one interface."""
+"""Weight sources: one interface for reading every kind of checkpoint."""

@@ -1,4 +1,4 @@
-"""A GGUF file as a source; what other formats have in files beside the weights is in the file itself."""
+"""The source for GGUF models, whose files hold config and tokenizer as well as the weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GGUF_SUFFIX = ".gguf"
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is a GGUF file, or a folder with nothing but these for weights."""
+    """Returns whether a path is a GGUF file, or a folder whose only weights are GGUF files."""
     if path.is_dir():
         present = {entry.suffix for entry in path.iterdir()}
         return GGUF_SUFFIX in present and ".safetensors" not in present and not (path / "manifest.json").exists()
@@ -25,40 +25,40 @@ def is_gguf(path: Path) -> bool:
 
 
 class GgufSource(NamedTensorSource):
-    """Weights of a GGUF model, repacked.
+    """Weights of a GGUF model, repacked without a change of value.
 
     Args:
-        path: the file, any part of a split set, or a folder that holds one model.
-        name: as it was asked for.
+        path: The file, any file of a split set, or a folder that holds one model.
+        name: Source as the user wrote it; the path if ``None``.
 
     Raises:
-        CheckpointError: for anything wrong with the file.
+        CheckpointError: if the file is damaged or not supported.
         ConfigError: for an architecture that this stack cannot run.
     """
 
     def __init__(self, path: Path, name: str | None = None) -> None:
-        opened = open_gguf(path)
-        # Readers of tokenizers and templates know folders; this one lives as long as what is known of the source.
-        kept = _TemporaryFolder()
-        missing = _write_assets(opened, kept.path)
-        super().__init__(opened.weights, opened.config, opened, kind="gguf", name=name or str(path), folder=kept.path)
-        self.info = dataclasses.replace(self.info, keep_alive=kept, notes=(*self.info.notes, *missing))
+        model = open_gguf(path)
+        # Tokenizer and template are read from folders, so they are extracted; the folder lives as long as `info`.
+        assets = _TemporaryFolder()
+        asset_notes = _extract_assets(model, assets.path)
+        super().__init__(model.weights, model.config, model, kind="gguf", name=name or str(path), folder=assets.path)
+        self.info = dataclasses.replace(self.info, keep_alive=assets, notes=(*self.info.notes, *asset_notes))
 
 
 class _TemporaryFolder:
-    """A private temporary folder that goes when nobody holds this object any more."""
+    """A private temporary folder that is deleted when this object is garbage-collected."""
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="glm-jax-gguf-"))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
-def _write_assets(opened: GgufModel, folder: Path) -> tuple[str, ...]:
-    """Writes the config and the companions; gives a sentence if there is no tokenizer that can be used."""
-    files = {"config.json": json.dumps(dict(opened.config), indent=2).encode()}
+def _extract_assets(model: GgufModel, folder: Path) -> tuple[str, ...]:
+    """Writes config and asset files to a folder; returns a note if the tokenizer cannot be used."""
+    files = {"config.json": json.dumps(dict(model.config), indent=2).encode()}
     notes: tuple[str, ...] = ()
     try:
-        files |= opened.asset_files()
+        files |= model.asset_files()
     except CheckpointError as error:
         notes = (f"its tokenizer cannot be used: {error}",)
     for name, data in files.items():

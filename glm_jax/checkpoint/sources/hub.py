@@ -1,4 +1,4 @@
-"""Checkpoints by hub id, through huggingface_hub and its cache."""
+"""Downloads checkpoints from the Hugging Face hub into its cache."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 from glm_jax.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_ALLOW_PATTERNS = ["*.safetensors", "*.json", "*.jinja"]  # never *.bin: a pickle can run any code
+_ALLOW_PATTERNS = ["*.safetensors", "*.json", "*.jinja"]  # never *.bin: loading a pickle can run any code
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text has the form of a hub id, such as ``zai-org/GLM-4.7-Flash``."""
+    """Returns whether a text has the form of a hub id, such as ``zai-org/GLM-4.7-Flash``."""
     return _HUB_ID.fullmatch(text) is not None
 
 
 def download_snapshot(repo: str) -> Path:
-    """The local folder of a hub repository's newest revision, downloaded if it is not in the cache.
+    """Returns the local folder of a hub repository's newest revision; downloads it if it is not in the cache.
 
     Raises:
-        CheckpointError: if it cannot be had, saying why: no such repository, not accepted, or no network.
+        CheckpointError: if the repository does not exist, is gated, or cannot be reached.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors, snapshot_download  # slow to import, and only hub ids need it
 
     try:
         return Path(snapshot_download(repo, allow_patterns=_ALLOW_PATTERNS, ignore_patterns=["*/*"]))

@@ -1,4 +1,4 @@
-"""A folder as Hugging Face repositories have it, plain or quantized, read through the rule table."""
+"""The source for Hugging Face folders of safetensors, plain or quantized."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from pathlib import Path
 
 from glm_jax.checkpoint.formats import read_stored_weights
 from glm_jax.checkpoint.safetensors.reader import SafetensorsReader
-from glm_jax.checkpoint.sources.base import read_hf_config
+from glm_jax.checkpoint.sources.hf_config import read_hf_config
 from glm_jax.checkpoint.sources.named_tensors import NamedTensorSource
 
 
 class HuggingFaceSource(NamedTensorSource):
-    """Weights of a safetensors folder: plain ones as zero-copy views of its files, quantized ones repacked.
+    """Weights of a safetensors folder: plain ones as zero-copy views of the files, quantized ones repacked.
+
+    Args:
+        folder: The folder.
+        name: Source as the user wrote it; the folder's path if ``None``.
 
     Raises:
-        CheckpointError: for anything wrong with the folder; tensors that do not fit the config are listed together.
+        CheckpointError: if the folder is damaged or not supported; lists all tensors that do not fit the config.
         ConfigError: for a ``config.json`` that this stack cannot run.
     """
 

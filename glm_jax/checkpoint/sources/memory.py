@@ -1,4 +1,4 @@
-"""Parameters in memory as a source, so that what was trained here can be written."""
+"""The source for parameters in memory, so that a model in use can be saved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from glm_jax.checkpoint.array_record import FLOAT_DTYPES
 from glm_jax.checkpoint.device_stack import use_single_device_mesh
 from glm_jax.checkpoint.folder.layout import Leaf
 from glm_jax.checkpoint.messages import format_names
-from glm_jax.checkpoint.sources.base import Array, RoundTripInfo, SourceInfo, WeightChunk, WeightSource, read_hf_config
+from glm_jax.checkpoint.sources.base import Array, RoundTripInfo, SourceInfo, WeightChunk, WeightSource
+from glm_jax.checkpoint.sources.hf_config import read_hf_config
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import Bfloat16Bits, QuantizedTensor, QuantSpec, TiledWeight, Weight, untile_weight
@@ -24,15 +25,16 @@ from glm_jax.weights.params import ParamPath, leaves_with_path, param_specs
 
 
 class MemorySource(WeightSource):
-    """A parameter tree.
+    """Weights of a parameter tree.
 
     Args:
-        cfg: of the model.
-        params: nested dictionaries of arrays, as :func:`glm_jax.weights.params.param_specs` has them.
-        origin: where the model came from, for tokenizer, template and foreign keys of config.json.
+        cfg: Config of the model.
+        params: Nested dictionaries of arrays with the structure of :func:`glm_jax.weights.params.param_specs`.
+        origin: Description of the model's original checkpoint, which supplies tokenizer, chat template and those keys
+            of config.json that ``cfg`` does not have.
 
     Raises:
-        CheckpointError: listing parameters that are missing, unknown, or of another shape or dtype.
+        CheckpointError: if parameters are missing, unknown, or have the wrong shape or dtype; lists them all.
     """
 
     def __init__(self, cfg: Config, params: Mapping[str, Any], origin: SourceInfo | None = None) -> None:
@@ -57,22 +59,22 @@ class MemorySource(WeightSource):
         )
 
     def fingerprint(self) -> str:
-        """Never equal to an earlier one: a stopped save of other values must not be gone on with."""
+        """Returns a random hash, so that an interrupted save of other values is never resumed."""
         return self._fingerprint
 
     def dtype(self, leaf: Leaf) -> np.dtype[Any]:
-        """The array's own."""
+        """Returns the parameter's dtype."""
         return FLOAT_DTYPES[self._arrays[leaf.param_path].dtype.name]
 
     def quant_spec(self, leaf: Leaf) -> QuantSpec | None:
-        """The array's own."""
+        """Returns the parameter's storage."""
         array = self._arrays[leaf.param_path]
         return array.spec if isinstance(array, QuantizedTensor | TiledWeight) else None
 
     def iter_chunks(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, WeightChunk]]:
-        """The rows of one layer, gathered from the devices that hold them; quantized weights in one piece."""
+        """Yields one layer as a single chunk, gathered from all devices that hold it."""
         array, slot = self._arrays[leaf.param_path], leaf.stack_index
-        if isinstance(array, TiledWeight):  # one layer at a time: a second copy of all need not fit
+        if isinstance(array, TiledWeight):  # one layer at a time: a second copy of the stack may not fit
             array, slot = untile_weight(_gather_to_one_device(array, slot)), None
         if isinstance(array, QuantizedTensor):
             whole = array.map_components(lambda _, part: _gather_to_host(part, slot))
@@ -83,7 +85,7 @@ class MemorySource(WeightSource):
 
 
 def _gather_to_one_device(weight: TiledWeight, slot: int | None) -> TiledWeight:
-    """One layer on one device."""
+    """Returns one layer of a tiled stack on one device; the whole weight if ``slot`` is ``None``."""
     if len(weight.sharding.device_set) == 1:
         return weight if slot is None else weight[slot]
     tiles = jax.tree.map(lambda array: jnp.asarray(_gather_to_host(array, slot)), weight.tiles)
@@ -91,7 +93,7 @@ def _gather_to_one_device(weight: TiledWeight, slot: int | None) -> TiledWeight:
 
 
 def _gather_to_host(array: jax.Array | Bfloat16Bits | Array, slot: int | None) -> Array:
-    """One layer, gathered shard by shard: a stack of all layers need not fit the host."""
+    """Returns one layer in host memory, gathered shard by shard: the whole stack may not fit there."""
     if isinstance(array, Bfloat16Bits):
         return _gather_to_host(array.bits, slot).view(FLOAT_DTYPES["bfloat16"])
     if isinstance(array, np.ndarray):

@@ -1,10 +1,10 @@
-"""A checkpoint of named tensors as a source, whatever files and formats they are in."""
+"""The source for checkpoints of named tensors, in any file type and weight format."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -18,47 +18,46 @@ from glm_jax.checkpoint.sources.base import (
     SourceKind,
     WeightChunk,
     WeightSource,
-    dominant_dtype,
-    split_layer_groups,
-    to_plain_array,
 )
+from glm_jax.checkpoint.sources.build import dominant_dtype, to_plain_array
+from glm_jax.checkpoint.sources.storage import split_layer_groups
 from glm_jax.config import Config
 from glm_jax.memory import format_bytes
-from glm_jax.weights import QUANT_PRESETS, QuantSpec
+from glm_jax.weights import QUANT_PRESETS, QuantizedTensor, QuantSpec
 from glm_jax.weights.params import is_matrix
 from glm_jax.weights.storage import quantized_bytes
 
 
 class TensorFiles(Protocol):
-    """What is asked of the files behind the tensors."""
+    """The files that hold the tensors."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Harmless oddities worth telling."""
+        """Sentences for the user about harmless irregularities."""
         ...
 
     def fingerprint(self) -> str:
-        """A hash that changes when the weights may have changed."""
+        """Returns a hash that changes when the weights may have changed."""
         ...
 
     def mtimes_ns(self) -> Mapping[str, int]:
-        """When each file was last changed, in nanoseconds."""
+        """Returns each file's modification time in nanoseconds."""
         ...
 
 
 class NamedTensorSource(WeightSource):
-    """Weights by their names in a checkpoint.
+    """Weights of a checkpoint that stores them as named tensors.
 
     Args:
-        weights: by logical name, as :func:`glm_jax.checkpoint.formats.read_stored_weights` gives them.
-        config: the ``config.json`` they came with.
-        files: that they are in.
-        kind: of the source.
-        name: as it was asked for.
-        folder: that holds tokenizer and chat template.
+        weights: Weights by tensor name, such as :func:`glm_jax.checkpoint.formats.read_stored_weights` returns.
+        config: Contents of the checkpoint's ``config.json``.
+        files: Files that hold the tensors.
+        kind: Kind of checkpoint.
+        name: Source as the user wrote it.
+        folder: Folder with tokenizer and chat template.
 
     Raises:
-        CheckpointError: if the tensors do not fit the config; all of them are listed together.
+        CheckpointError: if tensors do not fit the config; lists them all.
         ConfigError: for a config that this stack cannot run.
     """
 
@@ -73,69 +72,72 @@ class NamedTensorSource(WeightSource):
         folder: Path | None,
     ) -> None:
         self.hf_config, self._files, self._weights = config, files, weights
-        settled = ResolvedConfig(Config.from_hf(config), weights)
-        kept = {tensor: stored for tensor, stored in weights.items() if tensor not in settled.redundant_tensors}
-        self.cfg = settled.cfg
-        self._slots = assign_tensors(self.cfg, kept, settled.aliases)
-        self._storage: dict[str, QuantSpec | None] = {}
+        resolved = ResolvedConfig(Config.from_hf(config), weights)
+        required = {tensor: stored for tensor, stored in weights.items() if tensor not in resolved.redundant_tensors}
+        self.cfg = resolved.cfg
+        self._slots = assign_tensors(self.cfg, required, resolved.aliases)
+        self._quant_specs: dict[str, QuantSpec | None] = {}
         self.cfg = split_layer_groups(self.cfg, self.quant_spec)
         self.info = SourceInfo(
             kind=kind,
             name=name,
             folder=folder,
             dtype=dominant_dtype(self),
-            original=RoundTripInfo(settled.mtp_copies, settled.head_copy, self._original_dtypes()),
-            notes=(*files.notes, *settled.notes, *self._dequantized_notes()),
+            original=RoundTripInfo(resolved.mtp_copies, resolved.head_copy, self._original_dtypes()),
+            notes=(*files.notes, *resolved.notes, *self._dequantized_notes()),
         )
 
     def fingerprint(self) -> str:
-        """Of the files, with pages of every tensor."""
+        """Returns the fingerprint of the files, which samples pages of every tensor."""
         return self._files.fingerprint()
 
     def mtimes_ns(self) -> Mapping[str, int]:
-        """Of every file."""
+        """Returns the modification time of every file in nanoseconds."""
         return self._files.mtimes_ns()
 
     def dtype(self, leaf: Leaf) -> np.dtype[Any]:
-        """The dtype of the leaf's tensors; float32 where they differ among themselves."""
+        """Returns the common dtype of the array's tensors; float32 if they differ."""
         if leaf.spec.dtype:
             return np.dtype(leaf.spec.dtype)
         dtypes = {self._weights[self._slots[slot].name].dtype for slot in _leaf_slots(leaf)}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     def quant_spec(self, leaf: Leaf) -> QuantSpec | None:
-        """That of the leaf's tensors, if it is the same for all."""
+        """Returns the storage of the array's tensors if all share one; ``None`` otherwise."""
         key = f"{leaf.checkpoint_name}/{leaf.name}"
-        if key not in self._storage:
-            # Norms and routers are not held quantized, whatever a file does with them.
+        if key not in self._quant_specs:
+            # Norms and routers are always loaded plain, even if a file has them quantized.
             fixed = not is_matrix(leaf.spec) or leaf.path[-1] == "router"
             specs: set[QuantSpec | None] = (
                 {None} if fixed else {self._slot_quant_spec(slot) for slot in _leaf_slots(leaf)}
             )
-            self._storage[key] = specs.pop() if len(specs) == 1 else None
-        return self._storage[key]
+            self._quant_specs[key] = specs.pop() if len(specs) == 1 else None
+        return self._quant_specs[key]
 
     def _slot_quant_spec(self, slot: ParamSlot) -> QuantSpec | None:
         tensor = self._slots[slot]
         return slot_quant_spec(tensor, self._weights[tensor.name])
 
     def iter_chunks(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, WeightChunk]]:
-        """One per expert, or the rows in one piece; plain ones are views."""
+        """Yields one chunk per expert, or all rows as one chunk; plain chunks are views of the file."""
         quantized = self.quant_spec(leaf) is not None
         end = leaf.spec.shape[0 if leaf.stack_index is None else 1] if stop is None else stop
         for slot in _leaf_slots(leaf):
             expert = slot[2]
             if expert is not None and not start <= expert < end:
                 continue
-            value = self._load(slot)
-            if quantized:
-                stacked = value.map(lambda _, array: array[None]) if expert is not None else value
-                yield (start, stacked[start:stop]) if expert is None and len(leaf.shape) > 2 else (expert or 0, stacked)
-            else:
-                array = to_plain_array(value)
+            weight = self._load(slot)
+            if not quantized:
+                array = to_plain_array(weight)
                 yield (start, array[start:stop]) if expert is None else (expert, array[None])
+            elif expert is not None:
+                yield expert, cast(QuantizedTensor, weight).map_components(lambda _, array: array[None])
+            elif len(leaf.shape) > 2:
+                yield start, weight[start:stop]
+            else:  # rows of one quantized matrix may share scales
+                yield 0, weight
 
-    def _load(self, slot: ParamSlot) -> Any:
+    def _load(self, slot: ParamSlot) -> WeightChunk:
         tensor = self._slots[slot]
         return load_slot(tensor, self._weights[tensor.name], slot)
 
@@ -149,21 +151,21 @@ class NamedTensorSource(WeightSource):
         return {key: dtype for key, dtype in own.items() if dtype != "float32"}
 
     def _dequantized_notes(self) -> Iterator[str]:
-        """A sentence on weights whose format no storage here holds, and what would."""
-        packed = {
+        """Yields a note if weights must be dequantized because no storage matches their format."""
+        dequantized = {
             leaf: leaf.size
             for members in self.layout().values()
             for leaf in members
             if self.quant_spec(leaf) is None and any(self._is_quantized(slot) for slot in _leaf_slots(leaf))
         }
-        if packed:
+        if dequantized:
             sizes = ", ".join(
                 f'"{name}" {format_bytes(quantized_bytes(self.cfg, rules))}' for name, rules in QUANT_PRESETS.items()
             )
             yield (
-                f"{sum(packed.values()):,} weights are quantized in ways that cannot be kept as they are (such as "
-                f"{next(iter(packed)).name}), and become plain numbers; with quantize (--quantize) the whole model "
-                f"would take: {sizes}"
+                f"{sum(dequantized.values()):,} weights are quantized in ways that cannot be kept as they are (such as "
+                f"{next(iter(dequantized)).name}), and become plain numbers; with quantize (--quantize) the whole "
+                f"model would take: {sizes}"
             )
 
     def _is_quantized(self, slot: ParamSlot) -> bool:
@@ -172,4 +174,4 @@ class NamedTensorSource(WeightSource):
 
 
 def _leaf_slots(leaf: Leaf) -> Iterator[ParamSlot]:
-    return ((leaf.checkpoint_name, leaf.name, row) for row in expert_slots(leaf))
+    return ((leaf.checkpoint_name, leaf.name, expert) for expert in expert_slots(leaf))

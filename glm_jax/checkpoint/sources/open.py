@@ -1,4 +1,4 @@
-"""From what a user typed to weights: a path, a hub id, ``tiny`` or ``synthetic:…``."""
+"""Opens the source that a user names: a path, a hub id, ``tiny`` or ``synthetic:…``."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ TINY_MODEL = "tiny"
 
 
 def open_source(source: str | Path, *, dtype: str | None = None) -> WeightSource:
-    """Opens the weights behind a source string; reads configs and headers, and no weights.
+    """Opens a source; reads config and headers, but no weights.
 
     Args:
-        source: folder of safetensors or converted folder, GGUF file or a folder with one, hub id, ``"tiny"`` (the
-            built-in miniature), or ``"synthetic:flash?layers=4&seed=0"``.
-        dtype: in which synthetic weights are drawn (bfloat16 if ``None``); others keep theirs.
+        source: Safetensors folder, converted folder, GGUF file or a folder with one, hub id, ``"tiny"`` (the built-in
+            miniature), or ``"synthetic:flash?layers=4&seed=0"``.
+        dtype: Dtype of synthetic weights (bfloat16 if ``None``); other sources keep theirs.
 
     Raises:
-        CheckpointError: if there is nothing usable, saying what is wrong.
+        CheckpointError: if there is no usable checkpoint; the message explains the problem.
         ConfigError: for a ``config.json`` that this stack cannot run.
     """
     text = str(source)
@@ -41,7 +41,7 @@ def open_source(source: str | Path, *, dtype: str | None = None) -> WeightSource
         return SyntheticSource(SyntheticSpec.parse(text), FLOAT_DTYPES[dtype or "bfloat16"], text)
     if text == TINY_MODEL:
         return _open_folder(tiny_folder(), text)
-    path = Path(os.path.expanduser(text))  # that of pathlib raises where ~ is nobody's home
+    path = Path(os.path.expanduser(text))  # Path.expanduser raises if the user does not exist
     if path.exists() and is_gguf(path):
         return GgufSource(path, text)
     if path.is_dir():
@@ -65,5 +65,5 @@ def _open_folder(folder: Path, name: str) -> WeightSource:
 
 
 def tiny_folder() -> Path:
-    """The folder of the built-in miniature."""
+    """Returns the folder of the built-in miniature."""
     return Path(str(files("glm_jax"))) / TINY_MODEL

@@ -1,1 +1,1 @@
-"""Checkpoints written to disk: converted folders and Hugging Face folders."""
+"""Writes checkpoints: converted folders and Hugging Face folders."""

@@ -1,4 +1,4 @@
-"""Writes a weight source into a folder: one part in memory at a time, safe to kill, verified at the end."""
+"""Writes a weight source to a folder: holds one layer at a time, resumes after a kill, and verifies at the end."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from glm_jax.checkpoint.array_record import FLOAT_DTYPES, ArrayRecords
 from glm_jax.checkpoint.folder.manifest import MANIFEST_VERSION
@@ -20,24 +22,32 @@ from glm_jax.checkpoint.progress import ProgressCallback, progress_bar
 from glm_jax.checkpoint.sources.base import WeightSource
 from glm_jax.checkpoint.validation import validate_weights
 from glm_jax.checkpoint.write.conversion_state import ConversionJob, ConversionState, open_conversion
-from glm_jax.checkpoint.write.targets import TARGET_TYPES, ConversionTarget, OutputShard, find_corrupt_arrays
+from glm_jax.checkpoint.write.orbax_target import OrbaxTarget
+from glm_jax.checkpoint.write.safetensors_target import SafetensorsTarget
+from glm_jax.checkpoint.write.targets import ConversionTarget, OutputShard, find_corrupt_arrays
 from glm_jax.errors import CheckpointError
 from glm_jax.memory import format_bytes
 
 OutputFormat = Literal["orbax", "safetensors"]
 ProgressBarFactory = Callable[[str, int], contextlib.AbstractContextManager[ProgressCallback]]
 
+_LOGGER = logging.getLogger(__name__)
+_TARGET_TYPES: dict[str, Callable[[WeightSource, np.dtype[Any] | None], ConversionTarget]] = {
+    "orbax": OrbaxTarget,
+    "safetensors": SafetensorsTarget,
+}
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ConversionReport:
-    """What a conversion did.
+    """Result of a conversion.
 
     Attributes:
-        folder: the destination.
-        nbytes: bytes of all arrays.
-        written: units written by this run.
-        kept: units that an earlier, stopped run had finished.
-        notes: what there is to say of the source, and of what became of its weights.
+        folder: The destination.
+        nbytes: Size of all arrays in bytes.
+        written: Number of shards that this call wrote.
+        kept: Number of shards that were already complete.
+        notes: Sentences for the user about the source and about its weights in the destination.
     """
 
     folder: Path
@@ -58,59 +68,55 @@ def write_checkpoint(
     progress: bool = False,
     method: str = "",
 ) -> ConversionReport:
-    """Writes all weights of a source; the same call after a kill goes on with the part that was being written.
+    """Writes all weights of a source to a folder; after a kill, the same call resumes.
 
     Args:
-        source: the weights.
-        destination: new or empty folder, or that of an earlier run: a stopped conversion goes on, and of a finished
-            one what is missing or of the wrong size is written again.
-        to: "orbax" (parts that load fast and in slices) or "safetensors" (a Hugging Face folder).
-        dtype: of the weights that are not quantized; ``None`` keeps every array's own.
-        check: refuse weights that are NaN or infinite; compare every byte of a finished conversion with the source, and
-            write again what differs.
-        force: start over, replacing whatever conversion is in the destination.
-        progress: show it on stderr.
-        method: how the source quantizes on the way, in words, for messages about the folder.
+        source: The weights.
+        destination: New or empty folder, or the destination of an earlier call. A stopped conversion resumes; in a
+            finished one, shards that are missing or have the wrong size are written again.
+        to: "orbax" for a converted folder, which loads fast and in slices; "safetensors" for a Hugging Face folder.
+        dtype: Dtype of weights that are not quantized; ``None`` keeps each array's own.
+        check: Whether to reject NaN and infinite weights, and to compare every byte of a finished conversion with the
+            source; shards that differ are written again.
+        force: Whether to start over and replace any conversion in the destination.
+        progress: Whether to show progress on stderr.
+        method: How the source quantizes, as a phrase such as ", quantized int4 by mse"; part of the job's title.
 
     Raises:
-        CheckpointError: for folders that cannot be written, full disks, and arrays that do not read back.
-        MemoryPlanError: if the source computes its weights and the largest layer does not fit.
+        CheckpointError: if the folder cannot be written, the disk is full, or arrays do not read back as written.
+        MemoryPlanError: if the source computes its weights and the largest layer does not fit in memory.
     """
     folder = resolve_destination(destination)
-    target = TARGET_TYPES[to](source, None if dtype is None else FLOAT_DTYPES[dtype])
+    target = _TARGET_TYPES[to](source, None if dtype is None else FLOAT_DTYPES[dtype])
     bar: ProgressBarFactory = functools.partial(progress_bar, show=progress)
     title = f"a conversion of {source.info.name} to {to}, dtype {dtype or 'unchanged'}{method}"
-    with open_conversion(
-        folder, ConversionJob(_conversion_key(source, to, dtype), title, source.mtimes_ns()), force=force
-    ) as work:
+    job = ConversionJob(_conversion_key(source, to, dtype), title, source.mtimes_ns())
+    with open_conversion(folder, job, force=force) as state:
         source.start_conversion(folder, keep_all=to == "safetensors")
         if progress and (needed := source.memory_bytes()):
-            print(
-                f"learning how to round, one layer at a time, takes about {format_bytes(needed)} of memory",
-                file=sys.stderr,
-            )
+            _LOGGER.info("learned rounding needs about %s of memory", format_bytes(needed))
         if check:
-            # Of a source that is quantized on the way, the values before: codes are always finite.
-            given = source.unquantized()
-            with bar("checking", given.total_bytes()) as advance:
-                validate_weights(given, advance)
-        if work.was_complete:
-            _restore_records(work, target, bar, check=check)
-        return _run_conversion(work, target, bar, source)
+            # The unquantized values are checked, because quantized ones are always finite.
+            unquantized = source.unquantized()
+            with bar("checking", unquantized.total_bytes()) as advance:
+                validate_weights(unquantized, advance)
+        if state.was_complete:
+            _restore_records(state, target, bar, check=check)
+        return _run_conversion(state, target, bar, source)
 
 
 def resolve_destination(destination: str | Path) -> Path:
-    """The absolute path of a folder to write.
+    """Returns the absolute path of a destination folder.
 
     Raises:
-        CheckpointError: if the text names no folder.
+        CheckpointError: if the text is not a valid path.
     """
     text = os.fspath(destination)
     if not text:
         raise CheckpointError("no destination given: name a new or empty folder")
     try:
         return Path(os.path.expanduser(text)).resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # a NUL in it, a loop of links
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL character, or a loop of links
         raise CheckpointError(f"{printable(text)} cannot be a folder ({printable(str(error))})") from None
 
 
@@ -121,79 +127,78 @@ def _conversion_key(source: WeightSource, to: str, dtype: str | None) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _restore_records(work: ConversionState, target: ConversionTarget, bar: ProgressBarFactory, *, check: bool) -> None:
-    """Gives the units of a finished folder their records back; those that are missing or damaged get none."""
-    kept = target.load_records(work.folder)
+def _restore_records(state: ConversionState, target: ConversionTarget, bar: ProgressBarFactory, *, check: bool) -> None:
+    """Saves the records of a finished folder's intact shards; missing and damaged shards get none."""
+    kept_records = target.load_records(state.folder)
     with contextlib.ExitStack() as stack:
         advance = stack.enter_context(bar("comparing", _total_bytes(target))) if check else None
-        for unit in target.shards:
-            records = kept.get(unit.name, {})
-            sound = unit.is_complete(work.folder, records)
-            if sound and advance:
-                records = unit.compute_records()
-                sound = not find_corrupt_arrays(unit, work.folder, records, advance)
-            if sound:
-                work.save_records(unit.name, records)
+        for shard in target.shards:
+            records = kept_records.get(shard.name, {})
+            intact = shard.is_complete(state.folder, records)
+            if intact and advance:
+                records = shard.compute_records()
+                intact = not find_corrupt_arrays(shard, state.folder, records, advance)
+            if intact:
+                state.save_records(shard.name, records)
             else:
-                work.discard_records(unit.name)
+                state.discard_records(shard.name)
 
 
 def _run_conversion(
-    work: ConversionState, target: ConversionTarget, bar: ProgressBarFactory, source: WeightSource
+    state: ConversionState, target: ConversionTarget, bar: ProgressBarFactory, source: WeightSource
 ) -> ConversionReport:
-    pending = [unit for unit in target.shards if work.load_records(unit.name) is None]
-    if work.was_complete and not pending:
-        work.remove_stale()
-        records = {unit.name: work.load_records(unit.name) or {} for unit in target.shards}
+    pending = [shard for shard in target.shards if state.load_records(shard.name) is None]
+    if state.was_complete and not pending:
+        state.remove_stale()
+        records = {shard.name: state.load_records(shard.name) or {} for shard in target.shards}
     else:
-        work.mark_incomplete()
-        work.remove_stale()
-        _write_shards(work, pending, bar, source)
-        records = _verify_shards(work, target, bar, _total_bytes(target))
-    target.finalize(work.folder, work.job.key, records)
-    work.mark_complete()
-    said = source.info.notes + target.notes
-    notes = (*said, *source.conversion_notes())
-    return ConversionReport(work.folder, _total_bytes(target), len(pending), len(target.shards) - len(pending), notes)
+        state.mark_incomplete()
+        state.remove_stale()
+        _write_shards(state, pending, bar, source)
+        records = _verify_shards(state, target, bar)
+    target.finalize(state.folder, state.job.key, records)
+    state.mark_complete()
+    notes = (*source.info.notes, *target.notes, *source.conversion_notes())
+    return ConversionReport(state.folder, _total_bytes(target), len(pending), len(target.shards) - len(pending), notes)
 
 
 def _total_bytes(target: ConversionTarget) -> int:
-    return sum(unit.nbytes for unit in target.shards)
+    return sum(shard.nbytes for shard in target.shards)
 
 
 def _write_shards(
-    work: ConversionState, pending: Sequence[OutputShard], bar: ProgressBarFactory, source: WeightSource
+    state: ConversionState, pending: Sequence[OutputShard], bar: ProgressBarFactory, source: WeightSource
 ) -> None:
-    needed = sum(unit.nbytes for unit in pending)
+    remaining = sum(shard.nbytes for shard in pending)
     if pending:
         source.require_memory()
-    with bar("converting", needed) as advance:
-        for unit in pending:
-            work.require_disk_space(needed + source.state_bytes())
-            needed -= unit.nbytes
+    with bar("converting", remaining) as advance:
+        for shard in pending:
+            state.require_disk_space(remaining + source.state_bytes())
+            remaining -= shard.nbytes
             meter = _ProgressMeter(advance)
-            source.on_progress(functools.partial(meter.advance_early, unit.nbytes))
-            work.save_records(unit.name, unit.write(work.folder, meter))
+            source.on_progress(functools.partial(meter.advance_early, shard.nbytes))
+            state.save_records(shard.name, shard.write(state.folder, meter))
 
 
 class _ProgressMeter:
-    """Progress of a unit that takes long to make before its first byte is written.
+    """Progress of a shard whose computation takes long before its first byte is written.
 
     Args:
-        advance: takes bytes done.
+        advance: Callback that receives finished bytes.
     """
 
     def __init__(self, advance: ProgressCallback) -> None:
         self._advance, self._advanced = advance, 0
 
-    def advance_early(self, nbytes: int, share: float) -> None:
-        """Counts a share of the unit's bytes ahead of time."""
-        count = min(int(share * nbytes), nbytes - self._advanced)
+    def advance_early(self, nbytes: int, fraction: float) -> None:
+        """Counts a fraction of the shard's bytes ahead of time."""
+        count = min(int(fraction * nbytes), nbytes - self._advanced)
         self._advanced += count
         self._advance(count)
 
     def __call__(self, count: int) -> None:
-        """Counts bytes written, but for those that were counted already."""
+        """Counts written bytes, except those that were counted ahead of time."""
         covered = min(count, self._advanced)
         self._advanced -= covered
         if count > covered:
@@ -201,19 +206,20 @@ class _ProgressMeter:
 
 
 def _verify_shards(
-    work: ConversionState, target: ConversionTarget, bar: ProgressBarFactory, total: int
+    state: ConversionState, target: ConversionTarget, bar: ProgressBarFactory
 ) -> dict[str, ArrayRecords]:
+    """Reads all shards back; returns their records, or raises and marks corrupt shards incomplete."""
     records: dict[str, ArrayRecords] = {}
-    wrong: list[str] = []
-    with bar("verifying", total) as advance:
-        for unit in target.shards:
-            records[unit.name] = work.load_records(unit.name) or {}
-            if bad := find_corrupt_arrays(unit, work.folder, records[unit.name], advance):
-                work.discard_records(unit.name)
-                wrong += bad
-    if wrong:
+    corrupt: list[str] = []
+    with bar("verifying", _total_bytes(target)) as advance:
+        for shard in target.shards:
+            records[shard.name] = state.load_records(shard.name) or {}
+            if names := find_corrupt_arrays(shard, state.folder, records[shard.name], advance):
+                state.discard_records(shard.name)
+                corrupt += names
+    if corrupt:
         raise CheckpointError(
-            f"arrays that do not read back as they were written: {format_names(wrong)}; is the disk sound? "
-            "Run the same command again to write them anew"
+            f"these arrays do not read back as they were written: {format_names(corrupt)}; check the disk, then run "
+            "the same command again to write them anew"
         )
     return records

@@ -1,17 +1,15 @@
-"""The state of a conversion: a hidden folder inside the destination that makes it safe to kill and run again.
+"""The state of a conversion: a hidden folder inside the destination that lets a killed conversion resume.
 
-``.convert/run.json`` says what is being converted and how; ``.convert/<unit>.json`` is written when a unit (a part, a
-shard) is complete and holds the hashes of its arrays. A unit without its record does not count and is written again.
-A lock keeps a second writer away, on systems that have ``fcntl``; elsewhere nothing does.
+``.convert/run.json`` describes the job. ``.convert/<shard>.json`` is written when a shard (a layer checkpoint or a
+safetensors file) is complete, and holds the hashes of its arrays. A shard without a record is written again. A lock
+file keeps out a second writer on systems that have ``fcntl``; elsewhere nothing does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,28 +17,29 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax.checkpoint.array_record import ArrayRecord, ArrayRecords, records_from_json, records_to_json
+from glm_jax.checkpoint.asset_files import ASSET_FILES
 from glm_jax.checkpoint.atomic_write import write_atomic
 from glm_jax.checkpoint.folder.manifest import MANIFEST_FORMAT, MANIFEST_NAME
 from glm_jax.checkpoint.messages import format_names, printable
 from glm_jax.checkpoint.safetensors.reader import INDEX_NAME
-from glm_jax.checkpoint.sources.base import ASSET_FILES
-from glm_jax.errors import CheckpointError, GlmError
+from glm_jax.checkpoint.write.errors import wrap_open_errors, wrap_write_errors
+from glm_jax.errors import CheckpointError
 
 STATE_FOLDER = ".convert"
 _JOB_FILE = "run.json"
-_COMPLETION_FILES = (MANIFEST_NAME, INDEX_NAME)  # a folder with one of them is complete
-_SLACK_BYTES = 32 << 20  # metadata, and blocks that files do not fill
+_COMPLETION_FILES = (MANIFEST_NAME, INDEX_NAME)  # either one marks a folder complete
+_SLACK_BYTES = 32 << 20  # for metadata and partly filled disk blocks
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ConversionJob:
-    """What is to be converted, and how.
+    """Identity of a conversion.
 
     Attributes:
-        key: identifies source and options: a stopped conversion goes on only under the same key.
-        title: the same in words, for messages.
-        files: when the source's files were last changed; a stopped conversion goes on only if none has been since. Of
-            a run alone: a finished folder knows nothing of time.
+        key: Hash of source and options; a stopped conversion resumes only under the same key.
+        title: Description of the job for messages.
+        files: Modification time of each source file in nanoseconds; a stopped conversion resumes only if no file has
+            changed. Finished folders do not record it.
     """
 
     key: str
@@ -52,9 +51,9 @@ class ConversionState:
     """An open destination, locked against a second writer.
 
     Attributes:
-        folder: the destination.
-        job: what is written there.
-        was_complete: whether the destination was complete already.
+        folder: The destination.
+        job: The conversion that is written there.
+        was_complete: Whether the destination was already complete when it was opened.
     """
 
     def __init__(self, folder: Path, job: ConversionJob) -> None:
@@ -63,65 +62,68 @@ class ConversionState:
         self.was_complete = read_finished_key(folder) == job.key
 
     def load_records(self, shard_name: str) -> dict[str, ArrayRecord] | None:
-        """The record of a complete unit, or ``None``."""
+        """Returns the records of a complete shard; ``None`` for an incomplete one."""
         try:
             return records_from_json(json.loads((self._state / f"{shard_name}.json").read_bytes()))
         except (OSError, ValueError):
             return None
 
     def save_records(self, shard_name: str, records: ArrayRecords) -> None:
-        """Marks a unit complete."""
+        """Marks a shard complete."""
         write_atomic(self._state / f"{shard_name}.json", json.dumps(records_to_json(records)))
 
     def discard_records(self, shard_name: str) -> None:
-        """Marks a unit incomplete again."""
+        """Marks a shard incomplete again."""
         (self._state / f"{shard_name}.json").unlink(missing_ok=True)
 
     def mark_incomplete(self) -> None:
-        """Makes the folder an unfinished one, which it stays if this run is killed."""
+        """Turns the folder into an unfinished conversion, which it stays if the process is killed."""
         _write_job(self._state, self.job)
         for name in (*_COMPLETION_FILES, "config.json"):
             (self.folder / name).unlink(missing_ok=True)
 
     def remove_stale(self) -> None:
-        """Removes every unit that no record vouches for: pieces of a killed run, and an earlier conversion."""
-        for unit in (*self.folder.glob("parts/*"), *self.folder.glob("model-*-of-*.safetensors*")):
-            if self.load_records(unit.name) is None:
-                shutil.rmtree(unit) if unit.is_dir() else unit.unlink()
-        with contextlib.suppress(OSError):  # still in use, or never made
+        """Removes all shards without a record: fragments of a killed process, and earlier conversions."""
+        for shard in (*self.folder.glob("parts/*"), *self.folder.glob("model-*-of-*.safetensors*")):
+            if self.load_records(shard.name) is None:
+                shutil.rmtree(shard) if shard.is_dir() else shard.unlink()
+        with contextlib.suppress(OSError):  # not empty, or absent
             (self.folder / "parts").rmdir()
 
     def mark_complete(self) -> None:
-        """Removes the state; the destination is complete."""
+        """Removes the state folder, which completes the conversion."""
         shutil.rmtree(self._state)
 
-    def require_disk_space(self, needed: int) -> None:
-        """Checks the disk before anything is written.
+    def require_disk_space(self, nbytes: int) -> None:
+        """Checks the free disk space before writing.
+
+        Args:
+            nbytes: Bytes that will be written.
 
         Raises:
-            CheckpointError: with the bytes that are needed and free.
+            CheckpointError: if space is too small; states the bytes needed and free.
         """
         free = shutil.disk_usage(self.folder).free
-        if needed + _SLACK_BYTES > free:
+        if nbytes + _SLACK_BYTES > free:
             raise CheckpointError(
-                f"{self.folder} needs {(needed + _SLACK_BYTES) / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free there"
+                f"{self.folder} needs {(nbytes + _SLACK_BYTES) / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free there"
             )
 
 
 @contextlib.contextmanager
 def open_conversion(folder: Path, job: ConversionJob, *, force: bool) -> Iterator[ConversionState]:
-    """Opens a destination for a new conversion, to go on with a stopped one, or to look at a finished one again.
+    """Opens a destination to start a conversion, to resume a stopped one, or to repair a finished one.
 
     Args:
-        folder: the destination; made if it is not there.
-        job: what is to be written.
-        force: start over, replacing whatever conversion is there.
+        folder: The destination; created if it does not exist.
+        job: The conversion to write.
+        force: Whether to start over and replace any conversion in the folder.
 
     Raises:
-        CheckpointError: if the folder holds something else, is being written by another process, or cannot be written.
+        CheckpointError: if the folder holds something else, is being written by another process, or is not writable.
     """
     state = folder / STATE_FOLDER
-    with _wrap_open_errors(folder):
+    with wrap_open_errors(folder):
         fresh = _check_destination(folder, job, force=force)
         state.mkdir(parents=True, exist_ok=True)
         lock = (state / "lock").open("wb")
@@ -133,41 +135,40 @@ def open_conversion(folder: Path, job: ConversionJob, *, force: bool) -> Iterato
 
 
 def read_finished_key(folder: Path) -> str | None:
-    """The key a complete destination was made under; ``None`` if it is none of ours."""
-    manifest, index = (_json_object(folder / name) for name in _COMPLETION_FILES)
+    """Returns the job key of a finished conversion; ``None`` if the folder does not hold one."""
+    manifest, index = (_read_json_object(folder / name) for name in _COMPLETION_FILES)
     metadata = index.get("metadata")
     keys = [manifest.get("source")] if manifest.get("format") == MANIFEST_FORMAT else []
     keys += [metadata.get("source")] if isinstance(metadata, dict) else []
-    # Another program's index may name its source too.
+    # Another program's index may have a "source" too, so only hashes count.
     return next((key for key in keys if isinstance(key, str) and re.fullmatch(r"[0-9a-f]{64}", key)), None)
 
 
 def _check_destination(folder: Path, job: ConversionJob, *, force: bool) -> bool:
-    """Whether to start from nothing; raises if the folder is not ours to write."""
+    """Returns whether to start from nothing; raises if the folder must not be written."""
     if not folder.exists() or not any(folder.iterdir()):
         return True
-    running, finished = _json_object(folder / STATE_FOLDER / _JOB_FILE), read_finished_key(folder)
-    if not running and finished is None:
-        only_state = {path.name for path in folder.iterdir()} <= {STATE_FOLDER}
-        if only_state:  # stopped before it began
+    running, finished_key = _read_json_object(folder / STATE_FOLDER / _JOB_FILE), read_finished_key(folder)
+    if not running and finished_key is None:
+        if {path.name for path in folder.iterdir()} <= {STATE_FOLDER}:  # stopped before the job was recorded
             return True
         raise CheckpointError(f"{folder} holds other files: choose a new or empty folder")
     if force:
         return True
-    if running.get("key", finished) != job.key:
-        held = printable(str(running.get("title", "a finished conversion")), 500)
+    if running.get("key", finished_key) != job.key:
+        title = printable(str(running.get("title", "a finished conversion")), 500)
         raise CheckpointError(
-            f"{folder} holds {held}, from another source or with other options: choose another folder, or replace "
+            f"{folder} holds {title}, from another source or with other options: choose another folder, or replace "
             "it with --force (force=True)"
         )
-    if finished != job.key:
+    if finished_key != job.key:
         _check_unchanged(folder, running.get("files"), job.files)
     return False
 
 
-def _check_unchanged(folder: Path, before: Any, now: Mapping[str, int]) -> None:
-    before = before if isinstance(before, dict) else {}
-    changed = [name for name, time in now.items() if before.get(name) != time]
+def _check_unchanged(folder: Path, before: object, now: Mapping[str, int]) -> None:
+    recorded = before if isinstance(before, dict) else {}
+    changed = [name for name, time in now.items() if recorded.get(name) != time]
     if changed:
         raise CheckpointError(
             f"{folder} holds a stopped conversion, and since then {format_names([*map(printable, changed)])} changed: "
@@ -175,8 +176,8 @@ def _check_unchanged(folder: Path, before: Any, now: Mapping[str, int]) -> None:
         )
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    """An object from a file; empty if there is none."""
+def _read_json_object(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file; empty if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -185,7 +186,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _start_over(folder: Path, job: ConversionJob) -> None:
-    # In this order a kill at any point leaves a folder that the same command starts over.
+    # In this order, a kill at any point leaves a folder that the same command starts over.
     state = folder / STATE_FOLDER
     for record in state.glob("*.json"):
         if record.name != _JOB_FILE:
@@ -201,7 +202,7 @@ def _write_job(state: Path, job: ConversionJob) -> None:
 
 def _lock(descriptor: int, folder: Path) -> None:
     try:
-        import fcntl  # not every system has it
+        import fcntl  # not available on every system
     except ImportError:
         return
     try:
@@ -210,50 +211,3 @@ def _lock(descriptor: int, folder: Path) -> None:
         raise CheckpointError(f"another conversion is writing to {folder}") from None
     except OSError:  # a file system without locks
         return
-
-
-_DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_ACCESS_DENIED_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-
-
-@contextlib.contextmanager
-def _wrap_open_errors(folder: Path) -> Iterator[None]:
-    """A folder that cannot even be made: doing the same again would not help."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (*_DISK_FULL_ERRNOS, *_ACCESS_DENIED_ERRNOS):
-            raise _write_error(folder, error.errno, str(error), "run the same command again") from None
-        reason = error.strerror or str(error)
-        raise CheckpointError(f"{folder} cannot be made a folder ({reason}): choose another destination") from None
-
-
-@contextlib.contextmanager
-def wrap_write_errors(folder: Path, *, force: bool = False) -> Iterator[None]:
-    """Turns the system's refusals to write into one sentence each; TensorStore reports them as ValueError text."""
-    # With --force the same command starts over.
-    again = f"run the same command again{' without --force' if force else ''} to go on"
-    try:
-        yield
-    except OSError as error:
-        raise _write_error(folder, error.errno, str(error), again) from None
-    except ValueError as error:
-        code = next(
-            (
-                code
-                for code in (*_DISK_FULL_ERRNOS, *_ACCESS_DENIED_ERRNOS, errno.EIO)
-                if os.strerror(code) in str(error)
-            ),
-            None,
-        )
-        if code is None or isinstance(error, GlmError):
-            raise
-        raise _write_error(folder, code, str(error), again) from None
-
-
-def _write_error(folder: Path, code: int | None, text: str, again: str) -> CheckpointError:
-    if code in _DISK_FULL_ERRNOS:
-        return CheckpointError(f"the disk of {folder} is full: make room and {again}")
-    if code in _ACCESS_DENIED_ERRNOS:
-        return CheckpointError(f"cannot write to {folder} ({text}): choose a folder that you may write to")
-    return CheckpointError(f"writing to {folder} failed ({text}): {again}")

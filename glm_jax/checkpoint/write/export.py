@@ -1,4 +1,4 @@
-"""Any source as the tensors of a Hugging Face checkpoint: the rule table read backwards."""
+"""Exports a source as the tensors of a Hugging Face checkpoint: applies the mapping rules in reverse."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from glm_jax.checkpoint.folder.layout import MTP, Leaf
 from glm_jax.checkpoint.formats.quantization_config import QUANTIZATION_CONFIG_KEYS
 from glm_jax.checkpoint.mapping.rules import CheckpointTensor, TensorMatcher
 from glm_jax.checkpoint.safetensors.writer import TensorOutput
-from glm_jax.checkpoint.sources.base import Array, WeightSource, output_dtype, to_plain_array
+from glm_jax.checkpoint.sources.base import Array, WeightSource
+from glm_jax.checkpoint.sources.build import to_plain_array
 from glm_jax.checkpoint.write.export_plan import ExportPlan, QuantizedMatrixLoader, is_linear_weight, plan_export
 from glm_jax.checkpoint.write.pack_quantized import WEIGHT_SUFFIX, build_quantization_config, pack_module
 from glm_jax.weights import QuantSpec
@@ -24,12 +25,12 @@ _BLOCK_BYTES = 32 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExportedCheckpoint:
-    """A checkpoint to be written.
+    """A Hugging Face checkpoint that is ready to be written.
 
     Attributes:
-        outputs: every tensor under its real name, copies included where the original had them.
-        config: its ``config.json``, which describes quantized weights as compressed-tensors does.
-        notes: sentences worth telling the user.
+        outputs: All tensors by their names in the checkpoint, including the copies that the original had.
+        config: Contents of ``config.json``; describes quantized weights as compressed-tensors does.
+        notes: Sentences for the user.
     """
 
     outputs: Sequence[TensorOutput]
@@ -38,41 +39,37 @@ class ExportedCheckpoint:
 
 
 def export_checkpoint(source: WeightSource, dtype: np.dtype[Any] | None = None) -> ExportedCheckpoint:
-    """The checkpoint of a source. Weights that are quantized stay so where compressed-tensors can hold them.
+    """Exports a source; weights stay quantized where compressed-tensors can hold them.
 
     Args:
-        source: the weights.
-        dtype: to convert what is not quantized to; ``None`` gives each tensor the dtype that the original had.
+        source: The weights.
+        dtype: Dtype of weights that are written plain; ``None`` gives each tensor its original dtype.
     """
     tensors = [*_exported_tensors(source)]
     exporter = _Exporter(source, plan_export(source, tensors, dtype), dtype)
-    copies = [*_copies(source)]
-    found = [output for tensor in tensors for output in exporter.outputs(tensor, tensor.name)]
-    found += [output for name, tensor in copies for output in exporter.outputs(tensor, name)]
-    names = [(tensor.name, tensor) for tensor in tensors] + copies
-    said = source.hf_config
-    config = {
-        "dtype": exporter.plan.dtype.name,
-        **{key: said[key] for key in said if key not in QUANTIZATION_CONFIG_KEYS},
-    }
+    named_tensors = [(tensor.name, tensor) for tensor in tensors] + [*_copies(source)]
+    outputs = [output for name, tensor in named_tensors for output in exporter.outputs(tensor, name)]
+    hf_config = {key: value for key, value in source.hf_config.items() if key not in QUANTIZATION_CONFIG_KEYS}
+    config = {"dtype": exporter.plan.dtype.name, **hf_config}
     if exporter.plan.quant_specs:
-        config["quantization_config"] = _quantization_config(exporter.plan, names)
-    return ExportedCheckpoint(found, {**config, **source.cfg.to_hf()}, exporter.plan.notes)
+        config["quantization_config"] = _quantization_config(exporter.plan, named_tensors)
+    return ExportedCheckpoint(outputs, {**config, **source.cfg.to_hf()}, exporter.plan.notes)
 
 
-def _quantization_config(plan: ExportPlan, names: Sequence[tuple[str, CheckpointTensor]]) -> dict[str, Any]:
+def _quantization_config(plan: ExportPlan, named_tensors: Sequence[tuple[str, CheckpointTensor]]) -> dict[str, Any]:
     packed: dict[str, QuantSpec] = {}
-    left = {"lm_head": None}  # programs may have the module even where the embedding serves as one
-    for name, tensor in names:
+    ignored = ["lm_head"]  # readers may create this module even for tied embeddings
+    for name, tensor in named_tensors:
         module, spec = name.removesuffix(WEIGHT_SUFFIX), plan.quant_spec(tensor)
         if spec is not None:
             packed[module] = spec
         elif is_linear_weight(tensor, name):
-            left[module] = None
-    return build_quantization_config(packed, [module for module in left if module not in packed])
+            ignored.append(module)
+    return build_quantization_config(packed, [module for module in dict.fromkeys(ignored) if module not in packed])
 
 
 def _exported_tensors(source: WeightSource) -> Iterator[CheckpointTensor]:
+    """Yields the tensors of the model, without those that the original did not have."""
     absent: set[str] = set()
     if source.cfg.mtp_own_embeddings:
         absent = {f"{MTP}/{key}" for key in ("embed", "head")}
@@ -83,24 +80,24 @@ def _exported_tensors(source: WeightSource) -> Iterator[CheckpointTensor]:
 
 
 def _copies(source: WeightSource) -> Iterator[tuple[str, CheckpointTensor]]:
-    """Tensors of the original that repeat another one."""
+    """Yields (name, tensor) for each tensor that the original stored as a copy of another one."""
     cfg, original = source.cfg, source.info.original
     matcher = TensorMatcher(cfg)
     embed, head = (matcher.match(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
     head = head or embed
-    names = {}
+    copies = {}
     if cfg.num_nextn_predict_layers and not cfg.mtp_own_embeddings:
         prefix = f"model.layers.{cfg.num_hidden_layers}."
         known = {"embed": (f"{prefix}embed_tokens.weight", embed), "head": (f"{prefix}shared_head.head.weight", head)}
-        names.update(known[key] for key in original.mtp_copies)
+        copies.update(known[key] for key in original.mtp_copies)
     if cfg.tie_word_embeddings and original.head_copy:
-        names["lm_head.weight"] = embed
-    yield from ((name, tensor) for name, tensor in names.items() if tensor)
+        copies["lm_head.weight"] = embed
+    yield from ((name, tensor) for name, tensor in copies.items() if tensor)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Exporter:
-    """Tensors of a source as they are written."""
+    """Produces the output tensors of a source according to an export plan."""
 
     source: WeightSource
     plan: ExportPlan
@@ -111,22 +108,23 @@ class _Exporter:
         object.__setattr__(self, "matrices", QuantizedMatrixLoader(self.source))
 
     def outputs(self, tensor: CheckpointTensor, name: str) -> list[TensorOutput]:
-        """What becomes of a tensor, under a name that may be that of a copy."""
+        """Returns the output tensors of a checkpoint tensor under ``name``, its own or that of a copy."""
         spec = self.plan.quant_spec(tensor)
         if spec is None:
-            kept = self._plain_dtype(tensor.leaves[0])
-            return [TensorOutput(name, tensor.shape, kept, functools.partial(_iter_blocks, self.source, tensor, kept))]
+            dtype = self._plain_dtype(tensor.leaves[0])
+            iter_blocks = functools.partial(_iter_blocks, self.source, tensor, dtype)
+            return [TensorOutput(name, tensor.shape, dtype, iter_blocks)]
         outputs, inputs = tensor.shape
         load = self.matrices.loader(tensor, tensor.name)
         return pack_module(name.removesuffix(WEIGHT_SUFFIX), spec, (outputs, inputs), load)
 
     def _plain_dtype(self, leaf: Leaf) -> np.dtype[Any]:
-        narrow = self.source.info.original.dtypes.get(f"{leaf.checkpoint_name}/{leaf.name}")
-        if narrow and self.dtype is None:
-            return FLOAT_DTYPES[narrow]
+        original = self.source.info.original.dtypes.get(f"{leaf.checkpoint_name}/{leaf.name}")
+        if original and self.dtype is None:
+            return FLOAT_DTYPES[original]
         if self.source.quant_spec(leaf) is not None:
             return self.plan.dtype
-        return output_dtype(self.source, leaf, self.dtype)
+        return self.source.output_dtype(leaf, self.dtype)
 
 
 def _iter_blocks(source: WeightSource, tensor: CheckpointTensor, dtype: np.dtype[Any]) -> Iterator[Array]:
@@ -135,16 +133,15 @@ def _iter_blocks(source: WeightSource, tensor: CheckpointTensor, dtype: np.dtype
         yield tensor.rule.transform.join([_load_array(source, leaf, dtype) for leaf in tensor.leaves])
         return
     start, stop = (0, None) if tensor.expert is None else (tensor.expert, tensor.expert + 1)
-    for _, piece in source.iter_chunks(leaf, start, stop):
-        yield from _cast_rows(to_plain_array(piece), dtype)
+    for _, chunk in source.iter_chunks(leaf, start, stop):
+        yield from _cast_rows(to_plain_array(chunk), dtype)
 
 
 def _load_array(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any]) -> Array:
-    return np.concatenate([to_plain_array(piece).astype(dtype, copy=False) for _, piece in source.iter_chunks(leaf)])
+    return np.concatenate([to_plain_array(chunk).astype(dtype, copy=False) for _, chunk in source.iter_chunks(leaf)])
 
 
-def _cast_rows(piece: Array, dtype: np.dtype[Any]) -> Iterator[Array]:
-    count = len(piece)
-    rows = max(1, _BLOCK_BYTES * count // max(1, piece.nbytes))
-    for at in range(0, count, rows):
-        yield piece[at : at + rows].astype(dtype, copy=False)
+def _cast_rows(array: Array, dtype: np.dtype[Any]) -> Iterator[Array]:
+    rows = max(1, _BLOCK_BYTES * len(array) // max(1, array.nbytes))
+    for start in range(0, len(array), rows):
+        yield array[start : start + rows].astype(dtype, copy=False)

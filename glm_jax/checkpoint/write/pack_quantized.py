@@ -1,8 +1,8 @@
-"""compressed-tensors' ``pack-quantized``, as written: the tensors of a module, and the section of ``config.json``.
+"""Writes compressed-tensors' ``pack-quantized``: the tensors of a module, and the section of ``config.json``.
 
-Codes are unsigned, offset by half their range, and fill 32-bit words along the inputs from the lowest bits on; zero
-points likewise along the outputs. That is the order of nibbles and bytes in a
-:class:`~glm_jax.weights.QuantizedTensor`, so no code is touched but for the sign of 8-bit ones.
+Quantized values are unsigned, offset by half their range, and fill 32-bit words along the inputs, lowest bits first.
+Zero points fill words along the outputs in the same way. Nibbles and bytes of a
+:class:`~glm_jax.weights.QuantizedTensor` already have this order, so only the sign of 8-bit values changes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from glm_jax.checkpoint.safetensors.writer import TensorOutput
 from glm_jax.weights import QuantizedTensor, QuantSpec, pack_nibbles
@@ -20,7 +21,7 @@ from glm_jax.weights import QuantizedTensor, QuantSpec, pack_nibbles
 Array = np.ndarray[Any, np.dtype[Any]]
 PACK_QUANTIZED = "pack-quantized"
 WEIGHT_SUFFIX = ".weight"
-# Parameters that are no Linear modules in the programs that read such folders.
+# Parameters that are not Linear modules in the programs that read these folders.
 NON_LINEAR_PARAMS = (("embed",), ("mtp", "embed"), ("mtp", "eh_proj"))
 _WORD = np.dtype("<i4")
 _BIT_SCALES = ("e4m3", "e8m0")
@@ -29,7 +30,7 @@ _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
 
 
 def pack_unsupported_reason(spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
-    """Why a Linear module cannot hold a weight ``[*stack, O, I]`` that is stored so; None if it can, without loss."""
+    """Returns why a Linear module cannot hold a weight ``[*stack, O, I]`` without loss; ``None`` if it can."""
     rows, columns = spec.block
     if spec.kind not in ("int4", "int8") or spec.scale in _BIT_SCALES or spec.outer != "none":
         return "small floats"
@@ -39,42 +40,42 @@ def pack_unsupported_reason(spec: QuantSpec, shape: tuple[int, ...]) -> str | No
         return "scales of several outputs"
     if columns and shape[-1] % columns:
         return "a group that is cut off"
-    # With one scale per output the order of the columns does not matter, and is undone.
+    # With one scale per output, the order of the columns does not matter, so the permutation is undone.
     return "activation order" if spec.permuted and columns else None
 
 
 def has_zero_point_overflow(tensor: QuantizedTensor) -> bool:
-    """Whether a zero point is one step beyond what as many bits as a code's can hold (GPTQ's 16 and 256)."""
+    """Returns whether a zero point exceeds the range of the quantized values by one (16 or 256 in GPTQ)."""
     return tensor.zeros is not None and bool((tensor.zeros >= 1 << tensor.spec.bits).any())
 
 
 def pack_module(
     module: str, spec: QuantSpec, shape: tuple[int, ...], load: Callable[[], QuantizedTensor]
 ) -> list[TensorOutput]:
-    """The tensors of one module.
+    """Returns the output tensors of one module.
 
     Args:
-        module: its name, without ``.weight``.
-        spec: without an :func:`pack_unsupported_reason`.
-        shape: ``(O, I)`` of its matrix.
-        load: gives the matrix, once for each tensor that is written.
+        module: Name of the module, without ``.weight``.
+        spec: Storage for which :func:`pack_unsupported_reason` is ``None``.
+        shape: Shape ``(O, I)`` of the matrix.
+        load: Loads the matrix; called once for each tensor that is written.
     """
     outputs, inputs = shape
     groups = spec.component_shapes(shape)["scales"][0][-1]
     words = functools.partial(_word_count, bits=spec.bits)
 
-    def output(part: str, size: tuple[int, ...], dtype: Any, make: Callable[[], Array]) -> TensorOutput:
-        return TensorOutput(f"{module}.{part}", size, np.dtype(dtype), lambda: iter((make(),)))
+    def output(name: str, size: tuple[int, ...], dtype: DTypeLike, build: Callable[[], Array]) -> TensorOutput:
+        return TensorOutput(f"{module}.{name}", size, np.dtype(dtype), lambda: iter((build(),)))
 
-    found = [
+    tensors = [
         output("weight_packed", (outputs, words(inputs)), np.int32, lambda: _packed_codes(load())),
         output("weight_scale", (outputs, groups), spec.scale_dtype, lambda: np.asarray(load().scales)),
         output("weight_shape", (2,), np.int64, lambda: np.array(shape, np.int64)),
     ]
     if spec.zero == "point":
         size = (words(outputs), groups)
-        found.append(output("weight_zero_point", size, np.int32, lambda: _packed_zeros(load())))
-    return found
+        tensors.append(output("weight_zero_point", size, np.int32, lambda: _packed_zeros(load())))
+    return tensors
 
 
 def _word_count(values: int, bits: int) -> int:
@@ -94,7 +95,7 @@ def _packed_zeros(tensor: QuantizedTensor) -> Array:
 
 
 def _pad_to_words(data: Array) -> Array:
-    """Bytes ``[..., n]`` as words ``[..., ceil(n / 4)]``."""
+    """Views bytes ``uint8 [..., n]`` as words ``int32 [..., ceil(n / 4)]``; pads with zeros."""
     missing = -data.shape[-1] % _WORD.itemsize
     if missing:
         data = np.pad(data, ((0, 0), (0, missing)))
@@ -102,16 +103,16 @@ def _pad_to_words(data: Array) -> Array:
 
 
 def build_quantization_config(packed: Mapping[str, QuantSpec], ignored: Iterable[str]) -> dict[str, Any]:
-    """``quantization_config``: a group of modules for each way they are stored.
+    """Builds the section ``quantization_config`` of ``config.json``, with one group for each scheme.
 
     Args:
-        packed: how each packed module is stored, by name.
-        ignored: names of Linear modules that are not quantized.
+        packed: Storage of each packed module, by name.
+        ignored: Names of Linear modules that are not quantized.
     """
     schemes: dict[tuple[int, bool, int], list[str]] = {}
     for module, spec in packed.items():
         schemes.setdefault((spec.bits, spec.zero == "none", spec.block[1]), []).append(module)
-    # transformers takes the first group that names experts for all routed ones.
+    # transformers applies the first group that names an expert to all routed experts.
     ordered = sorted(schemes.items(), key=lambda item: not any(_EXPERT.search(module) for module in item[1]))
     groups = {f"group_{i}": _config_group(scheme, modules) for i, (scheme, modules) in enumerate(ordered)}
     return {
@@ -141,11 +142,11 @@ def _config_group(scheme: tuple[int, bool, int], modules: Iterable[str]) -> dict
 
 
 def _target_patterns(modules: Iterable[str]) -> Iterator[str]:
-    """Patterns that match these modules and no others: one for each kind of module and set of layers."""
+    """Yields patterns that match exactly these modules: one for each kind of module and set of layers."""
     layers: dict[str, dict[int, None]] = {}
     for module in modules:
         match = _NUMBERED.fullmatch(module)
-        assert match is not None  # the second part takes anything
+        assert match is not None  # the second group matches any text
         if match["layer"] is None:
             yield module
         else:
@@ -155,18 +156,19 @@ def _target_patterns(modules: Iterable[str]) -> Iterator[str]:
     for kind, numbers in layers.items():
         kinds.setdefault(tuple(numbers), []).append(kind)
     for numbers, names in kinds.items():
-        either = "|".join(map(str, numbers))
+        layer_pattern = "|".join(map(str, numbers))
         for stem, ends in _group_by_stem(names).items():
-            yield rf"re:.*\blayers\.(?:{either})\.{stem}(?:{'|'.join(ends)})$"
+            yield rf"re:.*\blayers\.(?:{layer_pattern})\.{stem}(?:{'|'.join(ends)})$"
 
 
 def _group_by_stem(names: Iterable[str]) -> dict[str, list[str]]:
+    """Groups names such as ``mlp.gate_proj`` by a pattern for all but their last component."""
     stems: dict[str, list[str]] = {}
     for name in names:
         stem, _, end = name.rpartition(".")
-        # Not "experts" in so many words, by which transformers knows the routed ones.
+        # The pattern must not contain "experts" literally: transformers would take it for the routed experts.
         pattern = re.escape(stem).replace("shared_experts", "shared_expert[s]").replace(r"\#", r"\d+")
-        # vLLM calls shared_head.head just head.
+        # vLLM names shared_head.head just head.
         pattern = rf"(?:{pattern}\.)?" if stem == "shared_head" else rf"{pattern}\." if stem else ""
         stems.setdefault(pattern, []).append(end)
     return stems

@@ -7,7 +7,7 @@ import pytest
 
 from convert.pipeline import convert_checkpoint
 from glm_jax.checkpoint.folder.manifest import MANIFEST_VERSION, Manifest
-from glm_jax.checkpoint.sources.base import build_array
+from glm_jax.checkpoint.sources.build import build_array
 from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.errors import CheckpointError
 from tests.builders import hf_checkpoints, hf_configs

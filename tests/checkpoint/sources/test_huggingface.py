@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from glm_jax.checkpoint.sources.base import build_array
+from glm_jax.checkpoint.sources.build import build_array
 from glm_jax.checkpoint.sources.huggingface import HuggingFaceSource
 from glm_jax.errors import CheckpointError, ConfigError
 from tests.builders import hf_checkpoints, hf_configs

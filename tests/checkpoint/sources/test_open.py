@@ -9,12 +9,13 @@ import pytest
 from huggingface_hub import errors
 
 from glm_jax.checkpoint.sources import hub, open
-from glm_jax.checkpoint.sources.base import build_array
+from glm_jax.checkpoint.sources.build import build_array
 from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.checkpoint.sources.synthetic import SyntheticSource, SyntheticSpec
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
-from glm_jax.weights.params import init_params, leaves_with_path
+from glm_jax.weights.params import leaves_with_path
+from glm_jax.weights.random_init import init_params
 from tests.builders import hf_checkpoints, hf_configs
 
 CONFIG = hf_configs.odd_size_config()

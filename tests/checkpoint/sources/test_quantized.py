@@ -83,7 +83,7 @@ def test_a_synthetic_model_is_drawn_the_same_on_the_device(tmp_path):
     base = open_source(text)
     (leaf,) = (leaf for leaf in base.layout()["layer-00000"] if leaf.name == "attn.q_a")
     (piece,) = (piece for _, piece in base.iter_chunks(leaf))
-    (drawn,) = (piece for _, piece in base.drawn(leaf))  # pyright: ignore[reportAttributeAccessIssue]
+    (drawn,) = (piece for _, piece in base.iter_device_chunks(leaf))  # pyright: ignore[reportAttributeAccessIssue]
     assert np.array_equal(np.asarray(drawn), piece)
 
 
@@ -159,7 +159,7 @@ def test_scales_that_are_not_finite_are_found_on_request(tmp_path):
     gate = params["runs"]["1"]["moe"]["gate"]
     scales = np.array(gate.scales)
     scales[0, 1, 2] = ml_dtypes.bfloat16(np.nan)
-    params["runs"]["1"]["moe"]["gate"] = gate.map(lambda name, array: scales if name == "scales" else array)
+    params["runs"]["1"]["moe"]["gate"] = gate.map_components(lambda name, array: scales if name == "scales" else array)
     checkpoint.save(tmp_path / "bad", cfg, params, origin=info)
     with pytest.raises(CheckpointError, match=r"NaN or infinite: layer-00001/moe\.gate\.scales \(1\)"):
         checkpoint.load(tmp_path / "bad", check=True)

@@ -9,7 +9,7 @@ import pytest
 
 from convert.pipeline import convert_checkpoint
 from glm_jax.checkpoint import load, save
-from glm_jax.checkpoint.sources.base import build_disk_arrays, to_plain_array
+from glm_jax.checkpoint.sources.build import build_disk_arrays, to_plain_array
 from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.checkpoint.sources.quantized import RequantizedSource
 from glm_jax.checkpoint.write.pack_quantized import (
@@ -183,7 +183,7 @@ def test_any_format_to_compressed_tensors(tmp_path, form, spelling):
 
 
 def values_of(source, leaf):
-    return np.concatenate([to_plain_array(piece) for _, piece in source.pieces(leaf)])
+    return np.concatenate([to_plain_array(piece) for _, piece in source.iter_chunks(leaf)])
 
 
 def test_order_of_columns_that_share_their_scale(tmp_path):

@@ -28,16 +28,15 @@ def source(tmp_path_factory):
 
 
 def calibrated(source, **options):
-    given = {"calibration": TEXT, "settings": QUICK, **options}
-    return CalibratedSource(source, QUANT_PRESETS["int4-small"], **given)
+    return CalibratedSource(source, QUANT_PRESETS["int4-small"], **{"calibration": TEXT, "config": QUICK, **options})
 
 
 def arrays(source, part):
     """The quantized arrays of a part by name."""
     made = {}
     for leaf in source.layout()[part]:
-        if source.storage(leaf):
-            pieces = [piece for _, piece in source.pieces(leaf)]
+        if source.quant_spec(leaf):
+            pieces = [piece for _, piece in source.iter_chunks(leaf)]
             made[leaf.name] = jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts]), *pieces)
     return made
 
@@ -151,7 +150,7 @@ def test_embedding_and_head_are_searched(source):
 
 def _values(source, part, name):
     (leaf,) = (leaf for leaf in source.layout()[part] if leaf.name == name)
-    return np.concatenate([np.asarray(piece) for _, piece in source.pieces(leaf)])
+    return np.concatenate([np.asarray(piece) for _, piece in source.iter_chunks(leaf)])
 
 
 def test_experts_that_saw_little_are_listed_and_left_to_the_search(source):

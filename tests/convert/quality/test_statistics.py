@@ -64,7 +64,7 @@ def test_many_units_are_drawn_in_parts(monkeypatch):
 
     a = np.random.default_rng(0).standard_normal(50)
     whole = bootstrap_mean(a, 1000)
-    monkeypatch.setattr(statistics, "_DRAWS_PER_BATCH", 50 * 7)
+    monkeypatch.setattr(statistics, "_COUNTS_PER_BATCH", 50 * 7)
     np.testing.assert_allclose(bootstrap_mean(a, 1000), whole, rtol=1e-12)
 
 
