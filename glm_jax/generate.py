@@ -1,4 +1,4 @@
-"""``python -m glm_jax.generate``: text from a model, on the terminal or as JSON."""
+"""``python -m glm_jax.generate``: writes text with a model, on the terminal or as JSON."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from glm_jax.cli import terminal
-from glm_jax.cli.common import OK, optional_text, peak_memory, read_prompt_text, run_and_exit, set_memory_fraction
+from glm_jax.cli.common import OK, read_prompt_text, run_and_exit, set_memory_fraction
+from glm_jax.cli.text_option import optional_text
 from glm_jax.errors import PromptError, SamplingError
 from glm_jax.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from glm_jax.llm import LLM
+    from glm_jax.llm import LLM  # imports JAX, which --help must not wait for
 
 _Flag = Annotated[bool, arg(help_behavior_hint="")]
 
@@ -51,21 +52,21 @@ class GenerateOptions:
     chat: _Flag = False
     """Answer the prompt as a message; without a prompt, hold a conversation."""
     system: Annotated[str | None, optional_text("TEXT"), arg(help_behavior_hint="")] = None
-    """With --chat: what the model is told before the first message."""
+    """With --chat: system message before the first message."""
     no_thinking: _Flag = False
     """With --chat: answer at once, without thinking first."""
     max_tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 512)")] = None
     """Longest completion."""
     temperature: Annotated[float | None, arg(metavar="T", help_behavior_hint="")] = None
-    """How freely to choose: 0 takes the most likely token each time, 1 is the model's own distribution."""
+    """Randomness: 0 takes the most likely token each time, 1 samples from the model's own distribution."""
     top_p: Annotated[float | None, arg(metavar="P", help_behavior_hint="")] = None
-    """Choose among the most likely tokens that together have this probability."""
-    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: drawn; --json shows it)")] = None
+    """Sample among the most likely tokens that together have this probability."""
+    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: random; --json shows it)")] = None
     """The same seed gives the same text."""
     n: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
-    """How many completions, with seeds that count up."""
+    """Number of completions, with consecutive seeds."""
     stop: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="TEXT")] = ()
-    """Ends a completion before this text."""
+    """End a completion before this text."""
     sampling: Annotated[str | None, optional_text("JSON"), arg(help_behavior_hint="")] = None
     """Other sampling options: '{"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1, "logprobs": 5}'."""
     json: _Flag = False
@@ -73,7 +74,7 @@ class GenerateOptions:
     quantize: Annotated[str | None, arg(metavar="PRESET", help_behavior_hint="(default: as stored)")] = None
     """int4, int4-small, int4-experts or int8: quantize the weights while loading."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of activations, and of weights that are not quantized."""
+    """Dtype of activations, and of weights that are not quantized."""
     mesh: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
     """Devices to split the model over."""
     max_model_len: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: what fits)")] = None
@@ -93,7 +94,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args=args,
         config=(FlagCreatePairsOff,),
     )
-    # What is wrong with the call is said before JAX is imported and weights are read.
+    # Bad options are reported before JAX is imported and weights are read.
     sampling = _sampling_options(options)
     prompt = _resolve_prompt(options)
     if prompt is None and sampling.get("n", 1) > 1:
@@ -102,7 +103,7 @@ def main(args: Sequence[str] | None = None) -> int:
     llm = _load(options)
     if prompt is None:
         return terminal.run_conversation(lambda turns: _reply(llm, options, sampling, turns), _system_messages(options))
-    code = _run_once(llm, options, sampling, prompt)
+    code = _answer_prompt(llm, options, sampling, prompt)
     _print_stats(llm)
     return code
 
@@ -121,31 +122,31 @@ def _load(options: GenerateOptions) -> LLM:
 
 
 def _sampling_options(options: GenerateOptions) -> dict[str, Any]:
-    """The sampling options that were given, checked."""
+    """The validated sampling options of the command line; all others keep the checkpoint's defaults."""
     flags = {name: getattr(options, name) for name in ("max_tokens", "temperature", "top_p", "seed", "n")}
-    given = {name: value for name, value in flags.items() if value is not None}
-    given |= {"stop": options.stop} if options.stop else {}
+    sampling = {name: value for name, value in flags.items() if value is not None}
+    sampling |= {"stop": options.stop} if options.stop else {}
     if options.sampling is not None:
-        more = _json_object(options.sampling)
-        if twice := sorted(given.keys() & more.keys()):
-            raise SamplingError(f"--{twice[0].replace('_', '-')} is in --sampling too: give it once")
-        given |= more
-    checked = SamplingParams.from_dict(given)
-    return {name: getattr(checked, name) for name in given}
+        from_json = _parse_json_object(options.sampling)
+        if repeated := sorted(sampling.keys() & from_json.keys()):
+            raise SamplingError(f"--{repeated[0].replace('_', '-')} is in --sampling too: give it once")
+        sampling |= from_json
+    params = SamplingParams.from_dict(sampling)
+    return {name: getattr(params, name) for name in sampling}
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _parse_json_object(text: str) -> dict[str, Any]:
     try:
-        read = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SamplingError(f"--sampling must be a JSON object: {error}") from None
-    if not isinstance(read, dict):
+    if not isinstance(value, dict):
         raise SamplingError(f"--sampling must be a JSON object, not {text:.60}")
-    return read
+    return value
 
 
 def _resolve_prompt(options: GenerateOptions) -> str | None:
-    """The prompt; None for a conversation."""
+    """The prompt from the command line, a file or stdin; None for a conversation."""
     if not options.chat and (options.system is not None or options.no_thinking):
         raise PromptError("--system and --no-thinking shape an answer: give --chat too")
     if options.prompt is not None and options.prompt_file is not None:
@@ -158,7 +159,9 @@ def _resolve_prompt(options: GenerateOptions) -> str | None:
     prompt = read_prompt_text(file) if options.prompt is None else options.prompt
     if not prompt:
         raise PromptError("the prompt is empty: give at least one character")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python shows bytes that are no UTF-8
+    if any(
+        "\ud800" <= character <= "\udfff" for character in prompt
+    ):  # Python decodes bytes of arguments that are not UTF-8 as lone surrogates
         raise PromptError("the prompt is not UTF-8")
     return prompt
 
@@ -167,26 +170,31 @@ def _system_messages(options: GenerateOptions) -> list[terminal.MessageDict]:
     return [] if options.system is None else [{"role": "system", "content": options.system}]
 
 
-def _run_once(llm: LLM, options: GenerateOptions, sampling: dict[str, Any], prompt: str) -> int:
-    turns = [*_system_messages(options), {"role": "user", "content": prompt}]
-    if options.json or sampling.get("n", 1) > 1:
-        done = _chat(llm, options, sampling, turns) if options.chat else llm.generate(prompt, **sampling)
-        terminal.print_completions(done, as_json=options.json)
-        return OK
+def _answer_prompt(llm: LLM, options: GenerateOptions, sampling: dict[str, Any], prompt: str) -> int:
+    """Prints the completions of one prompt, or the answers to it; returns the exit code."""
+    messages = [*_system_messages(options), {"role": "user", "content": prompt}]
+    can_stream = not options.json and sampling.get("n", 1) == 1
+    if can_stream and options.chat:
+        return _stream_answer(llm, options, sampling, messages).print_all()
+    if can_stream:
+        return terminal.print_stream(chunk.text for chunk in llm.stream(prompt, **sampling))
     if options.chat:
-        return terminal.ChatPrinter(_chat(llm, options, sampling, turns, stream=True)).print_all()
-    return terminal.print_stream(piece.text for piece in llm.stream(prompt, **sampling))
+        completions = llm.chat(messages, **_template_switches(options), **sampling)
+    else:
+        completions = llm.generate(prompt, **sampling)
+    terminal.print_completions(completions, as_json=options.json)
+    return OK
 
 
-def _chat(
-    llm: LLM,
-    options: GenerateOptions,
-    sampling: dict[str, Any],
-    messages: list[terminal.MessageDict],
-    **chat_options: Any,
-) -> Any:
-    switches = {"enable_thinking": False} if options.no_thinking else {}
-    return llm.chat(messages, **switches, **sampling, **chat_options)
+def _stream_answer(
+    llm: LLM, options: GenerateOptions, sampling: dict[str, Any], messages: list[terminal.MessageDict]
+) -> terminal.ChatPrinter:
+    stream = llm.chat(messages, stream=True, **_template_switches(options), **sampling)
+    return terminal.ChatPrinter(stream)
+
+
+def _template_switches(options: GenerateOptions) -> dict[str, Any]:
+    return {"enable_thinking": False} if options.no_thinking else {}
 
 
 def _reply(
@@ -194,18 +202,21 @@ def _reply(
 ) -> str | None:
     """Prints the answer to a conversation; returns its content."""
     if options.json:
-        done = _chat(llm, options, sampling, messages)
-        terminal.print_completions(done, as_json=True)
-        content = done.content
+        completion = llm.chat(messages, **_template_switches(options), **sampling)
+        terminal.print_completions(completion, as_json=True)
+        content = completion.content
     else:
-        answer = terminal.ChatPrinter(_chat(llm, options, sampling, messages, stream=True))
-        answer.print_all()
-        content = answer.content
+        printer = _stream_answer(llm, options, sampling, messages)
+        printer.print_all()
+        content = printer.content
     _print_stats(llm)
     return content
 
 
 def _print_stats(llm: LLM) -> None:
+    """Prints speeds, the time to the first token and the peak of memory on stderr."""
+    from glm_jax.memory import peak_memory  # imports JAX, which --help must not wait for
+
     timing = llm.timing
     peak, where = peak_memory()
     parts = [

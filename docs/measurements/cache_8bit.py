@@ -1,8 +1,8 @@
-"""What rounding the latent cache costs the built-in miniature: ``python docs/measurements/cache_8bit.py``.
+"""Measures what an 8-bit latent cache costs the built-in miniature: ``python docs/measurements/cache_8bit.py``.
 
-Teacher-forced over the first 700 tokens of some of this repository's files, with float32 weights: the Kullback-Leibler
-divergence of the next token's distribution from that with a float32 cache, in nats, and how often both put the same
-token first.
+The script feeds the first 700 tokens of some of this repository's files to the model with float32 weights. For each
+cache dtype it prints the Kullback-Leibler divergence, in nats, of the next token's distribution from that with a
+float32 cache, and how often both agree on the most likely token.
 """
 
 from pathlib import Path
@@ -24,22 +24,22 @@ TOKENS = 700
 
 
 def main() -> None:
-    """Measures each dtype."""
+    """Measures and prints a line per dtype."""
     texts = [(ROOT / file).read_text(encoding="utf-8") for file in FILES]
-    exact = distributions("float32", texts)
+    exact = log_probs("float32", texts)
     print(f"{len(exact):,} tokens      mean KL      99 %      largest   same first token")
-    for kind in CACHE_DTYPES:
-        found = distributions(kind, texts)
-        kl = (np.exp(exact) * (exact - found)).sum(axis=-1)
-        same = (exact.argmax(-1) == found.argmax(-1)).mean()
-        print(f"{kind:12} {kl.mean():14.2e} {np.quantile(kl, 0.99):9.2e} {kl.max():12.2e} {same:12.2%}")
+    for cache_dtype in CACHE_DTYPES:
+        approximate = log_probs(cache_dtype, texts)
+        kl = (np.exp(exact) * (exact - approximate)).sum(axis=-1)
+        same = (exact.argmax(-1) == approximate.argmax(-1)).mean()
+        print(f"{cache_dtype:12} {kl.mean():14.2e} {np.quantile(kl, 0.99):9.2e} {kl.max():12.2e} {same:12.2%}")
 
 
-def distributions(cache_dtype: str, texts: list[str]) -> np.ndarray:
-    """Log-probabilities of every token of every text, ``[T, V]``."""
+def log_probs(cache_dtype: str, texts: list[str]) -> np.ndarray:
+    """Returns the log-probabilities after every token of every text, ``float64 [T, V]``."""
     llm = LLM.load("tiny", dtype="float32", cache_dtype=cache_dtype)
-    rows = [llm.logits(llm.tokenizer.encode(text)[:TOKENS]) for text in texts]
-    logits = np.concatenate(rows).astype(np.float64)
+    logits_by_text = [llm.logits(llm.tokenizer.encode(text)[:TOKENS]) for text in texts]
+    logits = np.concatenate(logits_by_text).astype(np.float64)
     logits -= logits.max(axis=-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 

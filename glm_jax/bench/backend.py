@@ -1,21 +1,23 @@
-"""What the sides of a comparison have in common."""
+"""Interface of a model that the benchmark can time."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
+
+DecodeStart = TypeVar("DecodeStart")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LoadStats:
-    """How a side was loaded.
+    """Cost of loading a model.
 
     Attributes:
-        seconds: taken.
-        weight_bytes: of the parameters.
-        peak_bytes: the most host memory in use meanwhile, above that at the start; ``None`` where it is not known.
+        seconds: Time taken.
+        weight_bytes: Bytes of the parameters.
+        peak_bytes: Peak of the host memory above its level before loading, ``None`` if unknown.
     """
 
     seconds: float
@@ -23,27 +25,34 @@ class LoadStats:
     peak_bytes: int | None
 
 
-class BenchBackend(Protocol):
-    """A model that can be timed.
+class BenchBackend(Protocol[DecodeStart]):
+    """A model that can be timed; ``DecodeStart`` is the state that :meth:`decode` can start from repeatedly.
 
     Attributes:
-        name: in reports.
-        loaded: how it was loaded.
-        compile_seconds: spent in first calls of a shape since it was last set to zero.
+        name: Name in reports.
+        load_stats: Cost of loading the model.
+        compile_seconds: Time spent in first calls with a shape since the caller last set this to zero.
     """
 
     name: str
-    loaded: LoadStats
+    load_stats: LoadStats
     compile_seconds: float
 
-    def prefill(self, prompts: np.ndarray) -> tuple[float, Any]:
-        """Seconds to run prompts int32 ``[B, T]`` into a new cache, and the most likely next tokens ``[B]``."""
+    def prefill(self, prompts: np.ndarray) -> tuple[float, np.ndarray]:
+        """Prefills prompts into a new cache.
+
+        Args:
+            prompts: ``int32 [B, T]``.
+
+        Returns:
+            Seconds, and the most likely next tokens ``int [B]``.
+        """
         ...
 
-    def start(self, prompts: np.ndarray, tokens: int) -> Any:
-        """A state after the prompts with room for ``tokens`` more, from which :meth:`decode` can run many times."""
+    def start(self, prompts: np.ndarray, tokens: int) -> DecodeStart:
+        """Prefills prompts ``int32 [B, T]`` and returns a state with room for ``tokens`` more tokens."""
         ...
 
-    def decode(self, state: Any, tokens: int) -> tuple[float, np.ndarray]:
-        """Seconds for ``tokens`` greedy steps from ``state``, and the tokens ``[B, tokens]``."""
+    def decode(self, state: DecodeStart, tokens: int) -> tuple[float, np.ndarray]:
+        """Runs ``tokens`` greedy steps from a state; returns seconds and the tokens ``int [B, tokens]``."""
         ...

@@ -1,9 +1,10 @@
-"""This program's side: the same compiled steps that :class:`glm_jax.LLM` runs."""
+"""glm-jax as a benchmark backend: the compiled steps that :class:`glm_jax.LLM` runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -21,12 +22,12 @@ from glm_jax.config import Config
 from glm_jax.engine import aot
 from glm_jax.engine.runner import MAX_DECODE_STEPS, ModelRunner, default_cache_dtype
 from glm_jax.engine.steps import DecodeState, bucket_size, decode_steps, start_decode
-from glm_jax.memory import expected_active_experts, plan_memory_on_devices
+from glm_jax.memory import active_weight_bytes, plan_memory_on_devices
 from glm_jax.model.glm import GLM
 from glm_jax.model.kernel_selection import select_kernels
 from glm_jax.sampling import SamplerState, SamplingParams
 from glm_jax.weights import QuantRules
-from glm_jax.weights.params import ParamTree, leaves_with_path
+from glm_jax.weights.params import ParamTree
 from glm_jax.weights.storage import Storage, plan_storage
 from glm_jax.weights.tiling import has_tiled_weights
 from pallas_kernels import random_arrays
@@ -34,13 +35,14 @@ from pallas_kernels import random_arrays
 
 @dataclasses.dataclass(slots=True)
 class DecodeSnapshot:
-    """Rows that can be decoded from again and again.
+    """State of a batch from which decoding can start again and again.
 
-    The cache is not put back: what a turn has written lies right of the rows' positions, and is written again.
+    The cache is not restored between runs. A run writes only slots to the right of the sequences' positions, and the
+    next run overwrites them.
 
     Attributes:
-        cache: taken over by each turn, and given back.
-        host_state: everything else, on the host.
+        cache: Latent cache, which every run donates and returns.
+        host_state: All other fields of :class:`~glm_jax.engine.steps.DecodeState`, on the host.
     """
 
     cache: LatentCache
@@ -48,29 +50,35 @@ class DecodeSnapshot:
 
     @classmethod
     def from_state(cls, state: DecodeState) -> DecodeSnapshot:
-        """From a state, whose cache is taken over."""
+        """Returns a snapshot that takes over the cache of a state."""
         names = [field.name for field in dataclasses.fields(state) if field.name != "cache"]
         return cls(state.cache, {name: jax.device_get(getattr(state, name)) for name in names})
 
     def to_state(self) -> DecodeState:
-        """The state again."""
+        """Returns the state on the device."""
         return DecodeState(cache=self.cache, **jax.tree.map(jnp.asarray, self.host_state))
 
 
 class GlmJaxBackend:
-    """The model in JAX on its default device.
+    """glm-jax on JAX's default device.
 
     Args:
-        source: of the model.
-        dtype: of activations, and of weights that are not quantized.
-        quantize: a preset.
-        cache_dtype: of the latent cache; that of the activations unless given.
-        kernels: "triton", "reference", or what :meth:`glm_jax.LLM.load` would choose.
-        name: in reports.
+        source: Model, as for :func:`glm_jax.checkpoint.open_source`.
+        dtype: Dtype of the activations and of the weights that are not quantized.
+        quantize: Quantization preset.
+        cache_dtype: Dtype of the latent cache; that of the activations by default.
+        kernels: "triton", "reference", or ``None`` for the choice of :meth:`glm_jax.LLM.load`.
+        name: Name in reports.
+
+    Attributes:
+        cfg: Config of the model.
+        params: Parameters.
+        storage: Storage of the quantized parameters.
+        use_kernels: Whether the hand-written kernels run.
 
     Raises:
-        GlmError: where kernels that are asked for cannot run the model.
-        MemoryPlanError: where its weights do not fit.
+        GlmError: if the requested kernels cannot run the model.
+        MemoryPlanError: if its weights do not fit.
     """
 
     def __init__(
@@ -89,8 +97,8 @@ class GlmJaxBackend:
             self.cfg, self.params, self.storage = _load(source, dtype, quantize, kernels)
             jax.block_until_ready(self.params)
         self.use_kernels = has_tiled_weights(self.params)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
-        self.loaded = LoadStats(seconds=time.perf_counter() - started, weight_bytes=size, peak_bytes=memory.peak)
+        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        self.load_stats = LoadStats(seconds=time.perf_counter() - started, weight_bytes=nbytes, peak_bytes=memory.peak)
         self.compile_seconds = 0.0
         self.cache_dtype = cache_dtype or default_cache_dtype(None, dtype)
         self._runner = ModelRunner(
@@ -103,86 +111,92 @@ class GlmJaxBackend:
             eos_ids=self.cfg.eos_token_ids,
             max_model_len=self.cfg.max_position_embeddings,
         )
-        self._compiled_shapes: set[Any] = set()
+        self._compiled_shapes: set[Hashable] = set()
 
-    def prefill(self, prompts: np.ndarray) -> tuple[float, Any]:
-        """As :meth:`glm_jax.bench.backend.Side.prefill`."""
-        rows = prompts.tolist()
-        self._warm_up(("prefill", prompts.shape), lambda: self._runner.prefill(rows, prompts.shape[1]))
+    def prefill(self, prompts: np.ndarray) -> tuple[float, np.ndarray]:
+        """Implements :meth:`glm_jax.bench.backend.BenchBackend.prefill`."""
+        token_ids = prompts.tolist()
+        self._warm_up(("prefill", prompts.shape), lambda: self._runner.prefill(token_ids, prompts.shape[1]))
         started = time.perf_counter()
-        _, logits, _ = jax.block_until_ready(self._runner.prefill(rows, prompts.shape[1]))
+        _, logits, _ = jax.block_until_ready(self._runner.prefill(token_ids, prompts.shape[1]))
         seconds = time.perf_counter() - started
-        return seconds, np.asarray(jnp.argmax(logits[: len(rows)], axis=-1))
+        return seconds, np.asarray(jnp.argmax(logits[: len(token_ids)], axis=-1))
 
     def start(self, prompts: np.ndarray, tokens: int) -> DecodeSnapshot:
-        """As :meth:`glm_jax.bench.backend.Side.start`."""
-        count, length = prompts.shape
+        """Implements :meth:`glm_jax.bench.backend.BenchBackend.start`."""
+        num_prompts, length = prompts.shape
         cache, logits, lengths = self._runner.prefill(prompts.tolist(), length + tokens + 1)
-        rows = len(lengths)  # a power of two
-        left = np.full(rows, tokens + 1, np.int32)
-        state, _ = start_decode(cache, logits, lengths, left, np.arange(rows) >= count, self._greedy_sampler(rows))
+        batch = len(lengths)  # padded to a power of two
+        remaining = np.full(batch, tokens + 1, np.int32)
+        is_padding = np.arange(batch) >= num_prompts
+        state, _ = start_decode(cache, logits, lengths, remaining, is_padding, self._greedy_sampler(batch))
         return DecodeSnapshot.from_state(state)
 
-    def start_with_random_cache(self, batch: int, context: int, tokens: int) -> DecodeSnapshot:
-        """As after prompts of ``context`` tokens, whose rows in the cache are random; the same for every side."""
-        rows = bucket_size(batch)
-        shape = (self.cfg.num_hidden_layers, rows, cache_capacity(context, tokens), self.cfg.cache_width)
+    def start_with_random_cache(self, num_sequences: int, context: int, tokens: int) -> DecodeSnapshot:
+        """Returns a state as after prompts of ``context`` tokens, but with random values in the cache.
+
+        The values depend only on the shape, so all backends get the same.
+        """
+        batch = bucket_size(num_sequences)
+        shape = (self.cfg.num_hidden_layers, batch, cache_capacity(context, tokens), self.cfg.cache_width)
         kind = self.cache_dtype
-        codes, scales = jax.jit(lambda: random_arrays.random_cache_rows(shape, kind, context))()
-        reads_as = default_cache_dtype(None, self.params["embed"].dtype) if kind in QUANTIZED_CACHE_MAX else None
-        first = np.random.default_rng(context).integers(0, self.cfg.vocab_size, rows, np.int32)
+        values, scales = jax.jit(lambda: random_arrays.random_cache_rows(shape, kind, context))()
+        dequant_dtype = default_cache_dtype(None, self.params["embed"].dtype) if kind in QUANTIZED_CACHE_MAX else None
+        first = np.random.default_rng(context).integers(0, self.cfg.vocab_size, batch, np.int32)
         state = DecodeState(
-            cache=LatentCache(codes, scales, reads_as),
+            cache=LatentCache(values, scales, dequant_dtype),
             tokens=jnp.asarray(first),
-            positions=jnp.full(rows, context, jnp.int32),
-            remaining=jnp.full(rows, tokens + 1, jnp.int32),
-            done=jnp.arange(rows, dtype=jnp.int32) >= batch,
-            finite=jnp.ones(rows, bool),
-            sampler=self._greedy_sampler(rows),
+            positions=jnp.full(batch, context, jnp.int32),
+            remaining=jnp.full(batch, tokens + 1, jnp.int32),
+            done=jnp.arange(batch, dtype=jnp.int32) >= num_sequences,
+            finite=jnp.ones(batch, bool),
+            sampler=self._greedy_sampler(batch),
         )
         return DecodeSnapshot.from_state(state)
 
     def decode(self, state: DecodeSnapshot, tokens: int) -> tuple[float, np.ndarray]:
-        """As :meth:`glm_jax.bench.backend.Side.decode`."""
-        self._warm_up(("decode", state.cache.data.shape), lambda: self._run_decode_steps(state, 1))
-        fresh = jax.block_until_ready(state.to_state())
+        """Implements :meth:`glm_jax.bench.backend.BenchBackend.decode`."""
+        self._warm_up(("decode", state.cache.data.shape), lambda: self._run_decode_steps(state, state.to_state(), 1))
+        decode_state = jax.block_until_ready(state.to_state())
         started = time.perf_counter()
-        written = self._run_decode_steps(state, tokens, fresh)
-        return time.perf_counter() - started, written
+        generated = self._run_decode_steps(state, decode_state, tokens)
+        return time.perf_counter() - started, generated
 
     def compile_stats(self, state: DecodeSnapshot) -> dict[str, Any]:
-        """What XLA makes of the generation loop on the device at hand (:func:`glm_jax.engine.aot.compile_decode_loop`)."""
-        return aot.compile_decode_loop(
-            GLM(self.cfg), self.params, state.to_state(), SingleDeviceSharding(jax.devices()[0])
-        )
+        """Compiles the decode loop for the local device and returns facts about it.
 
-    def bytes_per_step(self, batch: int, context: int) -> int:
-        """Bytes that are read to write one token in each of ``batch`` rows after ``context`` tokens."""
-        return active_weight_bytes(self.cfg, self.params, batch) + batch * context * bytes_per_token(
-            self.cfg, self.cache_dtype
-        )
+        See :func:`glm_jax.engine.aot.compile_decode_loop`.
+        """
+        sharding = SingleDeviceSharding(jax.devices()[0])
+        return aot.compile_decode_loop(GLM(self.cfg), self.params, state.to_state(), sharding)
 
-    def _greedy_sampler(self, rows: int) -> SamplerState:
+    def bytes_per_step(self, sequences: int, context: int) -> int:
+        """Returns the bytes read to decode one token of each of ``sequences`` sequences after ``context`` tokens."""
+        cached = sequences * context * bytes_per_token(self.cfg, self.cache_dtype)
+        return active_weight_bytes(self.cfg, self.params, sequences) + cached
+
+    def _greedy_sampler(self, batch: int) -> SamplerState:
         return SamplerState.create(
-            [SamplingParams(temperature=0.0, ignore_eos=True)] * rows,
-            [0] * rows,
-            [(0,)] * rows,  # what was in the prompt counts for penalties only
+            [SamplingParams(temperature=0.0, ignore_eos=True)] * batch,
+            [0] * batch,
+            [(0,)] * batch,  # prompts matter only to penalties
             vocab_size=self.cfg.vocab_size,
             valid_vocab=self.cfg.vocab_size,
             eos_ids=self.cfg.eos_token_ids,
         )
 
-    def _run_decode_steps(self, started: DecodeSnapshot, tokens: int, state: DecodeState | None = None) -> np.ndarray:
-        state, parts = state or started.to_state(), []
-        for done in range(0, tokens, MAX_DECODE_STEPS):
-            limit = np.int32(min(MAX_DECODE_STEPS, tokens - done))
-            state, written = decode_steps(self._runner.model, self.params, state, limit, steps=MAX_DECODE_STEPS)
-            started.cache = state.cache
-            parts.append(np.asarray(written.tokens)[:, :limit])
-        return np.concatenate(parts, axis=1)
+    def _run_decode_steps(self, snapshot: DecodeSnapshot, state: DecodeState, tokens: int) -> np.ndarray:
+        """Runs ``tokens`` steps and returns their tokens ``int32 [B, tokens]``; the snapshot gets the cache back."""
+        generated = []
+        for num_done in range(0, tokens, MAX_DECODE_STEPS):
+            limit = np.int32(min(MAX_DECODE_STEPS, tokens - num_done))
+            state, output = decode_steps(self._runner.model, self.params, state, limit, steps=MAX_DECODE_STEPS)
+            snapshot.cache = state.cache
+            generated.append(np.asarray(output.tokens)[:, :limit])
+        return np.concatenate(generated, axis=1)
 
-    def _warm_up(self, key: Any, call: Any) -> None:
-        """Compiles by a first call, outside the timing, if this shape has not been called yet."""
+    def _warm_up(self, key: Hashable, call: Callable[[], object]) -> None:
+        """Compiles with an untimed first call unless this shape has been called before."""
         if key in self._compiled_shapes:
             return
         started = time.perf_counter()
@@ -192,12 +206,12 @@ class GlmJaxBackend:
 
 
 def cache_capacity(context: int, tokens: int) -> int:
-    """Capacity of a cache for a context and the tokens after it, in whole blocks."""
+    """Returns the slots of a cache for a context and the tokens generated after it, a multiple of 128."""
     return -(-(context + tokens + 1) // 128) * 128
 
 
 def _load(source: str, dtype: str, quantize: str | None, kernels: str | None) -> tuple[Config, ParamTree, Storage]:
-    """The model without its prediction layer, which no peer loads, and how its weights are stored."""
+    """Loads a model without its prediction layer, which no peer loads."""
     quant = QuantRules.resolve(quantize)
     if source.startswith(SYNTHETIC_PREFIX) and quant is not None:
         spec = SyntheticSpec.parse(source)
@@ -212,22 +226,6 @@ def _load(source: str, dtype: str, quantize: str | None, kernels: str | None) ->
 
 
 def _select_tiles(cfg: Config, storage: Storage, dtype: str, kernels: str | None) -> bool:
-    """Whether kernels run the model, which must fit, before anything of it is read or made."""
+    """Returns whether kernels run the model; raises if it does not fit, before any weight is read or generated."""
     plan_memory_on_devices(cfg, jax.devices()[:1], dtype=dtype, storage=storage, mtp=False, context=2).require_fits()
     return select_kernels(cfg, storage, kernels, dtype)
-
-
-def active_weight_bytes(cfg: Config, params: Any, rows: int = 1) -> int:
-    """Bytes of weights that the products of one token in each row read, as they are stored.
-
-    Of the experts those that are chosen: by one token so many, by several as many as uniform routing would choose.
-    """
-    chosen = expected_active_experts(cfg, rows) / cfg.n_routed_experts
-
-    def read(path: tuple[str, ...], weight: Any) -> float:
-        if path[0] == "mtp" or (path[0] == "embed" and not cfg.tie_word_embeddings):
-            return 0 if path[0] == "mtp" else rows * weight.nbytes / cfg.vocab_size
-        is_expert = path[-2:-1] == ("moe",) and path[-1] in ("gate", "up", "down")
-        return weight.nbytes * (chosen if is_expert else 1)
-
-    return round(sum(read(path, weight) for path, weight in leaves_with_path(params)))

@@ -1,27 +1,56 @@
-"""Which operations a device spends its time on, by JAX's profiler."""
+"""Times the operations on a GPU with JAX's profiler."""
 
 from __future__ import annotations
 
+import logging
 import re
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 
-_DEVICE = "/device:GPU:"
+_LOGGER = logging.getLogger(__name__)
+_FIRST_GPU = "/device:GPU:0"
 _STREAM = "Stream #"
 _NUMERIC_SUFFIX = re.compile(r"([._]\d+)+$")
 
 
-def profile_operations(run: Callable[[], object], steps: int) -> dict[str, Any] | None:
-    """Operations of a run by the time they take; None where the profiler does not tell.
+class OperationTime(TypedDict):
+    """Time of all calls of one operation in a step.
+
+    Attributes:
+        name: Name of the operation, without XLA's numeric suffix.
+        count: Calls per step.
+        us: Microseconds per step.
+    """
+
+    name: str
+    count: float
+    us: float
+
+
+class DeviceProfile(TypedDict):
+    """Operations that the first GPU ran in a step.
+
+    Attributes:
+        launches: Operations per step.
+        us: Microseconds per step.
+        operations: Operations by name, the longest first.
+    """
+
+    launches: float
+    us: float
+    operations: list[OperationTime]
+
+
+def profile_operations(run: Callable[[], object], steps: int) -> DeviceProfile | None:
+    """Profiles a run. Returns ``None`` without a profile, and logs the reason if the profiler failed.
 
     Args:
-        run: runs, and waits for the device.
-        steps: that it makes: times and counts are for one of them.
+        run: Runs the steps and waits for the device.
+        steps: Number of steps in the run; times and counts are per step.
     """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
@@ -32,37 +61,34 @@ def profile_operations(run: Callable[[], object], steps: int) -> dict[str, Any] 
                 run()
             files = sorted(Path(folder).rglob("*.xplane.pb"))
             return summarize_operations(jax.profiler.ProfileData.from_file(str(files[-1])), steps) if files else None
-    except (RuntimeError, OSError, ValueError) as error:  # no library for it, or no right to use it
-        print(f"no operations: the profiler failed ({str(error).partition(chr(10))[0]})", file=sys.stderr)
+    except (RuntimeError, OSError, ValueError) as error:  # the profiler's library or permission is missing
+        _LOGGER.warning("no operations: the profiler failed (%s)", str(error).partition("\n")[0])
         return None
 
 
-def summarize_operations(data: Any, steps: int) -> dict[str, Any] | None:
-    """What the streams of the first GPU ran.
+def summarize_operations(data: Any, steps: int) -> DeviceProfile | None:
+    """Sums up the operations on the streams of the first GPU; returns ``None`` if the profile holds no GPU.
 
     Args:
-        data: a :class:`jax.profiler.ProfileData`.
-        steps: to divide by.
-
-    Returns:
-        ``launches`` and ``us`` of a step, and ``operations`` by name without the numbers that XLA gives them (name,
-        count, microseconds; the longest first); None where there is nothing of a GPU.
+        data: Profile of a run, a :class:`jax.profiler.ProfileData`.
+        steps: Number of steps in the run.
     """
-    found: dict[str, list[float]] = {}
+    durations_us: dict[str, list[float]] = {}
     for plane in data.planes:
-        if plane.name != f"{_DEVICE}0":
+        if plane.name != _FIRST_GPU:
             continue
-        for line in plane.lines:
-            # Other lines sum up what is in these.
-            if line.name.startswith(_STREAM):
-                for event in line.events:
-                    found.setdefault(_NUMERIC_SUFFIX.sub("", event.name), []).append(event.duration_ns / 1e3)
-    if not found:
+        # The other lines of the plane are totals over the streams.
+        for line in (line for line in plane.lines if line.name.startswith(_STREAM)):
+            for event in line.events:
+                durations_us.setdefault(_NUMERIC_SUFFIX.sub("", event.name), []).append(event.duration_ns / 1e3)
+    if not durations_us:
         return None
-    rows = [{"name": name, "count": len(us) / steps, "us": round(sum(us) / steps, 3)} for name, us in found.items()]
-    rows.sort(key=lambda row: -row["us"])
+    operations: list[OperationTime] = [
+        {"name": name, "count": len(us) / steps, "us": round(sum(us) / steps, 3)} for name, us in durations_us.items()
+    ]
+    operations.sort(key=lambda operation: -operation["us"])
     return {
-        "launches": sum(row["count"] for row in rows),
-        "us": round(sum(row["us"] for row in rows), 3),
-        "operations": rows,
+        "launches": sum(operation["count"] for operation in operations),
+        "us": round(sum(operation["us"] for operation in operations), 3),
+        "operations": operations,
     }

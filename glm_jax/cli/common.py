@@ -1,20 +1,20 @@
-"""What the commands share: exit codes, error lines, early environment, options, memory readings."""
+"""Shared parts of the commands: exit codes, error lines, log messages, early environment, options."""
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn, TextIO
 
 from glm_jax.errors import GlmError, PromptError
 
-if TYPE_CHECKING:
-    from tyro.constructors import PrimitiveConstructorSpec
-
 OK, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+_LOGGED_PACKAGES = ("glm_jax", "convert")
 _MEMORY_FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
@@ -23,15 +23,18 @@ def run_and_exit(command: Callable[[], int]) -> NoReturn:
     _open_missing_streams()
     _silence_cuda_check()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a character the terminal lacks must not end the command
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a character that the terminal lacks must not end the command
     try:
-        code = command()
+        with log_to_stderr():
+            code = command()
         sys.stdout.flush()
     except GlmError as error:
         print(f"error: {error}", file=sys.stderr)
         code = BAD_INPUT
     except BrokenPipeError:
-        # The reader of our output left; Python must not complain at exit.
+        # The reader of the output has left; Python must not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = OK
     except KeyboardInterrupt:
@@ -43,39 +46,61 @@ def run_and_exit(command: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes messages as they are to whatever ``sys.stderr`` is at that moment."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # pyright: ignore[reportIncompatibleVariableOverride]  (read only)
+        """The current ``sys.stderr``."""
+        return sys.stderr
+
+
+@contextlib.contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Shows the project's log messages, from level INFO on, as plain lines on stderr.
+
+    The library configures no handler. In a notebook Python itself shows warnings in the same way, unless logging is
+    configured.
+    """
+    loggers = [logging.getLogger(package) for package in _LOGGED_PACKAGES]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    handler = _StderrHandler()
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False  # a handler of the root logger would repeat each message
+    try:
+        yield
+    finally:
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+
 def _open_missing_streams() -> None:
-    """A stream that whoever started us closed (``<&-``) is None in Python; it becomes an empty one."""
+    """Opens the null device in place of streams that the parent process closed (``<&-``), which are None in Python."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (open to the end)
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (stays open to the end)
 
 
 def _silence_cuda_check() -> None:
-    """JAX's plugin for CUDA, which ``plan --compile`` uses, must not complain at every start that there is no CUDA."""
+    """Keeps JAX's CUDA plugin, which ``plan --compile`` uses, from warning at each start that there is no CUDA."""
     if not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg")):  # Linux, and Linux within Windows
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 
-def optional_text(metavar: str) -> PrimitiveConstructorSpec[str | None]:
-    """How an optional text is read from the command line: as it is, where tyro would take "None" for no text."""
-    from tyro.constructors import PrimitiveConstructorSpec
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=lambda words: words[0],
-        is_instance=lambda value: value is None or isinstance(value, str),
-        str_from_instance=lambda value: [] if value is None else [value],
-    )
-
-
 def set_memory_fraction(fraction: float) -> None:
-    """Lets JAX take this part of a GPU's memory; must run before JAX is imported. The environment's own setting wins.
+    """Sets the part of a GPU's memory that JAX takes, unless the environment sets it already.
 
-    XLA has two names for that setting, and refuses to start when it finds both.
+    Must run before JAX is imported. XLA has two names for this setting, and does not start when both are set.
 
     Raises:
-        PromptError: if it is not in (0, 1].
+        PromptError: if ``fraction`` is not in (0, 1].
     """
     if not 0 < fraction <= 1:
         raise PromptError(f"--memory-fraction must be in (0, 1], not {fraction}")
@@ -84,10 +109,10 @@ def set_memory_fraction(fraction: float) -> None:
 
 
 def read_prompt_text(path: str) -> str:
-    """A prompt from a file, or from stdin for "-".
+    """Text of a prompt in a file, or on stdin for "-".
 
     Raises:
-        PromptError: if it cannot be read or is not UTF-8.
+        PromptError: if the text cannot be read or is not UTF-8.
     """
     name = "stdin" if path == "-" else path or "''"
     try:
@@ -99,17 +124,3 @@ def read_prompt_text(path: str) -> str:
     except UnicodeDecodeError as error:
         byte = f"byte {data[error.start]:#04x} at offset {error.start:,}"
         raise PromptError(f"{name} is not UTF-8 ({byte}): convert it first, with iconv for example") from None
-
-
-def peak_memory() -> tuple[int, str]:
-    """Bytes at the peak and where: of the first device if it keeps count, else of this process."""
-    import resource
-
-    import jax
-
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"], device.device_kind
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024), "process"

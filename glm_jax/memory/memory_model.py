@@ -1,4 +1,4 @@
-"""A model on devices: whether a number of rows of a number of tokens fits, and the largest that does."""
+"""Decides whether a number of sequences of some length fits on the devices, and finds the largest that does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ from glm_jax.weights.storage import plan_storage
 
 
 class MemoryRequirement(NamedTuple):
-    """Bytes on one device."""
+    """Bytes that one device needs.
+
+    Attributes:
+        weights: Bytes of the parameters.
+        cache: Bytes of the latent cache.
+        workspace: Bytes of activations and other temporaries.
+    """
 
     weights: int
     cache: int
@@ -37,20 +43,20 @@ class MemoryRequirement(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all bytes on the device."""
         return sum(self)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryModel:
-    """A model on devices, before anyone has said how many tokens.
+    """Memory use of a model on given devices as a function of the number and length of the sequences.
 
     Attributes:
-        cfg: the model.
-        placement: dtypes and layout.
-        device_bytes: that may be used on each device.
-        mtp: whether the prediction layer is loaded too.
-        default_memory_fraction: ``device_bytes`` is the 75 % of a GPU that JAX takes when nothing is said.
+        cfg: Config of the model.
+        placement: Dtypes and sharding.
+        device_bytes: Usable bytes on each device.
+        mtp: Whether the prediction layer is loaded too.
+        default_memory_fraction: Whether ``device_bytes`` is the 75 % of a GPU that JAX takes by default.
     """
 
     cfg: Config
@@ -61,81 +67,84 @@ class MemoryModel:
 
     @property
     def num_devices(self) -> int:
-        """Their number."""
+        """Number of devices."""
         return math.prod(size for _, size in self.placement.axis_sizes)
 
     @property
     def weight_groups(self) -> Mapping[str, WeightGroup]:
-        """The weights by part."""
+        """Weights by group, such as attention or routed experts."""
         return _cached_weight_groups(self.cfg, self.placement)
 
-    def requirement(self, rows: int, context: int) -> MemoryRequirement:
-        """Bytes for ``rows`` rows of up to ``context`` tokens; more of either never needs less."""
-        held = sum(part.device_bytes for name, part in self.weight_groups.items() if self.mtp or name != MTP_LAYER)
-        cache = cache_bytes(self.cfg, self.placement, rows, context)
-        # Up to this many slots attention takes all keys at once, so a shorter row may need the larger workspace.
+    def requirement(self, sequences: int, context: int) -> MemoryRequirement:
+        """Returns the bytes per device for ``sequences`` sequences of up to ``context`` tokens.
+
+        The total never decreases as either argument grows.
+        """
+        weights = sum(group.device_bytes for name, group in self.weight_groups.items() if self.mtp or name != MTP_LAYER)
+        cache = cache_bytes(self.cfg, self.placement, sequences, context)
+        # Attention reads up to this many slots in one block, so a shorter sequence may need the larger workspace.
         short = min(context, 2 * KEY_BLOCK)
-        unused = cache - cache_bytes(self.cfg, self.placement, rows, short)
-        return MemoryRequirement(
-            held, cache, max(self.workspace(rows, context).total, self.workspace(rows, short).total - unused)
-        )
+        unused_cache = cache - cache_bytes(self.cfg, self.placement, sequences, short)
+        workspace = max(self.workspace(sequences, context).total, self.workspace(sequences, short).total - unused_cache)
+        return MemoryRequirement(weights, cache, workspace)
 
-    def workspace(self, rows: int, context: int) -> Workspace:
-        """Besides weights and cache."""
-        return estimate_workspace(self.cfg, self.placement, rows, context)
+    def workspace(self, sequences: int, context: int) -> Workspace:
+        """Returns the bytes needed besides weights and cache."""
+        return estimate_workspace(self.cfg, self.placement, sequences, context)
 
-    def fits(self, rows: int, context: int) -> bool:
-        """Whether that many rows of that many tokens fit."""
-        return self.requirement(rows, context).total <= self.device_bytes
+    def fits(self, sequences: int, context: int) -> bool:
+        """Returns whether ``sequences`` sequences of ``context`` tokens fit."""
+        return self.requirement(sequences, context).total <= self.device_bytes
 
-    def max_context(self, rows: int) -> int:
-        """The longest context of ``rows`` rows that fits and that the model knows; 0 if none does."""
-        return _largest_fitting(lambda context: self.fits(rows, context), self.cfg.max_position_embeddings)
+    def max_context(self, sequences: int) -> int:
+        """Returns the longest context that fits ``sequences`` times and that the model supports; 0 if none does."""
+        return _largest_fitting(lambda context: self.fits(sequences, context), self.cfg.max_position_embeddings)
 
     def max_sequences(self, context: int) -> int:
-        """The most rows of ``context`` tokens that fit; 0 if not even one does."""
-        return _largest_fitting(lambda rows: self.fits(rows, context))
+        """Returns the largest number of sequences of ``context`` tokens that fit; 0 if not even one does."""
+        return _largest_fitting(lambda sequences: self.fits(sequences, context))
 
     def with_devices(self, count: int) -> Self | None:
-        """The same with heads and widths split over ``count`` devices of this size; None where they do not divide."""
+        """Returns this model split over ``count`` such devices, ``None`` if its dimensions do not divide."""
         rules = get_sharding_preset("latency")
         try:
             sizes = resolve_axis_sizes(self.cfg, rules, count)
         except ShardingError:
             return None
-        placement = dataclasses.replace(self.placement, rules=rules, axis_sizes=sizes)
-        return dataclasses.replace(self, placement=placement)
+        return self._with_placement(rules=rules, axis_sizes=sizes)
 
     def with_dtype(self, dtype: str) -> Self:
-        """The same with weights, and a cache that is not of 8 bits, in another dtype."""
-        kept = self.placement.cache_dtype
-        placement = dataclasses.replace(
-            self.placement, dtype=dtype, cache_dtype=kept if kept in QUANTIZED_CACHE_MAX else dtype
+        """Returns this model with another dtype of weights and cache; a cache in 8 bits stays as it is."""
+        cache_dtype = self.placement.cache_dtype
+        return self._with_placement(
+            dtype=dtype, cache_dtype=cache_dtype if cache_dtype in QUANTIZED_CACHE_MAX else dtype
         )
-        return dataclasses.replace(self, placement=placement)
 
     def with_quantization(self, preset: str) -> Self:
-        """The same with the weights quantized by a preset."""
+        """Returns this model with its weights quantized by a preset of :data:`glm_jax.weights.QUANT_PRESETS`."""
         sizes = dict(self.placement.axis_sizes)
         storage, _ = plan_storage(self.cfg, QUANT_PRESETS[preset], self.placement.rules, sizes)
-        return dataclasses.replace(self, placement=dataclasses.replace(self.placement, storage=storage))
+        return self._with_placement(storage=storage)
 
     def with_cache_dtype(self, dtype: str) -> Self:
-        """The same with a cache in another dtype."""
-        return dataclasses.replace(self, placement=dataclasses.replace(self.placement, cache_dtype=dtype))
+        """Returns this model with another cache dtype."""
+        return self._with_placement(cache_dtype=dtype)
+
+    def _with_placement(self, **changes: object) -> Self:
+        return dataclasses.replace(self, placement=dataclasses.replace(self.placement, **changes))
 
 
 def resolve_axis_sizes(cfg: Config, rules: Rules, devices: int | Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-    """Devices along each mesh axis, all on "model" if only their number is given.
+    """Returns the number of devices along each mesh axis; a plain number puts all devices on the axis "model".
 
     Raises:
-        MemoryPlanError: for no devices.
-        ShardingError: if the model cannot be split like that.
+        MemoryPlanError: if there is no device.
+        ShardingError: if the model cannot be split over these devices.
     """
     sizes = dict(zip(MESH_AXES, (1, devices), strict=True)) if isinstance(devices, int) else dict(devices)
     if any(size < 1 for size in sizes.values()):
         raise MemoryPlanError(f"there must be at least one device, not {devices}")
-    # Validation looks at the axes alone, so devices that are not there will do.
+    # Validation reads only the axes, so an abstract mesh without devices is enough.
     rules.validate(cfg, cast(Mesh, AbstractMesh(tuple(sizes.values()), tuple(sizes))))
     return tuple(sizes.items())
 
@@ -146,7 +155,7 @@ def _cached_weight_groups(cfg: Config, placement: PlacementSpec) -> dict[str, We
 
 
 def _largest_fitting(fits: Callable[[int], bool], maximum: int | None = None) -> int:
-    """The largest number from 1 to ``maximum`` that fits, 0 if none; whatever is smaller than what fits must fit."""
+    """Returns the largest number from 1 to ``maximum`` that fits, 0 if none; ``fits`` must be monotonic."""
     low, high = 0, 1
     while fits(high):
         if high == maximum:

@@ -78,7 +78,7 @@ def test_a_card_that_cannot_hold_the_model_has_no_speed(tmp_path, capsys):
     ("made", "message"),
     [
         (report(lambda nbytes: 1e-3, device="Some card"), "'Some card', whose bandwidth is not known"),
-        (report(lambda nbytes: 1e-3, results=[]), "no case of one row"),
+        (report(lambda nbytes: 1e-3, results=[]), "no case of batch size 1"),
         (report(lambda nbytes: 1 / nbytes), "a longer context takes no longer"),
     ],
 )
@@ -91,8 +91,8 @@ def test_a_report_that_says_too_little(made, message):
     ("text", "message"),
     [
         ("{", "cannot read"),
-        ('{"kind": "prefill"}', "no report of"),
-        ('{"kind": "decode"}', "has no model: it is not as this version"),
+        ('{"kind": "prefill"}', "is not a report of"),
+        ('{"kind": "decode"}', "has no model: another version"),
     ],
 )
 def test_what_is_no_report(tmp_path, text, message):

@@ -161,9 +161,3 @@ def test_stdin_that_is_not_utf8(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     with pytest.raises(PromptError, match="stdin is not UTF-8"):
         common.read_prompt_text("-")
-
-
-def test_peak_memory_is_that_of_the_process_on_a_cpu():
-    peak, where = common.peak_memory()
-    assert where == "process"
-    assert 50e6 < peak < 1e12

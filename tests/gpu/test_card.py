@@ -56,7 +56,7 @@ def test_counters_are_left_at_zero_in_their_place(op):
 
 
 def test_a_kernel_with_more_shared_memory_than_a_program_has_without_asking():
-    case, given, state = only("attend", contexts=(1000,), caches=("bfloat16",))
+    case, given, state = only("attend", contexts=(1000,), cache_kinds=("bfloat16",))
     with record_kernels() as kernels:
         found = jax.jit(lambda g, s, p: case.comparable_outputs(g, *case.run(g, s, p, None), p))(given, state, ONE)
     assert max(kernel.shared_memory for kernel in kernels) > 48 * 1024
@@ -72,7 +72,7 @@ def three_layers():
 
 def test_the_whole_loop_is_one_graph_of_eight_kernels_for_a_layer(three_layers):
     ours = three_layers
-    made = ours.launches(ours.filled(1, 1024, 16))
+    made = ours.compile_stats(ours.start_with_random_cache(1, 1024, 16))
     kernels, experts = made["kernels"], ours.cfg.num_hidden_layers - 1
     assert kernels["queries_kernel"] == kernels["attend_kernel"] == kernels["values_kernel"] == experts + 1
     assert kernels["gate_up_kernel"] == experts + 1
@@ -88,7 +88,7 @@ def test_the_whole_loop_is_one_graph_of_eight_kernels_for_a_layer(three_layers):
 
 def test_the_loop_takes_the_cache_over(three_layers):
     ours = three_layers
-    state = ours.filled(1, 1024, 16)
+    state = ours.start_with_random_cache(1, 1024, 16)
     address = state.cache.data.unsafe_buffer_pointer()
     _, first = ours.decode(state, 16)
     assert state.cache.data.unsafe_buffer_pointer() == address
