@@ -57,7 +57,7 @@ def test_repacked_values_are_ggmls(kind, shape):
 @pytest.mark.parametrize("kind", REPACKED_TYPES)
 def test_a_matrix_of_many_chunks_is_repacked_alike(kind, monkeypatch):
     tensor = random_blocks(kind, (7, 1024))
-    monkeypatch.setattr("glm_jax.checkpoint.formats.gguf.blocks._CHUNK", 1280)
+    monkeypatch.setattr("glm_jax.checkpoint.formats.gguf.blocks._CHUNK_VALUES", 1280)
     assert_same_bits(dequantize(repack_blocks(tensor[0], BY_NAME[kind], "x")), gguf_dequantize(tensor))
 
 
@@ -90,7 +90,7 @@ def test_a_scale_of_mxfp4_that_is_no_number_is_refused():
 
 @pytest.mark.parametrize("kind", sorted(EXPANDED_TYPES))
 def test_other_types_are_expanded_by_the_package(kind, monkeypatch):
-    monkeypatch.setattr("glm_jax.checkpoint.formats.gguf.blocks._CHUNK", 1500)
+    monkeypatch.setattr("glm_jax.checkpoint.formats.gguf.blocks._CHUNK_VALUES", 1500)
     tensor = random_blocks(kind, (2, 3, 512))
     assert_same_bits(expand_blocks(tensor[0], BY_NAME[kind], "x"), gguf_dequantize(tensor))
 
