@@ -1,1 +1,1 @@
-"""What the commands share: options, exit codes and terminal output."""
+"""Shared parts of the commands: options, exit codes, and output on the terminal."""

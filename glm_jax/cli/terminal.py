@@ -1,4 +1,4 @@
-"""Completions and answers on stdout, as text or as JSON, and a conversation at the terminal. Imports no JAX."""
+"""Prints completions and chat answers as text or JSON, and holds a conversation at the terminal. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import codecs
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 from glm_jax.cli.common import INTERRUPTED, OK
-from glm_jax.engine.chat import ChatStream
 from glm_jax.engine.outputs import ChatCompletion, Completion
 from glm_jax.errors import PromptError
+from glm_jax.text import Delta
 
 _DIM, _RESET = "\033[2m", "\033[0m"
 
@@ -20,11 +20,11 @@ MessageDict = dict[str, str]
 
 
 def print_stream(chunks: Generator[str]) -> int:
-    """Prints pieces as they come; Ctrl-C ends them. Returns the exit code."""
+    """Prints text as it is generated, until its end or Ctrl-C; returns the exit code."""
     code = OK
     try:
-        for piece in chunks:
-            print(piece, end="", flush=True)
+        for text in chunks:
+            print(text, end="", flush=True)
     except KeyboardInterrupt:
         code = INTERRUPTED
     finally:
@@ -34,40 +34,40 @@ def print_stream(chunks: Generator[str]) -> int:
 
 
 class ChatPrinter:
-    """Prints an answer as it comes: the thinking (dimmed, on a terminal), an empty line, the content.
+    """Prints an answer as it is generated: the reasoning (dimmed on a terminal), an empty line, the content.
 
     Attributes:
-        content: what was printed of it.
+        content: Content printed so far.
     """
 
-    def __init__(self, stream: ChatStream) -> None:
+    def __init__(self, deltas: Iterable[Delta]) -> None:
         self.content = ""
-        self._stream = stream
+        self._deltas = deltas
         self._use_dim = sys.stdout.isatty()
         self._in_reasoning = False
         self._is_dimmed = False
 
     def print_all(self) -> int:
-        """Prints all of it, or until Ctrl-C. Returns the exit code."""
+        """Prints the answer until its end or Ctrl-C; returns the exit code."""
         return print_stream(self._iter_text())
 
     def _iter_text(self) -> Generator[str]:
         try:
-            for delta in self._stream:
+            for delta in self._deltas:
                 if delta.reasoning:
                     yield self._begin_reasoning() + delta.reasoning
                 if delta.content:
                     self.content += delta.content
                     yield self._end_reasoning() + delta.content
         finally:
-            # Also after Ctrl-C in the middle of printing: the terminal must not stay dim.
+            # Runs after Ctrl-C in the middle of printing too: the terminal must not stay dim.
             if self._is_dimmed:
                 print(_RESET, end="", flush=True)
 
     def _begin_reasoning(self) -> str:
-        mark = _DIM if self._use_dim and not self._in_reasoning else ""
+        escape = _DIM if self._use_dim and not self._in_reasoning else ""
         self._in_reasoning, self._is_dimmed = True, self._use_dim
-        return mark
+        return escape
 
     def _end_reasoning(self) -> str:
         if not self._in_reasoning:
@@ -77,22 +77,22 @@ class ChatPrinter:
 
 
 def print_completions(completions: Completion | Sequence[Completion], *, as_json: bool) -> None:
-    """Prints completions: one JSON object a line, or the texts, with a line on stderr before each of several."""
-    several = completions if isinstance(completions, Sequence) else [completions]
-    for number, completion in enumerate(several, 1):
+    """Prints completions: one JSON object per line, or texts, each of several with a heading on stderr."""
+    completions = completions if isinstance(completions, Sequence) else [completions]
+    for number, completion in enumerate(completions, 1):
         if as_json:
-            # Escaped where the terminal or file could not hold the characters.
+            # Only a UTF-8 stdout can hold every character.
             utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
             print(json.dumps(completion_to_json(completion), ensure_ascii=not utf8), flush=True)
             continue
-        if len(several) > 1:
-            print(f"--- {number} of {len(several)}, seed {completion.seed}", file=sys.stderr, flush=True)
+        if len(completions) > 1:
+            print(f"--- {number} of {len(completions)}, seed {completion.seed}", file=sys.stderr, flush=True)
         print(completion.text, flush=True)
 
 
 def completion_to_json(completion: Completion) -> dict[str, Any]:
-    """A completion as JSON has it."""
-    made: dict[str, Any] = {
+    """A completion as a JSON object."""
+    record: dict[str, Any] = {
         "text": completion.text,
         "token_ids": list(completion.token_ids),
         "finish_reason": completion.finish_reason,
@@ -101,34 +101,35 @@ def completion_to_json(completion: Completion) -> dict[str, Any]:
         "seed": completion.seed,
     }
     if completion.logprobs is not None:
-        made["logprobs"] = [dataclasses.asdict(entry) for entry in completion.logprobs]
+        record["logprobs"] = [dataclasses.asdict(entry) for entry in completion.logprobs]
     if isinstance(completion, ChatCompletion):
-        made |= {
+        record |= {
             "content": completion.content,
             "reasoning": completion.reasoning,
             "tool_calls": [dataclasses.asdict(call) for call in completion.tool_calls],
         }
-    return made
+    return record
 
 
 def run_conversation(reply: Callable[[list[MessageDict]], str | None], messages: Sequence[MessageDict]) -> int:
-    """A conversation, until Ctrl-D (or Ctrl-C at the prompt).
+    """Holds a conversation until Ctrl-D, or Ctrl-C at the prompt; returns the exit code.
 
     Args:
-        reply: prints the answer to a conversation and returns its text; None takes the question back.
-        messages: what comes before the first question.
+        reply: Prints the answer to a conversation and returns its content. Without content, the question is dropped
+            from the conversation.
+        messages: Messages before the first question.
     """
     print("Ctrl-C ends an answer, Ctrl-D the conversation.", file=sys.stderr, flush=True)
     messages = list(messages)
     while True:
         try:
-            said = _read_user_input()
+            text = _read_user_input()
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return OK
-        if not said.strip():
+        if not text.strip():
             continue
-        question: MessageDict = {"role": "user", "content": said}
+        question: MessageDict = {"role": "user", "content": text}
         try:
             content = reply([*messages, question])
         except PromptError as error:
@@ -145,8 +146,8 @@ def _read_user_input() -> str:
     try:
         if sys.stdout.isatty():
             return input("> ")
-        print("> ", end="", file=sys.stderr, flush=True)  # stdout holds the answers alone
+        print("> ", end="", file=sys.stderr, flush=True)  # stdout holds only the answers
         return input()
     except UnicodeDecodeError:
-        print("error: what was typed is not UTF-8", file=sys.stderr, flush=True)
+        print("error: the typed text is not UTF-8", file=sys.stderr, flush=True)
         return ""

@@ -1,4 +1,4 @@
-"""What lies beside a checkpoint's weights: tokenizer, chat template, generation defaults. Imports no JAX."""
+"""Tokenizer, chat template and generation defaults that accompany a checkpoint's weights. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _GENERATION_CONFIG = "generation_config.json"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelAssets:
-    """The companions of one model's weights.
+    """Everything of a checkpoint that generation needs besides the weights.
 
     Attributes:
-        tokenizer: text to ids and back.
-        chat_template: its own chat template, or None.
-        default_sampling_params: sampling options used where a call gives none.
-        eos_ids: all ids that end an answer, those of config.json and those of generation_config.json.
+        tokenizer: Tokenizer of the checkpoint.
+        chat_template: Source of the checkpoint's own chat template, or None where it has none.
+        default_sampling_params: Sampling options used where a call gives none.
+        eos_ids: Token ids that end a completion, from config.json and generation_config.json.
     """
 
     tokenizer: Tokenizer
@@ -35,38 +35,43 @@ class ModelAssets:
 
     @classmethod
     def load(cls, cfg: Config, folder: Path | None) -> Self:
-        """Those in a checkpoint's folder; for made-up weights, which have none, the miniature's tokenizer.
+        """Reads the assets in a checkpoint's folder.
+
+        Args:
+            cfg: Architecture of the model.
+            folder: Folder of the checkpoint; None for random weights, which use the miniature's tokenizer.
 
         Raises:
-            CheckpointError: if a file is missing that cannot be, or damaged.
-            SamplingError: if a default is impossible.
+            CheckpointError: if a required file is missing, or a file is damaged.
+            SamplingError: if a default has an impossible value.
         """
-        generation = {} if folder is None else _generation_config(folder / _GENERATION_CONFIG)
+        generation = {} if folder is None else _read_generation_config(folder / _GENERATION_CONFIG)
         return cls(
             tokenizer=load_tokenizer(cfg, folder),
             chat_template=None if folder is None else read_template(folder),
             default_sampling_params=SamplingParams.from_generation_config(generation),
-            eos_ids=_eos_ids(cfg, generation.get("eos_token_id")),
+            eos_ids=_merge_eos_ids(cfg, generation.get("eos_token_id")),
         )
 
 
-def _generation_config(path: Path) -> Mapping[str, Any]:
+def _read_generation_config(path: Path) -> Mapping[str, Any]:
     try:
-        read = json.loads(path.read_bytes())
+        config = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(read, dict):
+    if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
-    return read
+    return config
 
 
-def _eos_ids(cfg: Config, given: Any) -> tuple[int, ...]:
-    more = given if isinstance(given, list) else [] if given is None else [given]
-    for token in more:
+def _merge_eos_ids(cfg: Config, eos_token_id: Any) -> tuple[int, ...]:
+    """The ids of config.json, then those of generation_config.json, which may be one id, a list or null."""
+    extra = eos_token_id if isinstance(eos_token_id, list) else [] if eos_token_id is None else [eos_token_id]
+    for token in extra:
         if type(token) is not int or not 0 <= token < cfg.vocab_size:
             raise CheckpointError(f"{_GENERATION_CONFIG}: eos_token_id {token!r} is no id of this model")
-    return tuple(dict.fromkeys((*cfg.eos_token_ids, *more)))
+    return tuple(dict.fromkeys((*cfg.eos_token_ids, *extra)))

@@ -1,13 +1,13 @@
-"""Compiled programs: kept in a private folder of the user's, and said on stderr while they are made.
+"""Persistent cache of compiled programs in a private folder, and notices about slow compilations.
 
-Whoever can write a program into JAX's persistent cache can run code in this process, so a folder that others own or can
-write to, or that lies where anybody may replace it, is not used (:mod:`pallas_kernels._cache_dirs`).
+Whoever can write a program into JAX's persistent cache can run code in this process. So a folder is refused if another
+user owns it, can write to it, or could replace it (:mod:`pallas_kernels._cache_dirs`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
@@ -18,42 +18,46 @@ import jax
 
 from pallas_kernels._cache_dirs import private_cache_dir
 
-_MAX_BYTES = 4 << 30  # also turns on JAX's file locks
+_MAX_BYTES = 4 << 30  # a limit also turns on JAX's file locks
+_MIN_COMPILE_SECONDS = 0.3  # programs that compile faster are not stored
 _NOTICE_AFTER_S = 1.0
-# Events of jax.monitoring: a program is looked for among those kept, and is there.
-_CACHE_REQUEST_EVENT, _CACHE_HIT_EVENT = (
-    "/jax/compilation_cache/compile_requests_use_cache",
-    "/jax/compilation_cache/cache_hits",
-)
+# Events of jax.monitoring: a program is looked up in the persistent cache, and is found there.
+_CACHE_REQUEST_EVENT = "/jax/compilation_cache/compile_requests_use_cache"
+_CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
+_LOGGER = logging.getLogger(__name__)
 
 
 def enable_compile_cache() -> Path | None:
-    """Turns JAX's persistent cache on, unless the program has set one up already.
+    """Turns on JAX's persistent cache, unless the program has configured one already.
 
     Returns:
-        The folder in use, or None when there is no folder that is safe to use (said on stderr), or the cache is off.
+        The folder in use, or None when the cache is off or no safe folder exists; the latter is logged as a warning.
     """
-    config: Any = jax.config  # its options are made at run time
+    config: Any = jax.config  # jax defines its options at run time
     current = config.jax_compilation_cache_dir
     if current or not config.jax_enable_compilation_cache:
         return Path(current) if current else None
     try:
         folder = private_cache_dir("compiled")
     except OSError as error:
-        print(f"compiled programs are not kept: {error.strerror or error}", file=sys.stderr)
+        _LOGGER.warning("compiled programs are not kept: %s", error.strerror or error)
         return None
     config.update("jax_compilation_cache_max_size", _MAX_BYTES)
-    config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
     config.update("jax_compilation_cache_dir", str(folder))
     return folder
 
 
 class _CompileNotice:
-    """Says that a program is being made, once that takes longer than a moment; not that a kept one is read."""
+    """Logs that a program compiles, once that has taken a moment; reading a cached program logs nothing.
 
-    def __init__(self, what: str) -> None:
+    The notice is a warning, like those of ``jax_log_compiles``: without a configured handler Python shows nothing below
+    that level, and a silent minute looks like a hang.
+    """
+
+    def __init__(self, description: str) -> None:
         self.announced = threading.Event()
-        self._what = what
+        self._description = description
         self._timer: threading.Timer | None = None
 
     def start_timer(self) -> None:
@@ -69,7 +73,7 @@ class _CompileNotice:
             self._timer.cancel()
 
     def on_event(self, event: str, **_: str | int) -> None:
-        """What JAX tells of its cache."""
+        """Listener for :mod:`jax.monitoring`."""
         if event == _CACHE_REQUEST_EVENT:
             self.start_timer()
         elif event == _CACHE_HIT_EVENT:
@@ -77,7 +81,7 @@ class _CompileNotice:
 
     def _announce(self) -> None:
         self.announced.set()
-        print(f"compiling {self._what} ...", file=sys.stderr, flush=True)
+        _LOGGER.warning("compiling %s ...", self._description)
 
 
 _compiled_keys: set[Hashable] = set()
@@ -87,32 +91,32 @@ _compiled_keys: set[Hashable] = set()
 def compile_notice(
     description: str, key: Hashable, on_compiled: Callable[[float], None] | None = None
 ) -> Iterator[None]:
-    """Says on stderr that the first call of a shape compiles, if it does and that takes longer than a moment.
+    """Context of a call that compiles the first time; logs the compilation if it takes longer than a moment.
 
     Args:
-        description: shown to the user.
-        key: identifies the compilation; later calls with it say nothing.
-        on_compiled: is told the seconds that a first call took, whether it compiled or found what an earlier run had kept.
+        description: Name of the program in the notice.
+        key: Identity of the compilation; later calls with an equal key log and measure nothing.
+        on_compiled: Receives the seconds of the first call, whether it compiled or read a cached program.
     """
     if key in _compiled_keys:
         yield
         return
-    begun = time.perf_counter()
+    start = time.perf_counter()
     notice = _CompileNotice(description)
     jax.monitoring.register_event_listener(notice.on_event)
     if not _is_cache_enabled():
-        notice.start_timer()  # nothing will be looked up
+        notice.start_timer()  # without a cache JAX looks nothing up, so no event will start the timer
     try:
         yield
         _compiled_keys.add(key)
     finally:
         notice.cancel_timer()
         jax.monitoring.unregister_event_listener(notice.on_event)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         if on_compiled:
             on_compiled(seconds)
         if notice.announced.is_set():
-            print(f"compiling {description} took {seconds:.1f} s", file=sys.stderr, flush=True)
+            _LOGGER.info("compiling %s took %.1f s", description, seconds)
 
 
 def _is_cache_enabled() -> bool:

@@ -1,11 +1,11 @@
-"""From what a caller gives, prompts and options, to rows that can be run. Imports no JAX."""
+"""Checks and tokenizes prompts, resolves sampling options, and makes requests from both. Imports no JAX."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -15,19 +15,31 @@ from glm_jax.errors import PromptError, SamplingError
 from glm_jax.sampling import SamplingParams, completion_seeds
 from glm_jax.text import Tokenizer
 
-Prompt = str | Sequence[int] | np.ndarray
+
+@runtime_checkable
+class TokenArray(Protocol):
+    """An array of token ids, of NumPy or JAX."""
+
+    def __array__(self) -> np.ndarray:
+        """The same values as a NumPy array."""
+        ...
+
+
+SinglePrompt: TypeAlias = str | Sequence[int]
+Prompt: TypeAlias = SinglePrompt | TokenArray
+TokenIds: TypeAlias = tuple[int, ...]
 SAMPLING_PARAM_NAMES = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class InputProcessor:
-    """What a model expects of a request, and what it fills in where the request says nothing.
+    """Turns the arguments of a call into requests.
 
     Attributes:
-        assets: tokenizer, sampling defaults and end-of-sequence ids.
-        vocab_size: ids that the model has.
-        max_model_len: longest prompt and completion together.
-        seed_rng: draws a seed for each prompt without one.
+        assets: Tokenizer, default sampling options and end-of-sequence ids.
+        vocab_size: Number of token ids of the model.
+        max_model_len: Longest prompt and completion together, in tokens.
+        seed_rng: Source of a seed for each prompt whose options have none.
     """
 
     assets: ModelAssets
@@ -35,42 +47,57 @@ class InputProcessor:
     max_model_len: int
     seed_rng: random.Random
 
-    def tokenize(self, raw_prompts: Any, reserved_tokens: int = 1) -> tuple[bool, list[tuple[int, ...]]]:
-        """Whether several prompts were given, and the token ids of each.
+    def tokenize(self, prompts: Prompt | Sequence[Prompt], reserved_tokens: int = 1) -> tuple[bool, list[TokenIds]]:
+        """Token ids of one prompt or several; see :func:`tokenize_prompts`.
 
         Args:
-            raw_prompts: as :func:`glm_jax.engine.input_processor.tokenize_prompts` takes it.
-            reserved_tokens: tokens of the context that must stay free.
+            prompts: One prompt, or a sequence of prompts.
+            reserved_tokens: Tokens of the context that the prompt must leave free.
         """
-        return tokenize_prompts(
-            raw_prompts, self.assets.tokenizer, self.vocab_size, self.max_model_len - reserved_tokens
-        )
+        return tokenize_prompts(prompts, self.assets.tokenizer, self.vocab_size, self.max_model_len - reserved_tokens)
 
-    def resolve_sampling_params(self, params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
-        """The options of a call: single ones over ``params`` over the checkpoint's defaults.
+    def tokenize_pair(self, prompt: Prompt, continuation: Prompt) -> tuple[TokenIds, TokenIds]:
+        """Token ids of a prompt and of a continuation, which together must fit into the context.
 
         Raises:
-            SamplingError: if an option is impossible or unknown.
+            PromptError: if either is empty, or both together are too long.
+        """
+        _, (prompt_ids,) = self.tokenize(prompt)
+        _, (continuation_ids,) = self.tokenize(continuation)
+        self.tokenize([*prompt_ids, *continuation_ids], reserved_tokens=0)
+        return prompt_ids, continuation_ids
+
+    def resolve_sampling_params(self, params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+        """The options of a call: ``options`` override ``params``, which default to the checkpoint's options.
+
+        Raises:
+            SamplingError: if an option is unknown or has an impossible value.
         """
         if params is not None and not isinstance(params, SamplingParams):
             raise SamplingError(f"sampling options must be SamplingParams or keywords, not {type(params).__name__}")
         base = params or self.assets.default_sampling_params
         return base.replace(**options) if options else base
 
-    def make_requests(self, prompt: tuple[int, ...], params: SamplingParams, prompt_index: int = 0) -> list[Request]:
-        """The ``n`` rows of one prompt, the ``prompt_index``-th of its call."""
+    def make_requests(self, prompt_ids: TokenIds, params: SamplingParams, prompt_index: int = 0) -> list[Request]:
+        """The ``n`` requests of one prompt.
+
+        Args:
+            prompt_ids: Token ids of the prompt.
+            params: Sampling options; without a seed the prompt gets a random one.
+            prompt_index: Index of the prompt in its call.
+        """
         if params.seed is None:
             params = params.replace(seed=self.seed_rng.randrange(2**53))
         eos_ids = () if params.ignore_eos else self.assets.eos_ids
         stop_ids = frozenset((*params.stop_token_ids, *eos_ids))
-        budget = min(params.max_tokens, self.max_model_len - len(prompt))
+        max_new_tokens = min(params.max_tokens, self.max_model_len - len(prompt_ids))
         return [
             Request(
                 tokenizer=self.assets.tokenizer,
-                prompt_ids=prompt,
+                prompt_ids=prompt_ids,
                 params=params,
                 seed=seed,
-                max_new_tokens=budget,
+                max_new_tokens=max_new_tokens,
                 stop_ids=stop_ids,
                 index=index,
                 prompt_index=prompt_index,
@@ -80,52 +107,53 @@ class InputProcessor:
 
 
 def tokenize_prompts(
-    raw_prompts: Any, tokenizer: Tokenizer, vocab_size: int, max_prompt_tokens: int
-) -> tuple[bool, list[tuple[int, ...]]]:
-    """Token ids of one prompt or many.
+    prompts: Prompt | Sequence[Prompt], tokenizer: Tokenizer, vocab_size: int, max_prompt_tokens: int
+) -> tuple[bool, list[TokenIds]]:
+    """Token ids of one prompt or several.
 
     Args:
-        raw_prompts: text, ids ``[T]``, or a sequence of these; ids may be an array, ``[T]`` or ``[B, T]``.
-        tokenizer: for text.
-        vocab_size: number of ids the model has.
-        max_prompt_tokens: most tokens a prompt may have.
+        prompts: Text, token ids ``[T]``, or a sequence of these; an array has ids ``[T]`` or ``[B, T]``.
+        tokenizer: Tokenizer for prompts that are text.
+        vocab_size: Number of token ids of the model.
+        max_prompt_tokens: Longest prompt that is accepted, in tokens.
 
     Returns:
-        Whether a sequence of prompts was given, and the ids of each.
+        Whether ``prompts`` is a sequence of prompts, and the ids of each prompt.
 
     Raises:
-        PromptError: if a prompt is empty, too long, or no prompt at all.
+        PromptError: if a prompt is empty, too long, has an id outside the vocabulary, or is of another type.
     """
-    raw_prompts = _to_python_lists(raw_prompts)
-    if isinstance(raw_prompts, str) or _is_token_ids(raw_prompts):
-        return False, [_tokenize_prompt(raw_prompts, tokenizer, vocab_size, max_prompt_tokens, "the prompt")]
-    if not isinstance(raw_prompts, Sequence) or isinstance(raw_prompts, bytes | bytearray):
-        raise PromptError(f"a prompt is text, token ids, or a list of these, not {_describe_value(raw_prompts)}")
-    if not raw_prompts:
+    values = _to_python_values(prompts)
+    if isinstance(values, str) or _is_token_ids(values):
+        return False, [_tokenize_prompt(values, tokenizer, vocab_size, max_prompt_tokens, "the prompt")]
+    if not isinstance(values, Sequence) or isinstance(values, bytes | bytearray):
+        raise PromptError(f"a prompt is text, token ids, or a list of these, not {_describe_value(values)}")
+    if not values:
         raise PromptError("the prompt is empty: give at least one token, or a list with at least one prompt")
-    names = [f"prompt {i + 1} of {len(raw_prompts)}" for i in range(len(raw_prompts))]
     return True, [
-        _tokenize_prompt(_to_python_lists(prompt), tokenizer, vocab_size, max_prompt_tokens, name)
-        for prompt, name in zip(raw_prompts, names, strict=True)
+        _tokenize_prompt(
+            _to_python_values(prompt), tokenizer, vocab_size, max_prompt_tokens, f"prompt {i} of {len(values)}"
+        )
+        for i, prompt in enumerate(values, 1)
     ]
 
 
-def _to_python_lists(given: Any) -> Any:
-    """Lists of Python numbers for arrays, NumPy's and JAX's alike; anything else as it is."""
-    return np.asarray(given).tolist() if hasattr(given, "__array__") else given
+def _to_python_values(value: object) -> object:
+    """An array as a list of Python numbers; anything else unchanged."""
+    return np.asarray(value).tolist() if isinstance(value, TokenArray) else value
 
 
-def _describe_value(given: Any) -> str:
-    return f"{type(given).__name__} {given!r:.60}"
+def _describe_value(value: object) -> str:
+    return f"{type(value).__name__} {value!r:.60}"
 
 
-def _is_token_ids(given: Any) -> bool:
-    if not isinstance(given, Sequence) or isinstance(given, str | bytes | bytearray) or len(given) == 0:
+def _is_token_ids(value: object) -> bool:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray) or len(value) == 0:
         return False
-    return all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in given)
+    return all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in value)
 
 
-def _tokenize_prompt(prompt: Any, tokenizer: Tokenizer, vocab: int, longest: int, name: str) -> tuple[int, ...]:
+def _tokenize_prompt(prompt: Any, tokenizer: Tokenizer, vocab_size: int, max_prompt_tokens: int, name: str) -> TokenIds:
     if isinstance(prompt, str):
         ids = tuple(tokenizer.encode(prompt))
     elif _is_token_ids(prompt):
@@ -136,10 +164,11 @@ def _tokenize_prompt(prompt: Any, tokenizer: Tokenizer, vocab: int, longest: int
         raise PromptError(f"{name} is neither text nor a list of token ids: {_describe_value(prompt)}")
     if not ids:
         raise PromptError(f"{name} is empty: give at least one token")
-    if len(ids) > longest:
+    if len(ids) > max_prompt_tokens:
         raise PromptError(
-            f"{name} has {len(ids):,} tokens; at most {longest:,} fit into the context of this model as loaded"
+            f"{name} has {len(ids):,} tokens; "
+            f"at most {max_prompt_tokens:,} fit into the context of this model as loaded"
         )
-    if wrong := [i for i in ids if not 0 <= i < vocab]:
-        raise PromptError(f"{name} has token id {wrong[0]}, which is outside the vocabulary of {vocab:,}")
+    if unknown := [i for i in ids if not 0 <= i < vocab_size]:
+        raise PromptError(f"{name} has token id {unknown[0]}, which is outside the vocabulary of {vocab_size:,}")
     return ids

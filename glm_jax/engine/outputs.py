@@ -1,23 +1,21 @@
-"""What a caller gets back. Host only: this module imports no JAX."""
+"""Results of a call: completions, chunks of a stream, scores. Imports no JAX."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
-from glm_jax.text import Message, ToolCall
-
-FinishReason = Literal["stop", "length", "tool_calls", "abort"]
+from glm_jax.text.output_types import FinishReason, Message, ToolCall
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probability of one written token, in the model's own distribution.
+    """Log-probability of one generated token in the model's own distribution, before any sampling option.
 
     Attributes:
-        token_id: the token.
-        logprob: natural logarithm of its probability, before any sampling option.
-        top: the most likely ids at this place with theirs, the most likely first; as many as were asked for.
+        token_id: Generated token.
+        logprob: Natural logarithm of the token's probability.
+        top: Most likely tokens at this position as (token id, logprob), the most likely first; as many as the sampling
+            option ``logprobs`` says.
     """
 
     token_id: int
@@ -27,15 +25,16 @@ class TokenLogprob:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Completion:
-    """One completion.
+    """One completion of a prompt.
 
     Attributes:
-        text: without the stop string or stop token that ended it.
-        token_ids: as drawn; a stop token that ended it is the last one.
-        finish_reason: "stop" (a stop token or string), "length" (``max_tokens`` or the context), "abort".
-        logprobs: one per token, if asked for.
-        seed: draws the same tokens again.
-        prompt_tokens: length of the prompt.
+        text: Generated text, without the stop string or stop token that ended it.
+        token_ids: Generated tokens; a stop token that ended the completion is the last one.
+        finish_reason: "stop" (a stop token or stop string), "length" (``max_tokens`` or the context), "abort", or in
+            a chat "tool_calls".
+        seed: Seed that generates the same tokens again.
+        prompt_tokens: Length of the prompt in tokens.
+        logprobs: One entry per generated token, or None without the sampling option ``logprobs``.
     """
 
     text: str
@@ -47,46 +46,46 @@ class Completion:
 
     @property
     def completion_tokens(self) -> int:
-        """Number of tokens drawn."""
+        """Number of generated tokens."""
         return len(self.token_ids)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChatCompletion(Completion):
-    """An answer, split into its parts.
+    """The completion of a chat prompt, parsed into reasoning, content and tool calls.
 
     Attributes:
-        message: reasoning, content and tool calls.
+        message: Parsed message.
     """
 
     message: Message = dataclasses.field(default_factory=lambda: Message(None, None, [], "stop", []))
 
     @property
     def content(self) -> str | None:
-        """The answer's text."""
+        """Text of the answer."""
         return self.message.content
 
     @property
     def reasoning(self) -> str | None:
-        """The thinking before it."""
+        """Text of the thinking that precedes the answer."""
         return self.message.reasoning
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        """Complete calls, in order."""
+        """Complete tool calls, in order."""
         return self.message.tool_calls
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StreamChunk:
-    """A piece of a stream.
+    """New text of one completion in a stream.
 
     Attributes:
-        text: new text; never ends inside a character or inside what may become a stop string.
-        token_ids: the tokens drawn since the last piece.
-        finish_reason: set on the last piece of its completion.
-        index: which of the ``n`` completions.
-        completion: the whole, on the last piece.
+        text: New text; it never ends inside a character or inside a possible stop string.
+        token_ids: Tokens generated since the previous chunk.
+        finish_reason: Why the completion ended; None on every chunk but its last.
+        index: Index of the completion among the ``n`` of its prompt.
+        completion: The whole completion, on its last chunk.
     """
 
     text: str
@@ -98,12 +97,12 @@ class StreamChunk:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Score:
-    """Log-probability of a given continuation.
+    """Log-probability of a continuation after a prompt, in natural logarithms.
 
     Attributes:
-        total: their sum.
-        token_logprobs: of each token given all before it.
-        token_ids: of the continuation.
+        total: Sum of ``token_logprobs``.
+        token_logprobs: Log-probability of each token of the continuation, given all tokens before it.
+        token_ids: Tokens of the continuation.
     """
 
     total: float

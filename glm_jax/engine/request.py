@@ -1,30 +1,31 @@
-"""One completion being written, as the host sees it: ids to text, stop strings, the end. Imports no JAX."""
+"""State of one request on the host: detokenization, stop strings, finish reason. Imports no JAX."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from glm_jax.engine.outputs import Completion, FinishReason, StreamChunk, TokenLogprob
+from glm_jax.engine.outputs import Completion, StreamChunk, TokenLogprob
 from glm_jax.sampling import SamplingParams
 from glm_jax.text import StreamDecoder, Tokenizer
+from glm_jax.text.output_types import FinishReason
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Request:
-    """A completion in progress.
+    """One completion in progress; a prompt with ``n`` completions makes ``n`` requests.
 
     Attributes:
-        tokenizer: of its text.
-        prompt_ids: of its prompt.
-        params: its options.
-        seed: its own.
-        max_new_tokens: tokens it may write, at most ``params.max_tokens``.
-        stop_ids: tokens that end it.
-        index: among the ``n`` of its prompt.
-        prompt_index: of its prompt in the call.
-        token_ids: written so far.
-        logprobs: of ``token_ids``, where they were asked for.
-        finish_reason: why it ended, or None while it goes on.
+        tokenizer: Tokenizer that decodes this request's text.
+        prompt_ids: Token ids of the prompt.
+        params: Sampling options.
+        seed: Seed of this completion.
+        max_new_tokens: Most tokens to generate: ``params.max_tokens``, or fewer where the context ends before.
+        stop_ids: Token ids that end the completion.
+        index: Index of this completion among the ``n`` of its prompt.
+        prompt_index: Index of the prompt in the call.
+        token_ids: Tokens generated so far.
+        logprobs: Log-probabilities of ``token_ids``; empty without the sampling option ``logprobs``.
+        finish_reason: Why the completion ended; None while it is running.
     """
 
     tokenizer: Tokenizer
@@ -46,22 +47,27 @@ class Request:
         self._decoder = self.tokenizer.stream()
 
     def append_tokens(self, tokens: list[int], logprobs: list[TokenLogprob] | None = None) -> StreamChunk | None:
-        """Takes new tokens; returns what can be shown, or None if nothing changed.
+        """Appends generated tokens and returns the new text; tokens after the end of the completion are ignored.
 
-        Tokens after the one that ends the row are ignored.
+        Args:
+            tokens: Generated tokens, in order.
+            logprobs: One entry per token, or None.
+
+        Returns:
+            The chunk, whose text may be empty, or None if no token was appended.
         """
-        taken: list[int] = []
+        appended: list[int] = []
         for i, token in enumerate(tokens):
             if self.finish_reason:
                 break
-            taken.append(token)
+            appended.append(token)
             if logprobs:
                 self.logprobs.append(logprobs[i])
             self._append_token(token)
-        return self._next_chunk(taken) if taken else None
+        return self._next_chunk(appended) if appended else None
 
     def to_completion(self) -> Completion:
-        """The completion as it stands."""
+        """The completion so far; its finish reason is "abort" while the request is running."""
         return Completion(
             text=self._text,
             token_ids=tuple(self.token_ids),
@@ -81,29 +87,29 @@ class Request:
             self._finish("length")
 
     def _finish(self, reason: FinishReason) -> None:
-        # What the decoder still held is text too, and may complete a stop string.
+        # The bytes left in the decoder are text too, and may complete a stop string.
         self._append_text(self._decoder.flush())
         self.finish_reason = self.finish_reason or reason
 
     def _append_text(self, text: str) -> None:
-        """Adds text; ends the row at the first stop string in it."""
+        """Appends text and finishes the request at the first stop string."""
         if not text:
             return
-        # A match may begin in earlier text, but not before what has been shown.
+        # A match may start in earlier text, but not in text that was already emitted.
         self._text += text
-        found = [at for stop in self.params.stop if (at := self._text.find(stop, self._num_emitted_chars)) >= 0]
-        if found:
-            self._text = self._text[: min(found)]
+        matches = [self._text.find(stop, self._num_emitted_chars) for stop in self.params.stop]
+        if starts := [start for start in matches if start >= 0]:
+            self._text = self._text[: min(starts)]
             self.finish_reason = "stop"
 
     def _next_chunk(self, tokens: list[int]) -> StreamChunk:
         end = len(self._text) if self.finish_reason else len(self._text) - self._held_back_length()
         text, self._num_emitted_chars = self._text[self._num_emitted_chars : end], end
-        done = self.to_completion() if self.finish_reason else None
-        return StreamChunk(text, tuple(tokens), self.finish_reason, self.index, done)
+        completion = self.to_completion() if self.finish_reason else None
+        return StreamChunk(text, tuple(tokens), self.finish_reason, self.index, completion)
 
     def _held_back_length(self) -> int:
-        """Length of the longest end of the text that may grow into a stop string."""
+        """Length of the longest suffix of the text that is the beginning of a stop string."""
         longest = max((len(stop) for stop in self.params.stop), default=0) - 1
         tail = self._text[max(self._num_emitted_chars, len(self._text) - longest) :] if longest > 0 else ""
         for start in range(len(tail)):

@@ -1,4 +1,4 @@
-"""Which requests run together. Imports no JAX."""
+"""Decides which requests run together. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from collections.abc import Callable, Iterator, Sequence
 
 from glm_jax.engine.request import Request
 
+MAX_BATCH_SIZE = 64
 
-def make_batches(
-    requests: Sequence[Request], max_batch_size: int, fits: Callable[[Sequence[Request]], bool]
-) -> Iterator[list[Request]]:
-    """Rows in batches of similar length; completions of one prompt stay together where they fit.
+
+def make_batches(requests: Sequence[Request], fits: Callable[[Sequence[Request]], bool]) -> Iterator[list[Request]]:
+    """Groups the requests of a call into batches of similar prompt length, at most :data:`MAX_BATCH_SIZE` each.
+
+    Completions of one prompt stay in one batch where they fit.
 
     Args:
-        requests: of a call.
-        max_batch_size: rows of a batch.
-        fits: whether a batch does; a single row must.
+        requests: Requests of one call.
+        fits: Whether a batch fits into memory; a batch of one request is run without asking.
     """
-    left = sorted(requests, key=lambda row: (len(row.prompt_ids), row.prompt_index, row.index))
-    while left:
-        count = min(max_batch_size, len(left))
-        while count > 1 and not fits(left[:count]):
-            count = 1 << (count - 1).bit_length() - 1  # batches are padded to powers of two: anything between is waste
-        yield left[:count]
-        left = left[count:]
+    waiting = sorted(requests, key=lambda request: (len(request.prompt_ids), request.prompt_index, request.index))
+    while waiting:
+        size = min(MAX_BATCH_SIZE, len(waiting))
+        while size > 1 and not fits(waiting[:size]):
+            size = 1 << (size - 1).bit_length() - 1  # batches are padded to a power of two, so try the next lower one
+        yield waiting[:size]
+        waiting = waiting[size:]

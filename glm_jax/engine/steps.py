@@ -1,14 +1,15 @@
-"""The ``jit`` boundary: prompt chunks into the cache, many decode steps in one call.
+"""The compiled functions: prefill of one chunk, the first token, multi-step decode.
 
-What recompiles: the model, the number of rows and the cache's capacity (both come in powers of two, see
-:func:`bucket_size`), the chunk length, the step buffer, and the sampler's static features. Everything else is data.
+A new program is compiled for each model, batch size and cache capacity (both are powers of two, see
+:func:`bucket_size`), chunk length, output buffer width, and set of static sampler features. Everything else is data.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,26 +17,30 @@ import numpy as np
 
 from glm_jax.cache.latent import LatentCache
 from glm_jax.model.glm import GLM
+from glm_jax.model.hooks import EditFn
+from glm_jax.ops.mla import AttentionForm
 from glm_jax.sampling import SampleResult, SamplerState, is_stop, sample, update_state
+from glm_jax.sampling.batch_arrays import NO_TOKEN as NO_TOKEN
+from glm_jax.weights.params import ParamTree
 from pallas_kernels import CUDA_GRAPH_OPTIONS, MULTI_GPU_CUDA_GRAPH_OPTIONS
 
-Params = dict[str, Any]
-NO_TOKEN = -1
+_GraphMode: TypeAlias = Literal["one GPU", "several GPUs"] | None
+_COMPILER_OPTIONS = {None: None, "one GPU": CUDA_GRAPH_OPTIONS, "several GPUs": MULTI_GPU_CUDA_GRAPH_OPTIONS}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeState:
-    """Rows being decoded; donated to every call and returned by it.
+    """State of a batch of sequences between decode calls; every call donates it and returns the next one.
 
     Attributes:
-        cache: latents of all tokens but the newest.
-        tokens: int32 ``[B]``, the newest token of each row, not yet in the cache.
-        positions: int32 ``[B]``, the position that ``tokens`` takes.
-        remaining: int32 ``[B]``, tokens each row may still write.
-        done: bool ``[B]``; a row that is done writes :data:`NO_TOKEN`.
-        finite: bool ``[B]``; False once a row's logits held NaN or infinity.
-        sampler: options and history of the rows.
+        cache: Latents of all tokens except the newest.
+        tokens: ``int32 [B]``, newest token of each sequence, not yet in the cache.
+        positions: ``int32 [B]``, position of ``tokens``.
+        remaining: ``int32 [B]``, tokens that each sequence may still generate.
+        done: ``bool [B]``; a finished sequence outputs :data:`NO_TOKEN`.
+        finite: ``bool [B]``; False once the logits of a sequence contained NaN or infinity.
+        sampler: Sampling options and token history of each sequence.
     """
 
     cache: LatentCache
@@ -50,13 +55,13 @@ class DecodeState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeOutput:
-    """What a call wrote, in step order; a row that was done has :data:`NO_TOKEN`.
+    """Output of n decode steps, in step order; the other three are None unless a sequence needs log-probabilities.
 
     Attributes:
-        tokens: int32 ``[B, n]``.
-        logprobs: float32 ``[B, n]``, or None unless asked for.
-        top_ids: int32 ``[B, n, k]``, or None.
-        top_logprobs: float32 ``[B, n, k]``, or None.
+        tokens: ``int32 [B, n]``, generated tokens; :data:`NO_TOKEN` where a sequence was finished.
+        logprobs: ``float32 [B, n]``, log-probability of each token.
+        top_ids: ``int32 [B, n, k]``, the k most likely tokens.
+        top_logprobs: ``float32 [B, n, k]``, log-probabilities of ``top_ids``.
     """
 
     tokens: jax.Array
@@ -66,41 +71,88 @@ class DecodeOutput:
 
 
 def bucket_size(n: int, minimum: int = 1) -> int:
-    """The next power of two, so that few shapes are compiled."""
+    """The next power of two at or above ``n``, at least ``minimum``, so that few shapes are compiled."""
     return max(minimum, 1 << (max(n, 1) - 1).bit_length())
 
 
-def apply_model(model: GLM, params: Params, *inputs: Any, **options: Any) -> Any:
-    """``model.apply`` on plain parameters."""
+@overload
+def apply_model(
+    model: GLM,
+    params: ParamTree,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: LatentCache,
+    *,
+    method: Literal["__call__", "hidden"] = ...,
+    logits_at: jax.Array | None = ...,
+) -> tuple[jax.Array, LatentCache]: ...
+@overload
+def apply_model(
+    model: GLM,
+    params: ParamTree,
+    tokens: jax.Array,
+    *,
+    trace: tuple[str, ...],
+    edit: Mapping[str, EditFn],
+    attention: AttentionForm = ...,
+) -> tuple[jax.Array, None, dict[str, jax.Array]]: ...
+@overload
+def apply_model(model: GLM, params: ParamTree, hidden: jax.Array, *, method: Literal["head"]) -> jax.Array: ...
+@overload
+def apply_model(
+    model: GLM,
+    params: ParamTree,
+    hidden: jax.Array,
+    next_tokens: jax.Array,
+    positions: jax.Array,
+    cache: LatentCache,
+    *,
+    method: Literal["draft"],
+) -> tuple[jax.Array, jax.Array, LatentCache]: ...
+@overload
+def apply_model(
+    model: GLM,
+    params: ParamTree,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: LatentCache,
+    sampler: SamplerState,
+    *,
+    method: Literal["decode_and_sample"],
+) -> tuple[SampleResult, LatentCache]: ...
+def apply_model(model: GLM, params: ParamTree, *inputs: Any, **options: Any) -> object:
+    """Calls a method of :class:`~glm_jax.GLM` with the given parameters: ``model.apply`` with types."""
     return model.apply({"params": params}, *inputs, **options)
 
 
 def prefill_chunk(
     model: GLM,
-    params: Params,
+    params: ParamTree,
     cache: LatentCache,
     logits: jax.Array,
     tokens: jax.Array | np.ndarray,
     start: jax.Array | np.int32,
     lengths: jax.Array | np.ndarray,
 ) -> tuple[LatentCache, jax.Array]:
-    """Runs one chunk of every row's prompt.
+    """Runs one chunk of C tokens of every prompt.
 
     Args:
-        cache: donated.
-        logits: float32 ``[B, V]``, donated: of the last prompt token of rows that ended in an earlier chunk.
-        tokens: int32 ``[B, C]``, padded on the right.
-        start: int32, position of the chunk's first token.
-        lengths: int32 ``[B]``, whole prompt lengths.
+        model: Module.
+        params: Parameters of the module.
+        cache: Latents of the earlier chunks; donated.
+        logits: ``float32 [B, V]``, logits of the last token of each prompt that ended in an earlier chunk; donated.
+        tokens: ``int32 [B, C]``, padded on the right.
+        start: ``int32 []``, position of the first token of the chunk.
+        lengths: ``int32 [B]``, lengths of the whole prompts.
 
     Returns:
-        The cache, and the logits with the rows that end in this chunk filled in.
+        The cache, and the logits ``float32 [B, V]`` with those of the prompts that end in this chunk filled in.
     """
     return _jit_prefill(_graph_mode(model))(model, params, cache, logits, tokens, start, lengths)
 
 
 @functools.cache
-def _jit_prefill(graph_mode: str | None) -> Any:
+def _jit_prefill(graph_mode: _GraphMode) -> jax.stages.Wrapped:
     return jax.jit(
         prefill_program,
         static_argnames="model",
@@ -111,20 +163,20 @@ def _jit_prefill(graph_mode: str | None) -> Any:
 
 def prefill_program(
     model: GLM,
-    params: Params,
+    params: ParamTree,
     cache: LatentCache,
     logits: jax.Array,
     tokens: jax.Array,
     start: jax.Array,
     lengths: jax.Array,
 ) -> tuple[LatentCache, jax.Array]:
-    """What :func:`prefill_chunk` compiles."""
-    chunk = tokens.shape[1]
-    positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32)[None], tokens.shape)
+    """The function that :func:`prefill_chunk` compiles."""
+    width = tokens.shape[1]
+    positions = jnp.broadcast_to(start + jnp.arange(width, dtype=jnp.int32)[None], tokens.shape)
     last = lengths - 1 - start
-    here = (last >= 0) & (last < chunk)
-    fresh, cache = apply_model(model, params, tokens, positions, cache, logits_at=jnp.clip(last, 0, chunk - 1))
-    return cache, jnp.where(here[:, None], fresh[:, 0], logits)
+    ends_here = (last >= 0) & (last < width)
+    last_logits, cache = apply_model(model, params, tokens, positions, cache, logits_at=jnp.clip(last, 0, width - 1))
+    return cache, jnp.where(ends_here[:, None], last_logits[:, 0], logits)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -136,15 +188,18 @@ def start_decode(
     done: jax.Array,
     sampler: SamplerState,
 ) -> tuple[DecodeState, DecodeOutput]:
-    """Draws the first token of every row.
+    """Samples the first token of every sequence.
 
     Args:
-        cache: of the prompts, donated.
-        logits: float32 ``[B, V]`` of the prompts' last tokens.
-        lengths: int32 ``[B]``, of the prompts.
-        remaining: int32 ``[B]``, tokens each row may write.
-        done: bool ``[B]``, True for rows that only fill up the batch.
-        sampler: of the rows.
+        cache: Latents of the prompts; donated.
+        logits: ``float32 [B, V]``, logits of the last prompt tokens.
+        lengths: ``int32 [B]``, lengths of the prompts.
+        remaining: ``int32 [B]``, tokens that each sequence may generate.
+        done: ``bool [B]``, True for sequences that only pad the batch.
+        sampler: Sampling options and token history of each sequence.
+
+    Returns:
+        The state for :func:`decode_steps`, and the output of this one step.
     """
     result = sample(logits, sampler, lengths)
     state = DecodeState(
@@ -156,35 +211,39 @@ def start_decode(
         finite=jnp.ones_like(done),
         sampler=sampler,
     )
-    state, written = _advance_state(state, result)
-    return state, jax.tree.map(lambda x: x[:, None], written)
+    state, output = _advance_state(state, result)
+    return state, jax.tree.map(lambda x: x[:, None], output)
 
 
 def decode_steps(
-    model: GLM, params: Params, state: DecodeState, limit: jax.Array | np.int32, *, steps: int
+    model: GLM, params: ParamTree, state: DecodeState, limit: jax.Array | np.int32, *, steps: int
 ) -> tuple[DecodeState, DecodeOutput]:
-    """Up to ``min(limit, steps)`` decode steps without a host in between; ends early when every row is done.
+    """Multi-step decode: up to ``min(limit, steps)`` steps on the device in one call.
+
+    The loop ends early when every sequence is finished.
 
     Args:
-        state: donated.
-        limit: int32, steps to run now; data, so that streaming and bulk share one compilation.
-        steps: width of the output buffer.
+        model: Module.
+        params: Parameters of the module.
+        state: State of the batch; donated.
+        limit: ``int32 []``, steps to run; it is data, so that streaming and bulk generation share one program.
+        steps: Width of the output buffer.
+
+    Returns:
+        The next state, and the output, padded with :data:`NO_TOKEN` to ``steps`` columns.
     """
     return _jit_decode(_graph_mode(model))(model, params, state, limit, steps=steps)
 
 
-def _graph_mode(model: GLM) -> str | None:
-    """Which options the programs of a model are compiled with."""
+def _graph_mode(model: GLM) -> _GraphMode:
+    """Key of the compiler options for a model on the default backend."""
     if jax.default_backend() != "gpu":
         return None
-    return "several" if model.rules.mesh_axes else "one"
-
-
-_COMPILER_OPTIONS = {None: None, "one": CUDA_GRAPH_OPTIONS, "several": MULTI_GPU_CUDA_GRAPH_OPTIONS}
+    return "several GPUs" if model.rules.mesh_axes else "one GPU"
 
 
 @functools.cache
-def _jit_decode(graph_mode: str | None) -> Any:
+def _jit_decode(graph_mode: _GraphMode) -> jax.stages.Wrapped:
     return jax.jit(
         decode_program,
         static_argnames=("model", "steps"),
@@ -194,30 +253,31 @@ def _jit_decode(graph_mode: str | None) -> Any:
 
 
 def decode_program(
-    model: GLM, params: Params, state: DecodeState, limit: jax.Array, *, steps: int
+    model: GLM, params: ParamTree, state: DecodeState, limit: jax.Array, *, steps: int
 ) -> tuple[DecodeState, DecodeOutput]:
-    """What :func:`decode_steps` compiles."""
-    buffer = _empty_output(state, steps)
+    """The function that :func:`decode_steps` compiles."""
 
-    def go_on(carry: tuple[jax.Array, DecodeState, DecodeOutput]) -> jax.Array:
+    def should_continue(carry: tuple[jax.Array, DecodeState, DecodeOutput]) -> jax.Array:
         step, state, _ = carry
         return (step < limit) & (step < steps) & ~jnp.all(state.done)
 
-    def one(carry: tuple[jax.Array, DecodeState, DecodeOutput]) -> tuple[jax.Array, DecodeState, DecodeOutput]:
-        step, state, buffer = carry
+    def decode_step(carry: tuple[jax.Array, DecodeState, DecodeOutput]) -> tuple[jax.Array, DecodeState, DecodeOutput]:
+        step, state, outputs = carry
         newest = (state.tokens[:, None], state.positions[:, None])
         result, cache = apply_model(model, params, *newest, state.cache, state.sampler, method="decode_and_sample")
         positions = jnp.where(state.done, state.positions, state.positions + 1)
         state = dataclasses.replace(state, cache=cache, positions=positions)
-        state, written = _advance_state(state, result)
-        return step + 1, state, jax.tree.map(lambda all_, new: all_.at[:, step].set(new), buffer, written)
+        state, output = _advance_state(state, result)
+        outputs = jax.tree.map(lambda buffer, new: buffer.at[:, step].set(new), outputs, output)
+        return step + 1, state, outputs
 
-    _, state, buffer = jax.lax.while_loop(go_on, one, (jnp.int32(0), state, buffer))
-    return state, buffer
+    carry = (jnp.int32(0), state, _empty_output(state, steps))
+    _, state, outputs = jax.lax.while_loop(should_continue, decode_step, carry)
+    return state, outputs
 
 
 def _advance_state(state: DecodeState, result: SampleResult) -> tuple[DecodeState, DecodeOutput]:
-    """The state after a draw: rows that hit a stop token or their budget are done with it."""
+    """The state after a step, whose tokens finish the sequences that reach a stop token or their last token."""
     active = ~state.done
     tokens = jnp.where(active, result.tokens, NO_TOKEN)
     remaining = state.remaining - active.astype(jnp.int32)
@@ -236,11 +296,13 @@ def _advance_state(state: DecodeState, result: SampleResult) -> tuple[DecodeStat
 
 
 def _empty_output(state: DecodeState, steps: int) -> DecodeOutput:
-    rows, count = state.tokens.shape[0], state.sampler.features.logprobs
-    numbers = count is not None
+    batch, num_top = state.tokens.shape[0], state.sampler.features.logprobs
+    tokens = jnp.full((batch, steps), NO_TOKEN, jnp.int32)
+    if num_top is None:
+        return DecodeOutput(tokens=tokens, logprobs=None, top_ids=None, top_logprobs=None)
     return DecodeOutput(
-        tokens=jnp.full((rows, steps), NO_TOKEN, jnp.int32),
-        logprobs=jnp.zeros((rows, steps), jnp.float32) if numbers else None,
-        top_ids=jnp.full((rows, steps, count), NO_TOKEN, jnp.int32) if numbers else None,
-        top_logprobs=jnp.zeros((rows, steps, count), jnp.float32) if numbers else None,
+        tokens=tokens,
+        logprobs=jnp.zeros((batch, steps), jnp.float32),
+        top_ids=jnp.full((batch, steps, num_top), NO_TOKEN, jnp.int32),
+        top_logprobs=jnp.zeros((batch, steps, num_top), jnp.float32),
     )

@@ -212,7 +212,7 @@ def test_what_is_typed_and_no_utf8_is_said(monkeypatch, capsys):
     talk = Talk(monkeypatch, [UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "good"])
     assert talk.run() == 0
     assert talk.seen == [[("user", "good")]]
-    assert "error: what was typed is not UTF-8\n" in capsys.readouterr().err
+    assert "error: the typed text is not UTF-8\n" in capsys.readouterr().err
 
 
 def test_a_model_that_fails_ends_it(monkeypatch):
