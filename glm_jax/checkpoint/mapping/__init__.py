@@ -1,1 +1,1 @@
-"""From checkpoint tensor names to the parameter tree: one rule per tensor."""
+"""Maps checkpoint tensors to parameters: rule table, name matching, assignment, and transforms between the two."""

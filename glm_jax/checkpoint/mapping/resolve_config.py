@@ -1,4 +1,4 @@
-"""What only a checkpoint's tensors can tell about its model."""
+"""Resolves what ``config.json`` leaves open from the tensors: the prediction layer, and tensors that are copies."""
 
 from __future__ import annotations
 
@@ -11,13 +11,29 @@ from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from glm_jax.weights import QuantizedTensor
 
-_COMPARE_ROWS = 4096
+_COMPARE_ROWS = 4096  # rows compared at a time
 _MTP_COPY_NAMES = {"embed": "embed_tokens.weight", "head": "shared_head.head.weight"}
 _MTP_ONLY_NAMES = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
 
 
 class ResolvedConfig:
-    """What only the tensors can tell: whether there is a prediction layer, and which tensors are mere copies."""
+    """Config of a checkpoint, corrected by its tensors.
+
+    Args:
+        cfg: Config from ``config.json``.
+        weights: Weights of the checkpoint by logical name.
+
+    Attributes:
+        cfg: Config that the tensors have: with or without prediction layer, with or without embeddings of its own.
+        head_copy: Whether a model with tied embeddings has a head tensor as well.
+        mtp_copies: The prediction layer's tensors ("embed", "head") that also exist outside of it.
+        redundant_tensors: Names of tensors that equal others bit for bit and need not be loaded.
+        aliases: Expected name -> name of the tensor that is loaded instead.
+        notes: Corrections to report to the user.
+
+    Raises:
+        CheckpointError: If embeddings are tied according to ``config.json``, but the head tensor differs.
+    """
 
     def __init__(self, cfg: Config, weights: Mapping[str, StoredWeight]) -> None:
         self.cfg, self._weights = cfg, weights
@@ -32,7 +48,7 @@ class ResolvedConfig:
             self._resolve_mtp_copies()
 
     def _resolve_tied_head(self) -> bool:
-        """Whether a tied model has a head tensor, which must then be the embedding."""
+        """Returns whether a tied model has a head tensor, which must then equal the embedding."""
         head, embed = self._main_names["head"], self._main_names["embed"]
         if not self.cfg.tie_word_embeddings:
             return False
@@ -70,7 +86,7 @@ class ResolvedConfig:
         self.aliases = {names[key]: self._main_names[key] for key in absent}
 
     def _is_identical(self, name: str, main: str) -> bool:
-        """Whether two tensors are equal bit for bit. A missing main tensor is reported elsewhere."""
+        """Returns whether two tensors are equal bit for bit; a missing main tensor is reported elsewhere."""
         if main not in self._weights:
             return True
         a, b = self._weights[name], self._weights[main]

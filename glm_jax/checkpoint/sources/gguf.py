@@ -10,10 +10,9 @@ import weakref
 from pathlib import Path
 
 from glm_jax.checkpoint.formats.gguf import GgufModel, open_gguf
+from glm_jax.checkpoint.formats.gguf.split_files import GGUF_SUFFIX
 from glm_jax.checkpoint.sources.named_tensors import NamedTensorSource
 from glm_jax.errors import CheckpointError
-
-GGUF_SUFFIX = ".gguf"
 
 
 def is_gguf(path: Path) -> bool:

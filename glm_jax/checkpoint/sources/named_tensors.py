@@ -10,15 +10,11 @@ import numpy as np
 
 from glm_jax.checkpoint.folder.layout import Leaf
 from glm_jax.checkpoint.formats.base import StoredWeight
+from glm_jax.checkpoint.mapping.assignment import assign_tensors, load_slot, slot_quant_spec
+from glm_jax.checkpoint.mapping.matching import ParamSlot, leaf_slots
 from glm_jax.checkpoint.mapping.resolve_config import ResolvedConfig
-from glm_jax.checkpoint.mapping.rules import ParamSlot, assign_tensors, expert_slots, load_slot, slot_quant_spec
-from glm_jax.checkpoint.sources.base import (
-    RoundTripInfo,
-    SourceInfo,
-    SourceKind,
-    WeightChunk,
-    WeightSource,
-)
+from glm_jax.checkpoint.round_trip import RoundTripInfo
+from glm_jax.checkpoint.sources.base import SourceInfo, SourceKind, WeightChunk, WeightSource
 from glm_jax.checkpoint.sources.build import dominant_dtype, to_plain_array
 from glm_jax.checkpoint.sources.storage import split_layer_groups
 from glm_jax.config import Config
@@ -99,7 +95,7 @@ class NamedTensorSource(WeightSource):
         """Returns the common dtype of the array's tensors; float32 if they differ."""
         if leaf.spec.dtype:
             return np.dtype(leaf.spec.dtype)
-        dtypes = {self._weights[self._slots[slot].name].dtype for slot in _leaf_slots(leaf)}
+        dtypes = {self._weights[self._slots[slot].name].dtype for slot in leaf_slots(leaf)}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     def quant_spec(self, leaf: Leaf) -> QuantSpec | None:
@@ -109,7 +105,7 @@ class NamedTensorSource(WeightSource):
             # Norms and routers are always loaded plain, even if a file has them quantized.
             fixed = not is_matrix(leaf.spec) or leaf.path[-1] == "router"
             specs: set[QuantSpec | None] = (
-                {None} if fixed else {self._slot_quant_spec(slot) for slot in _leaf_slots(leaf)}
+                {None} if fixed else {self._slot_quant_spec(slot) for slot in leaf_slots(leaf)}
             )
             self._quant_specs[key] = specs.pop() if len(specs) == 1 else None
         return self._quant_specs[key]
@@ -122,8 +118,8 @@ class NamedTensorSource(WeightSource):
         """Yields one chunk per expert, or all rows as one chunk; plain chunks are views of the file."""
         quantized = self.quant_spec(leaf) is not None
         end = leaf.spec.shape[0 if leaf.stack_index is None else 1] if stop is None else stop
-        for slot in _leaf_slots(leaf):
-            expert = slot[2]
+        for slot in leaf_slots(leaf):
+            expert = slot.expert
             if expert is not None and not start <= expert < end:
                 continue
             weight = self._load(slot)
@@ -144,7 +140,7 @@ class NamedTensorSource(WeightSource):
     def _original_dtypes(self) -> dict[str, str]:
         fixed = [leaf for members in self.layout().values() for leaf in members if leaf.spec.dtype]
         names = {
-            f"{leaf.checkpoint_name}/{leaf.name}": self._slots[leaf.checkpoint_name, leaf.name, None].name
+            f"{leaf.checkpoint_name}/{leaf.name}": self._slots[ParamSlot(leaf.checkpoint_name, leaf.name, None)].name
             for leaf in fixed
         }
         own = {key: self._weights[name].dtype.name for key, name in names.items()}
@@ -156,7 +152,7 @@ class NamedTensorSource(WeightSource):
             leaf: leaf.size
             for members in self.layout().values()
             for leaf in members
-            if self.quant_spec(leaf) is None and any(self._is_quantized(slot) for slot in _leaf_slots(leaf))
+            if self.quant_spec(leaf) is None and any(self._is_quantized(slot) for slot in leaf_slots(leaf))
         }
         if dequantized:
             sizes = ", ".join(
@@ -171,7 +167,3 @@ class NamedTensorSource(WeightSource):
     def _is_quantized(self, slot: ParamSlot) -> bool:
         stored = self._weights[self._slots[slot].name]
         return stored.spec is not None or stored.is_dequantized
-
-
-def _leaf_slots(leaf: Leaf) -> Iterator[ParamSlot]:
-    return ((leaf.checkpoint_name, leaf.name, expert) for expert in expert_slots(leaf))

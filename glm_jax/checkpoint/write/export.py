@@ -12,7 +12,7 @@ import numpy as np
 from glm_jax.checkpoint.array_record import FLOAT_DTYPES
 from glm_jax.checkpoint.folder.layout import MTP, Leaf
 from glm_jax.checkpoint.formats.quantization_config import QUANTIZATION_CONFIG_KEYS
-from glm_jax.checkpoint.mapping.rules import CheckpointTensor, TensorMatcher
+from glm_jax.checkpoint.mapping.matching import CheckpointTensor, TensorMatcher
 from glm_jax.checkpoint.safetensors.writer import TensorOutput
 from glm_jax.checkpoint.sources.base import Array, WeightSource
 from glm_jax.checkpoint.sources.build import to_plain_array

@@ -12,7 +12,7 @@ import numpy as np
 from glm_jax.checkpoint.array_record import FLOAT_DTYPES
 from glm_jax.checkpoint.folder.layout import MTP, Leaf
 from glm_jax.checkpoint.formats.reshape import undo_permutation
-from glm_jax.checkpoint.mapping.rules import CheckpointTensor
+from glm_jax.checkpoint.mapping.matching import CheckpointTensor
 from glm_jax.checkpoint.sources.base import WeightSource
 from glm_jax.checkpoint.sources.quantized import RequantizedSource
 from glm_jax.checkpoint.write.pack_quantized import has_zero_point_overflow, pack_unsupported_reason

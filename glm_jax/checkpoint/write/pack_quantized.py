@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from glm_jax.checkpoint.formats.bit_packing import packed_word_count
 from glm_jax.checkpoint.safetensors.writer import TensorOutput
 from glm_jax.weights import QuantizedTensor, QuantSpec, pack_nibbles
 
@@ -62,7 +63,7 @@ def pack_module(
     """
     outputs, inputs = shape
     groups = spec.component_shapes(shape)["scales"][0][-1]
-    words = functools.partial(_word_count, bits=spec.bits)
+    words = functools.partial(packed_word_count, bits=spec.bits)
 
     def output(name: str, size: tuple[int, ...], dtype: DTypeLike, build: Callable[[], Array]) -> TensorOutput:
         return TensorOutput(f"{module}.{name}", size, np.dtype(dtype), lambda: iter((build(),)))
@@ -76,10 +77,6 @@ def pack_module(
         size = (words(outputs), groups)
         tensors.append(output("weight_zero_point", size, np.int32, lambda: _packed_zeros(load())))
     return tensors
-
-
-def _word_count(values: int, bits: int) -> int:
-    return -(-values * bits // 32)
 
 
 def _packed_codes(tensor: QuantizedTensor) -> Array:

@@ -1,4 +1,4 @@
-"""The rule table: one rule per tensor, every parameter once, and all disagreements in one message."""
+"""Rule table, matching and assignment: one rule per tensor, every parameter once, all disagreements in one message."""
 
 import math
 from collections import Counter
@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 
 from glm_jax.checkpoint.folder.layout import checkpoint_layout
 from glm_jax.checkpoint.formats.base import StoredWeight
-from glm_jax.checkpoint.mapping.rules import TENSOR_RULES, TensorMatcher, assign_tensors, expert_slots
+from glm_jax.checkpoint.mapping.assignment import assign_tensors
+from glm_jax.checkpoint.mapping.matching import TensorMatcher, leaf_slots
+from glm_jax.checkpoint.mapping.rules import TENSOR_RULES
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
+from glm_jax.weights.params import leaves_with_path, param_specs
 from tests.builders import hf_checkpoints, hf_configs
 
 CONFIGS = {
@@ -29,7 +32,7 @@ CONFIGS = {
 }
 
 
-def entries_of(shapes, dtype=np.float32):
+def weights_of_shapes(shapes, dtype=np.float32):
     return {name: stored(name, shape, dtype) for name, shape in shapes.items()}
 
 
@@ -38,14 +41,14 @@ def stored(name, shape, dtype=np.float32):
 
 
 def small():
-    """Config and the tensors it needs, without the prediction layer's copies."""
+    """A config and the weights it needs, without the prediction layer's copies."""
     config = hf_configs.odd_size_config()
-    return Config.from_hf(config), entries_of(hf_checkpoints.tensor_shapes(config, own_mtp=False))
+    return Config.from_hf(config), weights_of_shapes(hf_checkpoints.tensor_shapes(config, own_mtp=False))
 
 
-def problems(cfg, entries, aliases=None):
+def problems(cfg, weights, aliases=None):
     with pytest.raises(CheckpointError) as caught:
-        assign_tensors(cfg, entries, aliases or {})
+        assign_tensors(cfg, weights, aliases or {})
     return str(caught.value)
 
 
@@ -58,13 +61,8 @@ def test_tables_name_no_tensor_twice():
 def test_every_slot_is_filled_once(config):
     cfg = Config.from_hf(config)
     shapes = hf_checkpoints.tensor_shapes(config, own_mtp=False)
-    filled = assign_tensors(cfg, entries_of(shapes), {})
-    needed = [
-        (leaf.checkpoint_name, leaf.name, row)
-        for members in checkpoint_layout(cfg).values()
-        for leaf in members
-        for row in expert_slots(leaf)
-    ]
+    filled = assign_tensors(cfg, weights_of_shapes(shapes), {})
+    needed = [slot for members in checkpoint_layout(cfg).values() for leaf in members for slot in leaf_slots(leaf)]
     assert sorted(filled, key=str) == sorted(needed, key=str)
     assert {tensor.name for tensor in filled.values()} == set(shapes)
 
@@ -78,9 +76,7 @@ def test_expected_names_and_shapes_are_the_checkpoints(config):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_parts_hold_every_parameter_once(config):
-    """The layout on disk is the parameter tree, cut into layers."""
-    from glm_jax.weights.params import leaves_with_path, param_specs
-
+    """The layout on disk is the parameter tree, split by layer."""
     cfg = Config.from_hf(config)
     members = [leaf for part in checkpoint_layout(cfg).values() for leaf in part]
     assert len({(leaf.checkpoint_name, leaf.name) for leaf in members}) == len(members)
@@ -89,7 +85,7 @@ def test_parts_hold_every_parameter_once(config):
 
 
 def test_full_size_model_is_the_one_on_the_hub():
-    """9,703 tensors and 31,221,488,576 parameters, of which the prediction layer's two copies are not ours."""
+    """9,703 tensors and 31,221,488,576 parameters, including the prediction layer's two copies, which are not kept."""
     cfg = Config.flash()
     tensors = list(TensorMatcher(cfg).expected_tensors())
     copies = 2 * cfg.vocab_size * cfg.hidden_size
@@ -142,8 +138,8 @@ def test_names_that_are_not_the_models(name):
 
 @given(st.text(max_size=60) | st.from_regex(r"model\.layers\.\d{1,12}\.[a-z_.0-9]{1,40}", fullmatch=True))
 def test_any_name_is_matched_or_not(name):
-    cfg, entries = small()
-    assert (TensorMatcher(cfg).match(name) is not None) == (name in entries or name in _EXTRA)
+    cfg, weights = small()
+    assert (TensorMatcher(cfg).match(name) is not None) == (name in weights or name in _EXTRA)
 
 
 _EXTRA = {
@@ -152,16 +148,16 @@ _EXTRA = {
 
 
 def test_all_problems_come_together():
-    cfg, entries = small()
-    del entries["model.norm.weight"]
-    del entries["model.layers.1.self_attn.kv_b_proj.weight"]
-    entries["model.layers.9.extra"] = entries["lm_head.weight"]
-    entries["lm_head.weight"] = stored("lm_head.weight", (7, 7), np.float32)
-    entries["model.layers.2.mlp.gate.weight"] = stored("model.layers.2.mlp.gate.weight", (7, 40), np.int32)
-    entries["model.layers.1.mlp.experts.down_proj"] = stored(
+    cfg, weights = small()
+    del weights["model.norm.weight"]
+    del weights["model.layers.1.self_attn.kv_b_proj.weight"]
+    weights["model.layers.9.extra"] = weights["lm_head.weight"]
+    weights["lm_head.weight"] = stored("lm_head.weight", (7, 7), np.float32)
+    weights["model.layers.2.mlp.gate.weight"] = stored("model.layers.2.mlp.gate.weight", (7, 40), np.int32)
+    weights["model.layers.1.mlp.experts.down_proj"] = stored(
         "model.layers.1.mlp.experts.down_proj", (7, 40, 12), np.float32
     )
-    text = problems(cfg, entries)
+    text = problems(cfg, weights)
     assert "2 missing: model.layers.1.self_attn.kv_b_proj.weight, model.norm.weight" in text
     assert "1 unknown: model.layers.9.extra" in text
     assert "8 given more than once: model.layers.1.mlp.experts.0.down_proj.weight" in text
@@ -179,27 +175,27 @@ def test_long_lists_are_cut_and_counted():
 
 
 def test_absurd_configs_end_soon():
-    cfg, entries = small()
-    text = problems(cfg.replace(n_routed_experts=10**9), entries)
+    cfg, weights = small()
+    text = problems(cfg.replace(n_routed_experts=10**9), weights)
     assert "at least 10000 missing: model.layers.1.mlp.experts.7.gate_proj.weight" in text
     assert "model.layers.1.mlp.gate.weight is [7, 40], the config needs [1000000000, 40]" in text
 
 
 def test_one_expert_short():
-    cfg, entries = small()
-    del entries["model.layers.2.mlp.experts.6.up_proj.weight"]
-    assert "1 missing: model.layers.2.mlp.experts.6.up_proj.weight" in problems(cfg, entries)
+    cfg, weights = small()
+    del weights["model.layers.2.mlp.experts.6.up_proj.weight"]
+    assert "1 missing: model.layers.2.mlp.experts.6.up_proj.weight" in problems(cfg, weights)
 
 
 def test_float64_is_not_narrowed_silently():
-    cfg, entries = small()
-    entries["model.norm.weight"] = stored("model.norm.weight", (40,), np.float64)
-    assert "model.norm.weight is F64" in problems(cfg, entries)
+    cfg, weights = small()
+    weights["model.norm.weight"] = stored("model.norm.weight", (40,), np.float64)
+    assert "model.norm.weight is F64" in problems(cfg, weights)
 
 
 def test_names_from_files_are_made_printable():
-    cfg, entries = small()
-    entries["\x1b[31m\ud800"] = entries["model.norm.weight"]
-    text = problems(cfg, entries)
+    cfg, weights = small()
+    weights["\x1b[31m\ud800"] = weights["model.norm.weight"]
+    text = problems(cfg, weights)
     assert "\x1b" not in text
     text.encode("utf-8")
