@@ -17,11 +17,11 @@ from convert.calibrate.block_forward import BlockForward, MtpForward, Weights
 from convert.calibrate.calibration_data import CalibrationConfig
 from convert.calibrate.saved_state import CalibrationState, load_latest_notes, load_state, save_state
 from convert.calibrate.signround import SignRoundConfig, quantize_by_search, supports_signround, tune_block
+from glm_jax.checkpoint.finiteness import require_finite
 from glm_jax.checkpoint.folder.layout import MTP, NON_LAYER, Leaf, checkpoint_layout
 from glm_jax.checkpoint.sources.base import Array, WeightChunk, WeightSource
 from glm_jax.checkpoint.sources.build import to_plain_array
 from glm_jax.checkpoint.sources.quantized import RequantizedSource
-from glm_jax.checkpoint.validation import require_finite
 from glm_jax.errors import MemoryPlanError
 from glm_jax.memory.devices import available_device_memory
 from glm_jax.ops.norm import rms_norm

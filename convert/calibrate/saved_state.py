@@ -12,9 +12,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from glm_jax.checkpoint.folder.layout import STATE_FOLDER
 from glm_jax.checkpoint.safetensors.reader import SafetensorsFile
 from glm_jax.checkpoint.sources.base import Array
-from glm_jax.checkpoint.write.conversion_state import STATE_FOLDER
 from glm_jax.errors import CheckpointError
 
 _STATES_KEPT = 2  # the newest layer checkpoint on disk may be one layer behind the newest state

@@ -40,13 +40,12 @@ def progress_bar(
 
 @contextlib.contextmanager
 def _bar(label: str, total: int, unit: str, stream: TextIO) -> Iterator[ProgressCallback]:
-    from rich import progress as rich  # slow to import, and only terminals need it
-    from rich.console import Console
+    from rich import console, progress  # slow to import, and only terminals need it
 
-    counted = (rich.MofNCompleteColumn(), rich.TextColumn(unit))
-    done = (rich.DownloadColumn(), rich.TransferSpeedColumn()) if unit == _BYTES else counted
-    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *done, rich.TimeRemainingColumn())
-    with rich.Progress(*columns, console=Console(file=stream)) as bar:
+    counted = (progress.MofNCompleteColumn(), progress.TextColumn(unit))
+    done = (progress.DownloadColumn(), progress.TransferSpeedColumn()) if unit == _BYTES else counted
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), *done, progress.TimeRemainingColumn())
+    with progress.Progress(*columns, console=console.Console(file=stream)) as bar:
         task = bar.add_task(label, total=total)
         yield lambda count: bar.advance(task, count)
 

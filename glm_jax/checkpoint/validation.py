@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from glm_jax.checkpoint.array_record import FLOAT_DTYPES
+from glm_jax.checkpoint.finiteness import count_nonfinite
 from glm_jax.checkpoint.folder.layout import Leaf
 from glm_jax.checkpoint.messages import format_names
 from glm_jax.checkpoint.progress import ProgressCallback
@@ -19,8 +17,6 @@ from glm_jax.weights import QuantizedTensor
 from glm_jax.weights.quantized_tensor import COMPONENTS
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-_BLOCK_VALUES = 1 << 22  # values checked at once
 
 
 class WeightValidator:
@@ -48,7 +44,7 @@ class WeightValidator:
 
     def _check_array(self, leaf: Leaf, component: str, rows: Array) -> None:
         key = disk_array_name(leaf, component)
-        if count := _count_nonfinite(rows):
+        if count := count_nonfinite(rows):
             self._nonfinite_counts[key] = self._nonfinite_counts.get(key, 0) + count
         if self._source.sha256(leaf, component) is not None:
             digest = self._hashes.setdefault(key, hashlib.sha256())
@@ -97,32 +93,6 @@ def validate_weights(source: WeightSource, advance: ProgressCallback) -> None:
     validator.raise_problems()
 
 
-def require_finite(values: Array | jax.Array, leaf: Leaf) -> None:
-    """Checks weights before they are quantized, because integers would hide a NaN or an infinity.
-
-    Args:
-        values: Weights, in any float dtype and of any shape.
-        leaf: Array that they belong to.
-
-    Raises:
-        CheckpointError: if a value is not finite; names the array.
-    """
-    if not bool(jnp.isfinite(jnp.max(jnp.abs(jnp.asarray(values))))):
-        raise CheckpointError(
-            f"{leaf.checkpoint_name}/{leaf.name} holds weights that are NaN or infinite, which cannot be quantized: "
-            "the checkpoint is damaged"
-        )
-
-
 def disk_array_name(leaf: Leaf, component: str) -> str:
     """Returns the name of an array on disk, such as ``layer-00001/moe.gate.codes``; ``component`` is "" if plain."""
     return f"{leaf.checkpoint_name}/{leaf.name}" + (f".{component}" if component else "")
-
-
-def _count_nonfinite(array: Array) -> int:
-    if not np.issubdtype(array.dtype, np.inexact) and array.dtype != FLOAT_DTYPES["bfloat16"]:
-        return 0
-    array = np.atleast_1d(array)
-    rows = max(1, _BLOCK_VALUES * len(array) // max(1, array.size))
-    blocks = (array[start : start + rows] for start in range(0, len(array), rows))
-    return sum(block.size - int(np.count_nonzero(np.isfinite(block))) for block in blocks)

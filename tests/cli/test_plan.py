@@ -5,16 +5,15 @@ import json
 import jax
 import pytest
 
-import glm_jax.memory
 from glm_jax.checkpoint.array_record import ArrayRecord
 from glm_jax.checkpoint.folder.layout import checkpoint_layout
 from glm_jax.checkpoint.folder.manifest import Manifest
-from glm_jax.checkpoint.sources.base import RoundTripInfo
+from glm_jax.checkpoint.round_trip import RoundTripInfo
 from glm_jax.checkpoint.sources.inspect import load_config_and_storage
 from glm_jax.cli.common import BAD_INPUT, run_and_exit
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError, ConfigError
-from glm_jax.memory import known_gpus
+from glm_jax.memory import devices, known_gpus, plan_memory
 from glm_jax.plan.__main__ import main
 from glm_jax.plan.compiled_loop import compiled_summary
 
@@ -26,7 +25,7 @@ SMALL = Config.flash(layers=3).replace(
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """The command sets these where they are not set."""
+    """Sets the variables that the command would set."""
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -66,7 +65,7 @@ def test_json_of_the_real_model(run):
     record = json.loads(out)
     assert err == ""
     assert out.count("\n") == 1
-    wanted = {
+    expected = {
         "model": FLASH,
         "on": "1 x h100",
         "fits": True,
@@ -79,15 +78,15 @@ def test_json_of_the_real_model(run):
         "max_context": 202_752,
         "device_bytes": int(0.95 * known_gpus()["h100"].memory_bytes),
     }
-    assert {name: record[name] for name in wanted} == wanted
-    # The rest of the card, in caches of that length.
+    assert {name: record[name] for name in expected} == expected
+    # The rest of the memory holds this many caches of that length.
     assert record["max_sequences"] == 9
     assert 370 < record["bound_tokens_per_s"] < 380
 
 
-def test_a_card_that_is_not_here_needs_no_device(run, monkeypatch):
-    monkeypatch.setattr(jax, "devices", lambda *_: pytest.fail("asked for devices"))
-    monkeypatch.setattr(jax, "local_devices", lambda *_: pytest.fail("asked for devices"))
+def test_plan_for_an_absent_gpu_touches_no_device(run, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda *_: pytest.fail("requests for devices"))
+    monkeypatch.setattr(jax, "local_devices", lambda *_: pytest.fail("requests for devices"))
     assert json.loads(run("--model", FLASH, "--gpu", "b200x4", "--json")[0])["devices"] == 4
 
 
@@ -102,7 +101,7 @@ def test_tables_of_a_model_that_fits(run):
     assert any(line.startswith("decoding: at most ") and "a bound, not a measurement" in line for line in lines)
 
 
-def test_what_does_not_fit_is_said_and_shown_and_is_no_failure(run):
+def test_model_that_does_not_fit_is_reported_with_exit_code_0(run):
     out, _ = run("--model", FLASH, "--gpu", "rtx6000-ada", "--context", "32768")
     assert "does not fit: 61.17 GB weights + 1.77 GB cache (1 sequence of 32,768 tokens at 54,144 bytes) + " in out
     assert "what would fit: 2 such devices, with mesh=2" in out
@@ -110,7 +109,7 @@ def test_what_does_not_fit_is_said_and_shown_and_is_no_failure(run):
     assert (record["fits"], record["max_context"], record["max_sequences"]) == (False, 0, 0)
 
 
-def test_several_cards_show_what_is_on_each(run):
+def test_several_gpus_show_the_bytes_on_each(run):
     out, _ = run("--model", FLASH, "--gpu", "rtx6000-adax2", "--context", "4096")
     assert "on each device" in out
     assert "2 x rtx6000-ada" in out
@@ -138,8 +137,8 @@ def test_options_reach_the_plan(run):
     assert record("--memory-fraction", "0.5")["device_bytes"] == known_gpus()["b200"].memory_bytes // 2
 
 
-def test_the_device_at_hand(run, monkeypatch):
-    monkeypatch.setattr(glm_jax.memory.devices, "available_host_memory", lambda: 10**9)
+def test_plan_for_the_local_device(run, monkeypatch):
+    monkeypatch.setattr(devices, "available_host_memory", lambda: 10**9)
     out, err = run("--json")
     record = json.loads(out)
     assert (record["model"], record["on"], record["device_bytes"]) == ("tiny", "1 x cpu", 10**9)
@@ -151,41 +150,41 @@ def test_the_device_at_hand(run, monkeypatch):
     assert err == ""
 
 
-def test_a_folder_needs_nothing_but_its_config(tmp_path, run):
+def test_folder_needs_only_its_config(tmp_path, run):
     folder = write_config(tmp_path / "model")
     record = json.loads(run("--model", folder, "--gpu", "l40s", "--json")[0])
-    assert record["parameters"] == glm_jax.memory.plan_memory(SMALL, device_bytes=0).parameters
+    assert record["parameters"] == plan_memory(SMALL, device_bytes=0).parameters
     assert load_config_and_storage(folder)[0] == SMALL
 
 
-def test_a_converted_folder_is_as_its_manifest_says(tmp_path):
+def test_config_of_a_converted_folder_comes_from_its_manifest(tmp_path):
     cfg = SMALL.replace(mtp_own_embeddings=True)
-    parts = {
-        part: {leaf.name: ArrayRecord(leaf.shape, leaf.spec.dtype or "bfloat16", "0" * 64) for leaf in members}
-        for part, members in checkpoint_layout(cfg).items()
+    records = {
+        name: {leaf.name: ArrayRecord(leaf.shape, leaf.spec.dtype or "bfloat16", "0" * 64) for leaf in members}
+        for name, members in checkpoint_layout(cfg).items()
     }
     manifest = Manifest(
-        cfg=cfg, dtype="bfloat16", original=RoundTripInfo(), source_fingerprint="test", array_records=parts
+        cfg=cfg, dtype="bfloat16", original=RoundTripInfo(), source_fingerprint="test", array_records=records
     )
     folder = write_config(tmp_path / "converted")
     (tmp_path / "converted" / "manifest.json").write_text(manifest.to_json())
     assert load_config_and_storage(folder)[0] == cfg
 
 
-def test_a_hub_id_downloads_the_config_alone(tmp_path, monkeypatch):
+def test_hub_id_downloads_only_the_config(tmp_path, monkeypatch):
     write_config(tmp_path)
-    asked = []
+    requests = []
 
     def download(repo: str, filename: str) -> str:
-        asked.append((repo, filename))
+        requests.append((repo, filename))
         return str(tmp_path / filename)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert load_config_and_storage("someone/Model-1.0")[0] == SMALL
-    assert asked == [("someone/Model-1.0", "config.json")]
+    assert requests == [("someone/Model-1.0", "config.json")]
 
 
-def test_the_hub_out_of_reach(monkeypatch):
+def test_unreachable_hub_is_an_error(monkeypatch):
     import huggingface_hub.errors as errors
 
     def unreachable(*_: str) -> str:
@@ -197,7 +196,7 @@ def test_the_hub_out_of_reach(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "message"),
     [
         ("", "no folder"),
         ("not here", "no folder not here, and it is not a hub id"),
@@ -205,32 +204,32 @@ def test_the_hub_out_of_reach(monkeypatch):
         ("synthetic:nothing", "no synthetic model 'nothing'"),
     ],
 )
-def test_sources_that_are_none(source, words):
-    with pytest.raises(CheckpointError, match=words):
+def test_invalid_sources_are_refused(source, message):
+    with pytest.raises(CheckpointError, match=message):
         load_config_and_storage(source)
 
 
-def test_files_are_refused(tmp_path):
-    for name, words in (("model.bin", "pickle"), ("model.safetensors", "or the folder")):
+def test_single_files_are_refused(tmp_path):
+    for name, message in (("model.bin", "pickle"), ("model.safetensors", "or the folder")):
         (tmp_path / name).write_bytes(b"")
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises(CheckpointError, match=message):
             load_config_and_storage(str(tmp_path / name))
 
 
-def test_configs_that_cannot_be_run_are_refused(tmp_path):
+def test_unsupported_configs_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         load_config_and_storage(str(tmp_path))
     with pytest.raises(ConfigError, match="model_type"):
         load_config_and_storage(write_config(tmp_path, model_type="llama"))
 
 
-def test_a_quantized_config_without_weights_is_planned_as_if_it_were_not(tmp_path, caplog):
+def test_quantized_config_without_weights_is_planned_as_unquantized(tmp_path, caplog):
     assert load_config_and_storage(write_config(tmp_path, quantization_config={"quant_method": "awq"}))[0] == SMALL
     assert "only the weight files say how" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "message"),
     [
         (["--gpu", "h101"], "no card 'h101' (did you mean h100?)"),
         (["--gpu", "h100x3"], "20 attention heads do not divide over 3 devices (possible: [1, 2, 4, 5, 10, 20])"),
@@ -239,13 +238,13 @@ def test_a_quantized_config_without_weights_is_planned_as_if_it_were_not(tmp_pat
         (["--gpu", "h100", "--mesh", "4"], "write --gpu h100x4"),
         (["--gpu", "h100", "--memory-fraction", "1.5"], "--memory-fraction must be in (0, 1]"),
         (["--gpu", "h100", "--compile", "--dtype", "float32"], "compute in bfloat16: leave --dtype out"),
-        (["--mesh", "9"], "mesh=9 asked for, but 8 cpu device(s) are there"),
+        (["--mesh", "9"], "mesh=9 requests for, but 8 cpu device(s) are there"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(refused, args, words):
+def test_bad_input_is_one_line_and_exit_code_2(refused, args, message):
     err = refused("--model", FLASH, *args)
     assert err.splitlines()[-1].startswith("error: ")
-    assert words in err
+    assert message in err
 
 
 @pytest.mark.parametrize("args", [["--dtype", "int4"], ["--context", "long"], ["--nonsense"]])
@@ -255,7 +254,7 @@ def test_bad_usage_is_exit_code_2(args):
     assert caught.value.code == 2
 
 
-def test_help_teaches(capsys):
+def test_help_has_examples_and_gpus(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
     assert caught.value.code == 0
@@ -270,7 +269,7 @@ def test_help_teaches(capsys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         (
             {},
@@ -283,9 +282,9 @@ def test_help_teaches(capsys):
         ({"kernels": {"flash_kernel": 1}}, "the fused kernels of a decode step take at most 128 tokens at a time"),
     ],
 )
-def test_what_was_compiled_is_said_in_a_sentence(changes, words):
-    made = {
+def test_compiled_loop_is_summarized_in_a_sentence(changes, message):
+    compiled = {
         "launches_per_token": 390, "graph_pieces": 1, "launches_outside_graphs": 0, "collectives": [],
         "argument_bytes": 16_998_000_000, "temp_bytes": 2_000_000, "fits": True, "kernels": {"flash_decode_kernel": 47},
     }  # fmt: skip
-    assert words in compiled_summary({**made, **changes})
+    assert message in compiled_summary({**compiled, **changes})

@@ -10,11 +10,11 @@ import pytest
 
 from convert.pipeline import convert_checkpoint
 from glm_jax.checkpoint.folder import arrays
+from glm_jax.checkpoint.folder.layout import STATE_FOLDER
 from glm_jax.checkpoint.folder.manifest import load_manifest
 from glm_jax.checkpoint.safetensors.writer import split_into_shards
 from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.checkpoint.write import conversion, orbax_target, safetensors_target
-from glm_jax.checkpoint.write.conversion_state import STATE_FOLDER
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from tests.builders import hf_checkpoints, hf_configs

@@ -14,10 +14,10 @@ import pytest
 
 from convert.__main__ import main
 from convert.pipeline import convert_checkpoint
+from glm_jax.checkpoint.folder.layout import STATE_FOLDER
 from glm_jax.checkpoint.folder.manifest import load_manifest
 from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.checkpoint.write import conversion_state, orbax_target
-from glm_jax.checkpoint.write.conversion_state import STATE_FOLDER
 from glm_jax.errors import CheckpointError
 from tests.builders import hf_checkpoints, hf_configs
 from tests.checkpoint.assertions import assert_same_tensors, read_converted_folder

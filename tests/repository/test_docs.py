@@ -24,7 +24,8 @@ from glm_jax.checkpoint.sources.synthetic import SyntheticSpec
 from glm_jax.config import Config
 from glm_jax.ops.mla import is_expanded_cheaper
 from glm_jax.weights import QUANT_PRESETS
-from glm_jax.weights.params import ParamSpec, init_params, leaves_with_path, param_specs
+from glm_jax.weights.params import ParamSpec, leaves_with_path, param_specs
+from glm_jax.weights.random_init import init_params
 from glm_jax.weights.storage import Storage, abstract_params, plan_storage
 from tests.builders.tiny_overrides import TINY_OVERRIDES
 from tests.repository.test_layers import FILES, LEVELS
@@ -111,7 +112,7 @@ def parse(module: str, arguments: list[str]) -> None:
     elif hasattr(home, "COMMANDS"):
         tyro.extras.subcommand_cli_from_dict(home.COMMANDS, args=arguments)
     else:
-        (options,) = (value for name, value in own.items() if name.endswith("Options"))
+        (options,) = (value for name, value in vars(home).items() if name.endswith("Options"))
         tyro.cli(options, args=arguments)
 
 

@@ -15,6 +15,7 @@ from glm_jax.weights import QuantSpec
 from glm_jax.weights.params import ParamPath, ParamSpec, leaves_with_path, param_specs
 
 NON_LAYER, MTP = "rest", "mtp"
+STATE_FOLDER = ".convert"  # holds the state of an unfinished conversion
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any
 from glm_jax.checkpoint.array_record import FLOAT_DTYPES, ArrayRecords, records_from_json, records_to_json
 from glm_jax.checkpoint.folder.layout import checkpoint_layout, disk_arrays
 from glm_jax.checkpoint.messages import format_names, printable
-from glm_jax.checkpoint.sources.base import RoundTripInfo
+from glm_jax.checkpoint.round_trip import RoundTripInfo
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError, ConfigError, QuantError
 from glm_jax.weights import QuantSpec

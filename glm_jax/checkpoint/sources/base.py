@@ -11,27 +11,13 @@ from typing import Any, Literal
 import numpy as np
 
 from glm_jax.checkpoint.folder.layout import Leaf, checkpoint_layout
+from glm_jax.checkpoint.round_trip import RoundTripInfo
 from glm_jax.config import Config
 from glm_jax.weights import QuantizedTensor, QuantSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 WeightChunk = Array | QuantizedTensor
 SourceKind = Literal["huggingface", "gguf", "converted", "synthetic", "memory"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RoundTripInfo:
-    """Properties of a checkpoint that its parameters do not show; writing it back bit for bit needs them.
-
-    Attributes:
-        mtp_copies: Tensors ("embed", "head") that the prediction layer stored as copies of the model's own.
-        head_copy: Whether a model with tied embeddings stored a head tensor as well.
-        dtypes: Original dtype of each array that is kept in another dtype, by ``layer checkpoint/name``.
-    """
-
-    mtp_copies: tuple[str, ...] = ()
-    head_copy: bool = False
-    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from glm_jax.checkpoint.array_record import FLOAT_DTYPES
 from glm_jax.checkpoint.device_stack import use_single_device_mesh
 from glm_jax.checkpoint.folder.layout import Leaf
 from glm_jax.checkpoint.messages import format_names
-from glm_jax.checkpoint.sources.base import Array, RoundTripInfo, SourceInfo, WeightChunk, WeightSource
+from glm_jax.checkpoint.round_trip import RoundTripInfo
+from glm_jax.checkpoint.sources.base import Array, SourceInfo, WeightChunk, WeightSource
 from glm_jax.checkpoint.sources.hf_config import read_hf_config
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from glm_jax.checkpoint.array_record import FLOAT_DTYPES
+from glm_jax.checkpoint.folder.layout import STATE_FOLDER
 from glm_jax.checkpoint.folder.manifest import is_converted_folder
 from glm_jax.checkpoint.safetensors.reader import reject_pickle
 from glm_jax.checkpoint.sources.base import WeightSource
@@ -16,7 +17,6 @@ from glm_jax.checkpoint.sources.gguf import is_gguf as is_gguf
 from glm_jax.checkpoint.sources.hub import download_snapshot, is_hub_id
 from glm_jax.checkpoint.sources.huggingface import HuggingFaceSource
 from glm_jax.checkpoint.sources.synthetic import SYNTHETIC_PREFIX, SyntheticSource, SyntheticSpec
-from glm_jax.checkpoint.write.conversion_state import STATE_FOLDER
 from glm_jax.errors import CheckpointError
 
 TINY_MODEL = "tiny"

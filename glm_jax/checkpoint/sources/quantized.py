@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from glm_jax.checkpoint.finiteness import require_finite
 from glm_jax.checkpoint.folder.layout import Leaf
 from glm_jax.checkpoint.sources.base import WeightChunk, WeightSource
 from glm_jax.checkpoint.sources.build import to_plain_array
 from glm_jax.checkpoint.sources.synthetic import SyntheticSource
-from glm_jax.checkpoint.validation import require_finite
 from glm_jax.sharding import Rules
 from glm_jax.weights import QuantizedTensor, QuantRules, QuantSpec, quantize
 from glm_jax.weights.params import ParamPath

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from glm_jax.checkpoint.folder.layout import Leaf
-from glm_jax.checkpoint.sources.base import Array, RoundTripInfo, SourceInfo, WeightSource
+from glm_jax.checkpoint.round_trip import RoundTripInfo
+from glm_jax.checkpoint.sources.base import Array, SourceInfo, WeightSource
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from glm_jax.weights.random_init import random_matrix, random_matrix_on_device

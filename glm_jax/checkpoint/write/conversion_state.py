@@ -19,13 +19,13 @@ from typing import Any
 from glm_jax.checkpoint.array_record import ArrayRecord, ArrayRecords, records_from_json, records_to_json
 from glm_jax.checkpoint.asset_files import ASSET_FILES
 from glm_jax.checkpoint.atomic_write import write_atomic
+from glm_jax.checkpoint.folder.layout import STATE_FOLDER
 from glm_jax.checkpoint.folder.manifest import MANIFEST_FORMAT, MANIFEST_NAME
 from glm_jax.checkpoint.messages import format_names, printable
 from glm_jax.checkpoint.safetensors.reader import INDEX_NAME
 from glm_jax.checkpoint.write.errors import wrap_open_errors, wrap_write_errors
 from glm_jax.errors import CheckpointError
 
-STATE_FOLDER = ".convert"
 _JOB_FILE = "run.json"
 _COMPLETION_FILES = (MANIFEST_NAME, INDEX_NAME)  # either one marks a folder complete
 _SLACK_BYTES = 32 << 20  # for metadata and partly filled disk blocks
