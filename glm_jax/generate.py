@@ -18,7 +18,7 @@ from glm_jax.errors import PromptError, SamplingError
 from glm_jax.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from glm_jax.llm import LLM  # imports JAX, which --help must not wait for
+    from glm_jax.llm import LLM
 
 _Flag = Annotated[bool, arg(help_behavior_hint="")]
 
@@ -109,7 +109,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _load(options: GenerateOptions) -> LLM:
-    from glm_jax.llm import LLM
+    from glm_jax.llm import LLM  # imports JAX, which --help must not wait for
 
     return LLM.load(
         options.model,

@@ -1,6 +1,7 @@
-"""What all commands share: exit codes and streams, in cheap processes that start no JAX; options, text, environment."""
+"""Shared parts of the commands: exit codes, streams and logging in small processes; options, text, environment."""
 
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -17,11 +18,11 @@ FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 def command(body: str) -> list[str]:
-    """A process that runs `body` as a command's main function; whoever started us may have had SIGINT ignored."""
+    """A process that runs `body` as the main function of a command, with SIGINT not ignored."""
     lines = "\n".join(f"    {line}" for line in body.splitlines())
     head = "import os, signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    source = f"{head}from glm_jax import cli\nfrom glm_jax.errors import PromptError\ndef main():\n{lines}\n"
-    return [sys.executable, "-c", f"{source}cli.finish(main)"]
+    source = f"{head}from glm_jax.cli import common\nfrom glm_jax.errors import PromptError\ndef main():\n{lines}\n"
+    return [sys.executable, "-c", f"{source}common.run_and_exit(main)"]
 
 
 def run(body, **options):
@@ -44,7 +45,27 @@ def test_exit_codes(body, code, err):
     assert (done.returncode, done.stderr, done.stdout) == (code, err, "")
 
 
-def test_a_bug_keeps_its_traceback():
+def test_log_messages_are_plain_lines_shown_once():
+    body = """
+import logging
+logging.basicConfig()
+logging.getLogger("glm_jax.engine").info("compiling took 3 s")
+logging.getLogger("convert").warning("note: %s", "a warning")
+logging.getLogger("other").info("not ours")
+return 0
+"""
+    assert run(body.strip()).stderr == "compiling took 3 s\nnote: a warning\n"
+
+
+def test_logging_is_restored_after_the_command():
+    logger = logging.getLogger("glm_jax")
+    before = (logger.level, logger.propagate, list(logger.handlers))
+    with common.log_to_stderr():
+        assert logger.isEnabledFor(logging.INFO)
+    assert (logger.level, logger.propagate, logger.handlers) == before
+
+
+def test_a_bug_shows_its_traceback():
     done = run("raise KeyError('x')")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
@@ -105,7 +126,7 @@ def test_interrupted_from_outside():
 
 @pytest.mark.parametrize("given", [{}, {FRACTIONS[0]: "0.5"}, {FRACTIONS[1]: "0.5"}, {FRACTIONS[0]: ""}], ids=str)
 def test_the_environments_own_share_of_memory_wins(monkeypatch, given):
-    """Under either of its names; with both set, jaxlib would refuse to start."""
+    """The setting has two names; with both set, jaxlib would refuse to start."""
     for name in FRACTIONS:
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
@@ -152,7 +173,7 @@ def test_text_that_cannot_be_read(tmp_path, name, message):
     assert str(caught.value) == message.format(path)
 
 
-def test_a_home_that_is_nobodys():
+def test_the_home_of_an_unknown_user():
     with pytest.raises(PromptError, match="cannot read ~nobody-here/x: No such file"):
         common.read_prompt_text("~nobody-here/x")
 

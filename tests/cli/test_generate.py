@@ -1,4 +1,4 @@
-"""``python -m glm_jax.generate`` as a person runs it, on the built-in miniature.
+"""``python -m glm_jax.generate`` as a user runs it, on the built-in miniature.
 
 What needs a real process (signals, terminals, pipes) has one; the rest calls ``main`` and shares one loaded model.
 """
@@ -31,8 +31,8 @@ CLOSING = re.compile(
     rf"tokens/s \| first token after {NUMBER} s( \| compiling, or loading what was, took {NUMBER} s)? \| "
     rf"peak memory {NUMBER} GB \(process\)"
 )
-# Whoever started the tests may have had SIGINT ignored, which a process inherits. A session of its own takes the
-# terminal it was given, so that a typed Ctrl-C interrupts it.
+# A process inherits an ignored SIGINT from the parent of the tests, so it is restored here. A process in its own
+# session takes its terminal as the controlling one, so that a typed Ctrl-C interrupts it.
 STARTER = """
 import fcntl, os, runpy, signal, sys, termios
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -49,7 +49,7 @@ def command(*args):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compile():
-    """Halves the time to compile, here and in the processes, which find the programs that were made here."""
+    """Halves the time to compile, here and in the subprocesses, which find the cached programs."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -66,7 +66,7 @@ def llm():
 
 @pytest.fixture
 def run(llm, monkeypatch, capsys):
-    """Runs the command here: exit code, stdout and stderr."""
+    """Runs the command in this process; returns exit code, stdout and stderr."""
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     monkeypatch.setattr(generate, "_load", lambda _: llm)
 
@@ -84,7 +84,7 @@ def run(llm, monkeypatch, capsys):
 
 @pytest.fixture
 def refused(run, monkeypatch):
-    """Runs what must be refused before anything is loaded; returns the one line of the error."""
+    """Runs a command that must fail before anything is loaded; returns the one line of the error."""
 
     def refused(*args, stdin=None):
         monkeypatch.setattr(generate, "_load", lambda _: pytest.fail("it was loaded first"))
@@ -249,7 +249,7 @@ def test_options_of_loading_reach_the_loader(monkeypatch, capsys, llm):
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else None,
 )
-def test_what_is_wrong_is_said_in_one_line_before_anything_is_loaded(refused, args, stdin, message):
+def test_errors_are_one_line_before_anything_is_loaded(refused, args, stdin, message):
     assert message in refused(*args, stdin=stdin)
 
 
@@ -289,7 +289,7 @@ def test_usage_errors_are_two_and_name_what_was_wrong(run, args):
     assert args[1] in err or args[0] in err
 
 
-# What a person must not wait for, or need, to read the help.
+# Reading the help must not take the time to import JAX, nor need it.
 HELP = """
 import sys
 from glm_jax.generate import main
@@ -325,12 +325,12 @@ def test_a_reader_that_leaves_ends_it_quietly():
 
 
 class Terminal:
-    """The command at a terminal of its own; what it writes there and on stderr is collected."""
+    """The command at its own terminal; collects its output there and on stderr."""
 
     def __init__(self, *args):
         self.master, slave = os.openpty()
         attributes = termios.tcgetattr(slave)
-        attributes[1] &= ~termios.OPOST  # line ends as they are written
+        attributes[1] &= ~termios.OPOST  # no conversion of line ends
         attributes[3] &= ~termios.ECHO
         termios.tcsetattr(slave, termios.TCSANOW, attributes)
         self.process = subprocess.Popen(
@@ -358,7 +358,7 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def until(self, done):
-        """Reads until `done()`, or the end of both streams."""
+        """Reads until `done()` or the end of both streams."""
         ends = {self.master: "out", self.process.stderr.fileno(): "err"}
         deadline = time.monotonic() + 120
         while not done() and ends:
@@ -375,7 +375,7 @@ class Terminal:
     def _read(stream):
         try:
             return os.read(stream, 1 << 16)
-        except OSError:  # how Linux tells that a terminal's other side is closed
+        except OSError:  # Linux reports a closed terminal in this way
             return b""
 
     def end(self):
@@ -408,12 +408,12 @@ def test_ctrl_c_ends_a_stream_and_the_terminal_is_not_left_dim():
 
 
 def prompts_of(err):
-    """Tokens of each prompt so far."""
+    """Number of tokens of each prompt so far."""
     return [int(found["prompt"].replace(",", "")) for found in CLOSING.finditer(err.decode())]
 
 
 def test_a_conversation_at_a_terminal(llm):
-    """Two turns, each ended by Ctrl-C; the second sees what was shown of the first. Ctrl-D ends it."""
+    """Two turns, each ended by Ctrl-C; the second prompt has the shown part of the first answer. Ctrl-D ends it."""
     options = ("--no-thinking", "--temperature", "0", "--max-tokens", "3000", "--sampling", '{"ignore_eos": true}')
     with Terminal("--chat", *options) as shown:
         shown.until(lambda: b"> " in shown.err + shown.out)

@@ -1,4 +1,4 @@
-"""Completions, answers and conversations at the terminal, with scripted models and typing."""
+"""Completions, chat answers and conversations at the terminal, with scripted models and input."""
 
 import builtins
 import io
@@ -17,7 +17,7 @@ DIM, PLAIN = "\033[2m", "\033[0m"
 
 
 class Screen(io.StringIO):
-    """A terminal; Ctrl-C comes just after it has shown `interrupt_at`, in the middle of a print."""
+    """A terminal; Ctrl-C arrives just after it has shown `interrupt_at`, in the middle of a print."""
 
     encoding = "utf-8"
 
@@ -62,13 +62,13 @@ def test_thinking_is_dimmed_on_a_terminal(screen):
     assert answer.content == "It is 7."
 
 
-def test_in_a_file_there_are_no_marks(screen):
+def test_a_file_has_no_escape_sequences(screen):
     shown, answer = screen(is_terminal=False), terminal.ChatPrinter(deltas(*ANSWER))
     assert answer.print_all() == 0
     assert shown.getvalue() == "Let me.\n\nIt is 7.\n"
 
 
-def test_an_answer_without_thinking_has_no_marks(screen):
+def test_an_answer_without_thinking_is_not_dimmed(screen):
     shown = screen()
     assert terminal.ChatPrinter(deltas(*ANSWER[2:])).print_all() == 0
     assert shown.getvalue() == "It is 7.\n"
@@ -94,7 +94,7 @@ def test_ctrl_c_while_printing_leaves_the_terminal_as_it_was(screen, at):
 
 
 def as_left(text):
-    """The last mark on the screen."""
+    """The last escape sequence on the screen."""
     return re.findall(r"\x1b\[\dm", PLAIN + text)[-1]
 
 
@@ -137,7 +137,7 @@ def test_json_is_one_object_a_line(capsys):
     assert third == {"text": "x</think>y", **common, "content": "y", "reasoning": "x", "tool_calls": []}
 
 
-def test_json_is_escaped_where_characters_are_lacking(monkeypatch):
+def test_json_is_escaped_where_stdout_is_not_utf8(monkeypatch):
     for encoding, escaped in (("utf-8", False), ("UTF8", False), ("latin-1", True), ("ascii", True)):
         raw = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
@@ -147,7 +147,7 @@ def test_json_is_escaped_where_characters_are_lacking(monkeypatch):
 
 
 class Talk:
-    """A conversation in which `typed` is typed and each answer is the number of the call."""
+    """A conversation in which a user types `typed`; by default each answer is the number of the call."""
 
     def __init__(self, monkeypatch, typed, answer=None):
         lines = iter(typed)
@@ -170,7 +170,7 @@ class Talk:
         return terminal.run_conversation(reply, turns)
 
 
-def test_a_conversation_keeps_what_was_said(monkeypatch, capsys):
+def test_a_conversation_keeps_its_messages(monkeypatch, capsys):
     talk = Talk(monkeypatch, ["first", "", "  ", "second"])
     assert talk.run([{"role": "system", "content": "be brief"}]) == 0
     system, first = ("system", "be brief"), ("user", "first")
@@ -192,7 +192,7 @@ def test_ctrl_c_at_the_prompt_ends_it(monkeypatch):
     assert len(talk.seen) == 1
 
 
-def test_a_question_that_got_no_answer_is_taken_back(monkeypatch, capsys):
+def test_a_question_without_an_answer_is_dropped(monkeypatch, capsys):
     def answer(calls):
         if len(calls) == 1:
             raise PromptError("too long")
@@ -208,7 +208,7 @@ def test_a_question_that_got_no_answer_is_taken_back(monkeypatch, capsys):
     assert "error: too long\n" in capsys.readouterr().err
 
 
-def test_what_is_typed_and_no_utf8_is_said(monkeypatch, capsys):
+def test_typed_text_that_is_not_utf8_is_reported(monkeypatch, capsys):
     talk = Talk(monkeypatch, [UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "good"])
     assert talk.run() == 0
     assert talk.seen == [[("user", "good")]]

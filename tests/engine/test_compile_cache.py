@@ -1,4 +1,4 @@
-"""Compiled programs: where they are kept, which folders are refused, and what is said while one is made."""
+"""The compile cache: its folder, folders that are refused, and the notices of slow compilations."""
 
 import os
 import stat
@@ -24,8 +24,8 @@ OPTIONS = (
 
 
 @pytest.fixture(autouse=True)
-def untouched():
-    """JAX's own settings, as a program finds them; put back afterwards."""
+def default_settings():
+    """JAX's default settings, restored afterwards."""
     before = {name: getattr(jax.config, name) for name in OPTIONS}
     jax.config.update("jax_compilation_cache_dir", None)
     yield
@@ -35,7 +35,7 @@ def untouched():
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """The user's cache folder, not there yet."""
+    """The user's cache folder, which does not exist yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -45,7 +45,7 @@ def mode(path):
 
 
 @pytest.mark.parametrize("umask", [0, 0o022, 0o077], ids=oct)
-def test_the_folder_is_private_whatever_the_umask(home, umask, capsys):
+def test_the_folder_is_private_whatever_the_umask(home, umask, caplog):
     before = os.umask(umask)
     try:
         folder = enable_compile_cache()
@@ -54,16 +54,16 @@ def test_the_folder_is_private_whatever_the_umask(home, umask, capsys):
     assert folder == home / "glm_jax" / "compiled"
     assert (mode(folder), mode(folder.parent)) == (0o700, 0o700)
     assert jax.config.jax_compilation_cache_dir == str(folder)
-    assert capsys.readouterr() == ("", "")
+    assert caplog.messages == []
 
 
-def test_it_does_not_grow_without_end(home):
+def test_the_size_is_limited(home):
     enable_compile_cache()
     assert 1e9 < jax.config.jax_compilation_cache_max_size < 1e10
 
 
 @pytest.mark.parametrize("given", ["", "relative/cache", None])
-def test_the_home_folder_is_the_place_unless_the_environment_names_another(tmp_path, monkeypatch, given):
+def test_the_folder_is_in_the_home_folder_unless_the_environment_names_another(tmp_path, monkeypatch, given):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME")
     if given is not None:
@@ -86,24 +86,25 @@ def test_a_cache_that_is_switched_off_stays_off(home):
     assert not home.exists()
 
 
-def refused(capsys):
-    """What is said on stderr, in one line, when there is no safe folder."""
+def refused(caplog):
+    """The one warning that is logged when no folder is safe."""
     assert enable_compile_cache() is None
     assert jax.config.jax_compilation_cache_dir is None
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("compiled programs are not kept: ")
-    assert err.count("\n") == 1
-    return err
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    message = record.getMessage()
+    assert message.startswith("compiled programs are not kept: ")
+    assert "\n" not in message
+    return message
 
 
 @pytest.mark.parametrize("which", ["glm_jax", "glm_jax/compiled"])
 @pytest.mark.parametrize("bits", [0o770, 0o707, 0o720, 0o777], ids=oct)
-def test_a_folder_that_others_may_write_to_is_refused(home, capsys, which, bits):
+def test_a_folder_that_others_may_write_to_is_refused(home, caplog, which, bits):
     (home / "glm_jax" / "compiled").mkdir(parents=True, mode=0o700)
     (home / "glm_jax").chmod(0o700)
     (home / which).chmod(bits)
-    assert f"others may write to {home / which}; run chmod 700 on it" in refused(capsys)
+    assert f"others may write to {home / which}; run chmod 700 on it" in refused(caplog)
     (home / which).chmod(0o700)
     assert enable_compile_cache() == home / "glm_jax" / "compiled"
 
@@ -115,70 +116,71 @@ def test_others_may_read(home, bits):
     assert enable_compile_cache()
 
 
-def test_a_folder_that_belongs_to_someone_else_is_refused(home, monkeypatch, capsys):
+def test_a_folder_that_belongs_to_someone_else_is_refused(home, monkeypatch, caplog):
     owner = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
-    assert f"{home / 'glm_jax' / 'compiled'} belongs to another user" in refused(capsys)
+    assert f"{home / 'glm_jax' / 'compiled'} belongs to another user" in refused(caplog)
 
 
 @pytest.mark.parametrize("linked", ["glm_jax", "glm_jax/compiled"])
-def test_a_link_to_a_folder_that_others_may_write_to_is_refused(home, tmp_path, capsys, linked):
+def test_a_link_to_a_folder_that_others_may_write_to_is_refused(home, tmp_path, caplog, linked):
     (tmp_path / "open" / "compiled").mkdir(parents=True)
     (tmp_path / "open").chmod(0o777)
     (home / linked).parent.mkdir(parents=True, mode=0o700, exist_ok=True)
     (home / linked).symlink_to(tmp_path / "open")
-    assert "others may write to" in refused(capsys)
+    assert "others may write to" in refused(caplog)
 
 
-def test_a_place_where_anybody_may_replace_it_is_refused(home, capsys):
+def test_a_folder_that_anybody_may_replace_is_refused(home, caplog):
     home.mkdir()
     home.chmod(0o777)
-    assert f"others may write to {home}, in which it would be" in refused(capsys)
+    assert f"others may write to {home}, in which it would be" in refused(caplog)
     home.chmod(0o1777)
     assert enable_compile_cache(), "in a sticky folder each user's own stay theirs"
 
 
-def test_a_link_through_such_a_place_is_refused(home, tmp_path, capsys):
+def test_a_link_through_a_shared_folder_is_refused(home, tmp_path, caplog):
     (tmp_path / "open" / "mine").mkdir(parents=True, mode=0o700)
     (tmp_path / "open").chmod(0o777)
     (home / "glm_jax").mkdir(parents=True, mode=0o700)
     (home / "glm_jax" / "compiled").symlink_to(tmp_path / "open" / "mine")
-    assert f"others may write to {tmp_path / 'open'}" in refused(capsys)
+    assert f"others may write to {tmp_path / 'open'}" in refused(caplog)
 
 
-def test_a_link_to_the_folder_above_through_such_a_place_is_refused(home, tmp_path, capsys):
+def test_a_link_to_the_parent_through_a_shared_folder_is_refused(home, tmp_path, caplog):
     (tmp_path / "open" / "mine").mkdir(parents=True, mode=0o700)
     (tmp_path / "open").chmod(0o777)
     home.mkdir()
     (home / "glm_jax").symlink_to(tmp_path / "open" / "mine")
-    assert f"others may write to {tmp_path / 'open'}" in refused(capsys)
+    assert f"others may write to {tmp_path / 'open'}" in refused(caplog)
 
 
-def test_a_folder_that_cannot_be_made_is_no_failure(home, capsys):
+def test_a_folder_that_cannot_be_created_is_no_failure(home, caplog):
     home.write_text("a file")
-    assert f"{home / 'glm_jax' / 'compiled'} cannot be made (" in refused(capsys)
+    assert f"{home / 'glm_jax' / 'compiled'} cannot be made (" in refused(caplog)
 
 
-def test_a_home_that_cannot_be_written_to_is_no_failure(bound, monkeypatch, capsys):
+def test_a_home_that_cannot_be_written_to_is_no_failure(bound, monkeypatch, caplog):
     place, by_permissions = bound
     home = place / "cache"
     home.mkdir(mode=0o500)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     with by_permissions():
-        said = refused(capsys)
-    assert f"{home / 'glm_jax' / 'compiled'} cannot be made (Permission denied)" in said
+        message = refused(caplog)
+    assert f"{home / 'glm_jax' / 'compiled'} cannot be made (Permission denied)" in message
 
 
-def test_a_user_without_a_home_is_no_failure(monkeypatch, capsys):
+def test_a_user_without_a_home_is_no_failure(monkeypatch, caplog):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    assert "no home" in refused(capsys)
+    assert "no home" in refused(caplog)
 
 
-# A program that takes DELAY + 1 seconds to trace, and then some to compile or to read.
+# A program that takes DELAY + 1 seconds to trace, and longer to compile or to read; it notices after DELAY seconds.
 COMPILE = """
-import os, time
+import contextlib, os, time
 import jax, jax.numpy as jnp
+from glm_jax.cli.common import log_to_stderr
 from glm_jax.engine import compile_cache
 from glm_jax.engine.compile_cache import compile_notice, enable_compile_cache
 
@@ -195,21 +197,22 @@ def slow(x):
 
 x = jnp.ones(64).block_until_ready()
 spent = []
-for _ in range(2):
-    with compile_notice("a sort", 1, spent.append):
-        slow(x).block_until_ready()
+with log_to_stderr() if os.environ["AS_COMMAND"] == "1" else contextlib.nullcontext():
+    for _ in range(2):
+        with compile_notice("a sort", 1, spent.append):
+            slow(x).block_until_ready()
 assert len(spent) == 1
 assert spent[0] > delay + 1
 print("done")
 """
 
 
-def compiled(home, delay):
-    """What a process that compiles says on stderr, when it is to be silent for `delay` seconds."""
+def compiled(home, delay, *, as_command=True):
+    """The stderr of a process that compiles, as a command or, as in a notebook, without any logging handler."""
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],
         cwd=ROOT,
-        env={**os.environ, "XDG_CACHE_HOME": str(home), "DELAY": str(delay)},
+        env={**os.environ, "XDG_CACHE_HOME": str(home), "DELAY": str(delay), "AS_COMMAND": str(int(as_command))},
         capture_output=True,
         text=True,
         check=False,
@@ -218,7 +221,7 @@ def compiled(home, delay):
     return done.stderr
 
 
-def test_compiling_is_said_once_and_reading_what_was_kept_is_not(tmp_path):
+def test_compiling_is_logged_once_and_reading_a_cached_program_is_not(tmp_path):
     first = compiled(tmp_path, 0)
     assert first.startswith("compiling a sort ...\ncompiling a sort took ")
     assert first.endswith(" s\n")
@@ -228,28 +231,28 @@ def test_compiling_is_said_once_and_reading_what_was_kept_is_not(tmp_path):
     assert compiled(tmp_path, 3) == ""
 
 
-def test_without_a_folder_to_keep_them_compiling_is_said_too(tmp_path):
+def test_without_a_folder_and_without_a_handler_warnings_are_shown(tmp_path):
     (tmp_path / "file").write_text("")
-    first, *others = compiled(tmp_path / "file", 0).splitlines()
+    first, *others = compiled(tmp_path / "file", 0, as_command=False).splitlines()
     assert first.startswith("compiled programs are not kept: ")
-    assert [line[:16] for line in others] == ["compiling a sort"] * 2
+    assert others == ["compiling a sort ..."]
 
 
 @pytest.fixture
-def at_once(monkeypatch):
+def no_delay(monkeypatch):
     monkeypatch.setattr(compile_cache, "_NOTICE_AFTER_S", 0.0)
     monkeypatch.setattr(compile_cache, "_compiled_keys", set())
 
 
-def test_what_takes_a_moment_is_not_said(monkeypatch, capsys):
+def test_a_fast_compilation_is_not_logged(monkeypatch, caplog):
     monkeypatch.setattr(compile_cache, "_NOTICE_AFTER_S", 600.0)
     monkeypatch.setattr(compile_cache, "_compiled_keys", set())
     with compile_notice("x", 1):
         pass
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
-def test_a_call_that_failed_did_not_compile(at_once):
+def test_a_call_that_failed_did_not_compile(no_delay):
     spent = []
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), compile_notice("x", 1, spent.append):
@@ -262,7 +265,7 @@ def test_a_call_that_failed_did_not_compile(at_once):
     assert all(seconds >= 0 for seconds in spent)
 
 
-def test_other_keys_are_other_programs(at_once):
+def test_other_keys_are_other_programs(no_delay):
     spent = []
     for key in (("a", 1), ("a", 2), ("a", 1)):
         with compile_notice("x", key, spent.append):
@@ -270,7 +273,7 @@ def test_other_keys_are_other_programs(at_once):
     assert len(spent) == 2
 
 
-def test_nothing_stays_registered(at_once):
+def test_nothing_stays_registered(no_delay):
     heard = []
     with compile_notice("x", 1):
         jax.monitoring.register_event_listener(lambda event, **_: heard.append(event))

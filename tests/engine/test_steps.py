@@ -1,4 +1,4 @@
-"""The jit boundary: chunks, many steps in one call, what a row that is done does, donation, and what recompiles."""
+"""The compiled functions: chunks, multi-step decode, finished sequences, donation, and what recompiles."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def new_cache(rows=4):
 
 
 def block(start=0, width=8):
-    """Columns of the prompts, padded on the right; the fourth row fills up the batch."""
+    """One chunk of the prompts, padded on the right; the fourth row pads the batch."""
     padded = np.zeros((4, SLOTS), np.int32)
     for row, prompt in zip(padded, PROMPTS, strict=False):
         row[: len(prompt)] = prompt
@@ -62,11 +62,11 @@ def sampler(params, vocab=VOCAB):
     return SamplerState.create(several, [1, 2, 3, 4], prompts, vocab_size=VOCAB, valid_vocab=vocab, eos_ids=(END,))
 
 
-def started(params=GREEDY, left=(20, 20, 20, 20), logits=None):
+def started(params=GREEDY, remaining=(20, 20, 20, 20), logits=None):
     cache, own = prefill()
-    filler = np.asarray([False, False, False, True])
+    is_padding = np.asarray([False, False, False, True])
     logits = own if logits is None else logits
-    return start_decode(cache, logits, LENGTHS, np.asarray(left, np.int32), filler, sampler(params))
+    return start_decode(cache, logits, LENGTHS, np.asarray(remaining, np.int32), is_padding, sampler(params))
 
 
 def steps(state, limit=STEPS, params=None):
@@ -77,8 +77,8 @@ def on_host(tree):
     return jax.tree.map(np.asarray, tree)
 
 
-def written(first, *more):
-    """Tokens of each row over all calls."""
+def generated(first, *more):
+    """Generated tokens of each sequence over all calls."""
     return np.concatenate([np.asarray(part.tokens) for part in (first, *more)], axis=1)
 
 
@@ -91,7 +91,7 @@ def test_buckets_are_the_next_power_of_two(n, smallest_bits):
 
 
 def test_a_prompt_in_chunks_is_the_prompt(expected):
-    """Rows that ended in an earlier chunk keep their logits; nothing is left of what was there before."""
+    """Prompts that ended in an earlier chunk keep their logits; none of the initial logits remain."""
     whole, chunked = prefill(8), prefill(4)
     for row, prompt in enumerate(PROMPTS):
         assert is_close(whole[1][row], expected[row])
@@ -102,7 +102,7 @@ def test_a_prompt_in_chunks_is_the_prompt(expected):
 
 @pytest.fixture(scope="module")
 def expected():
-    """The last logits of each prompt alone, in NumPy."""
+    """The last logits of each prompt alone, by the NumPy reference."""
     return [SMALL.reference.logits(np.asarray(prompt))[-1] for prompt in PROMPTS]
 
 
@@ -115,22 +115,23 @@ def test_logits_of_every_token_in_chunks():
 
 
 def mtp(tokens, width):
-    """The prediction layer's logits of a row, in chunks."""
+    """Logits of the prediction layer for one sequence, in chunks."""
     padded = np.zeros((1, SLOTS + 1), np.int32)
     padded[0, : len(tokens)] = tokens
     cache = LatentCache.create(SMALL.cfg, 1, SLOTS, jnp.float32)
     drafts = LatentCache.create(SMALL.cfg, 1, SLOTS, jnp.float32, layers=1)
     parts = []
     for start in range(0, len(tokens), width):
-        here, after = padded[:, start : start + width], padded[:, start + 1 : start + 1 + width]
-        place, last = np.int32(start), np.int32(len(tokens) - 1)
-        cache, drafts, logits = mtp_chunk_logits(MODEL, SMALL.params, cache, drafts, here, after, place, last)
+        chunk, next_tokens = padded[:, start : start + width], padded[:, start + 1 : start + 1 + width]
+        cache, drafts, logits = mtp_chunk_logits(
+            MODEL, SMALL.params, cache, drafts, chunk, next_tokens, np.int32(start), np.int32(len(tokens) - 1)
+        )
         parts.append(logits[0])
     return np.concatenate(parts)[: len(tokens)]
 
 
 def test_the_prediction_layers_last_entry_is_joined_with_the_argmax(expected):
-    """And neither chunks nor padding on the right change anything."""
+    """Neither chunks nor padding on the right change anything."""
     narrow = mtp(PROMPTS[0], 8)
     given = mtp([*PROMPTS[0], int(expected[0].argmax())], 8)
     assert is_close(narrow, given[:7])
@@ -138,7 +139,7 @@ def test_the_prediction_layers_last_entry_is_joined_with_the_argmax(expected):
 
 
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-def test_many_steps_in_one_call_are_single_steps(params):
+def test_multi_step_decode_equals_single_steps(params):
     state, first = started(params)
     state, bulk = steps(state)
     one, single = started(params)
@@ -155,7 +156,7 @@ def test_many_steps_in_one_call_are_single_steps(params):
         np.testing.assert_array_equal(a, b)
 
 
-def test_steps_write_what_the_model_says():
+def test_greedy_steps_follow_the_reference():
     state, first = started()
     rows = [[*prompt, int(token)] for prompt, token in zip(PROMPTS, first.tokens[:3, 0], strict=True)]
     _, more = steps(state)
@@ -168,39 +169,39 @@ def test_steps_write_what_the_model_says():
             row.append(int(token))
 
 
-def test_the_first_token_is_drawn_from_the_prompts_logits(expected):
+def test_the_first_token_is_sampled_from_the_prompts_logits(expected):
     state, first = started()
     assert first.tokens[:3, 0].tolist() == [int(logits.argmax()) for logits in expected]
     assert first.tokens[3].tolist() == [NO_TOKEN]
     assert state.positions.tolist() == LENGTHS.tolist()
-    assert state.left.tolist() == [19, 19, 19, 20]
+    assert state.remaining.tolist() == [19, 19, 19, 20]
     assert state.done.tolist() == [False, False, False, True]
     assert first.top_ids.shape == (4, 1, 1)
 
 
-def test_rows_that_are_done_write_nothing_and_stay_where_they_are():
-    state, first = started(left=(1, 3, 20, 20))
+def test_finished_sequences_output_nothing_and_keep_their_position():
+    state, first = started(remaining=(1, 3, 20, 20))
     assert state.done.tolist() == [True, False, False, True]
     before = state.positions.tolist()
     state, more = steps(state)
-    tokens = written(first, more)
+    tokens = generated(first, more)
     assert [int((row != NO_TOKEN).sum()) for row in tokens] == [1, 3, 5, 0]
     assert all((row[count:] == NO_TOKEN).all() for row, count in zip(tokens, [1, 3, 5, 0], strict=True))
     assert [a - b for a, b in zip(state.positions.tolist(), before, strict=True)] == [0, 2, 4, 0]
     assert state.remaining.tolist() == [0, 0, 15, 20]
-    free = written(*_run(started()))
+    free = generated(*_run(started()))
     np.testing.assert_array_equal(tokens[2], free[2])
     np.testing.assert_array_equal(tokens[1, :3], free[1, :3])
 
 
-def _run(begun):
-    state, first = begun
+def _run(start):
+    state, first = start
     return first, steps(state)[1]
 
 
-def test_it_ends_when_all_rows_are_done():
-    """Nothing of the second step is computed: the cache is not written at its slot."""
-    state, _ = started(left=(2, 2, 2, 20))
+def test_decoding_ends_when_all_sequences_are_finished():
+    """No further step is computed: the cache is not generated at its slot."""
+    state, _ = started(remaining=(2, 2, 2, 20))
     state, more = steps(state)
     assert state.done.all()
     assert (more.tokens[:, 1:] == NO_TOKEN).all()
@@ -213,8 +214,8 @@ def test_it_ends_when_all_rows_are_done():
     assert again.positions.tolist() == [8, 2, 5, 1]
 
 
-def test_a_stop_token_ends_its_row_and_is_written():
-    """Of the checkpoint's, unless it is ignored, and of the row's own."""
+def test_a_stop_token_finishes_its_sequence_and_is_output():
+    """The checkpoint's stop tokens, unless ignored, and those of the request."""
     to_end = GREEDY.replace(logit_bias={END: 100.0})
     own = GREEDY.replace(logit_bias={9: 100.0}, stop_token_ids=[9], ignore_eos=True)
     state, first = started([to_end, to_end.replace(ignore_eos=True), own, GREEDY])
@@ -237,32 +238,32 @@ def test_without_logprobs_there_are_none():
     assert (first.logprobs, first.top_ids, first.top_logprobs) == (None, None, None)
     _, more = steps(state)
     assert (more.logprobs, more.top_ids, more.top_logprobs) == (None, None, None)
-    np.testing.assert_array_equal(written(first, more), written(*_run(started())))
+    np.testing.assert_array_equal(generated(first, more), generated(*_run(started())))
 
 
-def test_rows_whose_logits_are_broken_are_named_and_the_others_are_not():
+def test_only_sequences_with_broken_logits_are_marked():
     _, logits = prefill()
     broken = logits.at[1, 3].set(jnp.nan).at[3].set(jnp.inf)
     state, first = started(logits=broken)
-    assert state.finite.tolist() == [True, False, True, True], "a row that fills up the batch does not count"
+    assert state.finite.tolist() == [True, False, True, True], "padding of the batch does not count"
     assert 0 <= int(first.tokens[1, 0]) < VOCAB
     state, _ = steps(state)
-    assert state.finite.tolist() == [True, False, True, True], "once is enough"
+    assert state.finite.tolist() == [True, False, True, True], "the flag stays"
 
 
 def test_penalties_remember_across_calls():
     params = GREEDY.replace(presence_penalty=2, repetition_penalty=100)
-    tokens = written(*_run(started(params)))
+    tokens = generated(*_run(started(params)))
     assert all(len(set(row)) == len(row) for row in tokens[:3].tolist())
 
 
-def test_what_is_handed_over_is_given_up():
+def test_donated_arrays_are_deleted():
     cache, logits = new_cache(), jnp.zeros((4, VOCAB), jnp.float32)
     after, own = prefill_chunk(MODEL, SMALL.params, cache, logits, block(), np.int32(0), LENGTHS)
     assert cache.data.is_deleted()
     assert logits.is_deleted()
-    filler = np.asarray([False] * 3 + [True])
-    state, _ = start_decode(after, own, LENGTHS, np.asarray([20] * 4, np.int32), filler, sampler(GREEDY))
+    is_padding = np.asarray([False] * 3 + [True])
+    state, _ = start_decode(after, own, LENGTHS, np.asarray([20] * 4, np.int32), is_padding, sampler(GREEDY))
     assert after.data.is_deleted()
     later, _ = steps(state)
     assert state.cache.data.is_deleted()
@@ -270,7 +271,7 @@ def test_what_is_handed_over_is_given_up():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(SMALL.params))
 
 
-def test_a_state_can_be_told_that_a_row_has_ended():
+def test_the_host_can_mark_a_sequence_as_finished():
     state, _ = started()
     state = replace(state, done=state.done | np.asarray([False, True, False, False]))
     _, more = steps(state)

@@ -1,4 +1,4 @@
-"""Models shared by the tests of the LLM object; their programs are small, so they are compiled quickly, not well."""
+"""Models shared by the tests of the LLM object, compiled with few optimizations because they are small."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,5 +35,5 @@ ScriptedModelFactory = Callable[[dict[str, Sequence[str]]], LLM]
 
 @pytest.fixture
 def script(tmp_path: Path) -> ScriptedModelFactory:
-    """Makes a model that writes what it is told to."""
+    """Makes a model that generates a script."""
     return lambda scripts: LLM.load(write_scripted_model(tmp_path / "scripted", scripts), dtype="float32")

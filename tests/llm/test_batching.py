@@ -1,4 +1,4 @@
-"""How many rows run together: as many as the memory that was planned with holds."""
+"""Batch sizes: as many requests run together as the memory plan allows."""
 
 import dataclasses
 
@@ -15,27 +15,27 @@ TEXTS = ["def", "def fib(n):", "x = 1", "naïve", "return"]
 
 @pytest.fixture
 def batches(monkeypatch):
-    """The number of rows of each batch, none of which is run."""
+    """The number of requests in each batch; nothing runs."""
     seen = []
-    monkeypatch.setattr(ModelRunner, "run", lambda self, rows, *_, **__: seen.append(len(rows)) or ())
+    monkeypatch.setattr(ModelRunner, "run", lambda self, requests, *_, **__: seen.append(len(requests)) or ())
     return seen
 
 
 @pytest.fixture
 def holding(llm, monkeypatch):
-    """Gives the model room for `rows` rows of `slots` tokens."""
+    """Gives the model memory for `count` sequences of `slots` tokens."""
 
-    def holding(rows, slots=128):
-        room = llm._setup.need(rows, slots).total
-        monkeypatch.setattr(llm, "_memory_model", dataclasses.replace(llm._setup, device_bytes=room))
+    def holding(count, slots=128):
+        room = llm._memory_model.requirement(count, slots).total
+        monkeypatch.setattr(llm, "_memory_model", dataclasses.replace(llm._memory_model, device_bytes=room))
 
     return holding
 
 
-def test_the_plan_of_loading_is_kept(llm):
-    assert llm._setup.cfg == llm.config
-    assert llm._setup.placement.cache_dtype == "float32"
-    assert llm._setup.longest(1) >= llm.max_model_len == CONTEXT_LENGTH
+def test_the_memory_plan_of_loading_is_kept(llm):
+    assert llm._memory_model.cfg == llm.config
+    assert llm._memory_model.placement.cache_dtype == "float32"
+    assert llm._memory_model.max_context(1) >= llm.max_model_len == CONTEXT_LENGTH
 
 
 @pytest.mark.parametrize(("rows", "sizes"), [(8, [5]), (7, [4, 1]), (4, [4, 1]), (3, [2, 2, 1]), (1, [1] * 5)])
@@ -45,7 +45,7 @@ def test_batches_are_what_fits_padded_to_a_power_of_two(llm, batches, holding, r
     assert batches == sizes
 
 
-def test_longer_rows_are_fewer(llm, batches, holding):
+def test_longer_sequences_make_smaller_batches(llm, batches, holding):
     holding(4)
     llm.generate(TEXTS[:4], GREEDY, max_tokens=100)
     assert batches == [4]
@@ -61,7 +61,7 @@ def test_the_prompts_own_cache_counts_while_it_is_copied(llm, batches, holding):
     assert batches == [2, 2]
 
 
-def test_a_stream_of_many_completions_keeps_to_it_too(llm, batches, holding):
+def test_a_stream_of_many_completions_is_batched_too(llm, batches, holding):
     holding(4)
     assert list(llm.stream("def", GREEDY, n=4)) == []
     assert batches == [2, 2]
@@ -71,13 +71,13 @@ def test_a_stream_of_many_completions_keeps_to_it_too(llm, batches, holding):
     assert batches == [64, 36]
 
 
-def test_a_row_that_was_planned_for_runs_even_alone(llm, batches, holding):
+def test_a_single_request_always_runs(llm, batches, holding):
     holding(1, 1)
     llm.generate(TEXTS[:2], GREEDY)
     assert batches == [1, 1]
 
 
-def test_a_model_put_together_by_hand_has_no_plan(llm, batches):
-    made = LLM(llm.config, llm.params, llm._requests.companions)
-    made.generate(TEXTS, GREEDY)
+def test_a_model_built_by_hand_has_no_memory_plan(llm, batches):
+    model = LLM(llm.config, llm.params, llm._input_processor.assets)
+    model.generate(TEXTS, GREEDY)
     assert batches == [5]

@@ -1,4 +1,4 @@
-"""Conversations: the prompt that is built, the parts of the answer, and that a stream of deltas joins to the same."""
+"""Chat: the rendered prompt, the parts of an answer, and streams whose deltas join to the same answer."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +20,7 @@ SCRIPTS = {
     "<think>": ["Let me", " see.\n", "</think>", "It is ", "0xE2", "0x82", "0xAC", " 5.", *CALL, "</tool_call>"],
     "[MASK]": ["Hel", "lo, ", "wor", "ld"],
 }
-# Shorter than the official one, whose tools would fill the context.
+# The official template is longer: its description of tools would fill the context.
 TEMPLATE = "{% if tools %}{{ tools | length }}{% endif %}{{ messages[-1].content }}{{ suffix }}"
 
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def writer(folder: Path) -> LLM:
-    """Thinks and calls where a prompt ends with <think>; with no template of its own."""
+    """Thinks and calls tools after a prompt that ends with <think>; has no chat template of its own."""
     return LLM.load(folder, dtype="float32")
 
 
@@ -99,7 +99,7 @@ def test_a_call_that_is_cut_off_is_no_call(templated):
 
 
 def test_thinking_can_be_switched_off(writer):
-    """The prompt ends with </think>, from where the script goes on with the answer."""
+    """The prompt ends with </think>, after which the script continues with the answer."""
     answer = writer.chat(HELLO, GREEDY, enable_thinking=False)
     assert answer.reasoning is None
     assert answer.content.startswith("It is € 5.")
@@ -172,8 +172,8 @@ def test_an_answer_and_a_result_go_back_into_the_conversation(templated):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_wrong_is_said_before_anything_runs(writer, messages, options, error, message, stream):
-    """Of a stream too: not when its first piece is taken."""
+def test_errors_are_raised_before_anything_runs(writer, messages, options, error, message, stream):
+    """A stream raises when it is created, not when its first chunk is read."""
     with pytest.raises(error) as caught:
         writer.chat(messages, stream=stream, **options)
     assert message in str(caught.value)

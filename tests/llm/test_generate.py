@@ -1,4 +1,4 @@
-"""Completions: what may be given, what comes back, and that the fast path writes what the obvious slow one does."""
+"""Completions: accepted prompts, results, and equality of the fast path with a simple slow one."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from tests.builders.llm_checkpoints import CONTEXT_LENGTH
 
 TEXTS = ["def", "def fib(n):\n    return n", "天气很好 🙂", "naïve café, x"]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, seed=7, ignore_eos=True)
-# 0.8 and 0.9 are the checkpoint's own.
+# The checkpoint's defaults are 0.8 and 0.9.
 DRAWN = SamplingParams(temperature=0.8, top_p=0.9, max_tokens=12, seed=7, ignore_eos=True)
 
 
@@ -29,7 +29,7 @@ def together(llm: LLM) -> dict[SamplingParams, list[Completion]]:
 
 
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-def test_a_batch_of_different_lengths_writes_what_each_would_alone(llm, together, params):
+def test_a_batch_of_different_lengths_equals_each_prompt_alone(llm, together, params):
     alone = [llm.generate(text, params) for text in TEXTS]
     assert together[params] == alone
     assert len({len(llm.tokenizer.encode(text)) for text in TEXTS}) == 4
@@ -37,7 +37,7 @@ def test_a_batch_of_different_lengths_writes_what_each_would_alone(llm, together
 
 
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-def test_bursts_write_what_single_steps_do(llm, together, params):
+def test_multi_step_decode_equals_single_steps(llm, together, params):
     for text, whole in zip(TEXTS[:2], together[params], strict=False):
         pieces = list(llm.stream(text, params))
         assert [len(piece.token_ids) for piece in pieces] == [1] * 12
@@ -48,7 +48,7 @@ def test_bursts_write_what_single_steps_do(llm, together, params):
 
 
 def test_greedy_tokens_are_those_of_the_slow_path(llm, together):
-    """The whole of each sequence through the model, without a cache, for every token."""
+    """The slow path runs each whole sequence through the model, without a cache, for every token."""
     apply = jax.jit(lambda tokens: llm.model.apply({"params": llm.params}, tokens)[0])
     rows = [llm.tokenizer.encode(text) for text in TEXTS]
     for _ in range(12):
@@ -62,7 +62,7 @@ def test_greedy_tokens_are_those_of_the_slow_path(llm, together):
 
 
 @pytest.mark.parametrize("sizes", [[1] * 40, [3, 1, 64], [64]], ids=str)
-def test_the_size_of_the_bursts_changes_nothing(llm, together, sizes, monkeypatch):
+def test_the_number_of_steps_per_call_changes_nothing(llm, together, sizes, monkeypatch):
     limits = iter(sizes)
     steps = runner.decode_steps
     monkeypatch.setattr(runner, "decode_steps", lambda *a, **k: steps(*a[:-1], np.int32(next(limits)), **k))
@@ -172,8 +172,8 @@ def test_streams_of_n_completions_carry_their_index(llm):
         assert own[-1].completion == whole[index]
 
 
-def test_more_rows_than_a_batch_holds(llm, monkeypatch):
-    monkeypatch.setattr("glm_jax.llm._MAX_BATCH_SIZE", 4)
+def test_more_requests_than_a_batch_holds(llm, monkeypatch):
+    monkeypatch.setattr("glm_jax.engine.scheduler.MAX_BATCH_SIZE", 4)
     prompts = [TEXTS[i % 4] for i in range(9)]
     assert llm.generate(prompts, DRAWN) == [llm.generate(text, DRAWN) for text in prompts]
 
@@ -214,7 +214,7 @@ def test_a_score_must_fit_the_context_as_a_whole(short):
 
 
 def test_the_last_slot_of_the_cache_holds_a_token(llm):
-    """128 slots, filled to the last one; a token more takes the next capacity."""
+    """128 slots, filled to the last one; one more token needs the next capacity."""
     ids = llm.tokenizer.encode("x = fib(n - 1) + 7\n" * 20)[:16]
     full = llm.generate(ids, GREEDY, max_tokens=112)
     more = llm.generate(ids, GREEDY, max_tokens=113)
@@ -226,16 +226,16 @@ def test_a_prompt_in_chunks_gives_the_same_tokens(llm, monkeypatch):
     lengths = [len(llm.tokenizer.encode(text)) for text in texts]
     whole = llm.generate(texts, DRAWN)
     monkeypatch.setattr(runner, "prefill_chunk_length", lambda rows, on_cpu: 16)
-    assert min(lengths) < 16 < 32 < max(lengths), "some rows must end in an earlier chunk than others"
+    assert min(lengths) < 16 < 32 < max(lengths), "some prompts must end in an earlier chunk than others"
     assert llm.generate(texts, DRAWN) == whole
 
 
-def test_chunks_are_narrower_for_many_rows(llm, together, monkeypatch):
-    monkeypatch.setattr(runner, "MAX_BATCHED_PREFILL_TOKENS", 64)  # 4 rows of 16
+def test_chunks_are_narrower_for_many_prompts(llm, together, monkeypatch):
+    monkeypatch.setattr(runner, "MAX_BATCHED_PREFILL_TOKENS", 64)  # 4 prompts of 16
     assert llm.generate(TEXTS, DRAWN) == together[DRAWN]
 
 
-# One combination, so that these are compiled once.
+# The tests below share one combination of options, which compiles once.
 BIASED = DRAWN.replace(logprobs=20, logit_bias={1: 0.5})
 
 
@@ -272,7 +272,7 @@ def test_logprobs_change_no_token_and_are_absent_unless_asked_for(llm, together)
 
 
 def test_penalties_follow_the_definition(llm):
-    """A greedy loop over the model's own logits, with the penalties written out."""
+    """The expected tokens are those of a greedy loop over the model's logits with explicit penalties."""
     options = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.7}
     prompt = llm.tokenizer.encode("def fib")
     ids, written = list(prompt), []

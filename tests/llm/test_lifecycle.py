@@ -1,4 +1,4 @@
-"""A model's life: loading in every layout, being interrupted, saved, released; and what cannot be loaded."""
+"""A model's life: loaded in every layout, interrupted, saved, released; and models that cannot be loaded."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from glm_jax.engine import runner
 from glm_jax.errors import CheckpointError, GlmError, SamplingError, ShardingError
 from glm_jax.llm import LLM
 from glm_jax.sampling import SamplingParams
-from tests.builders.llm_checkpoints import write_scripted_model
+from tests.builders.llm_checkpoints import write_random_model, write_scripted_model
 
 TEXTS = ["def", "def fib(n):\n    return n", "天气很好 🙂", "naïve café, x"]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, seed=7, ignore_eos=True)
@@ -28,7 +28,7 @@ def expected(llm: LLM) -> list[Any]:
 
 
 @pytest.mark.parametrize("to", ["orbax", "safetensors"])
-def test_what_is_saved_loads_and_writes_the_same(llm, expected, tmp_path, to):
+def test_a_saved_model_loads_and_generates_the_same(llm, expected, tmp_path, to):
     llm.save(tmp_path / "saved", to=to)
     again = LLM.load(tmp_path / "saved", dtype="float32")
     assert again.generate(TEXTS, GREEDY) == expected
@@ -66,7 +66,7 @@ def test_a_released_model_says_so(folder):
     model.release()
 
 
-def test_other_parameters_can_take_the_place(llm, folder, expected):
+def test_parameters_can_be_replaced(llm, folder, expected):
     other = LLM.load(folder, dtype="float32")
     own = other.params
     other.params = {**own, "head": own["head"][::-1]}
@@ -76,15 +76,15 @@ def test_other_parameters_can_take_the_place(llm, folder, expected):
 
 
 @pytest.fixture
-def attentive():
-    """Ctrl-C is heard, also where whoever started the tests has had it ignored, as shells do in the background."""
+def heeding_ctrl_c():
+    """Restores the handling of Ctrl-C, which shells let background processes ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def interrupting(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Ctrl-C comes while the device runs its burst number ``after``."""
+    """Raises Ctrl-C during decode call number ``after``."""
     steps, calls = runner.decode_steps, []
 
     def run(*args: Any, **options: Any) -> Any:
@@ -97,7 +97,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     monkeypatch.setattr(runner, "decode_steps", run)
 
 
-@pytest.mark.usefixtures("attentive")
+@pytest.mark.usefixtures("heeding_ctrl_c")
 @pytest.mark.parametrize("after", [1, 2])
 def test_an_interrupted_generation_leaves_the_model_usable(llm, expected, monkeypatch, after):
     with monkeypatch.context() as patch:
@@ -107,7 +107,7 @@ def test_an_interrupted_generation_leaves_the_model_usable(llm, expected, monkey
     assert llm.generate(TEXTS, GREEDY) == expected
 
 
-@pytest.mark.usefixtures("attentive")
+@pytest.mark.usefixtures("heeding_ctrl_c")
 def test_an_interrupted_stream_leaves_the_model_usable(llm, expected, monkeypatch):
     pieces = []
     with monkeypatch.context() as patch:
@@ -140,7 +140,7 @@ def test_streams_may_be_mixed(llm, expected):
 
 
 @pytest.mark.parametrize("sharding", ["latency", "replicated"])
-def test_four_devices_write_what_one_does(llm, folder, expected, sharding):
+def test_four_devices_generate_the_same_as_one(llm, folder, expected, sharding):
     four = LLM.load(folder, dtype="float32", mesh=4, sharding=sharding)
     assert four.mesh is not None
     assert dict(four.mesh.shape) == {"data": 1, "model": 4}
@@ -191,6 +191,17 @@ def test_settings_that_cannot_be(folder, options, error, message):
     assert message in str(caught.value)
 
 
+def test_notes_about_the_source_are_logged_as_warnings(tmp_path, caplog):
+    folder = write_random_model(tmp_path / "model", num_nextn_predict_layers=0)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    LLM.load(folder, dtype="float32")
+    (record,) = [record for record in caplog.records if record.name.startswith("glm_jax")]
+    assert record.levelname == "WARNING"
+    assert "(multi-token prediction) has no tensors here" in record.getMessage()
+    assert record.getMessage().startswith("note: ")
+
+
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(CheckpointError, match="there is no folder"):
         LLM.load(tmp_path / "nowhere")
@@ -208,9 +219,7 @@ def test_a_folder_that_is_not_there(tmp_path):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_damaged_companions_are_found_before_weights_are_read(
-    folder, tmp_path, monkeypatch, file, content, error, message
-):
+def test_damaged_assets_are_found_before_weights_are_read(folder, tmp_path, monkeypatch, file, content, error, message):
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     (copy / file).unlink()
     if content is not None:

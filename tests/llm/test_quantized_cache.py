@@ -73,11 +73,11 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module", params=["int8", "fp8"])
 def narrow(request, folder):
-    """The random checkpoint in float32, with such a cache."""
+    """The random checkpoint in float32, with an 8-bit cache."""
     return LLM.load(folder, dtype="float32", cache_dtype=request.param)
 
 
-def test_a_batch_writes_what_each_would_alone_in_bursts_or_step_by_step(narrow):
+def test_a_batch_equals_each_prompt_alone_in_many_steps_or_one_by_one(narrow):
     together = narrow.generate(TEXTS, DRAWN)
     assert together == [narrow.generate(text, DRAWN) for text in TEXTS]
     streamed = [token for piece in narrow.stream(TEXTS[1], DRAWN) for token in piece.token_ids]
@@ -96,11 +96,11 @@ def test_over_devices(folder):
     assert found[0] == found[1]
 
 
-def test_it_is_planned_for_and_made(narrow):
-    kind, cfg = narrow._setup.placement.cache_dtype, narrow.config
-    cache = narrow._runner().cache(1, 100)
-    assert (cache.kind, cache.capacity, cache.reads_as) == (kind, 128, "float32")
-    assert cache.data.nbytes + cache.scales.nbytes == narrow._setup.need(1, 128).cache
+def test_the_memory_plan_has_the_size_of_the_cache(narrow):
+    kind, cfg = narrow._memory_model.placement.cache_dtype, narrow.config
+    cache = narrow._make_runner().allocate_cache(1, 100)
+    assert (cache.kind, cache.capacity, cache.dequant_dtype) == (kind, 128, "float32")
+    assert cache.data.nbytes + cache.scales.nbytes == narrow._memory_model.requirement(1, 128).cache
     assert cache.scales.nbytes == cfg.num_hidden_layers * 128 * 2 * 4
 
 

@@ -1,10 +1,11 @@
-"""How completions end: stop strings, stop tokens, the end of sequence; and what a stream shows of that."""
+"""The end of completions: stop strings, stop tokens, end of sequence, and the chunks of a stream at the end."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from glm_jax.engine import runner
 from glm_jax.llm import LLM
 from glm_jax.sampling import SamplingParams
 from tests.builders.llm_checkpoints import write_scripted_model
@@ -16,7 +17,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=20, seed=0)
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    """Writes TEXT after "x", and ends; after "y" half a character, and ends."""
+    """Generates TEXT after "x"; after "y" text that ends in half a character."""
     folder: Path = tmp_path_factory.mktemp("stops")
     return LLM.load(write_scripted_model(folder, {"x": PIECES, "y": ["yes", "0xF0", "0x9F"]}), dtype="float32")
 
@@ -49,7 +50,7 @@ def test_stop_token_ids_end_it_whatever_becomes_of_eos(writer, ignore_eos):
 
 
 def check_stream(llm: LLM, prompt: str, params: SamplingParams, text: str) -> list[str]:
-    """The pieces of a stream: never more than the final text, and together all of it."""
+    """The chunks of a stream; checks that they are always a prefix of the final text, and at the end all of it."""
     pieces, shown = list(llm.stream(prompt, params)), ""
     for piece in pieces:
         shown += piece.text
@@ -111,16 +112,14 @@ def test_the_last_token_may_complete_a_stop_string(writer):
     assert (held.text, held.finish_reason) == ("one tw", "length")
 
 
-def test_rows_of_a_batch_end_each_at_its_own(writer):
+def test_each_request_of_a_batch_has_its_own_end(writer):
     found = writer.generate(["x", "y", "x", "y"], GREEDY, stop=["four"])
     assert [c.text for c in found] == ["one two three€ ", "yes\ufffd"] * 2
     assert [c.completion_tokens for c in found] == [8, 4, 8, 4]
 
 
-def test_the_device_is_told_of_rows_that_ended_at_a_stop_string(writer, monkeypatch):
-    """Otherwise it would go on for the whole burst."""
-    from glm_jax.engine import runner
-
+def test_sequences_that_ended_at_a_stop_string_are_marked_on_the_device(writer, monkeypatch):
+    """Otherwise the device would decode all steps of the call."""
     states = []
     steps = runner.decode_steps
     monkeypatch.setattr(runner, "decode_steps", lambda *a, **k: states.append(a[2].done.tolist()) or steps(*a, **k))
