@@ -1,7 +1,7 @@
-"""How the parameter tree lies on disk: parts, each holding the arrays of one layer without the layer axis.
+"""Layout of a converted folder: one layer checkpoint per layer, which holds its arrays without the layer axis.
 
-``layer-00000`` … hold one block each, ``mtp`` the prediction layer, ``rest`` embedding, final norm and head. Everything
-follows from :func:`glm_jax.weights.params.param_specs`, so the file format has no shapes of its own.
+The layer checkpoints ``layer-00000`` and so on hold one block each, ``mtp`` holds the prediction layer, and ``rest``
+holds embedding, final norm and head. All shapes follow from :func:`glm_jax.weights.params.param_specs`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ STATE_FOLDER = ".convert"  # holds the state of an unfinished conversion
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Leaf:
-    """One array on disk and its place in the parameter tree.
+    """One layer's array of a parameter, or a whole parameter that has no layer axis.
 
     Attributes:
-        checkpoint_name: the part that holds it.
-        path: names inside the part, such as ``("moe", "gate")``.
-        param_path: path of the parameter it belongs to, such as ``("runs", "1", "moe", "gate")``.
-        stack_index: position along the parameter's layer axis; ``None`` where it has none.
-        layer: number of the layer in the model (0 where the parameter has no layer axis).
-        spec: of the whole parameter.
+        checkpoint_name: Layer checkpoint that holds the array.
+        path: Path within the layer checkpoint, such as ``("moe", "gate")``.
+        param_path: Path of the parameter in the parameter tree, such as ``("runs", "1", "moe", "gate")``.
+        stack_index: Position along the parameter's layer axis; ``None`` if the parameter has no layer axis.
+        layer: Number of the layer in the model; 0 if the parameter has no layer axis.
+        spec: Spec of the whole parameter.
     """
 
     checkpoint_name: str
@@ -40,7 +40,7 @@ class Leaf:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape on disk: the parameter's without its layer axis."""
+        """Shape of the parameter without its layer axis."""
         return self.spec.shape if self.stack_index is None else self.spec.shape[1:]
 
     @property
@@ -50,21 +50,21 @@ class Leaf:
 
     @property
     def name(self) -> str:
-        """Name inside its part, such as ``moe.gate``."""
+        """Name within the layer checkpoint, such as ``moe.gate``."""
         return ".".join(self.path)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DiskArray:
-    """One array of a part: a leaf, or one component of a quantized leaf.
+    """One array on disk: a plain leaf, or one component of a quantized leaf.
 
     Attributes:
-        checkpoint_name: that holds it.
-        path: names inside the part, such as ``("moe", "gate", "codes")``.
-        shape: on disk.
-        dtype: on disk where the storage fixes it; None for a plain leaf.
-        component: of a quantized leaf, else empty.
-        chunked_by_expert: whether the first axis counts experts, each of which gets chunks of its own.
+        checkpoint_name: Layer checkpoint that holds the array.
+        path: Path within the layer checkpoint, such as ``("moe", "gate", "codes")``.
+        shape: Shape on disk.
+        dtype: Dtype on disk if the quantization fixes it; None for a plain leaf.
+        component: Name of the component of a quantized leaf; empty for a plain leaf.
+        chunked_by_expert: Whether the first axis enumerates experts, each of which has chunks of its own.
     """
 
     checkpoint_name: str
@@ -76,47 +76,47 @@ class DiskArray:
 
     @property
     def name(self) -> str:
-        """Name inside its part, such as ``moe.gate.codes``."""
+        """Name within the layer checkpoint, such as ``moe.gate.codes``."""
         return ".".join(self.path)
 
 
 def disk_arrays(leaf: Leaf, spec: QuantSpec | None) -> tuple[DiskArray, ...]:
-    """The arrays that a leaf is on disk, codes first."""
+    """Arrays that hold a leaf on disk: one if ``spec`` is None, otherwise one per component, codes first."""
     by_expert = "experts" in leaf.spec.axes
     if spec is None:
         return (DiskArray(leaf.checkpoint_name, leaf.path, leaf.shape, None, "", by_expert),)
     return tuple(
-        # An array without axes has no rows to read; it is one row here.
+        # Arrays are read by rows, so an array without axes is stored as one row.
         DiskArray(leaf.checkpoint_name, (*leaf.path, name), shape or (1,), dtype.name, name, by_expert)
         for name, (shape, dtype) in spec.component_shapes(leaf.shape).items()
     )
 
 
 def layer_checkpoint_name(cfg: Config, layer: int) -> str:
-    """The part of a layer, counted as checkpoints count: the one after the last is the prediction layer."""
+    """Name of a layer's checkpoint; the layer after the last is the prediction layer, as in the original checkpoint."""
     return MTP if layer == cfg.num_hidden_layers else f"layer-{layer:05d}"
 
 
 def checkpoint_layout(cfg: Config) -> dict[str, tuple[Leaf, ...]]:
-    """The arrays of every part: the layers in order, then the prediction layer, then the rest."""
-    parts: dict[str, list[Leaf]] = {layer_checkpoint_name(cfg, i): [] for i in range(cfg.num_hidden_layers)}
+    """Leaves of every layer checkpoint, by its name: the layers in order, then the prediction layer, then the rest."""
+    checkpoints: dict[str, list[Leaf]] = {layer_checkpoint_name(cfg, i): [] for i in range(cfg.num_hidden_layers)}
     if cfg.num_nextn_predict_layers:
-        parts[MTP] = []
-    parts[NON_LAYER] = []
-    for target, spec in leaves_with_path(param_specs(cfg)):
-        for leaf in _leaves(cfg, target, spec):
-            parts[leaf.checkpoint_name].append(leaf)
-    return {part: tuple(members) for part, members in parts.items()}
+        checkpoints[MTP] = []
+    checkpoints[NON_LAYER] = []
+    for param_path, spec in leaves_with_path(param_specs(cfg)):
+        for leaf in _leaves(cfg, param_path, spec):
+            checkpoints[leaf.checkpoint_name].append(leaf)
+    return {name: tuple(leaves) for name, leaves in checkpoints.items()}
 
 
-def _leaves(cfg: Config, target: ParamPath, spec: ParamSpec) -> Iterator[Leaf]:
-    if target[0] == "runs":
-        run = cfg.layer_groups[int(target[1])]
-        for slot in range(run.count):
-            layer = run.start + slot
-            yield Leaf(layer_checkpoint_name(cfg, layer), target[2:], target, slot, layer, spec)
-    elif target[0] == MTP:
-        # Of the prediction layer's parameters only its block has a layer axis, of length one.
-        yield Leaf(MTP, target[1:], target, 0 if len(target) > 2 else None, 0, spec)
+def _leaves(cfg: Config, param_path: ParamPath, spec: ParamSpec) -> Iterator[Leaf]:
+    if param_path[0] == "runs":
+        group = cfg.layer_groups[int(param_path[1])]
+        for stack_index in range(group.count):
+            layer = group.start + stack_index
+            yield Leaf(layer_checkpoint_name(cfg, layer), param_path[2:], param_path, stack_index, layer, spec)
+    elif param_path[0] == MTP:
+        # Among the prediction layer's parameters, only those of its block have a layer axis, of length one.
+        yield Leaf(MTP, param_path[1:], param_path, 0 if len(param_path) > 2 else None, 0, spec)
     else:
-        yield Leaf(NON_LAYER, target, target, None, 0, spec)
+        yield Leaf(NON_LAYER, param_path, param_path, None, 0, spec)

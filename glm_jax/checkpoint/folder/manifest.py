@@ -1,4 +1,4 @@
-"""``manifest.json``: what a converted folder holds, with a hash of every array and nothing that varies between runs."""
+"""``manifest.json``: config, arrays and hashes of a converted folder, and nothing that varies from run to run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from glm_jax.errors import CheckpointError, ConfigError, QuantError
 from glm_jax.weights import QuantSpec
 
 MANIFEST_FORMAT = "glm-jax"
-MANIFEST_VERSION = 2  # the first with quantized weights; a folder without any is still of version 1
+MANIFEST_VERSION = 2  # version 2 introduced quantized weights; folders without them are still written as version 1
 MANIFEST_NAME = "manifest.json"
 
 
@@ -26,12 +26,12 @@ class Manifest:
     """Contents of a converted folder.
 
     Attributes:
-        cfg: of the model.
-        dtype: of most arrays.
-        original: what is needed to write the source checkpoint back as it was.
-        source_fingerprint: fingerprint of the source and the options it was converted with.
-        array_records: the arrays of each part.
-        quant_specs: how leaves are quantized, by ``part/leaf``.
+        cfg: Config of the model.
+        dtype: Dtype of most plain arrays.
+        original: Facts about the source checkpoint that are needed to write it back unchanged.
+        source_fingerprint: Fingerprint of the source and of the options of its conversion.
+        array_records: Records of the arrays of each layer checkpoint.
+        quant_specs: Quantization of quantized leaves, by ``checkpoint/leaf``.
     """
 
     cfg: Config
@@ -42,7 +42,7 @@ class Manifest:
     quant_specs: Mapping[str, QuantSpec] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Canonical text: equal manifests are equal bytes."""
+        """Canonical JSON text; equal manifests have equal text."""
         extra = {"latent_eps": self.cfg.latent_eps, "mtp_own_embeddings": self.cfg.mtp_own_embeddings}
         fields = {
             "format": MANIFEST_FORMAT,
@@ -51,26 +51,31 @@ class Manifest:
             "dtype": self.dtype,
             "original": dataclasses.asdict(self.original),
             "source": self.source_fingerprint,
-            "parts": {part: records_to_json(records) for part, records in self.array_records.items()},
+            "parts": {name: records_to_json(records) for name, records in self.array_records.items()},
         }
         if self.quant_specs:
             fields["storage"] = {leaf: spec.to_json() for leaf, spec in self.quant_specs.items()}
         return json.dumps(fields, indent=1, sort_keys=True) + "\n"
 
     @classmethod
-    def from_json(cls, text: str | bytes, where: Path) -> Manifest:
-        """Reads and checks a manifest.
+    def from_json(cls, text: str | bytes, path: Path) -> Manifest:
+        """Parses and checks a manifest.
+
+        Args:
+            text: Content of the file.
+            path: Path of the file, for error messages.
 
         Raises:
-            CheckpointError: if it is damaged, from a newer version, or does not list what its config needs.
+            CheckpointError: If the manifest is damaged, has a newer version, or does not list exactly the arrays that
+                its config needs.
         """
         try:
             fields = json.loads(text)
-            _check_version(fields, where)
+            _check_version(fields, path)
             manifest = cls._from_fields(fields)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError, QuantError) as error:
-            raise CheckpointError(f"{where} is damaged ({printable(str(error))}): convert again") from None
-        _check_arrays(manifest, where)
+            raise CheckpointError(f"{path} is damaged ({printable(str(error))}): convert again") from None
+        _check_arrays(manifest, path)
         return manifest
 
     @classmethod
@@ -82,16 +87,16 @@ class Manifest:
             dtype=FLOAT_DTYPES[fields["dtype"]].name,
             original=_parse_round_trip_info(fields["original"]),
             source_fingerprint=str(fields["source"]),
-            array_records={part: records_from_json(records) for part, records in fields["parts"].items()},
+            array_records={name: records_from_json(records) for name, records in fields["parts"].items()},
             quant_specs={leaf: QuantSpec.from_json(spec) for leaf, spec in fields.get("storage", {}).items()},
         )
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a converted folder.
+    """Reads the manifest of a converted folder.
 
     Raises:
-        CheckpointError: if it cannot be read or used.
+        CheckpointError: If the file cannot be read or is not valid.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -101,9 +106,10 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def is_converted_folder(folder: Path) -> bool:
-    """Whether a folder's manifest.json is one of ours, even a damaged one: it says so, or parts lie beside it.
+    """Whether a folder is a converted folder, even with a damaged manifest.
 
-    Other programs have files of that name too.
+    A ``manifest.json`` alone does not tell, because other programs have files of that name too: the manifest must name
+    the format, or the folder must hold layer checkpoints.
     """
     path = folder / MANIFEST_NAME
     if not path.exists() or (folder / "parts").is_dir():
@@ -115,8 +121,8 @@ def is_converted_folder(folder: Path) -> bool:
     return isinstance(fields, dict) and fields.get("format") == MANIFEST_FORMAT
 
 
-def _is_allowed_dtype(dtype: str, fixed: str | None) -> bool:
-    return dtype in FLOAT_DTYPES if fixed is None else dtype == fixed
+def _is_allowed_dtype(dtype: str, fixed_dtype: str | None) -> bool:
+    return dtype in FLOAT_DTYPES if fixed_dtype is None else dtype == fixed_dtype
 
 
 def _parse_round_trip_info(fields: dict[str, Any]) -> RoundTripInfo:
@@ -125,7 +131,7 @@ def _parse_round_trip_info(fields: dict[str, Any]) -> RoundTripInfo:
     return RoundTripInfo(copies, fields["head_copy"] is True, dtypes)
 
 
-def _check_version(fields: Any, where: Path) -> None:
+def _check_version(fields: Any, path: Path) -> None:
     if not isinstance(fields, dict) or fields.get("format") != MANIFEST_FORMAT:
         raise ValueError(f"it does not say format {MANIFEST_FORMAT!r}")
     version = fields.get("format_version")
@@ -133,12 +139,13 @@ def _check_version(fields: Any, where: Path) -> None:
         raise ValueError(f"impossible format_version {version!r}")
     if version > MANIFEST_VERSION:
         raise CheckpointError(
-            f"{where} has format version {version}, this program reads up to version {MANIFEST_VERSION}: "
+            f"{path} has format version {version}, this program reads up to version {MANIFEST_VERSION}: "
             "update it, or convert the checkpoint again"
         )
 
 
-def _check_arrays(manifest: Manifest, where: Path) -> None:
+def _check_arrays(manifest: Manifest, path: Path) -> None:
+    """Compares the listed arrays with the arrays that the config needs."""
     leaves = {
         f"{leaf.checkpoint_name}/{leaf.name}": leaf
         for members in checkpoint_layout(manifest.cfg).values()
@@ -150,7 +157,9 @@ def _check_arrays(manifest: Manifest, where: Path) -> None:
         for array in disk_arrays(leaf, manifest.quant_specs.get(key))
     }
     listed = {
-        f"{part}/{name}": record for part, records in manifest.array_records.items() for name, record in records.items()
+        f"{checkpoint_name}/{name}": record
+        for checkpoint_name, records in manifest.array_records.items()
+        for name, record in records.items()
     }
     groups = {
         "missing": [key for key in needed if key not in listed],
@@ -163,4 +172,4 @@ def _check_arrays(manifest: Manifest, where: Path) -> None:
     }
     problems = [f"{len(items)} arrays {title}: {format_names(items)}" for title, items in groups.items() if items]
     if problems:
-        raise CheckpointError(f"{where} does not fit its own config.\n  " + "\n  ".join(problems))
+        raise CheckpointError(f"{path} does not fit its own config.\n  " + "\n  ".join(problems))
