@@ -1,9 +1,8 @@
-"""One transformer block on one device's part of the weights, and the taps that let research look inside."""
+"""One transformer block on one device's part of the weights, with hooks on its activations."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +16,22 @@ from glm_jax.ops.mla import AttentionForm, mla_attention, project_queries_and_la
 from glm_jax.ops.mlp import swiglu
 from glm_jax.ops.norm import rms_norm
 from glm_jax.sharding import Rules
+from glm_jax.weights import Weights
+from glm_jax.weights.params import ParamTree
+
+_FLOAT32 = jnp.dtype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """What every block of one call shares.
+    """Inputs that all blocks of one call share.
 
     Attributes:
-        positions: int32 ``[B, T]``.
-        attention_form: of the attention.
+        cfg: Config of the model.
+        rules: Mesh axis of each logical axis.
+        positions: ``int32 [B, T]``.
+        attention_form: Form of the attention.
+        hooks: Hooks on activations.
     """
 
     cfg: Config
@@ -39,7 +45,7 @@ def transformer_block(
     ctx: ForwardContext,
     h: jax.Array,
     cache: LatentCache | None,
-    w: dict[str, Any],
+    w: ParamTree,
     layer: Index,
     cache_layer: Index,
     name: str = "",
@@ -47,15 +53,16 @@ def transformer_block(
     """``h + attention(norm(h))``, then ``+ feed_forward(norm(.))``.
 
     Args:
-        h: residual stream ``[B, T, D]``.
-        cache: of all layers, or ``None`` to attend to the new tokens alone.
-        w: parameters of a run, stacked by layer.
-        layer: index into the run's stacks.
-        cache_layer: index into the cache's layers.
-        name: prefix of the tap names, ``block.{i}``.
+        ctx: Inputs that all blocks share.
+        h: Residual stream ``[B, T, D]``.
+        cache: The cache of all layers, or None to attend to the new tokens alone.
+        w: Parameters of a layer group, stacked by layer.
+        layer: Index into the stacks.
+        cache_layer: Index into the cache's layers.
+        name: Prefix of the activations' names, ``block.{i}``.
 
     Returns:
-        The new residual stream and cache.
+        The new residual stream and the cache.
     """
     h = ctx.hooks(f"{name}.in", h)
     attention, cache = _attention(ctx, h, cache, w["attn"], layer, cache_layer)
@@ -67,36 +74,39 @@ def transformer_block(
     return ctx.hooks(f"{name}.out", h + out), cache
 
 
+@jax.named_scope("attention")
 def _attention(
-    ctx: ForwardContext, h: jax.Array, cache: LatentCache | None, w: dict[str, Any], layer: Index, slot: Index
+    ctx: ForwardContext, h: jax.Array, cache: LatentCache | None, w: Weights, layer: Index, cache_layer: Index
 ) -> tuple[jax.Array, LatentCache | None]:
     cfg = ctx.cfg
     heads = w["k_b"].shape[1]
     x = rms_norm(h, index_weight(w["norm"], layer), cfg.rms_norm_eps)
-    queries, new = project_queries_and_latent(cfg, x, w, layer, ctx.positions, heads)
+    queries, new_rows = project_queries_and_latent(cfg, x, w, layer, ctx.positions, heads)
     if cache is None:
-        # The rows are the tokens themselves: a token's slot is its place in the row, wherever the row begins.
-        own_slot = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], ctx.positions.shape)
-        rows = LayerCache(new)
+        # The new tokens are the whole context: a token's slot is its index in the row, whatever its position.
+        slots = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], ctx.positions.shape)
+        rows, cache_and_layer = LayerCache(new_rows), None
     else:
-        own_slot = ctx.positions
-        cache = cache.write(slot, own_slot, new, cfg.kv_lora_rank)
-        # The new tokens too are seen as they are stored, so that it does not matter which call wrote a row.
-        rows = cache.get_layer(slot)
-    stored = None if cache is None else (cache, slot)
-    out = mla_attention(cfg, queries, rows, own_slot, w, layer, ctx.attention_form, stored)
-    # Partial sums over the devices' heads are added in float32.
-    partial = linear(out.reshape(*out.shape[:2], -1), w["o"], layer, dtype=jnp.dtype(jnp.float32))
-    return ctx.rules.psum(partial, "heads").astype(h.dtype), cache
+        slots = ctx.positions
+        cache = cache.write(cache_layer, slots, new_rows, cfg.kv_lora_rank)
+        # New tokens are read back as they are stored, so that it does not matter which call wrote a row.
+        rows, cache_and_layer = cache.get_layer(cache_layer), (cache, cache_layer)
+    out = mla_attention(cfg, queries, rows, slots, w, layer, ctx.attention_form, cache_and_layer)
+    with jax.named_scope("o_proj"):
+        # Partial sums over the devices' heads are added in float32.
+        partial = linear(out.reshape(*out.shape[:2], -1), w["o"], layer, dtype=_FLOAT32)
+        return ctx.rules.psum(partial, "heads").astype(h.dtype), cache
 
 
-def _mlp_layer(ctx: ForwardContext, h: jax.Array, w: dict[str, Any], layer: Index) -> jax.Array:
+@jax.named_scope("mlp")
+def _mlp_layer(ctx: ForwardContext, h: jax.Array, w: Weights, layer: Index) -> jax.Array:
     x = rms_norm(h, index_weight(w["norm"], layer), ctx.cfg.rms_norm_eps)
-    out = swiglu(x, w["gate"], w["up"], w["down"], layer, dtype=jnp.dtype(jnp.float32))
+    out = swiglu(x, w["gate"], w["up"], w["down"], layer, dtype=_FLOAT32)
     return ctx.rules.psum(out, "ffn").astype(h.dtype)
 
 
-def _moe_layer(ctx: ForwardContext, h: jax.Array, w: dict[str, Any], layer: Index, name: str) -> jax.Array:
+@jax.named_scope("moe")
+def _moe_layer(ctx: ForwardContext, h: jax.Array, w: Weights, layer: Index, name: str) -> jax.Array:
     cfg, shape = ctx.cfg, h.shape
     x = rms_norm(h, index_weight(w["norm"], layer), cfg.rms_norm_eps).reshape(-1, shape[-1])
     routing = router.route(cfg, x, index_weight(w["router"], layer), index_weight(w["router_bias"], layer))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
-from glm_jax.cache.latent import CACHE_AXES as CACHE_AXES
 from glm_jax.config import Config
 from glm_jax.errors import ConfigError
 
@@ -20,9 +19,9 @@ class ActivationHooks:
     """Named points where activations are read (``trace``) or replaced (``edit``) during one call.
 
     Attributes:
-        trace: names to record.
-        edit: name to function; the function's result takes the activation's place.
-        recorded: filled during the call.
+        trace: Names of activations to record.
+        edit: Functions by name; the result of a function replaces the activation.
+        recorded: Recorded activations by name, filled during the call.
     """
 
     trace: frozenset[str] = frozenset()
@@ -33,7 +32,11 @@ class ActivationHooks:
         return bool(self.trace or self.edit)
 
     def __call__(self, name: str, value: jax.Array) -> jax.Array:
-        """Passes ``value`` through the point ``name``."""
+        """Passes the activation ``name`` through its hook.
+
+        Raises:
+            ConfigError: If an edit changes the shape.
+        """
         if name in self.edit:
             edited = self.edit[name](value)
             if edited.shape != value.shape:
@@ -47,18 +50,28 @@ class ActivationHooks:
 
 
 def hook_names(kind: str, name: str) -> tuple[str, ...]:
-    """The tap points of a block of this kind."""
+    """Names of the activations of one block.
+
+    Args:
+        kind: "dense" or "sparse".
+        name: Prefix, such as ``block.3``.
+    """
     inner = ("mlp",) if kind == "dense" else ("moe.router", "moe.experts", "moe")
     return tuple(f"{name}.{point}" for point in ("in", "attn", *inner, "out"))
 
 
 def activation_names(cfg: Config) -> tuple[str, ...]:
-    """Every name that ``trace`` and ``edit`` know, in the order of computation."""
+    """All names that ``trace`` and ``edit`` accept, in the order of computation."""
     blocks = [hook_names(kind, f"block.{i}") for i, kind in enumerate(cfg.mlp_layer_types)]
     return ("embed", *(name for names in blocks for name in names), "norm")
 
 
-def _check_activation_names(cfg: Config, names: Sequence[str]) -> None:
+def check_activation_names(cfg: Config, names: Sequence[str]) -> None:
+    """Checks names of activations.
+
+    Raises:
+        ConfigError: For an unknown name, with the closest known ones.
+    """
     known = activation_names(cfg)
     for name in names:
         if name not in known:

@@ -1,13 +1,12 @@
-"""The gated feed-forward network (SwiGLU)."""
+"""The gated feed-forward network (SwiGLU, https://arxiv.org/abs/2002.05202)."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from glm_jax.ops import tiled_matmul
 from glm_jax.ops.linear import Index, linear
-from glm_jax.weights import TiledWeight, Weight
+from glm_jax.weights import Weight, as_weight_matrix
 
 
 def swiglu(
@@ -17,12 +16,19 @@ def swiglu(
 
     Args:
         x: ``[..., D]``.
-        gate: ``[*stack, F, D]``; ``up`` the same; ``down`` ``[*stack, D, F]``.
-        index: one per stack axis.
-        dtype: of the result; that of ``x`` unless given.
+        gate: ``[*stack, F, D]``.
+        up: ``[*stack, F, D]``.
+        down: ``[*stack, D, F]``.
+        index: One entry per stack axis.
+        dtype: Dtype of the result, that of ``x`` by default.
+
+    Returns:
+        ``[..., D]``.
     """
-    if isinstance(gate, TiledWeight) and isinstance(up, TiledWeight) and tiled_matmul.can_fuse_gate_up(gate, up):
-        rows = tiled_matmul.tiled_gate_up(x.reshape(-1, x.shape[-1]), gate, up, index)
-        return linear(rows.reshape(*x.shape[:-1], -1), down, *index, dtype=dtype)
-    hidden = jax.nn.silu(linear(x, gate, *index)) * linear(x, up, *index)
+    gate_matrix, up_matrix = as_weight_matrix(gate), as_weight_matrix(up)
+    if gate_matrix.can_fuse_gate_up(up_matrix):
+        rows = gate_matrix.fused_gate_up(x.reshape(-1, x.shape[-1]), up_matrix, index)
+        hidden = rows.reshape(*x.shape[:-1], -1)
+    else:
+        hidden = jax.nn.silu(linear(x, gate, *index)) * linear(x, up, *index)
     return linear(hidden, down, *index, dtype=dtype)

@@ -1,16 +1,17 @@
-"""The description of a quantized matrix: which numbers, and which of them share a scale."""
+"""The description of a quantized matrix: the kind of its codes, and which of them share a scale."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, get_args
 
 import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.errors import QuantError
+from glm_jax.sharding import LogicalAxis
 
 QuantDtype = Literal["int4", "int8", "fp8", "fp4"]
 ScaleDtype = Literal["float32", "bfloat16", "float16", "e4m3", "e8m0"]
@@ -25,8 +26,8 @@ _BIT_PATTERN_SCALES = ("e4m3", "e8m0")
 class QuantSpec:
     """How the values of a matrix ``[O, I]`` are stored; frozen, hashable, and without any data.
 
-    With ``s`` the float32 scale of a block (``scale``, then times or over ``outer``), ``u`` or ``q`` a code, ``z`` a
-    zero point and ``b`` a bias of the block, the value in float32 is::
+    Let ``s`` be the float32 scale of a block (``scale``, multiplied or divided by ``outer``), ``u`` or ``q`` a code,
+    ``z`` a zero point and ``b`` a bias of the block. Then the value in float32 is::
 
         int4   none (u - 8) s      point (u - z) s      bias u s + b       u = 0 .. 15
         int8   none q s            point (u - z) s      bias u s + b       q = -128 .. 127, u = 0 .. 255
@@ -34,17 +35,17 @@ class QuantSpec:
         fp4    e2m1(u) s           sign and one of 0, 0.5, 1, 1.5, 2, 3, 4, 6
 
     Attributes:
-        kind: of the codes.
-        block: (outputs, inputs) that share a scale; 0 stands for all of them. ``(1, 64)`` is groups of 64 inputs,
+        kind: Number format of the codes.
+        block: (outputs, inputs) that share a scale; 0 means all of them. ``(1, 64)`` is groups of 64 inputs,
             ``(1, 0)`` a scale per output, ``(128, 128)`` square blocks, ``(32, 1)`` groups of 32 outputs. The last
             block of a row or column may be cut off.
-        scale: dtype of the scales; "e4m3" and "e8m0" are held as bit patterns.
-        zero: what is stored beside each scale.
-        outer: whether there is one more float32 scale for the whole matrix, and how it applies.
-        permuted: the stored columns are a permutation of the inputs, which is kept (GPTQ's activation order).
+        scale: Dtype of the scales; "e4m3" and "e8m0" are held as bit patterns.
+        zero: Zero point or bias stored beside each scale.
+        outer: How one more float32 scale for the whole matrix applies, if there is one.
+        permuted: Whether the stored columns are a permutation of the inputs, stored too (GPTQ's activation order).
 
     Raises:
-        QuantError: if the parts do not go together.
+        QuantError: If the fields contradict each other.
     """
 
     kind: QuantDtype
@@ -60,17 +61,17 @@ class QuantSpec:
 
     @property
     def bits(self) -> int:
-        """Bits of a code."""
+        """Bits per code."""
         return _CODE_BITS[self.kind]
 
     @property
     def values_per_byte(self) -> int:
-        """Codes in a byte."""
+        """Codes per byte."""
         return 8 // self.bits
 
     @property
     def name(self) -> str:
-        """In short, such as ``int4 g64 bfloat16``."""
+        """Short description, such as ``int4 g64 bfloat16``."""
         rows, columns = self.block
         block = {(1, 0): "per output", (0, 0): "per matrix"}.get((rows, columns))
         block = block or (f"g{columns}" if rows == 1 else f"{rows or 'all'}x{columns or 'all'}")
@@ -81,7 +82,7 @@ class QuantSpec:
         """Shape and dtype of each stored array of a weight ``[*stack, O, I]``.
 
         Raises:
-            QuantError: if a matrix of this shape cannot be stored so.
+            QuantError: If a matrix of this shape does not pack into whole bytes.
         """
         if len(shape) < 2 or shape[-1] % self.values_per_byte:
             raise QuantError(
@@ -103,7 +104,7 @@ class QuantSpec:
         return parts
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a weight of this shape."""
+        """Bytes that a weight of this shape takes."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.component_shapes(shape).values())
 
     @property
@@ -112,7 +113,7 @@ class QuantSpec:
 
     @property
     def scale_dtype(self) -> np.dtype[Any]:
-        """Dtype of the array of scales."""
+        """Dtype of the stored array of scales."""
         return np.dtype(np.uint8) if self.scale in _BIT_PATTERN_SCALES else np.dtype(jnp.dtype(self.scale))
 
     @property
@@ -122,15 +123,15 @@ class QuantSpec:
         return np.dtype(np.uint8 if self.kind == "int4" else np.int16)  # GPTQ's zero points go up to 16 and 256
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; :meth:`from_json` is the inverse."""
+        """The spec as JSON values; :meth:`from_json` is the inverse."""
         return dataclasses.asdict(self) | {"block": list(self.block)}
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """From plain values.
+        """Reads the JSON values that :meth:`to_json` writes.
 
         Raises:
-            QuantError: for anything that :meth:`dump_prompt_json` does not make.
+            QuantError: For any other value.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(value, Mapping) or not {"kind"} <= set(value) <= names:
@@ -154,3 +155,22 @@ def _invalid_reason(spec: QuantSpec) -> str | None:
     if spec.zero != "none" and (spec.kind not in ("int4", "int8") or spec.scale in _BIT_PATTERN_SCALES):
         return "only integers with 16- or 32-bit scales have zero points or biases"
     return None
+
+
+def component_axes(
+    name: str, shape: tuple[int, ...], axes: Sequence[LogicalAxis | None]
+) -> tuple[LogicalAxis | None, ...]:
+    """Logical axes of one stored array of a quantized weight: those of the weight that the array has too.
+
+    Args:
+        name: Name of the array, as in :meth:`QuantSpec.component_shapes`.
+        shape: Shape of the array.
+        axes: Logical axes of the weight ``[*stack, O, I]``.
+    """
+    *stack, _, inputs = axes
+    if name == "outer":
+        return tuple(stack)
+    if name == "permutation":
+        return (*stack, inputs)
+    # One block along an axis serves all devices.
+    return tuple(axis if size > 1 else None for axis, size in zip(axes, shape, strict=True))

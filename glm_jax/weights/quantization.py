@@ -12,6 +12,7 @@ import numpy as np
 
 from glm_jax.errors import QuantError
 from glm_jax.weights.codes import E2M1_MAX, E2M1_VALUES, E4M3_MAX, pack_nibbles
+from glm_jax.weights.indexing import largest_divisor
 from glm_jax.weights.quant_spec import QuantSpec
 from glm_jax.weights.quantized_tensor import QuantizedTensor
 
@@ -66,7 +67,7 @@ def check_can_quantize(spec: QuantSpec, shape: tuple[int, ...]) -> None:
 def _quantize(weight: jax.Array, spec: QuantSpec, method: QuantMethod) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     blocks = to_blocks(weight.astype(jnp.float32), spec)
     flat = blocks.reshape(-1, *blocks.shape[-2:])  # blocks have nothing to do with each other
-    chunk = _largest_divisor(flat.shape[0], max(1, _CHUNK_VALUES // math.prod(flat.shape[1:])))
+    chunk = largest_divisor(flat.shape[0], max(1, _CHUNK_VALUES // math.prod(flat.shape[1:])))
     search = functools.partial(_search_scales, spec=spec, method=method)
     parts = jax.lax.map(search, flat.reshape(-1, chunk, *flat.shape[1:]))
     scale, zero = (part.reshape(*blocks.shape[:-2], 1, 1) for part in parts)
@@ -111,11 +112,6 @@ def _search_scales(blocks: jax.Array, spec: QuantSpec, method: QuantMethod) -> t
 def _select_better(best: _ScaleCandidate, new: _ScaleCandidate) -> _ScaleCandidate:
     wins = new.error < best.error
     return _ScaleCandidate(*(jnp.where(wins, a, b) for a, b in zip(new, best, strict=True)))
-
-
-def _largest_divisor(size: int, most: int) -> int:
-    """The largest divisor of ``size`` that is at most ``most``."""
-    return next(n for n in range(min(size, most), 0, -1) if size % n == 0)
 
 
 def to_blocks(weight: jax.Array, spec: QuantSpec) -> jax.Array:

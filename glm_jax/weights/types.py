@@ -1,9 +1,10 @@
-"""Every way in which a weight is held."""
+"""The leaf of a parameter tree, in every storage."""
+
+from typing import TypeAlias
 
 import jax
 
-from glm_jax.weights.bf16_bits import Bfloat16Bits
-from glm_jax.weights.quantized_tensor import QuantizedTensor
-from glm_jax.weights.tiled_weight import TiledWeight
+from glm_jax.weights.weight_matrix import WeightMatrix
 
-Weight = jax.Array | Bfloat16Bits | QuantizedTensor | TiledWeight
+Weight: TypeAlias = jax.Array | WeightMatrix
+Weights: TypeAlias = dict[str, Weight]  # the parameters of one block by short name: q_a, kv_a, …, gate, up, down

@@ -9,11 +9,13 @@ from jax.sharding import NamedSharding
 import glm_jax
 from glm_jax.cache import LatentCache
 from glm_jax.config import Config
-from glm_jax.model import GLM, fused_decode
+from glm_jax.model import GLM
+from glm_jax.model.kernel_selection import unsupported_reason
 from glm_jax.sampling import SamplerState, SamplingParams, sample
 from glm_jax.sharding import Rules, get_sharding_preset, make_mesh
 from glm_jax.weights import TiledWeight
-from glm_jax.weights.params import init_params, leaves_with_path, map_specs, param_specs
+from glm_jax.weights.params import leaves_with_path, map_with_path, param_specs
+from glm_jax.weights.random_init import init_params
 from glm_jax.weights.tiling import ModelSharding, has_tiled_weights, tile_params, untile_params
 from pallas_kernels import _launch
 from tests.pallas_kernels.builders import assert_close
@@ -60,7 +62,7 @@ def test_one_step(changes):
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, cfg.vocab_size, (BATCH, PROMPT)), jnp.int32)
     cache = after_prompt(cfg, params, "float32", tokens)
-    assert fused_decode.unsupported_reason(cfg, tile_params(params)) is None
+    assert unsupported_reason(cfg, tile_params(params)) is None
     positions = jnp.asarray([[PROMPT], [2]], jnp.int32)  # rows of different lengths
     expected, after = step(cfg, params, False, cache, tokens[:, :1], positions)
     found, written = step(cfg, params, True, cache, tokens[:, :1], positions)
@@ -147,7 +149,7 @@ def test_a_step_draws_what_the_sampler_draws_from_its_logits(sampling, changes):
     cfg = small(num_hidden_layers=1, mlp_layer_types=("dense",), **changes)
     params = init_params(cfg, 0, "float32")
     tiled = tile_params(params)
-    assert (fused_decode.unsupported_reason(cfg, tiled) is None) == (not changes)
+    assert (unsupported_reason(cfg, tiled) is None) == (not changes)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (BATCH, 1)), jnp.int32)
     positions, cache = jnp.asarray([[0], [3]], jnp.int32), LatentCache.create(cfg, BATCH, 32, "float32")
     options = SamplingParams(**sampling)
@@ -192,7 +194,7 @@ def test_a_model_in_tiles_is_saved_as_any_other(tmp_path):
 def test_what_kernels_cannot_run_goes_by_the_reference():
     cfg = small(qk_nope_head_dim=40)  # heads of 56
     params = tile_params(init_params(cfg, 0, "float32"))
-    assert "multiples of 64" in fused_decode.unsupported_reason(cfg, params)
+    assert "multiples of 64" in unsupported_reason(cfg, params)
     tokens = jnp.zeros((1, 1), jnp.int32)
     cache = LatentCache.create(cfg, 1, 16, "float32")
     found = GLM(cfg).apply({"params": params}, tokens, tokens, cache)[0]
@@ -231,7 +233,7 @@ def on_two_devices(cfg, params):
     """The same parameters, each device with its part of them in tiles."""
     rules, mesh = get_sharding_preset("latency"), make_mesh(2)
     held = dict(leaves_with_path(params))
-    placed = map_specs(
+    placed = map_with_path(
         lambda path, param: jax.device_put(held[path], NamedSharding(mesh, rules.partition_spec(*param.axes))),
         param_specs(cfg),
     )
@@ -254,7 +256,7 @@ def test_two_devices(tokens):
         over = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, jax.P())), (ids, positions, cache))
         found, written = call(there, over[0][:, :tokens], over[1], over[2])
         body = {name: there[name] for name in ("embed", "runs", "norm")}
-        assert fused_decode.unsupported_reason(cfg, body, rules) is None
+        assert unsupported_reason(cfg, body, rules) is None
     assert_close(found, expected, 5e-6)
     assert_close(written.data, after.data, 5e-6)
 
@@ -270,5 +272,5 @@ def test_parts_come_out_of_their_tiles():
 
 def test_experts_on_devices_of_their_own_are_for_the_reference():
     cfg = small()
-    problem = fused_decode.unsupported_reason(cfg, tile_params(init_params(cfg, 0, "float32")), Rules(experts="model"))
+    problem = unsupported_reason(cfg, tile_params(init_params(cfg, 0, "float32")), Rules(experts="model"))
     assert problem == "they run on devices that split heads, widths and vocabulary, not experts"

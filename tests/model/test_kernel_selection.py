@@ -24,9 +24,9 @@ def stored(changes=None, name="k_b"):
 
 
 @pytest.mark.parametrize("preset", ["int4", "int4-small", "int8"])
-def test_every_preset_is_run_by_kernels(preset, capsys):
+def test_every_preset_is_run_by_kernels(preset, caplog):
     assert select_kernels(CFG, plan_storage(CFG, QUANT_PRESETS[preset])[0], "triton", "bfloat16")
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("changes", [{"block": (32, 1)}, {"block": (1, 32)}, {"zero": "point"}])
@@ -37,10 +37,10 @@ def test_a_storage_without_a_layout_is_said_before_anything_is_read(changes):
         select_kernels(CFG, stored(changes), "triton", "bfloat16")
 
 
-def test_where_kernels_would_be_best_a_note_says_why_they_are_not_taken(monkeypatch, capsys):
+def test_where_kernels_would_be_best_a_note_says_why_they_are_not_taken(monkeypatch, caplog):
     monkeypatch.setattr("glm_jax.model.kernel_selection.prefer_kernels", lambda kernels, dtype: True)
     assert not select_kernels(CFG, stored({"block": (32, 1)}), None, "bfloat16")
-    assert "note: this model runs without hand-written kernels: the storage of runs/0" in capsys.readouterr().err
+    assert "note: this model runs without hand-written kernels: the storage of runs/0" in caplog.text
     assert select_kernels(CFG, stored(), None, "bfloat16")
 
 

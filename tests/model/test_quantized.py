@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from glm_jax.checkpoint import load_params, quantize_source
-from glm_jax.checkpoint.sources.storage import source_storage
 from glm_jax.checkpoint.sources.memory import MemorySource
+from glm_jax.checkpoint.sources.storage import source_storage
 from glm_jax.errors import ConfigError, ShardingError
 from glm_jax.model import GLM
 from glm_jax.ops.linear import embed_tokens, linear, per_head_linear

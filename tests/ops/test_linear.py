@@ -27,7 +27,7 @@ FORMS: dict[str, Any] = {
 @pytest.mark.parametrize("width", [2560, 8], ids=["whole", "in_parts"])
 def test_linear(weight: Any, rows: int, traced: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result has the exact value of the weights' numbers to float32 rounding, for float32 inputs."""
-    monkeypatch.setattr("glm_jax.ops.linear._FUSED_WIDTH", width)
+    monkeypatch.setattr("glm_jax.weights.dense_matmul._FUSED_WIDTH", width)
     x = RNG.standard_normal((rows, 20)).astype(np.float32)
     if traced:
         out = jax.jit(lambda x, i, j: linear(x, weight, i, j))(x, jnp.int32(1), jnp.int32(2))

@@ -11,7 +11,8 @@ import pytest
 from glm_jax.config import Config
 from glm_jax.model import GLM
 from glm_jax.weights import Bfloat16Bits
-from glm_jax.weights.params import init_params, leaves_with_path, param_specs, random_matrix
+from glm_jax.weights.params import leaves_with_path, param_specs
+from glm_jax.weights.random_init import init_params, random_matrix
 from glm_jax.weights.storage import abstract_params
 from tests.builders.hf_configs import odd_size_config
 from tests.builders.jitted_model import QUICK_COMPILE, random_tokens
@@ -61,7 +62,7 @@ def test_no_two_matrices_are_equal() -> None:
     seen: dict[bytes, Any] = {}
     for path, spec in leaves_with_path(param_specs(CFG)):
         if spec.init == "normal":
-            for i, matrix in enumerate(made()[path].reshape(-1, *spec.shape[spec.stacked :])):
+            for i, matrix in enumerate(made()[path].reshape(-1, *spec.shape[spec.stack_ndim :])):
                 assert matrix.tobytes() not in seen, (path, i, seen[matrix.tobytes()])
                 seen[matrix.tobytes()] = (path, i)
 
@@ -75,7 +76,7 @@ def test_fewer_layers_are_the_first_layers() -> None:
 
 def test_one_matrix_can_be_drawn_alone() -> None:
     for path, spec in leaves_with_path(param_specs(CFG)):
-        last = tuple(size - 1 for size in spec.shape[: spec.stacked])
+        last = tuple(size - 1 for size in spec.shape[: spec.stack_ndim])
         layer = (last[0] + CFG.layer_groups[int(path[1])].start if path[0] == "runs" else 0) if last else 0
         alone = random_matrix(path, spec, 5, "bfloat16", layer, last[1:])
         assert alone.dtype == made()[path].dtype

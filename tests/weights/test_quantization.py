@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from glm_jax.errors import QuantError
 from glm_jax.weights import QuantSpec, dequantize, quantize
-from glm_jax.weights.quantized_tensor import decode_scales, expand_planes
+from glm_jax.weights.codes import expand_planes
+from glm_jax.weights.quantized_tensor import decode_scales
 from tests.builders.quantized_tensors import E2M1_VALUES
 
 MAKEABLE = (
@@ -54,7 +55,7 @@ def test_the_search_never_does_worse_in_any_block(spec):
         errors.append(square.reshape(3, 8 // rows, rows, 32 // columns, columns).sum(axis=(2, 4)))
     # The search compares sums of up to 256 squares in float32.
     assert (errors[1] <= errors[0] * (1 + 256 * 2.0**-24)).all()
-    if spec.code_bits == 4:  # with 8 bits the full range is often the best there is
+    if spec.bits == 4:  # with 8 bits the full range is often the best there is
         assert errors[1].sum() < 0.99 * errors[0].sum()
 
 

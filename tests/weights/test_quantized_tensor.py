@@ -21,7 +21,7 @@ def named(spec):
 
 
 def on_device(tensor):
-    return tensor.map(lambda _, array: jnp.asarray(array))
+    return tensor.map_components(lambda _, array: jnp.asarray(array))
 
 
 @pytest.mark.parametrize("spec", QUANT_SPECS, ids=named)

@@ -11,7 +11,7 @@ Index = jax.Array | int
 
 
 class RowSlice(NamedTuple):
-    """``size`` entries of an axis from a traced ``start``."""
+    """``size`` consecutive entries of an axis, from a possibly traced ``start``."""
 
     start: Index
     size: int
@@ -28,3 +28,8 @@ def take_slice(stack: jax.Array, index: tuple[Index | RowSlice, ...]) -> jax.Arr
     kept = [i.size for i in index if isinstance(i, RowSlice)]
     sliced = jax.lax.dynamic_slice(stack, [*starts, *[jnp.int32(0)] * len(inner)], (*sizes, *inner))
     return sliced.reshape(*kept, *inner)
+
+
+def largest_divisor(size: int, limit: int) -> int:
+    """The largest divisor of ``size`` that is at most ``limit``."""
+    return next(n for n in range(min(size, limit), 0, -1) if size % n == 0)
