@@ -1,4 +1,4 @@
-"""Config: the real spellings of config.json, what is refused and in which words, and the numbers of the real model."""
+"""Config: real spellings of config.json, rejected values, and the sizes of GLM-4.7-Flash."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ ALL_SPELLINGS = [original_config, resaved_config, from_scratch_config]
 DENSE, SPARSE = "dense", "sparse"
 
 
-# -- the real files -------------------------------------------------------------------------------------------------
+# -- real files -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spelling", [original_config, resaved_config])
@@ -79,11 +79,11 @@ def test_pruned_relative() -> None:
     ],
     ids=lambda extra: next(iter(extra)),
 )
-def test_keys_of_derivatives_change_nothing(extra: HfConfig) -> None:
+def test_keys_of_derived_checkpoints_change_nothing(extra: HfConfig) -> None:
     assert Config.from_hf(original_config(**extra)) == Config.flash()
 
 
-def test_theta_of_transformers_without_any_rope_key() -> None:
+def test_default_theta_without_any_rope_key() -> None:
     config = original_config()
     del config["rope_theta"], config["rope_scaling"]
     assert Config.from_hf(config).rope_theta == 10_000.0
@@ -95,11 +95,11 @@ def test_theta_of_transformers_without_any_rope_key() -> None:
     max_position_embeddings tie_word_embeddings""".split(),
 )
 def test_an_absent_key_has_the_value_of_the_real_model(key: str) -> None:
-    """Which is also transformers' default (tests/parity)."""
+    """This is also transformers' default, which tests/parity checks."""
     assert Config.from_hf({k: v for k, v in original_config().items() if k != key}) == Config.flash()
 
 
-def test_the_other_name_of_the_number_of_experts() -> None:
+def test_num_local_experts_is_an_alias() -> None:
     config = original_config()
     config["num_local_experts"] = config.pop("n_routed_experts")
     assert Config.from_hf(config) == Config.flash()
@@ -116,16 +116,16 @@ def test_end_tokens_as_number_or_list(value: Any, ids: tuple[int, ...]) -> None:
     assert Config.from_hf(odd_size_config(eos_token_id=value)).eos_token_ids == ids
 
 
-# -- which layers are dense ------------------------------------------------------------------------------------------
+# -- which layers are dense -------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.sampled_from([DENSE, SPARSE]), min_size=1, max_size=9))
-def test_runs_cover_the_layers_in_order(kinds: list[str]) -> None:
+def test_layer_groups_cover_the_layers_in_order(kinds: list[str]) -> None:
     config = from_scratch_config(**{**ODD_SIZES, "num_hidden_layers": len(kinds)}, mlp_layer_types=kinds)
-    runs = Config.from_hf(config).layer_groups
-    assert [run.kind for run in runs for _ in range(run.count)] == kinds
-    assert [run.start for run in runs] == [sum(r.count for r in runs[:i]) for i in range(len(runs))]
-    assert all(a.kind != b.kind for a, b in pairwise(runs))
+    groups = Config.from_hf(config).layer_groups
+    assert [group.kind for group in groups for _ in range(group.count)] == kinds
+    assert [group.start for group in groups] == [sum(g.count for g in groups[:i]) for i in range(len(groups))]
+    assert all(a.kind != b.kind for a, b in pairwise(groups))
 
 
 @given(st.lists(st.sampled_from([DENSE, SPARSE]), min_size=1, max_size=6), st.integers(0, 6))
@@ -139,9 +139,9 @@ def test_layer_types_and_first_dense_must_agree(kinds: list[str], first: int) ->
             Config.from_hf(config)
 
 
-# -- what is refused, in words ---------------------------------------------------------------------------------------
+# -- rejected values --------------------------------------------------------------------------------------------------
 
-REFUSED: dict[str, tuple[HfConfig, str]] = {
+REJECTED: dict[str, tuple[HfConfig, str]] = {
     "yarn": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
     "yarn_new_key": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
     "linear": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
@@ -195,8 +195,8 @@ REFUSED: dict[str, tuple[HfConfig, str]] = {
 }
 
 
-@pytest.mark.parametrize(("changes", "word"), REFUSED.values(), ids=REFUSED)
-def test_refusals_name_the_key(changes: HfConfig, word: str) -> None:
+@pytest.mark.parametrize(("changes", "word"), REJECTED.values(), ids=REJECTED)
+def test_errors_name_the_key(changes: HfConfig, word: str) -> None:
     with pytest.raises(ConfigError, match=word) as caught:
         Config.from_hf(original_config(**changes))
     assert isinstance(caught.value, GlmError)
@@ -216,7 +216,7 @@ JSON = JSON | st.lists(JSON, max_size=2) | st.dictionaries(st.text(max_size=3), 
 
 
 @given(st.sampled_from(sorted(resaved_config())), JSON)
-def test_any_value_under_any_key_is_read_or_refused(key: str, value: Any) -> None:
+def test_any_value_of_any_key_is_read_or_rejected(key: str, value: Any) -> None:
     config = resaved_config(**ODD_SIZES) | {key: value}
     with suppress(ConfigError):
         assert hash(Config.from_hf(config)) is not None
@@ -231,7 +231,7 @@ def test_direct_construction_is_checked_too() -> None:
         Config.flash().replace(vocab_size=-1)
 
 
-# -- a value ---------------------------------------------------------------------------------------------------------
+# -- value semantics and round trips ----------------------------------------------------------------------------------
 
 
 def test_frozen_and_hashable() -> None:
@@ -280,7 +280,7 @@ def test_to_hf_of_the_original_keeps_its_values() -> None:
     assert {key: written.get(key) for key in unchanged} == unchanged
 
 
-# -- the numbers of the real model -----------------------------------------------------------------------------------
+# -- sizes of GLM-4.7-Flash -------------------------------------------------------------------------------------------
 
 
 def count(tree: Any) -> int:

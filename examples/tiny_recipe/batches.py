@@ -1,4 +1,4 @@
-"""Batches as a pure function of the step: nothing to save, nothing to restore."""
+"""Training batches as a pure function of the step, so that a resumed run needs no saved data position."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from examples.tiny_recipe.conversations import Conversation, Render, sample_conv
 from examples.tiny_recipe.schedule import BatchShape, Stage, TrainingSchedule
 from examples.tiny_recipe.tokenizer import SPECIAL_IDS
 
-# A row carries two tokens more than it has positions: the next-token target and the one after it for the MTP layer.
+# A row has two tokens more than positions: the last targets of the next-token loss and of the prediction layer.
 TARGET_LOOKAHEAD = 2
 
 
 class TokenBatch(NamedTuple):
-    """Rows of one length: tokens int32 [B, T+2] and the weight float32 [B, T+2] of each as a target."""
+    """A batch of rows: tokens ``int32 [B, T + 2]`` and their weights as targets ``float32 [B, T + 2]``."""
 
     tokens: np.ndarray
     weights: np.ndarray
 
 
 class Batches:
-    """The training batches of a plan.
+    """The training batches of a schedule.
 
-    Library files follow each other in one stream, ``<|endoftext|>`` before each; its windows are read in a new random
-    order in each pass. Rows of conversations are drawn for the step, so no conversation comes back.
+    Library files form one stream, each after ``<|endoftext|>``; its windows are read in a new random order in each
+    epoch. Conversations are sampled anew for each step.
     """
 
     def __init__(self, plan: TrainingSchedule, tokenizer: Tokenizer, texts: Sequence[str], render: Render) -> None:
@@ -40,11 +40,11 @@ class Batches:
 
     @property
     def epoch_tokens(self) -> int:
-        """Library tokens in one pass."""
+        """Number of library tokens in one epoch."""
         return len(self._stream)
 
     def __call__(self, step: int) -> tuple[TokenBatch, TokenBatch]:
-        """The library code and the conversations of a step."""
+        """Returns the rows of library code and the rows of conversations of a step."""
         return self._code_rows(self._plan.code_rows_before(step), self._plan.stage(step).code), self._chat_rows(step)
 
     def _code_rows(self, first: int, rows: BatchShape) -> TokenBatch:
@@ -53,18 +53,18 @@ class Batches:
 
     def _window(self, number: int, length: int) -> np.ndarray:
         count = (self.epoch_tokens - TARGET_LOOKAHEAD) // length
-        place = self._permutation(number // count, count)[number % count]
-        return self._stream[place * length : place * length + length + TARGET_LOOKAHEAD]
+        index = self._permutation(number // count, count)[number % count]
+        return self._stream[index * length : index * length + length + TARGET_LOOKAHEAD]
 
-    def _permutation(self, number: int, count: int) -> np.ndarray:
-        if self._order[0] != (number, count):
-            self._order = ((number, count), np.random.default_rng([self._plan.seed, number, count]).permutation(count))
+    def _permutation(self, epoch: int, count: int) -> np.ndarray:
+        if self._order[0] != (epoch, count):
+            self._order = ((epoch, count), np.random.default_rng([self._plan.seed, epoch, count]).permutation(count))
         return self._order[1]
 
     def _chat_rows(self, step: int) -> TokenBatch:
         rng, stage = Random(f"chat {self._plan.seed} {step}"), self._plan.stage(step)
-        drawn = [self._chat_row(rng, stage) for _ in range(stage.chat.count)]
-        tokens, weights = (np.stack(part) for part in zip(*drawn, strict=True))
+        rows = [self._chat_row(rng, stage) for _ in range(stage.chat.count)]
+        tokens, weights = (np.stack(column) for column in zip(*rows, strict=True))
         return TokenBatch(tokens.astype(np.int32), weights)
 
     def _chat_row(self, rng: Random, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
@@ -73,8 +73,8 @@ class Batches:
         weights = np.zeros(size, np.float32)
         used = 0
         while True:
-            drawn = sample_conversation(rng, stage.tool_share, stage.hard_share)
-            ids, weight = encode_conversation(drawn, self._tokenizer, self._render, self._plan.prompt_weight)
+            conversation = sample_conversation(rng, stage.tool_share, stage.hard_share)
+            ids, weight = encode_conversation(conversation, self._tokenizer, self._render, self._plan.prompt_weight)
             if used + len(ids) > size:
                 if used:
                     return tokens, weights
@@ -86,17 +86,20 @@ class Batches:
 def encode_conversation(
     conversation: Conversation, tokenizer: Tokenizer, render: Render, prompt_weight: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [N] and weights [N]: 1 for what the assistant says and the token after it, else ``prompt_weight``."""
+    """Encodes a conversation to token ids ``uint16 [T]`` and weights ``float32 [T]``.
+
+    Tokens of the assistant, including the one that ends its turn, have weight 1; all others ``prompt_weight``.
+    """
     ids = np.asarray(tokenizer.encode(conversation.text(render)).ids, np.uint16)
-    spoken = np.zeros(len(ids), bool)
-    speaking = False
+    is_answer = np.zeros(len(ids), bool)
+    in_answer = False
     for i, token in enumerate(ids.tolist()):
-        spoken[i] = speaking
+        is_answer[i] = in_answer
         if token == SPECIAL_IDS["<|assistant|>"]:
-            speaking = True
-        elif token in _ROLES:
-            speaking = False
-    return ids, np.where(spoken, np.float32(1), np.float32(prompt_weight)).astype(np.float32)
+            in_answer = True
+        elif token in _OTHER_ROLES:
+            in_answer = False
+    return ids, np.where(is_answer, np.float32(1), np.float32(prompt_weight)).astype(np.float32)
 
 
-_ROLES = frozenset(SPECIAL_IDS[t] for t in ("<|user|>", "<|observation|>", "<|system|>"))
+_OTHER_ROLES = frozenset(SPECIAL_IDS[t] for t in ("<|user|>", "<|observation|>", "<|system|>"))

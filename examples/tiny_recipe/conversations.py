@@ -1,4 +1,4 @@
-"""Conversations for training and for the evaluation, rendered with the model's own chat template."""
+"""Conversations for training and evaluation, rendered with the model's own chat template."""
 
 from __future__ import annotations
 
@@ -27,7 +27,16 @@ SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer briefly.", "You are a 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages that end with the assistant's turn; ``end`` is the token that closes it."""
+    """A conversation whose last message is the assistant's.
+
+    Attributes:
+        kind: Kind of its last task, as in :data:`examples.tiny_recipe.tasks.KINDS`, or "tool_call", "tool_answer",
+            "small_talk".
+        messages: Messages in OpenAI's form.
+        tools: Declared tools in OpenAI's form.
+        thinking: Whether the last message has a think block.
+        end: Special token that ends the last message.
+    """
 
     kind: str
     messages: tuple[Json, ...]
@@ -36,22 +45,22 @@ class Conversation:
     end: str
 
     def text(self, render: Render) -> str:
-        """The whole conversation as the model sees it, the closing token included."""
+        """The whole conversation as the model sees it, including the token that ends it."""
         return render(list(self.messages), list(self.tools) or None, add_generation_prompt=False) + self.end
 
     def prompt(self, render: Render) -> str:
-        """Everything before the last turn, with the opening of that turn."""
+        """The conversation up to the last message, with the beginning of that message."""
         messages = list(self.messages[:-1])
         return render(messages, list(self.tools) or None, add_generation_prompt=True, enable_thinking=self.thinking)
 
 
 def sample_conversation(rng: Random, tool_share: float = 0.06, hard_share: float = 0.0) -> Conversation:
-    """A random training conversation: about tools or not, and with questions of the hard kinds more often or not."""
+    """Samples a training conversation; the shares are those of :class:`~examples.tiny_recipe.schedule.Stage`."""
     return _tool_conversation(rng) if rng.random() < tool_share else _plain_conversation(rng, hard_share)
 
 
 def held_out_conversations(rng: Random, per_kind: int, tool_tasks: int) -> list[Conversation]:
-    """One-question conversations whose instances no training example holds, thinking on and off in turn."""
+    """Samples conversations of one held-out question each, alternating between thinking on and off."""
     tasks = [
         _finish(task.kind, [_user(task.question)], task.reasoning, task.answer, bool(i % 2))
         for kind in KINDS
@@ -122,17 +131,17 @@ def _plain_turn(rng: Random, hard_share: float) -> Task:
 def _tool_conversation(rng: Random) -> Conversation:
     messages, names, thinking = _opening(rng), _tool_names(rng), rng.random() < 0.5
     for _ in range(rng.choice((0, 0, 1))):
-        messages += _served(sample_tool_task(rng, names, held_out=False), thinking=False)
+        messages += _tool_exchange(sample_tool_task(rng, names, held_out=False), thinking=False)
     if rng.random() < 0.2:
         task = sample_task(rng, held_out=False)
         return _finish(task.kind, [*messages, _user(task.question)], task.reasoning, task.answer, thinking, names)
     request = sample_tool_task(rng, names, held_out=False)
     if rng.random() < 0.5:
         return _finish_call([*messages, _user(request.request)], request, names, thinking)
-    served = _served(request, thinking)[:-1]
-    return _finish("tool_answer", [*messages, *served], "The tool has answered.", request.answer, thinking, names)
+    exchange = _tool_exchange(request, thinking)[:-1]
+    return _finish("tool_answer", [*messages, *exchange], "The tool has answered.", request.answer, thinking, names)
 
 
-def _served(task: ToolTask, thinking: bool) -> list[Json]:
+def _tool_exchange(task: ToolTask, thinking: bool) -> list[Json]:
     result = {"role": "tool", "content": task.result}
     return [_user(task.request), _call(task, thinking), result, _assistant(task.answer, None)]

@@ -1,4 +1,4 @@
-"""The Python half of the training data: the running interpreter's own standard library."""
+"""The library code of the training data: the standard library of the running Python interpreter."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import sysconfig
 from pathlib import Path
 
 HELD_OUT_SHARE = 0.05
-# Third-party packages, tables of character codes, generated text and demos: little Python to learn from.
+# Third-party packages, tables of character codes, generated text and demos teach little Python.
 SKIPPED_FOLDERS = frozenset({"site-packages", "__pycache__", "encodings", "idlelib", "pydoc_data", "turtledemo"})
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LibraryFile:
-    """One source file: its path inside the library, its text and the sha256 of its bytes."""
+    """A source file: its path inside the library, its text, and the sha256 of its bytes."""
 
     name: str
     text: str
@@ -23,15 +23,15 @@ class LibraryFile:
 
     @property
     def held_out(self) -> bool:
-        """Whether the file is kept for the evaluation; depends on its name alone."""
-        draw = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:4], "big")
-        return draw < HELD_OUT_SHARE * 2**32
+        """Whether the file is held out for the evaluation; depends on its name only."""
+        hash_value = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:4], "big")
+        return hash_value < HELD_OUT_SHARE * 2**32
 
 
 def library_files(root: Path | None = None) -> list[LibraryFile]:
-    """The ``*.py`` files of a library folder (default: the interpreter's), sorted by name, each content once.
+    """Reads the ``*.py`` files of a library folder (default: the interpreter's), sorted by name.
 
-    Files that are not UTF-8 (fixtures of encoding tests) and empty ones are left out.
+    Empty files, files that are not UTF-8 (fixtures of encoding tests) and repeated contents are left out.
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     seen: set[str] = set()
@@ -45,7 +45,7 @@ def library_files(root: Path | None = None) -> list[LibraryFile]:
 
 
 def split_held_out(files: list[LibraryFile]) -> tuple[list[LibraryFile], list[LibraryFile]]:
-    """The files to train on and the held-out ones."""
+    """Splits files into training files and held-out files."""
     return [f for f in files if not f.held_out], [f for f in files if f.held_out]
 
 

@@ -1,4 +1,4 @@
-"""The figures of the card, measured on held-out data with the weights as they are stored."""
+"""The metrics of the model card, measured on held-out data with the stored weights."""
 
 from __future__ import annotations
 
@@ -31,17 +31,20 @@ PROMPTS, PROMPT_TOKENS = 64, 64
 def evaluate(
     cfg: Config, params: Any, tokenizer: Tokenizer, held_out: Sequence[LibraryFile], render: Render
 ) -> dict[str, Any]:
-    """All figures.
+    """Computes all metrics.
 
     Args:
-        params: float32, with the values of the stored weights.
-        held_out: the library files kept from training.
+        cfg: Architecture of the model.
+        params: Parameters in float32, with the values of the stored weights.
+        tokenizer: The miniature's tokenizer.
+        held_out: Library files that were held out from training.
+        render: Renders conversations with the chat template.
     """
     texts = [file.text for file in held_out]
-    rows = _rows(tokenizer, texts)
-    on_text, loads = _inspect(cfg, params, rows)
-    on_own, _ = _inspect(cfg, params, _greedy_continuations(cfg, params, rows))
-    _, chat_loads = _inspect(cfg, params, _rows(tokenizer, _conversations(render)))
+    rows = _token_rows(tokenizer, texts)
+    accepted_on_text, loads = _mtp_acceptance_and_loads(cfg, params, rows)
+    accepted_on_output, _ = _mtp_acceptance_and_loads(cfg, params, _greedy_continuations(cfg, params, rows))
+    _, chat_loads = _mtp_acceptance_and_loads(cfg, params, _token_rows(tokenizer, _conversation_texts(render)))
     return {
         "python": platform.python_version(),
         "held_out_files": len(held_out),
@@ -51,8 +54,8 @@ def evaluate(
         "bits_per_byte_xz": round(xz_bits_per_byte(texts), 4),
         "chat": held_out_tasks.summarize_scores(score_held_out_tasks(cfg, params, tokenizer, render)),
         "mtp_acceptance": {
-            "held_out_text": round(float(on_text.mean()), 4),
-            "own_text": round(float(on_own[:, PROMPT_TOKENS:].mean()), 4),
+            "held_out_text": round(float(accepted_on_text.mean()), 4),
+            "own_text": round(float(accepted_on_output[:, PROMPT_TOKENS:].mean()), 4),
         },
         "expert_load": {
             "library": _expert_load_extremes(cfg, loads),
@@ -62,72 +65,74 @@ def evaluate(
 
 
 def xz_bits_per_byte(texts: Sequence[str]) -> float:
-    """Bits per byte of ``xz -9e`` on each text alone."""
+    """Bits per byte of ``xz -9e``, which compresses each text on its own."""
     data = [text.encode() for text in texts]
-    packed = sum(len(lzma.compress(d, preset=9 | lzma.PRESET_EXTREME)) for d in data)
-    return 8 * packed / sum(map(len, data))
+    compressed = sum(len(lzma.compress(d, preset=9 | lzma.PRESET_EXTREME)) for d in data)
+    return 8 * compressed / sum(map(len, data))
 
 
 def score_held_out_tasks(
     cfg: Config, params: Any, tokenizer: Tokenizer, render: Render
 ) -> list[held_out_tasks.TaskScore]:
-    """The marks of greedy answers to the held-out chat tasks."""
+    """Scores of greedy answers to the held-out chat tasks."""
     items = held_out_tasks.evaluation_conversations()
     prompts = [tokenizer.encode(item.prompt(render)).ids for item in items]
     answers = generate_greedy(cfg, params, prompts, ANSWER_TOKENS, cfg.eos_token_ids)
     return [
-        held_out_tasks.score_answer(held_out_tasks.to_record(i), *_text(cfg, tokenizer, a))
-        for i, a in zip(items, answers, strict=True)
+        held_out_tasks.score_answer(held_out_tasks.to_record(item), *_answer_text(cfg, tokenizer, answer))
+        for item, answer in zip(items, answers, strict=True)
     ]
 
 
-def _text(cfg: Config, tokenizer: Tokenizer, ids: list[int]) -> tuple[str, str | None]:
+def _answer_text(cfg: Config, tokenizer: Tokenizer, ids: list[int]) -> tuple[str, str | None]:
+    """The text of an answer and the special token that ended it, if any."""
     ended = bool(ids) and ids[-1] in cfg.eos_token_ids
     end = tokenizer.id_to_token(ids[-1]) if ended else None
     text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
     return text, end if end in SPECIAL_TOKENS else None
 
 
-def _rows(tokenizer: Tokenizer, texts: Sequence[str], length: int = 513) -> np.ndarray:
+def _token_rows(tokenizer: Tokenizer, texts: Sequence[str], length: int = 513) -> np.ndarray:
+    """Up to 64 evenly spaced rows of the joined texts, ``int32 [B, length]``."""
     ids = [i for encoding in tokenizer.encode_batch(list(texts)) for i in encoding.ids]
     count = min(64, len(ids) // length)
     starts = np.linspace(0, len(ids) - length, count).astype(int)
     return np.stack([ids[start : start + length] for start in starts]).astype(np.int32)
 
 
-def _conversations(render: Render) -> list[str]:
+def _conversation_texts(render: Render) -> list[str]:
     rng = Random("expert load")
     return [sample_conversation(rng).text(render) for _ in range(500)]
 
 
 def _greedy_continuations(cfg: Config, params: Any, rows: np.ndarray) -> np.ndarray:
     prompts = rows[:PROMPTS, :PROMPT_TOKENS]
-    written = generate_greedy(cfg, params, prompts.tolist(), ANSWER_TOKENS, stop_ids=())
-    return np.concatenate([prompts, np.asarray(written, np.int32)], axis=1)
+    output = generate_greedy(cfg, params, prompts.tolist(), ANSWER_TOKENS, stop_ids=())
+    return np.concatenate([prompts, np.asarray(output, np.int32)], axis=1)
 
 
-def _inspect(cfg: Config, params: Any, rows: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Where the draft is the model's own greedy choice, bool [rows, T-2]; each router's load, [l, E] by block."""
-    parts = [_inspect_part(cfg, params, jnp.asarray(rows[i : i + 8])) for i in range(0, len(rows), 8)]
-    loads = {block: np.sum([np.asarray(load[block]) for _, load in parts], axis=0) for block in parts[0][1]}
-    return np.concatenate([np.asarray(hits) for hits, _ in parts]), loads
+def _mtp_acceptance_and_loads(cfg: Config, params: Any, rows: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Whether drafts are the model's greedy tokens, ``bool [B, T - 2]``, and router loads ``[l, E]`` by path."""
+    batches = [_inspect_batch(cfg, params, jnp.asarray(rows[i : i + 8])) for i in range(0, len(rows), 8)]
+    loads = {path: np.sum([np.asarray(load[path]) for _, load in batches], axis=0) for path in batches[0][1]}
+    return np.concatenate([np.asarray(accepted) for accepted, _ in batches]), loads
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _inspect_part(cfg: Config, params: Any, tokens: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _inspect_batch(cfg: Config, params: Any, tokens: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     out = forward(cfg, params, tokens, with_mtp=True)
     assert out.draft is not None
-    # The draft made at p and the model at p+1 both name token p+2.
+    # The draft at position p and the model at p + 1 both predict token p + 2.
     return jnp.argmax(out.draft[:, :-1], -1) == jnp.argmax(out.logits[:, 1:], -1), out.loads
 
 
 def _expert_load_extremes(cfg: Config, loads: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Each router's busiest and idlest expert, as multiples of the mean load."""
+    """Loads of each router's busiest and idlest expert, as multiples of the mean load."""
     named = {
-        f"layer {run.start + i}": loads[f"runs/{r}"][i]
-        for r, run in enumerate(cfg.layer_groups)
-        for i in range(run.count)
-        if run.kind == "sparse"
+        f"layer {group.start + i}": loads[f"runs/{g}"][i]
+        for g, group in enumerate(cfg.layer_groups)
+        for i in range(group.count)
+        if group.kind == "sparse"
     }
     shares = {name: load / load.mean() for name, load in {**named, "mtp": loads["mtp"][0]}.items()}
     return {

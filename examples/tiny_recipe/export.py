@@ -1,4 +1,4 @@
-"""The trained model as a Hugging Face folder."""
+"""Exports the trained model as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from glm_jax.config import Config
 WEIGHTS = "model.safetensors"
 
 
-def cast_to_stored_dtypes(params: Any) -> Any:
-    """The parameters with the values that the folder will hold: bfloat16, router biases float32."""
+def cast_to_stored_dtypes(params: dict[str, Any]) -> dict[str, Any]:
+    """Casts parameters to the dtypes of the folder: bfloat16, and float32 for router biases."""
 
     def cast(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
         return value if path[-1].key == "router_bias" else value.astype(jnp.bfloat16)
@@ -29,7 +29,7 @@ def cast_to_stored_dtypes(params: Any) -> Any:
 
 
 def export_hf_folder(folder: Path, cfg: Config, params: Any, tokenizer: Tokenizer) -> None:
-    """Writes config, generation settings, tokenizer and weights; what else lies in the folder stays."""
+    """Writes config, generation config, tokenizer and weights; other files in the folder stay."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         sharded = Path(scratch) / "model"
@@ -47,7 +47,7 @@ def export_hf_folder(folder: Path, cfg: Config, params: Any, tokenizer: Tokenize
 
 
 def _generation_config(cfg: Config) -> dict[str, Any]:
-    # A model this small wanders at temperature 1.
+    # At temperature 1 the text of a model this small loses its thread.
     return {
         "do_sample": True,
         "temperature": 0.6,

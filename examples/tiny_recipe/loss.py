@@ -1,4 +1,4 @@
-"""The loss: GLM's own forward pass, with the load of every router read on the way."""
+"""The loss, computed with GLM's own forward pass; hooks read the load of every router."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ MTP_ROUTER = "mtp.moe.router"
 
 
 class ForwardOutputs(NamedTuple):
-    """Logits float32 [B, T, V] of the next token and of the one after it (if asked for); loads [l, E] by block."""
+    """Outputs of a forward pass.
+
+    Attributes:
+        logits: Logits ``float32 [B, T, V]`` of the next token.
+        draft: Logits ``float32 [B, T, V]`` of the token after next, by the prediction layer; None without it.
+        loads: Tokens per expert ``float32 [l, E]`` by path of the layer group ("runs/1") or "mtp".
+    """
 
     logits: jax.Array
     draft: jax.Array | None
@@ -28,7 +34,15 @@ class ForwardOutputs(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Weighted sums of cross-entropies (nats) and the weights; loads float32 [l, E] by block."""
+    """Sums over a batch, as scalars.
+
+    Attributes:
+        main: Weighted cross-entropies of the next token, in nats.
+        draft: Weighted cross-entropies of the token after next, in nats.
+        weight: Weights of the targets of ``main``.
+        draft_weight: Weights of the targets of ``draft``.
+        loads: Tokens per expert ``float32 [l, E]`` by path of the layer group ("runs/1") or "mtp".
+    """
 
     main: jax.Array
     draft: jax.Array
@@ -38,26 +52,27 @@ class Losses(NamedTuple):
 
 
 def forward(cfg: Config, params: Tree, tokens: jax.Array, *, with_mtp: bool) -> ForwardOutputs:
-    """Runs the model over ``tokens`` int32 [B, T+1]; the last one serves the prediction layer only."""
+    """Runs the model over tokens ``int32 [B, T + 1]``; the last one is an input of the prediction layer only."""
     routers = {i: f"block.{i}.moe.router" for i, kind in enumerate(cfg.mlp_layer_types) if kind == "sparse"}
-    here, after = tokens[:, :-1], tokens[:, 1:]
-    logits, _, seen = GLM(cfg).apply({"params": params}, here, trace=(*routers.values(), "norm"), attention="expanded")  # pyright: ignore[reportAssignmentType]
+    current, following = tokens[:, :-1], tokens[:, 1:]
+    names = (*routers.values(), "norm")
+    logits, _, trace = GLM(cfg).apply({"params": params}, current, trace=names, attention="expanded")  # pyright: ignore[reportAssignmentType]
     loads = {
-        f"runs/{r}": jnp.stack([_expert_load(seen[routers[i]]) for i in range(run.start, run.start + run.count)])
-        for r, run in enumerate(cfg.layer_groups)
-        if run.kind == "sparse"
+        f"runs/{g}": jnp.stack([_expert_load(trace[routers[group.start + i]]) for i in range(group.count)])
+        for g, group in enumerate(cfg.layer_groups)
+        if group.kind == "sparse"
     }
     if not with_mtp:
         return ForwardOutputs(logits, None, loads)
-    draft, loads["mtp"] = _draft(cfg, params, seen["norm"], after)
+    draft, loads["mtp"] = _draft(cfg, params, trace["norm"], following)
     return ForwardOutputs(logits, draft, loads)
 
 
-def _draft(cfg: Config, params: Tree, hidden: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # GLM.draft does the same, but keeps no record of its router.
-    positions = jnp.broadcast_to(jnp.arange(after.shape[1], dtype=jnp.int32)[None], after.shape)
+def _draft(cfg: Config, params: Tree, hidden: jax.Array, following: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # The same as GLM.draft, which does not record its router.
+    positions = jnp.broadcast_to(jnp.arange(following.shape[1], dtype=jnp.int32)[None], following.shape)
     ctx = ForwardContext(cfg, Rules(), positions, "expanded", ActivationHooks(frozenset({MTP_ROUTER}), {}))
-    state, _ = mtp.draft_hidden_states(ctx, hidden, after, None, params["mtp"], params["embed"])
+    state, _ = mtp.draft_hidden_states(ctx, hidden, following, None, params["mtp"], params["embed"])
     logits = linear(state, params["head"], dtype=jnp.dtype(jnp.float32))
     return logits, _expert_load(ctx.hooks.recorded[MTP_ROUTER])[None]
 
@@ -67,7 +82,7 @@ def _expert_load(weights: jax.Array) -> jax.Array:
 
 
 def compute_losses(cfg: Config, params: Tree, tokens: jax.Array, weights: jax.Array, *, with_mtp: bool) -> Losses:
-    """Sums over one group of rows, ``tokens`` int32 and ``weights`` float32 [B, T+2]."""
+    """Computes the losses of tokens ``int32 [B, T + 2]`` with target weights ``float32 [B, T + 2]``."""
     out = forward(cfg, params, tokens[:, :-1], with_mtp=with_mtp)
     main, weight = _cross_entropy(out.logits, tokens[:, 1:-1], weights[:, 1:-1])
     if out.draft is None:
@@ -77,5 +92,5 @@ def compute_losses(cfg: Config, params: Tree, tokens: jax.Array, weights: jax.Ar
 
 
 def _cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.sum(each * weights), jnp.sum(weights)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.sum(nats * weights), jnp.sum(weights)

@@ -1,4 +1,4 @@
-"""The model card and the training curve, made from what was measured and logged."""
+"""The model card and the training curve, rendered from the metrics and the log."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ METRICS_FILE, CARD_FILE, CURVE_FILE, TASKS_FILE = "metrics.json", "README.md", "
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The records of a run's log."""
+    """Reads the records of a run's log."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def write_curve(path: Path, log: Sequence[dict[str, float]]) -> None:
-    """Losses over tokens, and the bits per byte of the held-out slice."""
-    from matplotlib.figure import Figure
+    """Plots the losses and the bits per byte of held-out files over the tokens seen."""
+    from matplotlib.figure import Figure  # only this plot needs matplotlib
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -36,33 +36,33 @@ def write_curve(path: Path, log: Sequence[dict[str, float]]) -> None:
 
 
 def render_card(metrics: dict[str, Any], held_out: Sequence[LibraryFile]) -> str:
-    """The card's text."""
+    """Renders the Markdown text of the card."""
     return TEMPLATE.read_text(encoding="utf-8").format(
         **metrics,
-        kinds=_kinds(metrics["chat"]["by_kind"]),
-        loads=_loads(metrics["expert_load"]),
-        stages="\n".join(map(_stage, metrics["run"]["stages"])),
+        kinds=_accuracy_rows(metrics["chat"]["by_kind"]),
+        loads=_load_rows(metrics["expert_load"]),
+        stages="\n".join(map(_stage_row, metrics["run"]["stages"])),
         files="\n".join(f"{file.sha256}  {file.name}" for file in held_out),
         tasks_file=TASKS_FILE,
         curve_file=CURVE_FILE,
     )
 
 
-def _kinds(by_kind: dict[str, float]) -> str:
+def _accuracy_rows(by_kind: dict[str, float]) -> str:
     cells = [f"{kind.replace('_', ' ')} | {share:.0%}" for kind, share in by_kind.items()]
     half = (len(cells) + 1) // 2
     right = [*cells[half:], *[" | "] * (2 * half - len(cells))]
     return "\n".join(f"| {a} | | {b} |" for a, b in zip(cells[:half], right, strict=True))
 
 
-def _loads(loads: dict[str, dict[str, dict[str, float]]]) -> str:
-    ends = [(part, end) for part in loads.values() for end in ("busiest", "idlest")]
-    rows = {name: [f"{part[name][end]:.2f}" for part, end in ends] for name in loads["library"]}
+def _load_rows(loads: dict[str, dict[str, dict[str, float]]]) -> str:
+    columns = [(routers, extreme) for routers in loads.values() for extreme in ("busiest", "idlest")]
+    rows = {name: [f"{routers[name][extreme]:.2f}" for routers, extreme in columns] for name in loads["library"]}
     return "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())
 
 
-def _stage(stage: dict[str, Any]) -> str:
-    rows = [f"{stage[part]['count']} × {stage[part]['length']}" for part in ("code", "chat")]
+def _stage_row(stage: dict[str, Any]) -> str:
+    shapes = [f"{stage[source]['count']} × {stage[source]['length']}" for source in ("code", "chat")]
     shares = [f"{stage[name]:.0%}" for name in ("tool_share", "hard_share", "chat_weight")]
-    cells = [f"{stage['start']:,}", *rows, *shares, "yes" if stage["mtp"] else "no"]
+    cells = [f"{stage['start']:,}", *shapes, *shares, "yes" if stage["mtp"] else "no"]
     return f"| {' | '.join(cells)} |"

@@ -1,4 +1,4 @@
-"""Muon for the matrices, Adam for the rest, and the balancing of the router's biases."""
+"""The optimizer: Muon for matrices, Adam for all other parameters, and load balancing by router biases."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from optax.contrib import MuonDimensionNumbers, muon
 from examples.tiny_recipe.schedule import TrainingSchedule
 
 Tree = dict[str, Any]
-# Tables of rows, not maps between spaces: orthogonalising them would make no sense.
+# Lookup tables rather than linear maps; orthogonalizing their updates would make no sense.
 ADAM_PARAMETERS = frozenset({"embed", "head", "router", "router_bias"})
 
 
 def make_optimizer(plan: TrainingSchedule) -> optax.GradientTransformation:
-    """Updates at the plan's highest rates; the caller multiplies by ``plan.rate(step)``.
+    """The optimizer at the highest learning rates; the caller scales updates by ``plan.learning_rate_scale(step)``.
 
-    Muon (Jordan 2024) in optax's form with AOL preconditioning, which saves one of five Newton-Schulz steps.
+    Muon (Jordan 2024) in optax's form, with AOL preconditioning, which saves one of five Newton-Schulz steps.
     """
-    rule = muon(
+    muon_and_adam = muon(
         plan.matrix_rate,
         ns_steps=4,
         preconditioning="aol",
@@ -33,16 +33,16 @@ def make_optimizer(plan: TrainingSchedule) -> optax.GradientTransformation:
     embeddings = optax.masked(
         optax.scale(plan.embed_factor), lambda tree: jax.tree_util.tree_map_with_path(_is_embed, tree)
     )
-    return optax.chain(optax.clip_by_global_norm(1.0), rule, embeddings)
+    return optax.chain(optax.clip_by_global_norm(1.0), muon_and_adam, embeddings)
 
 
 def update_router_biases(params: Tree, loads: dict[str, jax.Array], rate: jax.Array) -> Tree:
     """Moves each router bias by ``rate`` towards equal load, without an auxiliary loss (arXiv 2408.15664).
 
     Args:
-        params: the model's tree.
-        loads: tokens per expert, float32 [l, E], by the path of the block ("runs/1" or "mtp").
-        rate: float32 scalar.
+        params: Parameters of the model.
+        loads: Tokens per expert ``float32 [l, E]`` by path of the layer group ("runs/1") or "mtp".
+        rate: Step size, a ``float32`` scalar.
     """
 
     def move(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
@@ -64,7 +64,7 @@ def _leaf_dimensions(path: tuple[Any, ...], value: jax.Array) -> MuonDimensionNu
     if names[-1] in ADAM_PARAMETERS or names[-1].endswith("norm"):
         return None
     last = value.ndim - 1
-    # The heads of k_b and v_b [l, N, H, R] are rows of one matrix.
+    # k_b and v_b ``[l, N, H, R]`` are one matrix with N * H rows.
     output = (last - 2, last - 1) if names[-1] in ("k_b", "v_b") else last - 1
     return MuonDimensionNumbers(reduction_axis=last, output_axis=output)
 

@@ -1,4 +1,4 @@
-"""What a run makes before its first step."""
+"""Preparations of a run: the tokenizer and the texts of the probe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOKENIZER_CONVERSATIONS = 4000
 
 
 def load_or_train_tokenizer(folder: Path, training: Sequence[LibraryFile], render: Render) -> Tokenizer:
-    """The tokenizer of a run's folder, learned from the training data the first time."""
+    """Loads the tokenizer of a run's folder; learns and saves it first if there is none."""
     path = folder / "tokenizer.json"
     if path.exists():
         return Tokenizer.from_file(str(path))
@@ -29,7 +29,7 @@ def load_or_train_tokenizer(folder: Path, training: Sequence[LibraryFile], rende
 
 
 def probe_texts(held_out: Sequence[LibraryFile], size: int) -> list[str]:
-    """The beginnings of some held-out files, about ``size`` characters in all."""
+    """The beginnings of some held-out files, about ``size`` characters in total."""
     texts: list[str] = []
     for file in held_out[::4]:
         texts.append(file.text[:3000])

@@ -1,4 +1,4 @@
-"""From a run's folder to the folder that ships: weights, tokenizer, figures, curve and card."""
+"""Turns a run's folder into the published one: weights, tokenizer, metrics, training curve and card."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from glm_jax.text import render_chat
 
 
 def publish(files: RunFiles, folder: Path) -> None:
-    """Exports a run's checkpoint to ``folder``, measures what was exported, and writes the card beside it."""
+    """Exports a run's checkpoint to ``folder``, evaluates the exported weights, and writes the card."""
     cfg = tiny_config()
     facts = json.loads(files.plan.read_text())
-    shape_only = TrainingSchedule(steps=1, decay_steps=1)
-    step, state = load_state(files.state, initial_state(cfg, shape_only))
+    any_schedule = TrainingSchedule(steps=1, decay_steps=1)  # the state's shapes do not depend on it
+    step, state = load_state(files.state, initial_state(cfg, any_schedule))
     tokenizer = Tokenizer.from_file(str(files.folder / "tokenizer.json"))
     export_hf_folder(folder, cfg, state.params, tokenizer)
     held_out = corpus.split_held_out(corpus.library_files())[1]

@@ -1,4 +1,4 @@
-"""What is trained: the shape of the model and the schedule of the run, all in steps."""
+"""The architecture of the miniature and the training schedule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from glm_jax.config import Config
 
 
 def tiny_config() -> Config:
-    """The miniature: GLM-4.7-Flash with every size scaled down."""
+    """The architecture of the miniature: GLM-4.7-Flash with every size scaled down."""
     return Config(
         vocab_size=MODEL_VOCAB,
         hidden_size=256,
@@ -36,28 +36,29 @@ def tiny_config() -> Config:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BatchShape:
-    """Rows of a batch and the positions of each."""
+    """Number of rows in a batch, and length of each row in tokens."""
 
     count: int
     length: int
 
     @property
     def tokens(self) -> int:
-        """Positions in all rows."""
+        """Number of tokens in all rows."""
         return self.count * self.length
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """What the steps from ``start`` on are made of: rows of library code and of conversations.
+    """A stage of the training: the batches and weights of the steps from ``start`` on.
 
     Attributes:
-        start: its first step.
-        code, chat: the rows.
-        mtp: whether the prediction layer is trained.
-        tool_share: of the conversations, those about tools.
-        hard_share: of the questions, those that are surely of the hard kinds.
-        chat_weight: of the mean loss over conversations; that over code has the rest.
+        start: First step of the stage.
+        code: Rows of library code in each batch.
+        chat: Rows of conversations in each batch.
+        mtp: Whether the prediction layer is trained.
+        tool_share: Share of conversations that are about tools.
+        hard_share: Share of questions that are sampled from the hard kinds only.
+        chat_weight: Weight of the mean loss over conversations; library code has the rest.
     """
 
     start: int
@@ -70,7 +71,7 @@ class Stage:
 
     @property
     def tokens(self) -> int:
-        """Positions in all rows."""
+        """Number of tokens in all rows."""
         return self.code.tokens + self.chat.tokens
 
 
@@ -87,9 +88,23 @@ STAGES = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSchedule:
-    """The schedule: the rate warms up, stays, and falls to zero over the last ``decay_steps``.
+    """The training schedule: the learning rate warms up, stays constant, and decays linearly to zero.
 
-    Nothing before the decay depends on ``steps``, so a resumed run may still be given another length.
+    Nothing before the decay depends on ``steps``, so a resumed run may continue to a different length.
+
+    Attributes:
+        steps: Number of training steps.
+        decay_steps: Number of last steps over which the learning rate decays.
+        stages: Stages in order of their first step.
+        warmup_steps: Number of first steps over which the learning rate rises.
+        seed: Seed of the parameters and the data.
+        matrix_rate: Highest learning rate of Muon, for matrices.
+        vector_rate: Highest learning rate of Adam, for all other parameters.
+        embed_factor: Factor on the learning rate of the embedding.
+        weight_decay: Weight decay of the matrices.
+        mtp_weight: Weight of the prediction layer's loss.
+        bias_rate: Highest change of a router bias per step.
+        prompt_weight: Weight of prompt tokens in the loss; answer tokens have 1.
     """
 
     steps: int
@@ -106,23 +121,23 @@ class TrainingSchedule:
     prompt_weight: float = 0.1
 
     def stage(self, step: int) -> Stage:
-        """What a step is made of."""
+        """The stage of a step."""
         return next(stage for stage in reversed(self.stages) if stage.start <= step)
 
     def code_rows_before(self, step: int) -> int:
-        """Rows of library code, of the length of this step, read before it."""
+        """Number of rows of library code read before a step, among those as long as the step's."""
         length = self.stage(step).code.length
         return sum(stage.code.count * steps for stage, steps in self._before(step) if stage.code.length == length)
 
     def tokens_before(self, step: int) -> int:
-        """Tokens seen before a step, of both kinds."""
+        """Number of tokens seen before a step."""
         return sum(stage.tokens * steps for stage, steps in self._before(step))
 
     def _before(self, step: int) -> list[tuple[Stage, int]]:
-        """Each stage and how many of its steps come before this one."""
+        """Each stage and the number of its steps before this step."""
         ends = [*(stage.start for stage in self.stages[1:]), step]
         return [(s, max(0, min(end, step) - s.start)) for s, end in zip(self.stages, ends, strict=True)]
 
     def learning_rate_scale(self, step: int) -> float:
-        """The learning rate of a step as a share of the highest."""
+        """The learning rate of a step as a fraction of the highest."""
         return max(0.0, min(1.0, (step + 1) / self.warmup_steps, (self.steps - step) / self.decay_steps))

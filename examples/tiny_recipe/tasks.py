@@ -1,8 +1,8 @@
-"""Short questions with one right answer, drawn from a random generator.
+"""Randomly generated short questions with a single correct answer.
 
-What is to be worked on consists of digits, which are single tokens, or stands on a line of its own: byte-pair tokens
-hide the spelling of a word, and a word after a space has other tokens than one that begins an answer. Each task also
-gives the reasoning to its answer, which becomes the think block.
+The operands of a question are digits, each of which is one token, or words on a line of their own. Byte-pair tokens
+hide the spelling of a word, and a word after a space has other tokens than the same word at the start of an answer.
+Each task also has the reasoning for its answer, which becomes the think block.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ HELD_OUT_MODULUS = 20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Task:
-    """A question of one kind, the reasoning and the only right answer; ``instance`` names it apart from the wording."""
+    """A question with its only correct answer.
+
+    Attributes:
+        kind: Name of its sampler in :data:`TASK_SAMPLERS`.
+        question: Message of the user.
+        reasoning: Text of the think block.
+        answer: Correct answer.
+        instance: Identifies the task independently of its wording; "" if ``question`` does.
+    """
 
     kind: str
     question: str
@@ -29,28 +37,28 @@ class Task:
 
     @property
     def held_out(self) -> bool:
-        """Whether this instance belongs to the evaluation, in whatever words it is asked."""
+        """Whether this instance is held out for the evaluation, in any wording."""
         return is_held_out(f"{self.kind}|{self.instance or self.question}")
 
 
 def is_held_out(key: str) -> bool:
-    """One in twenty keys, chosen by their sha256."""
+    """Whether a key is held out: one in twenty, selected by its sha256."""
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % HELD_OUT_MODULUS == 0
 
 
 def sample_task(rng: Random, *, held_out: bool, kind: str | None = None, hard_share: float = 0.0) -> Task:
-    """A random task of one kind (default: any), from the training or the held-out instances.
+    """Samples a task from the training or the held-out instances.
 
     Args:
-        rng: decides.
-        held_out: from which of the two.
-        kind: one of :data:`WEIGHT_KINDS`.
-        hard_share: how often to take one of :data:`HARD_KINDS` instead of any.
+        rng: Source of randomness.
+        held_out: Whether to sample a held-out instance.
+        kind: One of :data:`KINDS`; None samples the kind too.
+        hard_share: Probability of sampling the kind from :data:`HARD_KINDS`.
     """
     kinds = HARD_KINDS if hard_share and rng.random() < hard_share else KINDS
-    make = TASK_SAMPLERS[kind or rng.choice(kinds)]
+    sampler = TASK_SAMPLERS[kind or rng.choice(kinds)]
     while True:
-        task = make(rng)
+        task = sampler(rng)
         if task.held_out == held_out:
             return task
 
@@ -198,12 +206,12 @@ def _function(rng: Random) -> Task:
 
 
 TASK_SAMPLERS: dict[str, Callable[[Random], Task]] = {
-    make.__name__.removeprefix("_"): make
-    for make in (
+    sampler.__name__.removeprefix("_"): sampler
+    for sampler in (
         *(_add, _subtract, _after, _compare, _largest, _parity, _reverse, _pick, _count, _occurrences, _sort),
         *(_member, _replace, _join, _repeat, _echo, _word, _swap, _length, _index, _function),
     )
 }
 KINDS = tuple(TASK_SAMPLERS)
-# Those that take longest to learn.
+# The kinds that take longest to learn.
 HARD_KINDS = ("add", "subtract", "compare", "occurrences", "sort", "member", "replace", "index")

@@ -1,4 +1,4 @@
-"""The miniature's tokenizer: byte-level BPE with GLM's special tokens behind the learned vocabulary."""
+"""The miniature's tokenizer: byte-level BPE with GLM's special tokens after the learned vocabulary."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 LEARNED_VOCAB = 1996
 MODEL_VOCAB = 2048
-# A line break with the indentation after it is one piece, a digit always is; the rest is as in cl100k.
+# Line breaks with the indentation after them are one pre-token, and each digit is one; the rest follows cl100k.
 PRETOKENIZER_PATTERN = r"\n+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[ \t]+(?!\S)|\s"
-# In the order of the original, whose ids start at 154820.
+# In the order of the original tokenizer, whose special ids start at 154820.
 SPECIAL_TOKENS = tuple(
     """<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|>
     <|begin_of_image|> <|end_of_image|> <|begin_of_video|> <|end_of_video|> <|begin_of_audio|> <|end_of_audio|>
@@ -19,7 +19,7 @@ SPECIAL_TOKENS = tuple(
     <think> </think> <tool_call> </tool_call> <tool_response> </tool_response> <arg_key> </arg_key>
     <arg_value> </arg_value> /nothink <|begin_of_box|> <|end_of_box|> <|image|> <|video|>""".split()
 )
-# Added tokens that belong to the text: they survive a decoding that drops special tokens.
+# Added tokens that are part of the text: decoding keeps them when it drops special tokens.
 NON_SPECIAL_TOKENS = frozenset(
     t for t in SPECIAL_TOKENS if t[:1] == "<" and t[1:2] != "|" and t not in ("<sop>", "<eop>")
 )
@@ -27,7 +27,11 @@ SPECIAL_IDS = {token: LEARNED_VOCAB + i for i, token in enumerate(SPECIAL_TOKENS
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A tokenizer learned from the texts; the same texts in the same order give the same one."""
+    """Learns the tokenizer; the same texts in the same order give the same tokenizer.
+
+    Raises:
+        RuntimeError: if the texts are too small for the vocabulary.
+    """
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PRETOKENIZER_PATTERN), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

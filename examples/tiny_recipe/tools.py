@@ -1,4 +1,4 @@
-"""Tool-calling examples: functions with a schema, requests that need one of them, its result and the closing answer."""
+"""Tool-calling tasks: tool schemas, requests, the correct calls, their results and the final answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ Json = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ToolTask:
-    """A request, the one call that serves it, what the tool returns and what is said then."""
+    """A request that one tool call answers.
+
+    Attributes:
+        request: Message of the user.
+        name: Tool to call.
+        arguments: Arguments of the call.
+        result: Result that the tool returns.
+        answer: Answer of the assistant after the result.
+    """
 
     request: str
     name: str
@@ -26,17 +34,17 @@ class ToolTask:
 
     @property
     def held_out(self) -> bool:
-        """Whether this call belongs to the evaluation, in whatever words; one without arguments has nothing unseen."""
+        """Whether this call is held out for the evaluation in any wording; calls without arguments never are."""
         return bool(self.arguments) and is_held_out(f"{self.name}|{json.dumps(self.arguments)}")
 
     @property
     def reasoning(self) -> str:
-        """The think block before the call."""
+        """Text of the think block before the call."""
         return f"I call {self.name}."
 
     @property
     def call_text(self) -> str:
-        """The call in the model's own format."""
+        """The call in the model's output format."""
         pairs = "".join(f"<arg_key>{k}</arg_key><arg_value>{_value(v)}</arg_value>" for k, v in self.arguments.items())
         return f"<tool_call>{self.name}{pairs}</tool_call>"
 
@@ -133,13 +141,13 @@ SCHEMAS: dict[str, Json] = {
 
 
 def sample_tool_task(rng: Random, names: list[str], *, held_out: bool) -> ToolTask:
-    """A request that one of the named tools serves, from the training or the held-out instances.
+    """Samples a request for one of the named tools, from the training or the held-out instances.
 
     Raises:
-        ValueError: if a held-out call is asked for and no named tool takes arguments.
+        ValueError: if ``held_out`` is true and no named tool takes arguments.
     """
     if held_out and not any(SCHEMAS[name]["function"]["parameters"]["required"] for name in names):
-        raise ValueError(f"no call of {', '.join(names)} is held out: without arguments nothing is unseen")
+        raise ValueError(f"no call of {', '.join(names)} is held out: calls without arguments are all alike")
     while True:
         task = TOOL_TASK_SAMPLERS[rng.choice(names)](rng)
         if task.held_out == held_out:

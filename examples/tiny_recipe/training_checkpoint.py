@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one file that a kill never leaves half written."""
+"""Training checkpoints: one file, written atomically."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from examples.tiny_recipe.train_step import TrainState
 
 
 def save_state(path: Path, step: int, state: TrainState) -> None:
-    """Writes the state before ``step``, replacing an earlier file at once."""
+    """Saves the state before ``step``; an interruption leaves the previous file intact."""
     leaves: dict[str, Any] = {f"leaf_{i:03}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
@@ -24,7 +24,7 @@ def save_state(path: Path, step: int, state: TrainState) -> None:
 
 
 def load_state(path: Path, template: TrainState) -> tuple[int, TrainState]:
-    """The next step and the state, in the structure of ``template``.
+    """Loads the next step and the state, in the structure of ``template``.
 
     Raises:
         ValueError: if the file belongs to another model or optimizer.

@@ -1,4 +1,4 @@
-"""The run: steps, log, checkpoints."""
+"""The training loop: steps, log, probes and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ LineWriter = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """Where a run keeps its state and its log, and how often it writes them (in steps)."""
+    """The files of a run and how often they are written.
+
+    Attributes:
+        folder: Folder of the run.
+        log_every: Steps between records of the log.
+        save_every: Steps between checkpoints.
+        probe_every: Steps between probes on held-out data.
+    """
 
     folder: Path
     log_every: int = 10
@@ -32,17 +39,17 @@ class RunFiles:
 
     @property
     def state(self) -> Path:
-        """The checkpoint."""
+        """The training checkpoint."""
         return self.folder / "state.npz"
 
     @property
     def plan(self) -> Path:
-        """What was trained on what, for the card."""
+        """Facts about the data and the schedule, for the model card."""
         return self.folder / "plan.json"
 
     @property
     def log(self) -> Path:
-        """One JSON object per logged step."""
+        """The log: one JSON object per line."""
         return self.folder / "log.jsonl"
 
 
@@ -55,11 +62,19 @@ def train(
     write_line: LineWriter = print,
     stop_step: int | None = None,
 ) -> TrainState:
-    """Trains from the checkpoint, or from the start, to the end of the plan (or to step ``stop_step``).
+    """Trains to the end of the schedule, resuming from the checkpoint if there is one.
 
     Args:
-        probe: figures of parameters on a little held-out data ("bpb": bits per byte, "right": share of right answers).
-        write_line: where progress lines go.
+        cfg: Architecture of the model.
+        plan: Training schedule.
+        batches: Training batches.
+        files: Files of the run.
+        probe: Measures parameters on a little held-out data ("bpb": bits per byte, "right": share of right answers).
+        write_line: Receives the lines of progress.
+        stop_step: Step before which to stop; None trains to the end.
+
+    Returns:
+        The state after the last step.
     """
     files.folder.mkdir(parents=True, exist_ok=True)
     state, first = initial_state(cfg, plan), 0
@@ -67,12 +82,12 @@ def train(
         first, state = load_state(files.state, state)
         _truncate_log(files.log, first)
         write_line(f"resuming at step {first}")
-    meter = _Meter(plan, first)
+    meter = _ThroughputMeter(plan, first)
     last = plan.steps if stop_step is None else min(stop_step, plan.steps)
     for step in range(first, last):
         stage, rate = plan.stage(step), plan.learning_rate_scale(step)
-        function = make_train_step(cfg, plan, with_mtp=stage.mtp, chat_weight=stage.chat_weight)
-        state, metrics = function(state, batches(step), jnp.float32(rate), jnp.float32(plan.bias_rate * rate))
+        train_step = make_train_step(cfg, plan, with_mtp=stage.mtp, chat_weight=stage.chat_weight)
+        state, metrics = train_step(state, batches(step), jnp.float32(rate), jnp.float32(plan.bias_rate * rate))
         done = step + 1
         if done % files.log_every == 0 or done == last:
             record = meter.record(done, metrics)
@@ -85,8 +100,8 @@ def train(
     return state
 
 
-class _Meter:
-    """Tokens per second since the last record, and the time left at that rate."""
+class _ThroughputMeter:
+    """Adds tokens per second since the last record, and the remaining time at that rate, to the metrics."""
 
     def __init__(self, plan: TrainingSchedule, step: int) -> None:
         self.plan, self.step, self.time = plan, step, time.monotonic()
@@ -96,13 +111,13 @@ class _Meter:
         now = time.monotonic()
         rate = (self.plan.tokens_before(step) - self.plan.tokens_before(self.step)) / (now - self.time)
         self.step, self.time = step, now
-        left = (self.plan.tokens_before(self.plan.steps) - self.plan.tokens_before(step)) / rate
+        seconds_left = (self.plan.tokens_before(self.plan.steps) - self.plan.tokens_before(step)) / rate
         return {
             "step": step,
             "tokens": self.plan.tokens_before(step),
             **values,
             "tokens_per_s": rate,
-            "seconds_left": left,
+            "seconds_left": seconds_left,
         }
 
 

@@ -1,4 +1,4 @@
-"""Word lists of the chat tasks."""
+"""Word lists for the chat tasks."""
 
 WORDS = tuple(
     """apple river stone cloud paper green table light music bread horse tiger night chair ocean garden window bridge

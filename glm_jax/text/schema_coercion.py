@@ -12,7 +12,9 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
+
+JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
 
 _INTEGER: Final = re.compile(r"\s*[+-]?[0-9]{1,4000}\s*")
 _NUMBER: Final = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
@@ -36,7 +38,7 @@ def schema_types(schema: object) -> frozenset[str]:
     return frozenset(types)
 
 
-def coerce_to_types(text: str, types: frozenset[str]) -> Any:
+def coerce_to_types(text: str, types: frozenset[str]) -> JsonValue:
     """Converts ``text`` to the first of ``types`` that fits, else reads it as JSON, else returns the text."""
     for name, coerce in _COERCERS.items():
         if name in types:
@@ -104,7 +106,7 @@ def _boolean(text: str) -> bool:
     return values[word]
 
 
-def _json(text: str, kind: type = object) -> Any:
+def _json(text: str, kind: type = object) -> JsonValue:
     """Parses JSON of one Python type; rejects NaN, infinities and lone surrogates, which JSON cannot express."""
     value = json.loads(text)
     if not isinstance(value, kind):
@@ -113,7 +115,7 @@ def _json(text: str, kind: type = object) -> Any:
     return value
 
 
-_COERCERS: Final[dict[str, Callable[[str], Any]]] = {
+_COERCERS: Final[dict[str, Callable[[str], JsonValue]]] = {
     "null": _null,
     "integer": _integer,
     "number": _number,

@@ -1,15 +1,15 @@
-"""Sampling as its definition has it: one row, NumPy, float64, with a sort."""
+"""Reference sampler for one row: NumPy, float64, with a sort."""
 
 import numpy as np
 
 from glm_jax.sampling import SamplerState
 
-# How far float32 may be from float64 in a sum of probabilities: tokens closer than this to the edge are not judged.
+# Largest error of a sum of probabilities in float32; tokens closer than this to a threshold are not compared.
 THRESHOLD_TOLERANCE = 1e-5
 
 
 def penalized_logits(logits, params, prompt=(), output=(), valid_vocab=None):
-    """Bias, repetition, frequency, presence, missing ids: the order of vLLM."""
+    """Applies bias, repetition, frequency and presence penalties and the mask of unknown ids, in vLLM's order."""
     result = np.where(np.isnan(logits), -np.inf, np.minimum(logits, np.finfo(np.float32).max)).astype(np.float64)
     for token, bias in (params.logit_bias or {}).items():
         result[token] += bias
@@ -28,7 +28,7 @@ def probabilities(values):
 
 
 def probability_above(values):
-    """The probability of the tokens that are strictly more likely, for each token."""
+    """Total probability of all strictly more likely tokens, for each token."""
     order = np.argsort(-values, kind="stable")
     total = np.concatenate([[0.0], np.cumsum(probabilities(values)[order])])
     descending = values[order]
@@ -39,13 +39,13 @@ def probability_above(values):
 
 
 def kept_tokens(values, params):
-    """Which tokens may be drawn, and for which of them float32 is precise enough to say so."""
+    """Which tokens the filters keep, and for which of them float32 is precise enough to decide."""
     values = values / params.temperature
-    certain = values.max() - values < 80  # beyond, the probability may be 0 in float32
+    certain = values.max() - values < 80  # beyond, float32 may round the probability to 0
     if params.min_p > 0:
-        edge = values.max() + np.log(params.min_p)
-        certain &= np.abs(values - edge) > THRESHOLD_TOLERANCE * (1 + np.abs(values.max() - edge))
-        values = np.where(values >= edge, values, -np.inf)
+        threshold = values.max() + np.log(params.min_p)
+        certain &= np.abs(values - threshold) > THRESHOLD_TOLERANCE * (1 + np.abs(values.max() - threshold))
+        values = np.where(values >= threshold, values, -np.inf)
     if 0 < params.top_k < len(values):
         values = np.where(values >= np.sort(values)[-params.top_k], values, -np.inf)
     keep = values > -np.inf
@@ -57,7 +57,7 @@ def kept_tokens(values, params):
 
 
 def make_sampler_state(params, width, *, seed=0, prompt=(), valid_vocab=None, **options):
-    """A state of one row."""
+    """A sampling state of one row."""
     return SamplerState.create(
         [params], [seed], [prompt], vocab_size=width, valid_vocab=valid_vocab or width, **options
     )

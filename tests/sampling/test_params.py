@@ -1,4 +1,4 @@
-"""Options: what is accepted, what is refused and in which words, and where defaults come from."""
+"""SamplingParams: accepted and rejected values, error messages, and the sources of defaults."""
 
 import ast
 import copy
@@ -18,7 +18,7 @@ from glm_jax.sampling import SamplerFeatures, SamplingParams, completion_seeds
 
 NAN, INF = float("nan"), float("inf")
 
-REFUSED = [
+INVALID = [
     ("temperature", [-0.1, -1, NAN, INF, -INF, 1e7, 10**400, True, "1", None, 1j], r"a number in \[0, 1e6\]"),
     ("top_p", [0, 0.0, 1.0000001, -0.5, NAN, INF, True, "0.9", None], r"a number in \(0, 1\]"),
     ("min_p", [-0.01, 1.01, NAN, False, None], r"a number in \[0, 1\]"),
@@ -39,10 +39,10 @@ REFUSED = [
 
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
-    [(field, value, expected) for field, values, expected in REFUSED for value in values],
+    [(field, value, expected) for field, values, expected in INVALID for value in values],
     ids=lambda x: repr(x)[:24],
 )
-def test_impossible_value_names_field_range_and_value(field, value, expected):
+def test_invalid_value_error_names_field_range_and_value(field, value, expected):
     with pytest.raises(SamplingError, match=rf"^{field} must be {expected}.*, got ") as caught:
         SamplingParams(**{field: value})
     assert isinstance(caught.value, GlmError)
@@ -50,7 +50,7 @@ def test_impossible_value_names_field_range_and_value(field, value, expected):
     assert len(str(caught.value)) < 300
 
 
-def test_message_holds_the_value():
+def test_error_message_has_the_value():
     with pytest.raises(SamplingError, match=r"^top_p must be a number in \(0, 1\], got 1\.5$"):
         SamplingParams(top_p=1.5)
 
@@ -109,20 +109,21 @@ def test_values_become_plain_python():
     assert SamplingParams(logit_bias={}).logit_bias is None
 
 
-def test_is_a_value():
+def test_is_immutable_hashable_and_copyable():
     bias = {1: 1.0}
     params = SamplingParams(logit_bias=bias, stop="x")
     bias[2] = 2.0
     assert params.logit_bias == {1: 1.0}
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.top_k = 3
-    for same in (pickle.loads(pickle.dumps(params)), copy.deepcopy(params), SamplingParams.from_dict(vars_of(params))):  # noqa: S301
+    copies = (
+        pickle.loads(pickle.dumps(params)),  # noqa: S301
+        copy.deepcopy(params),
+        SamplingParams.from_dict(dataclasses.asdict(params)),
+    )
+    for same in copies:
         assert same == params
         assert hash(same) == hash(params)
-
-
-def vars_of(params):
-    return dataclasses.asdict(params)
 
 
 def test_replace_checks_names_and_values():
@@ -165,7 +166,7 @@ def test_generation_config(config, expected):
 
 
 @pytest.mark.parametrize("config", [{"temperature": "warm"}, {"top_p": 0}, {"do_sample": "no"}, {"top_k": -1}])
-def test_generation_config_with_an_impossible_value(config):
+def test_generation_config_with_an_invalid_value(config):
     with pytest.raises(SamplingError, match=rf"^generation_config\.json: {next(iter(config))} must be"):
         SamplingParams.from_generation_config(config)
 
@@ -173,12 +174,12 @@ def test_generation_config_with_an_impossible_value(config):
 def test_completion_seeds():
     assert completion_seeds(SamplingParams(seed=5, n=3)) == (5, 6, 7)
     assert completion_seeds(SamplingParams(seed=2**63 - 1, n=2)) == (2**63 - 1, 0)
-    drawn = {completion_seeds(SamplingParams())[0] for _ in range(8)}
-    assert len(drawn) == 8
-    assert all(0 <= seed < 2**53 for seed in drawn)
+    random_seeds = {completion_seeds(SamplingParams())[0] for _ in range(8)}
+    assert len(random_seeds) == 8
+    assert all(0 <= seed < 2**53 for seed in random_seeds)
 
 
-def test_what_a_row_uses():
+def test_greedy_filtered_and_penalized():
     assert SamplingParams(temperature=9e-6).greedy
     assert not SamplingParams(temperature=1e-5).greedy
     assert SamplingParams().filtered
@@ -198,10 +199,10 @@ def test_features_of_a_batch():
     )
 
 
-def test_features_cover_what_needs_less():
-    most = SamplerFeatures(penalties=True, filters=True, bias=True, logprobs=5)
-    for less in (most, SamplerFeatures(), SamplerFeatures(greedy_only=True), SamplerFeatures(logprobs=0)):
-        assert most.covers(less)
+def test_features_cover_smaller_features():
+    everything = SamplerFeatures(penalties=True, filters=True, bias=True, logprobs=5)
+    for less in (everything, SamplerFeatures(), SamplerFeatures(greedy_only=True), SamplerFeatures(logprobs=0)):
+        assert everything.covers(less)
     for more in (
         SamplerFeatures(logprobs=6),
         SamplerFeatures(logprobs=0),

@@ -1,4 +1,4 @@
-"""What each step does to the scores and to the set that may be drawn, and in which order: tables and a reference."""
+"""Effect and order of the sampling steps on scores and on the tokens kept, by tables and against a reference."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from tests.sampling import numpy_reference
 
 INF = float("inf")
 WIDTH = 12
-NEVER = 100.0  # a gap that no noise makes up for: it spans less than 26
+NEVER = 100.0  # gap that noise cannot overcome, since noise spans less than 26
 LARGEST = float(np.finfo(np.float32).max)
 EVERYTHING = SamplerFeatures(penalties=True, filters=True, bias=True, logprobs=2)
 
@@ -29,7 +29,7 @@ def scores_and_gaps(logits, state):
 
 
 def run(logits, params, *, prompt=(), output=(), valid_vocab=None):
-    """The scores, and the ids that may be drawn, of one row that has written ``output``."""
+    """The scores of one row with this output so far, and the ids that can be sampled."""
     padded = np.full((1, max(len(logits), WIDTH)), -INF, np.float32)  # few widths: few compilations
     padded[0, : len(logits)] = logits
     state = numpy_reference.make_sampler_state(
@@ -41,12 +41,12 @@ def run(logits, params, *, prompt=(), output=(), valid_vocab=None):
 
 
 def logs(*weights):
-    """Logits of the probabilities that are proportional to these."""
+    """Logits of probabilities proportional to these weights."""
     return np.log(np.asarray(weights, np.float64)).astype(np.float32)
 
 
 FILTERS = [
-    # Each alone. Probabilities are chosen away from the edges of float32 except where the edge is the point.
+    # Each filter alone. Probabilities keep away from float32 rounding, except in the cases about it.
     ("all off", {"top_p": 1}, logs(5, 3, 1, 1), {0, 1, 2, 3}),
     ("top_k", {"top_p": 1, "top_k": 2}, [1.0, 3.0, 2.0, 0.0], {1, 2}),
     ("top_k of the width", {"top_p": 1, "top_k": 4}, [1.0, 3.0, 2.0, 0.0], {0, 1, 2, 3}),
@@ -70,28 +70,28 @@ FILTERS = [
     ("temperature spreads", {"top_p": 0.6, "temperature": 4.0}, logs(16, 1, 1, 1), {0, 1, 2, 3}),
     ("temperature narrows", {"top_p": 0.6, "temperature": 0.5}, logs(3, 2, 2, 2), {0, 1, 2, 3}),
     ("temperature narrows to one", {"top_p": 0.6, "temperature": 0.25}, logs(3, 2, 2, 2), {0}),
-    # Their order.
-    ("top_p is of what top_k left", {"top_p": 0.55, "top_k": 2}, logs(4, 3, 2, 1), {0}),
+    # Order of the filters.
+    ("top_p applies to the tokens left by top_k", {"top_p": 0.55, "top_k": 2}, logs(4, 3, 2, 1), {0}),
     ("the same top_p without top_k", {"top_p": 0.55}, logs(4, 3, 2, 1), {0, 1}),
-    ("top_p is of what min_p left", {"top_p": 0.55, "min_p": 0.6}, logs(4, 3, 2, 1), {0}),
+    ("top_p applies to the tokens left by min_p", {"top_p": 0.55, "min_p": 0.6}, logs(4, 3, 2, 1), {0}),
     ("top_k ties count in top_p", {"top_p": 0.7, "top_k": 2}, logs(4, 2, 2, 1), {0, 1, 2}),
     ("min_p after the temperature", {"top_p": 1, "min_p": 0.3, "temperature": 2.0}, logs(16, 4, 1), {0, 1}),
     ("bias before top_k", {"top_p": 1, "top_k": 1, "logit_bias": {2: 5.0}}, [1.0, 2.0, 0.0], {2}),
     ("bias before the temperature", {"top_p": 1, "min_p": 0.5, "temperature": 50, "logit_bias": {0: 99}}, [0, 0], {0}),
     # Extremes.
-    ("an infinite gap is dropped", {"top_p": 1}, [LARGEST, -LARGEST, 0.0], {0}),
+    ("an infinite gap is excluded", {"top_p": 1}, [LARGEST, -LARGEST, 0.0], {0}),
     ("+inf is the largest float", {"top_p": 1}, [INF, LARGEST, 1.0], {0, 1}),
-    ("NaN is never drawn", {"top_p": 1}, [float("nan"), 1.0, 2.0], {1, 2}),
-    ("nothing to draw", {}, [-INF, -INF], set()),
+    ("NaN is never sampled", {"top_p": 1}, [float("nan"), 1.0, 2.0], {1, 2}),
+    ("nothing to sample", {}, [-INF, -INF], set()),
     ("huge numbers keep their order", {"top_p": 1, "top_k": 2}, [1e38, 3e38, 2e38, -3e38], {1}),
     ("temperature at its smallest", {"top_p": 1, "temperature": 1e-5}, [1.0, 1.0, 0.99], {0, 1}),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("options", "logits", "expected"), [c[1:] for c in FILTERS], ids=[c[0] for c in FILTERS])
-def test_what_may_be_drawn(options, logits, expected):
-    _, drawable = run(logits, SamplingParams(**options))
-    assert drawable == expected
+def test_filters_keep_the_expected_tokens(options, logits, expected):
+    _, allowed = run(logits, SamplingParams(**options))
+    assert allowed == expected
 
 
 SCORES = [
@@ -110,7 +110,7 @@ SCORES = [
     ("presence may reward", {"presence_penalty": -1.5}, (), (1,), [1.0, 1.0], [1.0, 2.5]),
     ("frequency ignores the prompt", {"frequency_penalty": 0.5}, (0,), (1,), [1.0, 1.0], [1.0, 0.5]),
     ("frequency counts all", {"frequency_penalty": 0.5}, (), (1, 1, 0, 1), [1.0, 1.0], [0.5, -0.5]),
-    # Order: (1 + 3) / 2 - 0.5 * 2 - 0.25, not any other way round.
+    # The order gives (1 + 3) / 2 - 0.5 * 2 - 0.25; any other order gives another number.
     (
         "bias, repetition, frequency and presence",
         {"logit_bias": {0: 3.0}, "repetition_penalty": 2.0, "frequency_penalty": 0.5, "presence_penalty": 0.25},
@@ -119,7 +119,7 @@ SCORES = [
         [1.0, 9.0],
         [0.75, 9.0],
     ),
-    # 1 - 3 is negative when the repetition penalty comes to it, so that it multiplies.
+    # 1 - 3 is negative before the repetition penalty, which therefore multiplies.
     ("bias decides the sign", {"logit_bias": {0: -3.0}, "repetition_penalty": 2.0}, (0,), (), [1.0, 0.0], [-4.0, 0.0]),
 ]
 
@@ -132,15 +132,15 @@ def test_scores(options, prompt, output, logits, expected):
     np.testing.assert_array_equal(scores, np.asarray(expected, np.float32))
 
 
-def test_ids_without_a_token_are_never_drawn_even_when_biased():
+def test_unknown_ids_are_never_sampled_even_with_a_bias():
     params = SamplingParams(logit_bias={2: 100.0, 3: 100.0}, top_p=1)
-    scores, drawable = run([0.0, 0.0, 50.0, INF], params, valid_vocab=2)
+    scores, allowed = run([0.0, 0.0, 50.0, INF], params, valid_vocab=2)
     np.testing.assert_array_equal(scores, [0, 0, -INF, -INF])
-    assert drawable == {0, 1}
+    assert allowed == {0, 1}
 
 
 numbers = st.floats(-30, 30, width=32, allow_subnormal=False)
-# Few different values make ties; the rest are spread, huge or impossible.
+# A few repeated values make ties; the others are spread out, huge or -inf.
 logit = st.one_of(st.sampled_from([0.0, -0.0, 1.0, 2.5, -4.0]), numbers, st.sampled_from([-INF, 3e38, -3e38, 1e30]))
 rows = st.lists(logit, min_size=12, max_size=12).filter(lambda row: max(row) > -INF)
 tokens = st.lists(st.integers(0, 11), max_size=6)
@@ -161,10 +161,10 @@ sampling = st.builds(
 def test_scores_match_the_reference(logits, params, prompt, output, valid_vocab):
     scores, _ = run(logits, params, prompt=prompt, output=output, valid_vocab=valid_vocab)
     expected = numpy_reference.penalized_logits(np.asarray(logits, np.float32), params, prompt, output, valid_vocab)
-    judged = np.abs(expected) < LARGEST / 2  # beyond, float32 may overflow
-    # Nine roundings (four of them of the options) of numbers of up to |logit| + 100, scaled by at most 4.
-    size = 4 * (np.abs(np.asarray(logits)[judged]) + 100) + 2 * len(output) + 2
-    assert np.all(np.abs(scores[judged] - expected[judged]) <= 9 * 2.0**-24 * size)
+    comparable = np.abs(expected) < LARGEST / 2  # beyond, float32 may overflow
+    # Nine roundings, four of them of options, of numbers up to |logit| + 100, scaled by at most 4.
+    size = 4 * (np.abs(np.asarray(logits)[comparable]) + 100) + 2 * len(output) + 2
+    assert np.all(np.abs(scores[comparable] - expected[comparable]) <= 9 * 2.0**-24 * size)
     assert np.all(np.isneginf(scores[np.isneginf(expected)]))
     assert np.all(scores <= LARGEST)
 
@@ -172,18 +172,18 @@ def test_scores_match_the_reference(logits, params, prompt, output, valid_vocab)
 @given(rows, sampling)
 def test_filters_match_a_sort(logits, params):
     params = params.replace(repetition_penalty=1.0, logit_bias=None)
-    scores, drawable = run(logits, params)
+    scores, allowed = run(logits, params)
     expected, certain = numpy_reference.kept_tokens(scores.astype(np.float64), params)
-    mine = np.isin(np.arange(12), list(drawable))
-    np.testing.assert_array_equal(mine[certain], expected[certain])
+    kept = np.isin(np.arange(12), list(allowed))
+    np.testing.assert_array_equal(kept[certain], expected[certain])
 
 
 @given(rows, sampling)
-def test_what_is_kept_is_the_top_of_the_row(logits, params):
-    scores, drawable = run(logits, params)
-    lowest = min(scores[list(drawable)])
-    assert drawable == set(np.flatnonzero(scores >= lowest).tolist())
-    assert scores.argmax() in drawable
+def test_kept_tokens_are_the_most_likely_ones(logits, params):
+    scores, allowed = run(logits, params)
+    lowest = min(scores[list(allowed)])
+    assert allowed == set(np.flatnonzero(scores >= lowest).tolist())
+    assert scores.argmax() in allowed
 
 
 @pytest.mark.parametrize("width", [33, 1025])
@@ -193,8 +193,8 @@ def test_filters_on_wide_rows(width):
         params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, temperature=0.8)
         logits = (rng.normal(size=width) * 4).round(2).astype(np.float32)  # rounded: ties
         expected, certain = numpy_reference.kept_tokens(logits.astype(np.float64), params)
-        _, drawable = run(logits, params)
-        np.testing.assert_array_equal(np.isin(np.arange(width), list(drawable))[certain], expected[certain])
+        _, allowed = run(logits, params)
+        np.testing.assert_array_equal(np.isin(np.arange(width), list(allowed))[certain], expected[certain])
 
 
 def create(params, prompt=(1,), **options):
@@ -215,12 +215,12 @@ def create(params, prompt=(1,), **options):
         (lambda: SamplerState.create([SamplingParams()], [2**63], [[]], vocab_size=8, valid_vocab=8), "a seed must be"),
     ],
 )  # fmt: skip
-def test_rows_that_do_not_fit(make, message):
+def test_invalid_batches_are_rejected(make, message):
     with pytest.raises(SamplingError, match=message):
         make()
 
 
-def test_only_what_is_needed_is_allocated():
+def test_only_needed_arrays_are_allocated():
     state = create(SamplingParams(temperature=0))
     assert (state.counts, state.in_prompt, state.bias_ids, state.bias_values) == (None, None, None, None)
     state = create(SamplingParams(frequency_penalty=1, logit_bias=dict.fromkeys(range(8), 0.5)))

@@ -1,1 +1,1 @@
-"""Tests of glm_jax.text."""
+"""Tests of ``glm_jax.text``."""

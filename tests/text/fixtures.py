@@ -1,4 +1,4 @@
-"""Small tokenizers and tools for the tests of text."""
+"""Small tokenizers and tool declarations for the tests of ``glm_jax.text``."""
 
 from pathlib import Path
 
@@ -23,39 +23,41 @@ CORPUS = [
 
 
 def write_byte_level_tokenizer(path: Path, tags_are_special: bool = False) -> Path:
-    """A tokenizer of GLM's kind: byte-level BPE, special tokens, and tags that are added but not special."""
-    made = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    """Writes a tokenizer like GLM's: byte-level BPE, special tokens, and tags that are added but not special."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made.train_from_iterator(
+    tokenizer.train_from_iterator(
         CORPUS, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
     )
-    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in GLM_SPECIAL_TOKENS])
-    made.add_tokens([AddedToken(text, special=tags_are_special, normalized=False) for text in TAG_TOKENS])
-    made.save(str(path))
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in GLM_SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(text, special=tags_are_special, normalized=False) for text in TAG_TOKENS])
+    tokenizer.save(str(path))
     return path
 
 
 def write_byte_fallback_tokenizer(path: Path) -> Path:
-    """A tokenizer converted from SentencePiece: "▁" for a space, and a token for each byte."""
+    """Writes a tokenizer like a SentencePiece conversion: "▁" for a space, and a token for each byte."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "é", "▁a", "ab"]
     merges = [("▁", "a"), ("a", "b")]
     vocabulary = {word: index for index, word in enumerate(words)}
-    made = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    made.normalizer = tokenizers.normalizers.Sequence(
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(
         [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
     )
-    made.decoder = decoders.Sequence(
+    tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    made.add_special_tokens([AddedToken("<s>", special=True, normalized=False)])
-    made.save(str(path))
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True, normalized=False)])
+    tokenizer.save(str(path))
     return path
 
 
 def make_tool(name: str, **properties) -> dict:
-    """A tool with these parameters."""
+    """Declares a tool with these parameters."""
     parameters = {"type": "object", "properties": properties, "required": list(properties)[:1]}
     return {"type": "function", "function": {"name": name, "description": f"Does {name}.", "parameters": parameters}}
 

@@ -1,4 +1,4 @@
-"""The official chat format, as strings written out by hand from its description."""
+"""The official chat format, against expected prompts written by hand."""
 
 import json
 from types import MappingProxyType
@@ -26,7 +26,7 @@ For each function call, output the function name and arguments within the follow
 
 
 def render(*messages, **options) -> str:
-    """What follows the opening tags, without the prompt for an answer."""
+    """The prompt after the opening tags, without the generation prompt."""
     text = render_chat(messages, add_generation_prompt=False, **options)
     assert text.startswith(START)
     return text.removeprefix(START)
@@ -78,7 +78,7 @@ def test_tools_keep_their_order_keys_and_characters():
 
 
 @pytest.mark.parametrize("content", [None, "", [], [{"type": "text", "text": ""}]])
-def test_no_content_is_nothing(content):
+def test_missing_content_is_empty_text(content):
     assert render(
         USER, assistant(content), {"role": "tool", "content": content}, {"role": "user", "content": content}
     ) == ("<|user|>hi<|assistant|></think><|observation|><tool_response></tool_response><|user|>")
@@ -108,7 +108,7 @@ def test_reasoning_after_the_last_user_message_stays():
     assert render(turn) == "<|assistant|><think>R</think>A"
 
 
-def test_reasoning_before_the_last_user_message_goes_unless_it_is_to_stay():
+def test_reasoning_before_the_last_user_message_is_dropped_by_default():
     turns = [USER, assistant("A", reasoning_content="R"), USER, assistant("B", reasoning="Q")]
     cleared = "<|user|>hi<|assistant|></think>A<|user|>hi<|assistant|><think>Q</think>B"
     kept = "<|user|>hi<|assistant|><think>R</think>A<|user|>hi<|assistant|><think>Q</think>B"
@@ -144,7 +144,7 @@ def test_inline_thinking_is_split_off(content, shown):
     assert render(assistant(content)) == f"<|assistant|>{shown}"
 
 
-def test_inline_thinking_is_text_where_the_field_is_given():
+def test_inline_thinking_is_text_if_the_message_has_a_reasoning_field():
     assert render(assistant("<think>x</think>A", reasoning="R")) == "<|assistant|><think>R</think><think>x</think>A"
     assert render(assistant("A", reasoning="")) == "<|assistant|></think>A"
     both = assistant("A", reasoning="R", reasoning_content="R")
@@ -206,7 +206,7 @@ def test_an_answer_can_go_back_into_the_conversation():
     assert Message(None, "A", [], "stop").as_turn() == {"role": "assistant", "content": "A"}
 
 
-def test_what_a_prompt_leaves_open():
+def test_opens_thinking():
     earlier = [USER, assistant("A</think>", reasoning="R"), USER]
     assert opens_thinking(render_chat(earlier, clear_thinking=False))
     assert not opens_thinking(render_chat(earlier, enable_thinking=False, clear_thinking=False))

@@ -1,4 +1,4 @@
-"""Answers to messages: the grammar, and the bugs that users reported of other parsers."""
+"""Parsing of answers: the grammar, and bugs that users reported for other parsers."""
 
 import json
 
@@ -105,8 +105,8 @@ def test_arguments_are_typed_by_the_schema():
 
 def test_the_json_is_that_of_the_arguments():
     text = call("search", query='a "b" \\ \n é 🙂', filters='{"x":[1,{}]}', limit="7")
-    (found,) = parse_output(text, tools=TOOLS, thinking=False).tool_calls
-    assert found.arguments_json == json.dumps(found.arguments, ensure_ascii=False)
+    (parsed,) = parse_output(text, tools=TOOLS, thinking=False).tool_calls
+    assert parsed.arguments_json == json.dumps(parsed.arguments, ensure_ascii=False)
 
 
 def test_without_tools_every_call_is_taken_with_strings():
@@ -129,8 +129,8 @@ def test_a_value_is_kept_as_it_is():
 
 def test_the_last_of_equal_keys_counts():
     text = f"<tool_call>get_weather{pairs(city='A', days='1')}{pairs(city='B')}</tool_call>"
-    (found,) = parse_output(text, tools=TOOLS, thinking=False).tool_calls
-    assert found.arguments == json.loads(found.arguments_json) == {"city": "B", "days": 1}
+    (parsed,) = parse_output(text, tools=TOOLS, thinking=False).tool_calls
+    assert parsed.arguments == json.loads(parsed.arguments_json) == {"city": "B", "days": 1}
 
 
 def test_a_call_to_an_unknown_tool_is_left_out():
@@ -209,14 +209,14 @@ CUT = [
 
 @pytest.mark.parametrize(("text", "arguments_json"), CUT)
 @pytest.mark.parametrize("reason", ["length", "stop", "abort"])
-def test_a_cut_call_is_incomplete_and_never_made_up(text, arguments_json, reason):
+def test_a_cut_call_is_incomplete_and_never_invented(text, arguments_json, reason):
     message = parse_output(f"A\n<tool_call>{text}", tools=TOOLS, thinking=False, finish_reason=reason)
     assert message.tool_calls == []
-    (found,) = message.incomplete_calls
-    assert not found.complete
-    assert "get_weather".startswith(found.name)
-    assert found.arguments_json == arguments_json
-    assert found.arguments == ({"city": "Paris"} if "Paris" in arguments_json else {})
+    (parsed,) = message.incomplete_calls
+    assert not parsed.complete
+    assert "get_weather".startswith(parsed.name)
+    assert parsed.arguments_json == arguments_json
+    assert parsed.arguments == ({"city": "Paris"} if "Paris" in arguments_json else {})
     assert message.finish_reason == reason
     assert "<" not in message.content
 
@@ -299,12 +299,12 @@ def test_a_named_tool_is_the_only_one():
         ({"finish_reason": "tool_calls"}, 'must be "stop", "length" or "abort"'),
     ],
 )
-def test_impossible_options(options, message):
+def test_invalid_options(options, message):
     with pytest.raises(PromptError, match=message):
         parse_output("A", **options)
 
 
-def test_nothing_comes_after_the_end():
+def test_feed_after_flush_is_an_error():
     parser = OutputParser()
     parser.feed("R</think>A ")
     assert [delta.content for delta in parser.flush()] == [" "]
@@ -314,7 +314,7 @@ def test_nothing_comes_after_the_end():
         parser.feed("B")
 
 
-# Bugs that users reported of other parsers (vLLM, SGLang, llama.cpp, Ollama, MLX)
+# Bugs that users reported for other parsers (vLLM, SGLang, llama.cpp, Ollama, MLX)
 
 
 def stream(text: str, size: int, **options) -> tuple[OutputParser, list]:
@@ -327,7 +327,7 @@ def stream(text: str, size: int, **options) -> tuple[OutputParser, list]:
 @pytest.mark.parametrize("text", [call("get_time"), "<tool_call>get_time\n</tool_call>", "A" + call("get_time")])
 @pytest.mark.parametrize("thinking", [True, False])
 def test_a_call_without_arguments(text, size, thinking):
-    """Gave no call, or invalid arguments, when streamed (vLLM 44326, 42400, 46040, 39757; llama.cpp 20650)."""
+    """Elsewhere: no call, or invalid arguments, when streamed (vLLM 44326, 42400, 46040, 39757; llama.cpp 20650)."""
     parser, deltas = stream(text, size, tools=TOOLS, thinking=thinking)
     assert parsed_calls(parser.finish()) == [("get_time", {})]
     pieces = [delta.tool_call for delta in deltas if delta.tool_call]
@@ -337,7 +337,7 @@ def test_a_call_without_arguments(text, size, thinking):
 
 @pytest.mark.parametrize("size", range(1, 60))
 def test_several_tokens_in_one_piece(size):
-    """Lost or mangled argument pieces with speculation or a stream interval (vLLM 34449, 39253)."""
+    """Elsewhere: lost or mangled argument pieces with speculative decoding or a stream interval (vLLM 34449, 39253)."""
     text = "R</think>A" + call("get_weather", city='Pa"r\nis', days="3") + call("get_time") + PARIS
     parser, deltas = stream(text, size, tools=TOOLS)
     message = parser.finish()
@@ -346,14 +346,14 @@ def test_several_tokens_in_one_piece(size):
         ("get_time", {}),
         ("get_weather", {"city": "Paris"}),
     ]
-    for index, found in enumerate(message.tool_calls):
+    for index, parsed in enumerate(message.tool_calls):
         pieces = [delta.tool_call for delta in deltas if delta.tool_call and delta.tool_call.index == index]
-        assert (pieces[0].id, pieces[0].name) == (found.id, found.name)
-        assert json.loads("".join(piece.arguments for piece in pieces)) == found.arguments
+        assert (pieces[0].id, pieces[0].name) == (parsed.id, parsed.name)
+        assert json.loads("".join(piece.arguments for piece in pieces)) == parsed.arguments
 
 
 def test_long_strings_stream_while_they_are_open():
-    """Were held back until the value was closed (vLLM 32829)."""
+    """Elsewhere: held back until the value was closed (vLLM 32829)."""
     parser = OutputParser([WEATHER_TOOL], thinking=False)
     parser.feed("<tool_call>get_weather<arg_key>city</arg_key><arg_value>")
     for word in ("one ", 'two "', "\\\n", "🙂 "):
@@ -376,7 +376,7 @@ def test_what_may_not_be_a_string_waits_until_it_is_closed(schema):
 
 
 def test_an_earlier_turns_thinking_is_not_this_turns():
-    """An old ``</think>`` in the prompt made reasoning content (vLLM 27703, 36833)."""
+    """Elsewhere: a ``</think>`` of an earlier message turned reasoning into content (vLLM 27703, 36833)."""
     earlier = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", "reasoning": "c"},
@@ -388,13 +388,13 @@ def test_an_earlier_turns_thinking_is_not_this_turns():
 
 
 def test_thinking_that_opens_again_is_reasoning():
-    """Showed in the answer (llama.cpp 19613)."""
+    """Elsewhere: shown as content (llama.cpp 19613)."""
     message = parse_output("R</think><think>more</think>A")
     assert (message.reasoning, message.content) == ("Rmore", "A")
 
 
 def test_a_call_ends_thinking_that_was_left_open():
-    """Reasoning and call were mixed up (vllm-mlx 246, ollama 13840)."""
+    """Elsewhere: reasoning and call were mixed up (vllm-mlx 246, ollama 13840)."""
     message = parse_output(f"I should look.\n{PARIS}", tools=TOOLS)
     assert (message.reasoning, message.content) == ("I should look.", None)
     assert parsed_calls(message) == [("get_weather", {"city": "Paris"})]
@@ -403,14 +403,14 @@ def test_a_call_ends_thinking_that_was_left_open():
 
 
 def test_an_answer_without_thinking_is_content():
-    """Everything was in the reasoning field, content null (stock vLLM 0.16)."""
+    """Elsewhere: the whole answer was reasoning and content was null (vLLM 0.16)."""
     prompt = render_chat([{"role": "user", "content": "hi"}], enable_thinking=False)
     message = parse_output("Hello!", thinking=opens_thinking(prompt))
     assert (message.reasoning, message.content) == (None, "Hello!")
 
 
 def test_text_that_looks_like_a_special_token_stays():
-    """Was deleted from the answer (vLLM, whole answers)."""
+    """Elsewhere: deleted from the answer (vLLM without streaming)."""
     text = "say <|user|>, [MASK] or <|endoftext|> [gMASK]<sop>"
     message = parse_output(f"{text}</think>{text}{call('get_weather', city=text)}", tools=TOOLS)
     assert (message.reasoning, message.content) == (text, text)
@@ -418,15 +418,15 @@ def test_text_that_looks_like_a_special_token_stays():
 
 
 def test_thinking_tags_inside_an_argument_stay_there():
-    """Moved into the reasoning (vLLM, whole answers)."""
+    """Elsewhere: moved into the reasoning (vLLM without streaming)."""
     text = "a<think>b</think>c"
     message = parse_output(f"R</think>{call('get_weather', city=text)}", tools=TOOLS)
     assert (message.reasoning, message.content) == ("R", None)
     assert parsed_calls(message) == [("get_weather", {"city": text})]
 
 
-def test_the_tool_loop_goes_round():
-    """A model that calls, reads the result and answers, as llm.chat would run it (ollama 13840)."""
+def test_a_tool_loop():
+    """A model calls a tool, reads the result and answers, as with ``llm.chat`` (ollama 13840)."""
     messages = [{"role": "user", "content": "weather?"}]
     reply = parse_output(f"R1{call('get_weather', city='75001', days='2')}<|observation|>"[:-15], tools=TOOLS)
     messages += [reply.as_turn(), {"role": "tool", "tool_call_id": reply.tool_calls[0].id, "content": "sunny"}]

@@ -1,4 +1,4 @@
-"""However an answer is cut into pieces, it is the same answer; and no character of it costs more than a few looks."""
+"""The parsed answer does not depend on how the text is cut into pieces; the work per character is bounded."""
 
 import json
 import re
@@ -45,13 +45,13 @@ options = st.fixed_dictionaries(
 reasons = st.sampled_from(["stop", "length", "abort"])
 
 
-def cut(text: str, places: list[int]) -> list[str]:
-    ends = sorted({min(place, len(text)) for place in places} | {0, len(text)})
+def cut(text: str, positions: list[int]) -> list[str]:
+    ends = sorted({min(position, len(text)) for position in positions} | {0, len(text)})
     return [text[a:b] for a, b in pairwise(ends)]
 
 
 def check_deltas(deltas: list[Delta], message: Message) -> None:
-    """Joined, the pieces are the message; and each piece is of one kind and not empty."""
+    """The joined deltas equal the message, and each delta has one kind and is not empty."""
     assert "".join(d.content for d in deltas) == (message.content or "")
     assert "".join(d.reasoning for d in deltas) == (message.reasoning or "")
     assert all(bool(d.content) + bool(d.reasoning) + bool(d.tool_call) == 1 for d in deltas)
@@ -67,10 +67,10 @@ def check_deltas(deltas: list[Delta], message: Message) -> None:
         assert "".join(piece.arguments for piece in own) == calls[start.id].arguments_json
 
 
-@given(text=hostile, places=st.lists(st.integers(0, 300), max_size=30), options=options, reason=reasons)
-def test_any_cut_gives_the_same_message(text, places, options, reason):
+@given(text=hostile, positions=st.lists(st.integers(0, 300), max_size=30), options=options, reason=reasons)
+def test_any_cut_gives_the_same_message(text, positions, options, reason):
     whole = parse_output(text, finish_reason=reason, **options)
-    for pieces in (cut(text, places), list(text)):
+    for pieces in (cut(text, positions), list(text)):
         parser = OutputParser(**options)
         deltas = [delta for piece in pieces for delta in parser.feed(piece)] + parser.flush()
         message = parser.finish(reason)
@@ -79,7 +79,7 @@ def test_any_cut_gives_the_same_message(text, places, options, reason):
 
 
 @given(text=hostile, options=options, reason=reasons)
-def test_every_message_is_sound(text, options, reason):
+def test_every_message_is_consistent(text, options, reason):
     message = parse_output(text, finish_reason=reason, **options)
     assert all(call.complete and call.name for call in message.tool_calls)
     assert all(json.loads(call.arguments_json) == call.arguments for call in message.tool_calls)
@@ -92,13 +92,13 @@ def test_every_message_is_sound(text, options, reason):
 
 
 @given(text=hostile)
-def test_where_nothing_is_special_the_text_is_the_answer(text):
+def test_without_thinking_and_calls_the_text_is_the_answer(text):
     message = parse_output(text, thinking=False, tool_choice="none")
     assert (message.content or "") == text
 
 
 @given(text=hostile)
-def test_no_text_is_lost_where_there_is_no_call(text):
+def test_no_text_is_lost_without_a_call(text):
     called = re.search(r"<tool_call>\s*[^\s<>]*\s*(<arg_key>|</tool_call>|(</tool_call|<arg_key|</?t?o?o?l?)?\Z)", text)
     message = parse_output(text, thinking=False)
     if not called and not message.incomplete_calls:
@@ -122,7 +122,7 @@ calls = st.lists(st.sampled_from(sorted(CALLS)).flatmap(lambda name: st.tuples(s
 
 
 @given(reasoning=prose, content=prose, calls=calls, size=st.integers(1, 40))
-def test_what_the_template_writes_is_read_back(reasoning, content, calls, size):
+def test_output_parser_inverts_the_chat_template(reasoning, content, calls, size):
     written = [{"function": {"name": name, "arguments": arguments}} for name, arguments in calls]
     turn = {"role": "assistant", "content": content, "reasoning": reasoning, "tool_calls": written}
     text = render_chat([turn], TOOLS, add_generation_prompt=False).rpartition("<|assistant|>")[2]
@@ -136,21 +136,21 @@ def test_what_the_template_writes_is_read_back(reasoning, content, calls, size):
     assert message.incomplete_calls == []
 
 
-class Counting:
-    """A compiled pattern that counts how many characters it was made to look at."""
+class CountingPattern:
+    """A compiled pattern that counts the characters it scans."""
 
     def __init__(self, pattern: re.Pattern) -> None:
-        self.pattern, self.looks = pattern, 0
+        self.pattern, self.scanned = pattern, 0
 
-    def _count(self, found: re.Match | None, text: str, at: int, end: int) -> re.Match | None:
-        self.looks += 1 + (found.end() if found else min(end, len(text))) - at
-        return found
+    def _count(self, match: re.Match | None, text: str, start: int, end: int) -> re.Match | None:
+        self.scanned += 1 + (match.end() if match else min(end, len(text))) - start
+        return match
 
-    def search(self, text: str, at: int) -> re.Match | None:
-        return self._count(self.pattern.search(text, at), text, at, len(text))
+    def search(self, text: str, start: int) -> re.Match | None:
+        return self._count(self.pattern.search(text, start), text, start, len(text))
 
-    def match(self, text: str, at: int, end: int) -> re.Match | None:
-        return self._count(self.pattern.match(text, at, end), text, at, end)
+    def match(self, text: str, start: int, end: int) -> re.Match | None:
+        return self._count(self.pattern.match(text, start, end), text, start, end)
 
 
 MEGABYTE = 1_000_000
@@ -174,21 +174,21 @@ ADVERSARIAL = {
 
 @pytest.mark.parametrize("kind", ADVERSARIAL)
 @pytest.mark.parametrize("piece", [MEGABYTE, 64])
-def test_work_grows_with_the_length_alone(kind, piece, monkeypatch):
+def test_work_is_linear_in_the_length(kind, piece, monkeypatch):
     unit = ADVERSARIAL[kind]
     text = unit * (MEGABYTE // len(unit))
     if kind.startswith("open"):
         text = unit + "[" * MEGABYTE
-    name = Counting(output_parser._NAME)
-    monkeypatch.setattr(output_parser, "_NAME", name)
+    name_pattern = CountingPattern(output_parser._NAME)
+    monkeypatch.setattr(output_parser, "_NAME", name_pattern)
     parser = OutputParser(TOOLS)
-    patterns = {pattern: Counting(pattern) for pattern in set(parser._search.values())}
+    patterns = {pattern: CountingPattern(pattern) for pattern in set(parser._search.values())}
     parser._search = {state: patterns[pattern] for state, pattern in parser._search.items()}
-    kept = 0
+    buffered = 0
     for at in range(0, len(text), piece):
         parser.feed(text[at : at + piece])
-        kept = max(kept, len(parser._text))
+        buffered = max(buffered, len(parser._text))
     parser.finish("length")
-    assert kept <= 512 + len("</tool_call>")
-    looks = name.looks + sum(pattern.looks for pattern in patterns.values())
-    assert looks <= 12 * len(text)
+    assert buffered <= 512 + len("</tool_call>")
+    scanned = name_pattern.scanned + sum(pattern.scanned for pattern in patterns.values())
+    assert scanned <= 12 * len(text)

@@ -1,4 +1,4 @@
-"""A checkpoint's own template: what it is given, and what it cannot do."""
+"""Chat templates of other checkpoints: their variables, and the limits of the sandbox."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def test_another_template_is_rendered():
     assert render_chat(messages, template=CHATML, add_generation_prompt=False) == expected
 
 
-def test_what_templates_are_given():
+def test_variables_of_templates():
     template = "{{ messages | tojson }}|{{ tools | tojson(indent=None) }}|{{ eos_token }}|{{ level }}|{{ missing }}"
     call = {"id": "1", "function": {"name": "f", "arguments": '{"é": 1}'}}
     messages = [
@@ -51,7 +51,7 @@ def test_what_templates_are_given():
     assert shown[2] == "<|endoftext|>|[1]|"
 
 
-def test_what_templates_use():
+def test_extensions_of_templates():
     template = """{% generation %}a{% endgeneration %}
 {%- for i in range(5) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}{{ strftime_now('%%') }}"""
     assert render_chat([USER], template=template) == "a01%"
@@ -110,15 +110,15 @@ def test_a_failing_template_is_one_sentence(message):
 
 
 def running_children() -> set[int]:
-    mine = set()
+    children = set()
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             text = status.read_text()
         except OSError:
             continue
         if f"PPid:\t{os.getpid()}\n" in text:
-            mine.add(int(status.parent.name))
-    return mine
+            children.add(int(status.parent.name))
+    return children
 
 
 @pytest.mark.parametrize("way", ["{{ 'a' }}", "{{ '' }}"])
@@ -140,7 +140,7 @@ def test_a_child_that_does_not_start_is_one_clear_error(monkeypatch, tmp_path):
         render_chat([USER], template="x")
 
 
-def test_starting_slowly_is_not_the_templates_fault(monkeypatch, tmp_path):
+def test_a_slow_start_does_not_count_towards_the_timeout(monkeypatch, tmp_path):
     slow = tmp_path / "slow.py"
     slow.write_text(f"import time\ntime.sleep(3)\n{sandbox._CHILD_SCRIPT.read_text()}")
     monkeypatch.setattr(sandbox, "_CHILD_SCRIPT", slow)
@@ -149,7 +149,7 @@ def test_starting_slowly_is_not_the_templates_fault(monkeypatch, tmp_path):
     assert time.monotonic() - started > 3
 
 
-def test_the_child_loads_nothing_of_ours():
+def test_the_child_does_not_import_the_package():
     limits = {"output_bytes": 9, "memory_bytes": 1 << 30, "cpu_seconds": 9}
     child = subprocess.run(
         [sys.executable, "-X", "importtime", *sandbox._child_command()[1:]],
@@ -170,7 +170,7 @@ def test_the_text_layer_imports_no_jax():
     assert done.returncode == 0, done.stderr
 
 
-def test_where_a_template_comes_from(tmp_path):
+def test_sources_of_a_template(tmp_path):
     assert read_template(tmp_path) is None
     config = tmp_path / "tokenizer_config.json"
     config.write_text('{"model_max_length": 128000}')

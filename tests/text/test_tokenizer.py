@@ -1,3 +1,5 @@
+"""The tokenizer: round trips, streaming, special tokens, damaged files."""
+
 import json
 import re
 from pathlib import Path
@@ -49,7 +51,7 @@ def tokenizer(folder) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def theirs(folder) -> tokenizers.Tokenizer:
+def hf_tokenizer(folder) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
@@ -69,51 +71,51 @@ def test_decoding_undoes_encoding(tokenizer, text):
 
 
 @given(ids=id_lists, skip=st.booleans())
-def test_decoding_is_that_of_the_tokenizers_package(tokenizer, theirs, ids, skip):
-    assert tokenizer.decode(ids, skip_special=skip) == theirs.decode(ids, skip_special_tokens=skip)
+def test_decoding_equals_the_tokenizers_package(tokenizer, hf_tokenizer, ids, skip):
+    assert tokenizer.decode(ids, skip_special=skip) == hf_tokenizer.decode(ids, skip_special_tokens=skip)
 
 
-def joined(decoder: StreamDecoder, ids: list[int]) -> list[str]:
+def pieces_of(decoder: StreamDecoder, ids: list[int]) -> list[str]:
     return [*(decoder.feed(i) for i in ids), decoder.flush()]
 
 
 @given(ids=id_lists, skip=st.booleans())
 def test_pieces_joined_are_the_whole(tokenizer, ids, skip):
-    assert "".join(joined(tokenizer.stream(skip), ids)) == tokenizer.decode(ids, skip)
+    assert "".join(pieces_of(tokenizer.stream(skip), ids)) == tokenizer.decode(ids, skip)
 
 
 @given(text=texts.filter(lambda text: "\ufffd" not in text))
 def test_no_piece_has_half_a_character(tokenizer, text):
-    pieces = joined(tokenizer.stream(skip_special=False), tokenizer.encode(text))
+    pieces = pieces_of(tokenizer.stream(skip_special=False), tokenizer.encode(text))
     assert "".join(pieces) == text
     assert not [piece for piece in pieces if "\ufffd" in piece]
 
 
-def test_a_character_comes_with_its_last_byte(tokenizer, theirs):
-    byte_ids = [theirs.token_to_id(character) for character in "ðŁĻĤ"]  # the four bytes of U+1F642
-    assert joined(tokenizer.stream(), byte_ids) == ["", "", "", "🙂", ""]
-    assert joined(tokenizer.stream(), byte_ids[:3]) == ["", "", "", "\ufffd"]
-    assert joined(tokenizer.stream(), [*byte_ids[:2], theirs.token_to_id("a")]) == ["", "", "\ufffda", ""]
+def test_a_character_comes_with_its_last_byte(tokenizer, hf_tokenizer):
+    byte_ids = [hf_tokenizer.token_to_id(character) for character in "ðŁĻĤ"]  # the four bytes of U+1F642
+    assert pieces_of(tokenizer.stream(), byte_ids) == ["", "", "", "🙂", ""]
+    assert pieces_of(tokenizer.stream(), byte_ids[:3]) == ["", "", "", "\ufffd"]
+    assert pieces_of(tokenizer.stream(), [*byte_ids[:2], hf_tokenizer.token_to_id("a")]) == ["", "", "\ufffda", ""]
 
 
-def test_a_skipped_token_does_not_break_a_character(tokenizer, theirs):
-    byte_ids = [theirs.token_to_id(character) for character in "Ã©"]
+def test_a_skipped_token_does_not_break_a_character(tokenizer, hf_tokenizer):
+    byte_ids = [hf_tokenizer.token_to_id(character) for character in "Ã©"]
     ids = [byte_ids[0], tokenizer.token_to_id("<|user|>"), byte_ids[1]]
-    assert "".join(joined(tokenizer.stream(), ids)) == tokenizer.decode(ids) == "é"
+    assert "".join(pieces_of(tokenizer.stream(), ids)) == tokenizer.decode(ids) == "é"
 
 
-def test_each_id_is_looked_at_once_and_little_is_kept(tokenizer, monkeypatch):
-    looked_at = []
-    look = Tokenizer.token_bytes
+def test_each_id_is_decoded_once_and_few_bytes_are_buffered(tokenizer, monkeypatch):
+    decoded = []
+    token_bytes = Tokenizer.token_bytes
     monkeypatch.setattr(
-        Tokenizer, "token_bytes", lambda self, i, skip=False: looked_at.append(i) or look(self, i, skip)
+        Tokenizer, "token_bytes", lambda self, i, skip=False: decoded.append(i) or token_bytes(self, i, skip)
     )
     decoder = tokenizer.stream()
     ids = list(np.random.default_rng(0).integers(0, 256, size=2000))
     for token_id in ids:
         decoder.feed(token_id)
         assert len(decoder._utf8.getstate()[0]) <= 3
-    assert looked_at == ids
+    assert decoded == ids
 
 
 def test_special_tokens_in_text_are_recognized_and_none_is_added(tokenizer):
@@ -125,7 +127,7 @@ def test_special_tokens_in_text_are_recognized_and_none_is_added(tokenizer):
     assert tokenizer.encode("") == []
 
 
-def test_tags_survive_where_special_tokens_are_skipped(tokenizer):
+def test_tags_are_kept_when_special_tokens_are_skipped(tokenizer):
     text = "<think>a</think>b<tool_call>f<arg_key>k</arg_key><arg_value>v</arg_value></tool_call>"
     ids = tokenizer.encode(text + "<|observation|>")
     assert tokenizer.decode(ids) == text
@@ -133,7 +135,7 @@ def test_tags_survive_where_special_tokens_are_skipped(tokenizer):
     assert tokenizer.special_ids == {tokenizer.token_to_id(name) for name in GLM_SPECIAL_TOKENS}
 
 
-def test_tags_survive_a_file_that_marks_them_special(tmp_path):
+def test_tags_are_kept_even_if_the_file_marks_them_special(tmp_path):
     marked = Tokenizer.from_file(
         write_byte_level_tokenizer(tmp_path / "t.json", tags_are_special=True), model_vocab=MODEL_VOCAB
     )
@@ -141,7 +143,7 @@ def test_tags_survive_a_file_that_marks_them_special(tmp_path):
     assert not marked.special_ids & {marked.token_to_id(tag) for tag in TAG_TOKENS}
 
 
-def test_ids_that_stand_for_nothing_are_known(tokenizer):
+def test_unused_ids(tokenizer):
     assert tokenizer.vocab_size == 320 + len(GLM_SPECIAL_TOKENS) + len(TAG_TOKENS)
     assert tokenizer.unused_ids == tuple(range(tokenizer.vocab_size, MODEL_VOCAB))
     assert tokenizer.decode(tokenizer.unused_ids) == ""
@@ -150,7 +152,7 @@ def test_ids_that_stand_for_nothing_are_known(tokenizer):
 
 
 @pytest.mark.parametrize("token_id", [-1, MODEL_VOCAB, 2**40])
-def test_ids_of_another_model_are_refused(tokenizer, token_id):
+def test_ids_outside_the_vocabulary_are_rejected(tokenizer, token_id):
     for use in (lambda: tokenizer.decode([0, token_id]), lambda: tokenizer.stream().feed(token_id)):
         with pytest.raises(PromptError, match=f"token id {token_id} is outside the model's vocabulary, 0 to 351"):
             use()
@@ -165,12 +167,12 @@ def test_arrays_of_ids_decode(tokenizer):
 def test_byte_fallback_round_trips(fallback, text):
     ids = fallback.encode(text)
     assert fallback.decode(ids) == text
-    assert "".join(joined(fallback.stream(), ids)) == text
+    assert "".join(pieces_of(fallback.stream(), ids)) == text
 
 
 @given(ids=st.lists(st.integers(0, 299), max_size=30), skip=st.booleans())
 def test_byte_fallback_pieces_joined_are_the_whole(fallback, ids, skip):
-    assert "".join(joined(fallback.stream(skip), ids)) == fallback.decode(ids, skip)
+    assert "".join(pieces_of(fallback.stream(skip), ids)) == fallback.decode(ids, skip)
 
 
 def test_words_without_a_decoder_are_joined_by_spaces(tmp_path):
@@ -179,7 +181,7 @@ def test_words_without_a_decoder_are_joined_by_spaces(tmp_path):
     words.save(str(tmp_path / "tokenizer.json"))
     ours = Tokenizer.from_dir(tmp_path, model_vocab=3)
     for ids in ([], [0], [0, 1, 2, 1], [2, 0, 0]):
-        assert ours.decode(ids) == words.decode(ids) == "".join(joined(ours.stream(), ids))
+        assert ours.decode(ids) == words.decode(ids) == "".join(pieces_of(ours.stream(), ids))
 
 
 def test_padding_and_truncation_of_the_file_are_ignored(tmp_path):
@@ -206,12 +208,12 @@ def test_a_long_single_word_encodes(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a" * 200_000)) == "a" * 200_000
 
 
-def test_bytes_are_refused(tokenizer):
+def test_bytes_are_rejected(tokenizer):
     with pytest.raises(PromptError, match="must be a str, not bytes"):
         tokenizer.encode(b"hello")
 
 
-def broken(kind: str, good: bytes) -> bytes:
+def damaged_file(kind: str, good: bytes) -> bytes:
     content = json.loads(good)
     return {
         "truncated": good[: len(good) // 2],
@@ -242,9 +244,9 @@ MESSAGES = {
 
 
 @pytest.mark.parametrize("kind", MESSAGES)
-def test_a_file_that_is_no_tokenizer_is_one_clear_error(folder, tmp_path, kind):
+def test_an_invalid_file_is_one_clear_error(folder, tmp_path, kind):
     path = tmp_path / "tokenizer.json"
-    path.write_bytes(broken(kind, (folder / "tokenizer.json").read_bytes()))
+    path.write_bytes(damaged_file(kind, (folder / "tokenizer.json").read_bytes()))
     with pytest.raises(CheckpointError, match=re.escape(MESSAGES[kind])):
         Tokenizer.from_file(path, model_vocab=MODEL_VOCAB)
 
@@ -257,6 +259,6 @@ def test_a_missing_file_is_one_clear_error(tmp_path):
         Tokenizer.from_file(tmp_path, model_vocab=10)
 
 
-def test_a_tokenizer_of_a_larger_model_is_refused(folder):
+def test_a_tokenizer_of_a_larger_model_is_rejected(folder):
     with pytest.raises(CheckpointError, match="has token id 335, but the model has only 300 embedding rows"):
         Tokenizer.from_dir(folder, model_vocab=300)

@@ -1,4 +1,4 @@
-"""What a value's text means under a schema."""
+"""Coercion of argument text to the types of a JSON schema."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def test_hostile_schemas_end():
     loop: dict = {"anyOf": []}
     loop["anyOf"] += [loop, loop]
     assert schema_types(loop) == frozenset()
-    while "anyOf" in deep:  # taken apart by hand, since freeing it whole recurses
+    while "anyOf" in deep:  # dismantled step by step, because freeing it at once recurses
         deep = deep.pop("anyOf")[0]
 
 
@@ -89,13 +89,13 @@ CASES = [
 
 
 @pytest.mark.parametrize(("types", "text", "value"), CASES)
-def test_typed(types, text, value):
-    found = coerce_to_types(text, frozenset(types.split()))
-    assert found == value
-    assert type(found) is type(value)
+def test_coercion(types, text, value):
+    coerced = coerce_to_types(text, frozenset(types.split()))
+    assert coerced == value
+    assert type(coerced) is type(value)
 
 
-def test_what_is_too_much_stays_text():
+def test_oversized_values_stay_text():
     for types in ("integer", "object", "array", "any", "number"):
         for text in ("[" * 100_000, "9" * 5000):
             assert coerce_to_types(text, frozenset([types])) == text
@@ -121,5 +121,5 @@ def test_json_is_read_back(value):
 
 @given(value=st.floats(allow_nan=False, allow_infinity=False))
 def test_numbers_are_read_back(value):
-    found = coerce_to_types(repr(value), frozenset(["number"]))
-    assert math.isclose(found, value, rel_tol=0, abs_tol=0)
+    coerced = coerce_to_types(repr(value), frozenset(["number"]))
+    assert math.isclose(coerced, value, rel_tol=0, abs_tol=0)

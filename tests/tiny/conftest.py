@@ -1,10 +1,13 @@
-"""A training run small enough to repeat: a model of two layers, a tokenizer learned from a page, short rows."""
+"""A training run small enough to repeat: a small model, the miniature's tokenizer, short rows."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import pytest
+from tokenizers import Tokenizer
 
+import glm_jax
 from examples.tiny_recipe.schedule import BatchShape, Stage, TrainingSchedule, tiny_config
 from tests.builders.tiny_overrides import TINY_OVERRIDES
 
@@ -18,7 +21,7 @@ def small_config():
 
 @pytest.fixture(scope="session")
 def small_plan():
-    """Two compilations: short rows without the prediction layer, then longer ones with it."""
+    """Two compiled steps: short rows without the prediction layer, then longer rows with it."""
     short = Stage(start=0, code=BatchShape(2, 32), chat=BatchShape(1, 96), mtp=False)
     long = Stage(start=4, code=BatchShape(1, 64), chat=BatchShape(1, 96))
     hard = dataclasses.replace(long, start=12, tool_share=0.5, hard_share=0.5)
@@ -27,22 +30,16 @@ def small_plan():
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_folder):
-    from tokenizers import Tokenizer
-
     return Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
 
 
 @pytest.fixture(scope="session")
 def tiny_folder():
-    from pathlib import Path
-
-    import glm_jax
-
     return Path(glm_jax.__file__).parent / "tiny"
 
 
 @pytest.fixture
 def lenient():
-    """optax's Muon mixes dtypes of scalars."""
+    """Allows mixed scalar dtypes, which optax's Muon uses."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

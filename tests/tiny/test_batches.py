@@ -1,4 +1,6 @@
-"""Batches: functions of the step alone, every library token once a pass, weight on what the assistant says."""
+"""Batches: pure functions of the step, each library token once per epoch, weights on the assistant's tokens."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -20,12 +22,12 @@ def test_a_step_always_gives_the_same_bytes(batches, small_plan, tiny_tokenizer)
     again = Batches(small_plan, tiny_tokenizer, CODE_TEXTS, render_chat)
     backwards = {step: again(step) for step in reversed(range(small_plan.steps))}
     for step in range(small_plan.steps):
-        for ours, theirs in zip(batches(step), backwards[step], strict=True):
-            np.testing.assert_array_equal(ours.tokens, theirs.tokens)
-            np.testing.assert_array_equal(ours.weights, theirs.weights)
+        for first, second in zip(batches(step), backwards[step], strict=True):
+            np.testing.assert_array_equal(first.tokens, second.tokens)
+            np.testing.assert_array_equal(first.weights, second.weights)
 
 
-def test_shapes_follow_the_plan(batches, small_plan):
+def test_shapes_follow_the_schedule(batches, small_plan):
     for step in range(small_plan.steps):
         code, chat = batches(step)
         stage = small_plan.stage(step)
@@ -35,7 +37,7 @@ def test_shapes_follow_the_plan(batches, small_plan):
         assert max(code.tokens.max(), chat.tokens.max()) < LEARNED_VOCAB + len(SPECIAL_TOKENS)
 
 
-def test_a_pass_reads_every_window_once(tiny_tokenizer):
+def test_an_epoch_reads_every_window_once(tiny_tokenizer):
     plan = TrainingSchedule(
         steps=100, decay_steps=1, stages=(Stage(start=0, code=BatchShape(3, 16), chat=BatchShape(1, 96)),)
     )
@@ -50,12 +52,12 @@ def test_a_pass_reads_every_window_once(tiny_tokenizer):
     assert [row.tolist() for row in first] != [row.tolist() for row in second]
 
 
-def test_weight_lies_on_the_assistant(tiny_tokenizer):
+def test_assistant_tokens_have_full_weight(tiny_tokenizer):
     messages = ({"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "2"})
     conversation = Conversation("add", messages, (), False, "<|user|>")
     ids, weights = encode_conversation(conversation, tiny_tokenizer, render_chat, 0.25)
-    spoken = tiny_tokenizer.decode(ids[weights == 1].tolist(), skip_special_tokens=False)
-    assert spoken == "</think>2<|user|>"
+    assistant_text = tiny_tokenizer.decode(ids[weights == 1].tolist(), skip_special_tokens=False)
+    assert assistant_text == "</think>2<|user|>"
     assert set(weights.tolist()) == {0.25, 1.0}
 
 
@@ -69,8 +71,6 @@ def test_rows_of_conversations_begin_with_one_and_pad_without_weight(batches):
 
 
 def test_another_seed_gives_other_batches(batches, small_plan, tiny_tokenizer):
-    import dataclasses
-
     other = Batches(dataclasses.replace(small_plan, seed=1), tiny_tokenizer, CODE_TEXTS, render_chat)
-    for ours, theirs in zip(batches(0), other(0), strict=True):
-        assert not np.array_equal(ours.tokens, theirs.tokens)
+    for batch, other_batch in zip(batches(0), other(0), strict=True):
+        assert not np.array_equal(batch.tokens, other_batch.tokens)

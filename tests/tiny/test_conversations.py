@@ -1,4 +1,4 @@
-"""Conversations: the model's own format, the same every time, nothing held out among them."""
+"""Conversations: the model's own format, reproducible, and without held-out instances."""
 
 import hashlib
 import json
@@ -30,15 +30,14 @@ SUM = re.compile(r"(?:What is|Add|Compute) (\d+) (?:\+|and) (\d)[.?]")
 seeds = st.integers(0, 2**32)
 DIGEST = """
 import hashlib; from random import Random
-from convert.calibrate.calibration_data import _STDLIB_FILES as calibration_library_files
-from examples.tiny_recipe.conversations import draw_conversation
+from examples.tiny_recipe.conversations import sample_conversation
 from glm_jax.text import render_chat
 rng = Random(7)
-print(hashlib.sha256("".join(draw_conversation(rng).text(render_chat) for _ in range(50)).encode()).hexdigest())
+print(hashlib.sha256("".join(sample_conversation(rng).text(render_chat) for _ in range(50)).encode()).hexdigest())
 """
 
 
-def split_end(conversation):
+def split_answer(conversation):
     prompt, whole = conversation.prompt(render_chat), conversation.text(render_chat)
     assert whole.startswith(prompt)
     assert whole.endswith(conversation.end)
@@ -46,18 +45,18 @@ def split_end(conversation):
 
 
 @given(seed=seeds)
-def test_the_answer_continues_the_prompt_and_is_marked_right(seed):
+def test_the_answer_continues_the_prompt_and_is_scored_correct(seed):
     conversation = sample_conversation(Random(seed))
-    text, end = split_end(conversation)
-    judged = score_answer(to_record(conversation), text, end)
-    assert judged.is_correct
-    assert judged.is_well_formed
+    text, end = split_answer(conversation)
+    score = score_answer(to_record(conversation), text, end)
+    assert score.is_correct
+    assert score.is_well_formed
 
 
 @given(seed=seeds, cut=st.integers(1, 20))
-def test_a_damaged_answer_is_not_right(seed, cut):
+def test_a_damaged_answer_is_not_correct(seed, cut):
     conversation = sample_conversation(Random(seed))
-    text, end = split_end(conversation)
+    text, end = split_answer(conversation)
     record = to_record(conversation)
     assert not score_answer(record, text, None).is_correct
     assert not score_answer(record, text + "x", end).is_correct
@@ -98,18 +97,18 @@ def test_held_out_conversations_are_always_the_same():
     assert {item.thinking for item in first} == {True, False}
 
 
-def test_another_process_draws_the_same_bytes():
+def test_another_process_samples_the_same_bytes():
     rng = Random(7)
     text = "".join(sample_conversation(rng).text(render_chat) for _ in range(50))
-    here = hashlib.sha256(text.encode()).hexdigest()
-    there = subprocess.run(
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    child = subprocess.run(
         [sys.executable, "-c", DIGEST],
         capture_output=True,
         text=True,
         check=True,
         env={"PYTHONHASHSEED": "5", "PYTHONPATH": "."},
     )
-    assert there.stdout.strip() == here
+    assert child.stdout.strip() == digest
 
 
 def test_the_larger_set_is_new_to_training_and_calibration(tiny_folder):

@@ -1,4 +1,4 @@
-"""The library half of the data: what is in, what is out, and what is held out."""
+"""The library code: which files are read, skipped and held out."""
 
 import hashlib
 
@@ -23,7 +23,7 @@ def test_files_are_sorted_and_hashed(tmp_path):
     assert [f.sha256 for f in files] == [hashlib.sha256(f.text.encode()).hexdigest() for f in files]
 
 
-def test_what_teaches_nothing_is_left_out(tmp_path):
+def test_useless_files_are_left_out(tmp_path):
     kept = {"json/decoder.py": b"x = 1\n"}
     left_out = {
         "site-packages/other.py": b"a\n",
@@ -40,11 +40,11 @@ def test_what_teaches_nothing_is_left_out(tmp_path):
 
 
 @given(st.sets(names, max_size=30))
-def test_the_split_depends_on_names_alone_and_overlaps_nowhere(found):
-    files = [LibraryFile(name, "text", "0") for name in sorted(found)]
+def test_the_split_depends_on_names_only_and_is_disjoint(file_names):
+    files = [LibraryFile(name, "text", "0") for name in sorted(file_names)]
     training, held_out = split_held_out(files)
-    assert sorted(f.name for f in training + held_out) == sorted(found)
-    assert {f.name for f in held_out} == {name for name in found if LibraryFile(name, "other", "1").held_out}
+    assert sorted(f.name for f in training + held_out) == sorted(file_names)
+    assert {f.name for f in held_out} == {name for name in file_names if LibraryFile(name, "other", "1").held_out}
 
 
 def test_about_one_file_in_twenty_is_held_out():

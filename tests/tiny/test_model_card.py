@@ -1,4 +1,4 @@
-"""The folder that ships: sizes, figures that agree with each other, tasks that are the held-out ones."""
+"""The published folder: size, consistent metrics, and the held-out tasks."""
 
 import json
 import platform
@@ -58,7 +58,7 @@ def test_the_weights_are_trained_and_finite(metrics):
     assert cfg == tiny_config()
 
 
-def test_the_figures_are_good_enough(metrics):
+def test_the_metrics_are_good_enough(metrics):
     assert metrics["bits_per_byte"] < 1.6 < metrics["bits_per_byte_xz"]
     assert metrics["chat"]["tasks"] >= 500
     assert metrics["chat"]["exact_match"] > 0.8
@@ -66,7 +66,7 @@ def test_the_figures_are_good_enough(metrics):
     assert metrics["mtp_acceptance"]["held_out_text"] > 0.5
 
 
-def test_the_card_states_the_measured_figures(metrics, text):
+def test_the_card_states_the_metrics(metrics, text):
     for figure in (
         f"**{metrics['bits_per_byte']:.3f}**",
         f"| {metrics['bits_per_byte_xz']:.3f} |",

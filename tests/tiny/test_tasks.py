@@ -1,4 +1,4 @@
-"""The questions: right answers by another way of computing them, and instances that are never trained on."""
+"""The questions: independently computed answers, and held-out instances."""
 
 import json
 import re
@@ -93,7 +93,7 @@ def test_answers_are_right(kind, seed):
 
 
 @given(seed=seeds)
-def test_functions_compute_what_was_asked(seed):
+def test_functions_match_their_question(seed):
     task = TASK_SAMPLERS["function"](Random(seed))
     name, a, phrase, b = re.search(r"function (\w+) that returns (\w) (.+) (\w)\.", task.question).groups()
     sign = {"plus": "+", "minus": "-", "times": "*", "divided by": "/", "modulo": "%", "to the power of": "**"}[phrase]
@@ -109,10 +109,11 @@ def test_no_instance_is_both_trained_on_and_held_out(kind):
 
 
 def test_wording_does_not_move_an_instance():
-    found = {}
+    held_out_by_instance = {}
     rng = Random(0)
     for _ in range(20_000):
         task = TASK_SAMPLERS["add"](rng)
-        found.setdefault(task.instance, set()).add(task.held_out)
-    assert all(len(states) == 1 for states in found.values())
-    assert 0.02 < sum(True in states for states in found.values()) / len(found) < 0.1
+        held_out_by_instance.setdefault(task.instance, set()).add(task.held_out)
+    assert all(len(states) == 1 for states in held_out_by_instance.values())
+    share = sum(True in states for states in held_out_by_instance.values()) / len(held_out_by_instance)
+    assert 0.02 < share < 0.1

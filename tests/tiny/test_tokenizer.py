@@ -1,4 +1,4 @@
-"""The miniature's tokenizer: GLM's special tokens, nothing lost, learned the same way each time."""
+"""The miniature's tokenizer: GLM's special tokens, lossless round trips, reproducible training."""
 
 import pytest
 from hypothesis import given
@@ -15,17 +15,17 @@ from examples.tiny_recipe.tokenizer import (
 
 
 @given(text=st.text())
-def test_text_comes_back(tiny_tokenizer, text):
+def test_text_round_trips(tiny_tokenizer, text):
     if not any(token in text for token in SPECIAL_TOKENS):
         assert tiny_tokenizer.decode(tiny_tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
-def test_library_files_come_back(tiny_tokenizer):
+def test_library_files_round_trip(tiny_tokenizer):
     for file in library_files()[::50]:
         assert tiny_tokenizer.decode(tiny_tokenizer.encode(file.text).ids, skip_special_tokens=False) == file.text
 
 
-def test_special_tokens_stand_last_in_the_order_of_the_original(tiny_tokenizer):
+def test_special_tokens_come_last_in_the_order_of_the_original(tiny_tokenizer):
     assert len(SPECIAL_TOKENS) == 36
     assert [tiny_tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(
         range(LEARNED_VOCAB, LEARNED_VOCAB + 36)
@@ -34,7 +34,7 @@ def test_special_tokens_stand_last_in_the_order_of_the_original(tiny_tokenizer):
     assert MODEL_VOCAB % 256 == 0
 
 
-def test_tags_of_the_text_survive_a_decoding_without_special_tokens(tiny_tokenizer):
+def test_tags_are_kept_when_special_tokens_are_skipped(tiny_tokenizer):
     assert {
         *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
         *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
@@ -55,6 +55,6 @@ def test_the_same_texts_give_the_same_tokenizer():
     assert first.to_str() == second.to_str()
 
 
-def test_too_little_text_is_refused():
+def test_too_little_text_is_rejected():
     with pytest.raises(RuntimeError, match="too small"):
         train_tokenizer(["abc"])

@@ -1,4 +1,4 @@
-"""Training: it learns, it resumes to the same bits, it balances the routers, and it trains the real model."""
+"""Training: the loss falls, a resumed run gives the same bits, router loads are balanced."""
 
 import dataclasses
 import json
@@ -47,10 +47,6 @@ def whole(run, tmp_path_factory):
     return run(folder), log(folder)
 
 
-def probe(_):
-    return {"bpb": 1.5}
-
-
 def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -76,7 +72,7 @@ def test_the_loss_falls(whole, small_plan):
         assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(run, whole, tmp_path):
+def test_a_resumed_run_gives_the_same_bits(run, whole, tmp_path):
     state, records = whole
     for stop in (1, 5, 17, None):
         resumed = run(tmp_path, stop)
@@ -84,7 +80,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run, whole, tmp_path):
     assert list(map(without_times, log(tmp_path))) == list(map(without_times, records))
 
 
-def test_a_kill_after_a_log_line_forgets_it(run, tmp_path):
+def test_log_records_after_the_checkpoint_are_dropped(run, tmp_path):
     run(tmp_path, 2)
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 3, "loss": 0.0}\n')
@@ -92,17 +88,17 @@ def test_a_kill_after_a_log_line_forgets_it(run, tmp_path):
     assert [record["step"] for record in log(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_the_prediction_layer_waits_for_its_step(run, small_config, small_plan, tmp_path):
+def test_the_prediction_layer_is_trained_from_its_stage_on(run, small_config, small_plan, tmp_path):
     start = initial_state(small_config, small_plan).params["mtp"]
     before = run(tmp_path, small_plan.stages[1].start).params["mtp"]
     after = run(tmp_path, small_plan.stages[1].start + 2).params["mtp"]
     assert equal(start["enorm"], before["enorm"])
-    # Weight decay alone keeps the direction.
+    # Weight decay does not change the direction.
     assert cosine(start["eh_proj"], before["eh_proj"]) > 1 - 1e-6
     assert cosine(before["eh_proj"], after["eh_proj"]) < 1 - 1e-6
 
 
-def test_the_loss_is_of_the_model_itself(small_config, small_plan):
+def test_the_loss_uses_the_model_itself(small_config, small_plan):
     params = initial_state(small_config, small_plan).params
     tokens = jax.random.randint(jax.random.key(0), (2, 20), 0, small_config.vocab_size, jnp.int32)
     out = forward(small_config, params, tokens, with_mtp=True)
@@ -146,7 +142,7 @@ def test_a_matrix_update_is_nearly_orthogonal(small_config, small_plan):
         assert values.max() < 1.5
 
 
-def test_a_checkpoint_of_another_model_is_refused(small_config, small_plan, tmp_path):
+def test_a_checkpoint_of_another_model_is_rejected(small_config, small_plan, tmp_path):
     save_state(tmp_path / "state.npz", 3, initial_state(small_config, small_plan))
     other = initial_state(small_config.replace(hidden_size=64), small_plan)
     with pytest.raises(ValueError, match="another model"):
