@@ -71,7 +71,7 @@ def random_tiles(
     deviation = inputs**-0.5 if std is None else std
     columns, chunks = -(-outputs // TILE_WIDTH), -(-inputs // chunk_inputs(kind))
     words = _random_packed((*stack, columns, chunks, CHUNK_ROWS, TILE_WIDTH), kind, seed, deviation)
-    made: dict[str, Any] = {"kind": kind, "outputs": outputs, "inputs": inputs, "group": group_size}
+    made: dict[str, Any] = {"kind": kind, "outputs": outputs, "inputs": inputs, "group_size": group_size}
     if BITS_PER_QVALUE[kind] >= 16:
         return Tiles(words, **made)
     unit = deviation / _QVALUE_RMS[kind]

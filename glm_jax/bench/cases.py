@@ -9,7 +9,7 @@ import jax
 
 from glm_jax.bench.backend import BenchBackend
 from glm_jax.bench.glm_jax_backend import GlmJaxBackend, cache_capacity
-from glm_jax.bench.options import DecodeOptions, PrefillOptions, parse_size_option
+from glm_jax.bench.options import DecodeOptions, PrefillOptions
 from glm_jax.bench.profiler import profile_operations
 from glm_jax.bench.report_tables import CaseResult
 from glm_jax.bench.timing import (
@@ -34,6 +34,7 @@ from glm_jax.memory import (
 )
 from glm_jax.memory.estimates import estimate_workspace
 from pallas_kernels import LaunchError
+from pallas_kernels.report_format import parse_sizes
 
 Peers = Sequence[BenchBackend[Any]]
 
@@ -193,3 +194,19 @@ def _require_memory(own: GlmJaxBackend, peers: Peers, batch: int, length: int, t
         required += estimate_workspace(cfg, model.placement, sequences, slots, chunk).total
     if required > free:
         raise CaseSkipped(f"needs {format_bytes(required)} for cache and workspace, and {format_bytes(free)} are free")
+
+
+def parse_size_option(text: str, name: str) -> tuple[int, ...]:
+    """Parses positive numbers such as ``1,8k``, separated by commas, where k stands for 1,024.
+
+    Args:
+        text: Value of the option.
+        name: Name of the option, for the message.
+
+    Raises:
+        GlmError: if the text is anything else.
+    """
+    try:
+        return parse_sizes(text)
+    except ValueError as error:
+        raise GlmError(f"{name} must be {error}") from None

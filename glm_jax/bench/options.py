@@ -6,9 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from glm_jax.errors import GlmError
-from pallas_kernels.report_format import parse_sizes
-
 Peer = Literal["transformers", "reference", "unquantized"]
 
 
@@ -21,12 +18,12 @@ class BenchOptions:
     batch: str = "1"
     """Batch sizes, one case each: "1,8"."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Dtype of weights and activations, also of the peers. Default: bfloat16 on a GPU and float32 on a CPU."""
+    """Dtype of weights and activations, also of the peers. Without it, bfloat16 on a GPU and float32 on a CPU."""
     quantize: str | None = None
     """Quantize glm-jax's weights while loading: int4, int4-small, int4-experts or int8. A synthetic model gets random
     quantized weights."""
     cache_dtype: Literal["bfloat16", "float32", "int8", "fp8"] | None = None
-    """Dtype of glm-jax's latent cache. Default: that of the activations."""
+    """Dtype of glm-jax's latent cache. Without it, that of the activations."""
     peer: tuple[Peer, ...] = ()
     """Also time a peer, alternating with glm-jax: "transformers" on the same weights, "reference" is glm-jax without
     hand-written kernels, "unquantized" is glm-jax without --quantize."""
@@ -71,19 +68,3 @@ class ProjectOptions:
     """JSON of ``python -m glm_jax.bench decode`` with --batch 1 on a known GPU."""
     gpu: str = "rtx6000-ada,b200x4"
     """GPUs, or several of one kind: "h100,b200x4"."""
-
-
-def parse_size_option(text: str, name: str) -> tuple[int, ...]:
-    """Parses positive numbers such as ``1,8k``, separated by commas, where k stands for 1,024.
-
-    Args:
-        text: Value of the option.
-        name: Name of the option, for the message.
-
-    Raises:
-        GlmError: if the text is anything else.
-    """
-    try:
-        return parse_sizes(text)
-    except ValueError as error:
-        raise GlmError(f"{name} must be {error}") from None

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 
 from glm_jax.bench.backend import BenchBackend
-from glm_jax.bench.cases import cache_contents, run_cases
+from glm_jax.bench.cases import cache_contents, parse_size_option, run_cases
 from glm_jax.bench.glm_jax_backend import GlmJaxBackend
 from glm_jax.bench.hardware import measure_bandwidth
-from glm_jax.bench.options import DecodeOptions, PrefillOptions, parse_size_option
+from glm_jax.bench.options import DecodeOptions, PrefillOptions
 from glm_jax.bench.report_tables import BenchReport, CaseResult, bench_report_markdown, case_length
 from glm_jax.bench.transformers_backend import TransformersBackend
 from glm_jax.cli.common import FAILURE, OK, set_memory_fraction

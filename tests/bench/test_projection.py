@@ -1,4 +1,4 @@
-"""What a report lets expect of other cards."""
+"""Speeds that a report predicts for other GPUs."""
 
 import json
 
@@ -13,7 +13,7 @@ H200 = known_gpus()["h200"]
 
 
 def report(seconds_of, contexts=(1024, 8192, 32_768), device=None, **changes):
-    """A decode report in which a step takes ``seconds_of(bytes)``."""
+    """Returns a decode report in which a step takes ``seconds_of(bytes)``."""
     sizes = {context: 2_900_000_000 + 54_144 * context for context in contexts}
     results = [
         {
@@ -26,25 +26,25 @@ def report(seconds_of, contexts=(1024, 8192, 32_768), device=None, **changes):
         for context, nbytes in sizes.items()
     ]
     skipped = {"batch": 1, "context": 131_072, "skipped": "no room"}
-    made = {"kind": "decode", "model": "synthetic:flash", "quantize": "int4", "dtype": "bfloat16"}
+    settings = {"kind": "decode", "model": "synthetic:flash", "quantize": "int4", "dtype": "bfloat16"}
     machine = {"device": device or H200.device_kind}
-    return {**made, "cache_dtype": "bfloat16", "machine": machine, "results": [*results, skipped], **changes}
+    return {**settings, "cache_dtype": "bfloat16", "machine": machine, "results": [*results, skipped], **changes}
 
 
-def test_a_fit_finds_the_speed_of_reading_and_what_a_step_takes_besides():
-    found = fit_bandwidth(report(lambda nbytes: 3e-4 + nbytes / (0.8 * H200.bandwidth)))
-    assert found.bandwidth_fraction == pytest.approx(0.8)
-    assert found.overhead_seconds == pytest.approx(3e-4)
-    assert found.num_contexts == 3
+def test_fit_recovers_bandwidth_and_overhead():
+    fit = fit_bandwidth(report(lambda nbytes: 3e-4 + nbytes / (0.8 * H200.bandwidth)))
+    assert fit.bandwidth_fraction == pytest.approx(0.8)
+    assert fit.overhead_seconds == pytest.approx(3e-4)
+    assert fit.num_contexts == 3
 
 
-def test_one_context_counts_everything_as_reading():
-    found = fit_bandwidth(report(lambda nbytes: 2 * nbytes / H200.bandwidth, contexts=(8192,)))
-    assert (found.bandwidth_fraction, found.overhead_seconds, found.num_contexts) == (pytest.approx(0.5), 0.0, 1)
+def test_single_context_counts_all_time_as_reading():
+    fit = fit_bandwidth(report(lambda nbytes: 2 * nbytes / H200.bandwidth, contexts=(8192,)))
+    assert (fit.bandwidth_fraction, fit.overhead_seconds, fit.num_contexts) == (pytest.approx(0.5), 0.0, 1)
 
 
-def test_the_same_card_is_projected_as_it_was_measured(tmp_path, capsys):
-    """From the plan's own bytes, so that what goes in comes out again."""
+def test_projection_onto_the_measured_gpu_is_the_measurement(tmp_path, capsys):
+    """The report has the bytes of the plan, so the projection must return the measured speeds."""
     path = tmp_path / "r.json"
     path.write_text(json.dumps(report(lambda nbytes: nbytes / (0.5 * H200.bandwidth))))
     assert main(["project", "--report", str(path), "--gpu", "h200,rtx6000-ada,b200x4"]) == 0
@@ -59,13 +59,13 @@ def test_the_same_card_is_projected_as_it_was_measured(tmp_path, capsys):
     assert four > 3 * one  # a quarter of the split weights each, at more bandwidth
 
 
-def test_cases_of_one_size_are_one_context():
-    made = report(lambda nbytes: 2 * nbytes / H200.bandwidth, contexts=(8192,))
-    made["results"] += made["results"]
-    assert fit_bandwidth(made).bandwidth_fraction == pytest.approx(0.5)
+def test_repeated_cases_are_one_context():
+    repeated = report(lambda nbytes: 2 * nbytes / H200.bandwidth, contexts=(8192,))
+    repeated["results"] += repeated["results"]
+    assert fit_bandwidth(repeated).bandwidth_fraction == pytest.approx(0.5)
 
 
-def test_a_card_that_cannot_hold_the_model_has_no_speed(tmp_path, capsys):
+def test_gpu_that_cannot_hold_the_model_has_no_speed(tmp_path, capsys):
     path = tmp_path / "r.json"
     path.write_text(json.dumps(report(lambda nbytes: nbytes / H200.bandwidth, quantize=None)))
     assert main(["project", "--report", str(path), "--gpu", "rtx4090,h200"]) == 0
@@ -75,16 +75,16 @@ def test_a_card_that_cannot_hold_the_model_has_no_speed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("made", "message"),
+    ("data", "message"),
     [
         (report(lambda nbytes: 1e-3, device="Some card"), "'Some card', whose bandwidth is not known"),
         (report(lambda nbytes: 1e-3, results=[]), "no case of batch size 1"),
         (report(lambda nbytes: 1 / nbytes), "a longer context takes no longer"),
     ],
 )
-def test_a_report_that_says_too_little(made, message):
+def test_insufficient_reports_are_refused(data, message):
     with pytest.raises(GlmError, match=message):
-        fit_bandwidth(made)
+        fit_bandwidth(data)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_report_that_says_too_little(made, message):
         ('{"kind": "decode"}', "has no model: another version"),
     ],
 )
-def test_what_is_no_report(tmp_path, text, message):
+def test_other_files_are_refused(tmp_path, text, message):
     path = tmp_path / "r.json"
     path.write_text(text)
     with pytest.raises(GlmError, match=message):

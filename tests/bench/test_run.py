@@ -9,7 +9,7 @@ import pytest
 
 from glm_jax.bench import run
 from glm_jax.bench.__main__ import main
-from glm_jax.bench.options import parse_size_option
+from glm_jax.bench.cases import parse_size_option
 from glm_jax.bench.run import validate_bench_options
 from glm_jax.bench.short import short_benchmarks
 from glm_jax.errors import GlmError

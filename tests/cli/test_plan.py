@@ -85,8 +85,8 @@ def test_json_of_the_real_model(run):
 
 
 def test_plan_for_an_absent_gpu_touches_no_device(run, monkeypatch):
-    monkeypatch.setattr(jax, "devices", lambda *_: pytest.fail("requests for devices"))
-    monkeypatch.setattr(jax, "local_devices", lambda *_: pytest.fail("requests for devices"))
+    monkeypatch.setattr(jax, "devices", lambda *_: pytest.fail("asked for devices"))
+    monkeypatch.setattr(jax, "local_devices", lambda *_: pytest.fail("asked for devices"))
     assert json.loads(run("--model", FLASH, "--gpu", "b200x4", "--json")[0])["devices"] == 4
 
 
@@ -238,7 +238,7 @@ def test_quantized_config_without_weights_is_planned_as_unquantized(tmp_path, ca
         (["--gpu", "h100", "--mesh", "4"], "write --gpu h100x4"),
         (["--gpu", "h100", "--memory-fraction", "1.5"], "--memory-fraction must be in (0, 1]"),
         (["--gpu", "h100", "--compile", "--dtype", "float32"], "compute in bfloat16: leave --dtype out"),
-        (["--mesh", "9"], "mesh=9 requests for, but 8 cpu device(s) are there"),
+        (["--mesh", "9"], "mesh=9 asked for, but 8 cpu device(s) are there"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(refused, args, message):
