@@ -1,4 +1,4 @@
-"""Slices and transposes quantized matrices without loss, as tensor rules do with plain arrays."""
+"""Transposes quantized matrices and rearranges their scales without loss, as tensor rules need it."""
 
 from __future__ import annotations
 
@@ -9,30 +9,6 @@ import numpy as np
 from glm_jax.checkpoint.formats.base import Array
 from glm_jax.errors import QuantError
 from glm_jax.weights import QuantizedTensor, pack_nibbles, unpack_nibbles
-
-
-def slice_rows(tensor: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
-    """Returns outputs ``start`` to ``stop`` of a matrix ``[*stack, O, I]``.
-
-    If a boundary falls inside a block of outputs, each output gets a copy of its block's scale.
-
-    Raises:
-        QuantError: If the range is empty or exceeds the outputs.
-    """
-    outputs = tensor.shape[-2]
-    if not 0 <= start < stop <= outputs:
-        raise QuantError(f"a matrix with {outputs} outputs has no outputs {start} to {stop}")
-    height = tensor.spec.block[0]
-    if height > 1 and (start % height or (stop % height and stop != outputs)):
-        tensor, height = expand_row_scales(tensor), 1
-    first, last = (start // height, -(-stop // height)) if height else (0, 1)
-
-    def cut(name: str, array: Array) -> Array:
-        if name == "codes":
-            return array[..., start:stop, :]
-        return array[..., first:last, :] if name in ("scales", "zeros") else array
-
-    return tensor.map_components(cut)
 
 
 def transpose_quantized(tensor: QuantizedTensor) -> QuantizedTensor:

@@ -19,7 +19,7 @@ MODULE_NAME = "model.layers.1.self_attn.o_proj"
 
 @dataclasses.dataclass
 class GoldenCase:
-    """One matrix: what its library wrote, and what the library reads back."""
+    """One matrix: the tensors that its library wrote, and the numbers that the library reads back."""
 
     name: str
     tensors: dict
@@ -59,7 +59,7 @@ def parametrize_cases(file):
 
 
 def write_module_checkpoint(folder, tensors, config=None, hf_quant_config=None):
-    """A folder with these tensors; `config` is the section that describes the quantization."""
+    """Writes a folder with these tensors and returns its config; `config` is the section about quantization."""
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "model.safetensors")
     if hf_quant_config is not None:
@@ -74,7 +74,7 @@ def read_weights(folder, tensors, config=None, hf_quant_config=None):
 
 
 def read_weight(folder, parts, config=None, hf_quant_config=None):
-    """The one weight of a checkpoint with one module of these parts."""
+    """Writes a checkpoint of one module with these tensors, by suffix, and returns its only weight."""
     found = read_weights(
         folder, {f"{MODULE_NAME}.{part}": array for part, array in parts.items()}, config, hf_quant_config
     )
@@ -88,7 +88,7 @@ def values_sha256(values):
 
 
 def stacked_tensors(case, count=3):
-    """A stack of matrices: the case's, with rows rotated by 0, 1, 2, …"""
+    """Tensors of a stack of matrices: those of the case with their rows rotated by 0, 1, 2, …"""
     return {
         part: np.stack([np.roll(array, i, 0) for i in range(count)]) if array.ndim > 1 else array
         for part, array in case.tensors.items()

@@ -1,4 +1,4 @@
-"""Packing: bit streams of every width, AWQ's order, and 4-bit codes made of words."""
+"""Bit packing: streams of every width, AWQ's column order, and round trips through whole formats."""
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +17,7 @@ from tests.checkpoint.formats import golden_cases
 
 
 def pack(values, bits):
-    """The definition, with Python's integers: value i at bits i b and up of one long number."""
+    """Packs by definition, with Python's integers: value i starts at bit i·bits of one long number."""
     number = sum(int(value) << (bits * i) for i, value in enumerate(values))
     count = -(-len(values) * bits // 32)
     return np.frombuffer(number.to_bytes(4 * count, "little"), np.uint32)
@@ -42,9 +42,9 @@ def test_streams_round_trip(stream):
 def test_rows_are_streams_of_their_own(bits, count, seed):
     values = np.random.default_rng(seed).integers(0, 1 << bits, (2, 3, count))
     words = np.apply_along_axis(lambda row: pack(row, bits), -1, values)
-    found = unpack_bits(words.view(np.int32), bits, count)
-    assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, values)
+    unpacked = unpack_bits(words.view(np.int32), bits, count)
+    assert unpacked.dtype == np.uint8
+    np.testing.assert_array_equal(unpacked, values)
 
 
 def test_a_stream_of_more_words_than_values_is_cut():
@@ -53,19 +53,19 @@ def test_a_stream_of_more_words_than_values_is_cut():
 
 def test_known_words():
     assert list(pack(range(8), 4)) == [0x76543210]
-    places = np.empty(8, int)
-    places[list(AWQ_REVERSE_ORDER)] = range(8)
-    assert list(pack(places, 4)) == [0x75316420]
-    np.testing.assert_array_equal(reorder_awq_columns(unpack_bits(pack(places, 4), 4, 8)), range(8))
+    columns = np.empty(8, int)
+    columns[list(AWQ_REVERSE_ORDER)] = range(8)
+    assert list(pack(columns, 4)) == [0x75316420]
+    np.testing.assert_array_equal(reorder_awq_columns(unpack_bits(pack(columns, 4), 4, 8)), range(8))
 
 
 @given(st.integers(1, 5), st.integers(4, 7), st.integers(0, 2**32 - 1))
-def test_awq_order_round_trips(runs, bits, seed):
-    codes = np.random.default_rng(seed).integers(0, 1 << bits, (3, 8 * runs))
+def test_awq_order_round_trips(blocks, bits, seed):
+    codes = np.random.default_rng(seed).integers(0, 1 << bits, (3, 8 * blocks))
     stored = np.empty_like(codes)
     for column in range(codes.shape[1]):
-        run, place = divmod(column, 8)
-        stored[:, 8 * run + AWQ_REVERSE_ORDER[place]] = codes[:, column]
+        block, offset = divmod(column, 8)
+        stored[:, 8 * block + AWQ_REVERSE_ORDER[offset]] = codes[:, column]
     words = np.apply_along_axis(lambda row: pack(row, bits), -1, stored)
     np.testing.assert_array_equal(reorder_awq_columns(unpack_bits(words, bits, codes.shape[1])), codes)
 
@@ -92,7 +92,7 @@ def test_mlx_round_trips(tmp_path_factory, bits, outputs, groups, seed):
     st.integers(0, 2**32 - 1),
 )
 def test_compressed_tensors_round_trips(tmp_path_factory, bits, outputs, groups, group, symmetric, seed):
-    """Odd widths too: those come as dense arrays."""
+    """Matrices with an odd number of 4-bit inputs are dequantized."""
     rng = np.random.default_rng(seed)
     inputs, middle = groups * group, 1 << (bits - 1)
     codes = rng.integers(0, 1 << bits, (outputs, inputs))
@@ -108,12 +108,12 @@ def test_compressed_tensors_round_trips(tmp_path_factory, bits, outputs, groups,
     weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": group, "symmetric": symmetric}
     config = {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["Linear"], "weights": weights}}}
     stored = golden_cases.read_weight(tmp_path_factory.mktemp("ct"), parts, config)
-    found = stored.load(None)
+    unpacked = stored.load(None)
     dense = bits <= 4 and inputs % 2 == 1
-    assert (stored.spec is None) == dense == isinstance(found, np.ndarray)
+    assert (stored.spec is None) == dense == isinstance(unpacked, np.ndarray)
     assert stored.dtype == (np.float32 if dense else ml_dtypes.bfloat16)
     points, spread = (np.repeat(part.astype(np.float32), group, -1) for part in (zeros, scales))
-    np.testing.assert_array_equal(np.asarray(found), (codes.astype(np.float32) - points) * spread)
+    np.testing.assert_array_equal(np.asarray(unpacked), (codes.astype(np.float32) - points) * spread)
 
 
 def gptq_parts(codes, zeros, scales, index=None):
@@ -133,7 +133,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "sym": False, "checkpoint_format": "g
     [(32, 8, [8, 8, 8, 8]), (32, 8, [7, 9, 8, 8]), (24, 16, [16, 8]), (15, 15, [15]), (30, 15, [15, 15])],
 )
 def test_gptq_groups_of_any_size(tmp_path, inputs, group, sizes):
-    """Equal groups are kept, in the order of the activations too; other ones come as dense arrays."""
+    """Equal groups stay quantized, also in activation order; matrices with other groups are dequantized."""
     rng = np.random.default_rng(3)
     index = np.repeat(np.arange(len(sizes)), sizes)
     order = index[rng.permutation(inputs)]

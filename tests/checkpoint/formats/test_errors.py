@@ -1,4 +1,4 @@
-"""What is wrong with a quantized checkpoint is said once, by name, and as early as it can be known."""
+"""Errors in quantized checkpoints are reported once, by module name, and as early as possible."""
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +21,7 @@ def weights(case, **settings):
 
 
 def refused(folder, message, parts, config, exported=None, *, loading=False):
-    """Checks that opening (or only loading) raises an error with the module's name and this message."""
+    """Checks that opening, or only loading, raises an error with the module's name and this message."""
     if loading:
         stored = golden_cases.read_weight(folder, parts, config, exported)
         with pytest.raises(CheckpointError, match=message) as caught:

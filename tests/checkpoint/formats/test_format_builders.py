@@ -21,8 +21,8 @@ STRAIGHT = [
 ]
 
 
-def given(case):
-    """The codes, zero points and scales of a case, as a library has them."""
+def library_integers(case):
+    """Codes, zero points and scales of a case as its library has them."""
     parts = case.tensors
     inputs, groups = case.shape[1], case.scales.shape[1]
     index = parts.get("weight_g_idx", parts.get("g_idx", np.arange(inputs) // (inputs // groups)))
@@ -30,7 +30,7 @@ def given(case):
 
 
 def write(file, case):
-    integers, config = given(case), case.config
+    integers, config = library_integers(case), case.config
     if "config_groups" in config:
         weights = config["config_groups"]["group_0"]["weights"]
         settings = {"symmetric": weights["symmetric"], "act_order": file == "actorder"}
@@ -50,7 +50,7 @@ def test_integers(file, case):
     for part, array in case.tensors.items():
         assert written[part].dtype == array.dtype
         np.testing.assert_array_equal(golden_cases.bit_patterns(written[part]), golden_cases.bit_patterns(array))
-    assert golden_cases.values_sha256(given(case).values) == case.sha256
+    assert golden_cases.values_sha256(library_integers(case).values) == case.sha256
 
 
 @pytest.mark.parametrize(

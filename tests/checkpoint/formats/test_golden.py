@@ -1,4 +1,4 @@
-"""Every format against files made by its own library: integers, zero points, scales and values, bit by bit."""
+"""Every format against files from its own library: integers, zero points, scales and values agree bit for bit."""
 
 import ml_dtypes
 import numpy as np
@@ -9,11 +9,11 @@ from tests.checkpoint.formats import golden_cases
 
 
 def unsigned(tensor, bits):
-    """Codes as the file numbers them, columns in the order of the inputs."""
+    """Unsigned codes as the file has them, with columns in the order of the inputs."""
     spec = tensor.spec
     codes = unpack_nibbles(tensor.codes) if spec.kind == "int4" else tensor.codes
     if spec.zero == "none":
-        # Stored here around 8 in a nibble, or around 0 in a byte; in the file around 2^(bits - 1).
+        # The tensor centers codes on 8 in a nibble and on 0 in a byte, the file on 2^(bits - 1).
         codes = codes.astype(np.int16) + (1 << (bits - 1)) - (8 if spec.kind == "int4" else 0)
     if tensor.permutation is not None:
         codes = np.take_along_axis(codes, np.broadcast_to(np.argsort(tensor.permutation), codes.shape), -1)
@@ -123,9 +123,9 @@ def test_fp8(tmp_path, case):
     tensor, (block, scale) = stored.load(None), FP8_BLOCKS[case.name]
     assert stored.spec == tensor.spec == QuantSpec(kind="fp8", block=block, scale=scale)
     np.testing.assert_array_equal(tensor.codes, case.tensors["weight"].view(np.uint8))
-    given = case.tensors.get("weight_scale", case.tensors.get("weight_scale_inv"))
+    file_scales = case.tensors.get("weight_scale", case.tensors.get("weight_scale_inv"))
     np.testing.assert_array_equal(
-        golden_cases.bit_patterns(tensor.scales).ravel(), golden_cases.bit_patterns(given).ravel()
+        golden_cases.bit_patterns(tensor.scales).ravel(), golden_cases.bit_patterns(file_scales).ravel()
     )
     check_values(case, tensor)
 

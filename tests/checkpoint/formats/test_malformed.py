@@ -1,4 +1,4 @@
-"""Damaged and contradictory checkpoints: whatever is wrong, one CheckpointError, or a weight that is whole."""
+"""Damaged and contradictory checkpoints give one CheckpointError, or weights that are consistent."""
 
 import json
 
@@ -59,17 +59,17 @@ def mutate(tensors, config, mutation):
 
 def replaced(config, at, value):
     """The configuration with one of its values, at any depth, replaced."""
-    places = []
+    paths = []
 
     def visit(node, path):
         for key in node if isinstance(node, dict) else range(len(node)):
-            places.append((*path, key))
+            paths.append((*path, key))
             if isinstance(node[key], dict | list):
                 visit(node[key], (*path, key))
 
     copy = json.loads(json.dumps(config))
     visit(copy, ())
-    *path, last = places[at % len(places)]
+    *path, last = paths[at % len(paths)]
     node = copy
     for key in path:
         node = node[key]
@@ -78,10 +78,10 @@ def replaced(config, at, value):
 
 
 def loaded(folder, tensors, config):
-    """What was found, the weights, and the error's message; either the weights or the message is empty."""
+    """Opens and loads a checkpoint: stored weights, loaded weights and "", or nothing and the error's message."""
     try:
-        found = golden_cases.read_weights(folder, tensors, config)
-        return found, {name: stored.load(None) for name, stored in found.items()}, ""
+        stored_weights = golden_cases.read_weights(folder, tensors, config)
+        return stored_weights, {name: stored.load(None) for name, stored in stored_weights.items()}, ""
     except CheckpointError as error:
         return {}, {}, str(error)
 
@@ -96,11 +96,11 @@ def test_anything_gives_one_clear_error_or_a_whole_weight(tmp_path_factory, inde
     full = {f"{golden_cases.MODULE_NAME}.{part}": array for part, array in tensors.items()}
     if not full:
         return
-    found, weights, message = loaded(tmp_path_factory.mktemp("hostile"), full, config)
+    stored_weights, weights, message = loaded(tmp_path_factory.mktemp("hostile"), full, config)
     assert message.isprintable()
     assert len(message) < 1000
     for name, weight in weights.items():
-        stored = found[name]
+        stored = stored_weights[name]
         assert weight.shape == stored.shape
         if isinstance(weight, QuantizedTensor):
             parts = {key: (array.shape, array.dtype) for key, array in weight.components().items()}

@@ -1,4 +1,4 @@
-"""What opening reads, and how the configurations of all writers are understood."""
+"""Opening reads headers only, and the quantization configurations of all writers are understood."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_opening_reads_no_weights(tmp_path, file):
 
 
 def test_every_module_is_read_in_its_own_format(tmp_path):
-    """A checkpoint of compressed-tensors with 4 and 8 bits and floats, and modules that were left alone."""
+    """A compressed-tensors checkpoint with 4 and 8 bits, floats, and unquantized modules."""
     parts = {
         "a": ("compressed_tensors", "sym-g32"),
         "b": ("compressed_tensors", "int8-asym-g64"),
@@ -64,7 +64,7 @@ def test_every_module_is_read_in_its_own_format(tmp_path):
         group = found.config["config_groups"]["group_0"]
         groups[f"group_{i}"] = group | {"targets": [f"re:.*{name}\\.proj" if i % 2 else f"model.{name}.proj"]}
     config = {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": groups}
-    config["ignore"] = ["model.a.proj", "lm_head"]  # wrong, as such lists often are
+    config["ignore"] = ["model.a.proj", "lm_head"]  # wrong on purpose, because such lists often are
     found = golden_cases.read_weights(tmp_path, tensors, config)
     kinds = {name: None if stored.spec is None else stored.spec.kind for name, stored in found.items()}
     expected = {f"model.{n}.proj.weight": kind for n, kind in zip("abcd", ("int4", "int8", "fp8", "fp4"), strict=True)}
@@ -80,13 +80,13 @@ def test_the_kind_of_a_class_counts_where_no_name_does(tmp_path):
         "all": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32, "strategy": "group"}},
     }
     config = {"quant_method": "compressed-tensors", "config_groups": groups}
-    description = QuantizationConfig.from_config({"compression_config": config}, tmp_path)
-    assert description.scheme_for("model.proj") == DeclaredScheme(bits=4, block=(1, 32), kind="int")
-    assert description.scheme_for("model.other").bits == 8
+    quant_config = QuantizationConfig.from_config({"compression_config": config}, tmp_path)
+    assert quant_config.scheme_for("model.proj") == DeclaredScheme(bits=4, block=(1, 32), kind="int")
+    assert quant_config.scheme_for("model.other").bits == 8
     groups["more"] = {"targets": ["Linear"], "weights": {"num_bits": 8}}
-    assert description.scheme_for("model.proj") == DeclaredScheme()  # the tensors must tell
+    assert quant_config.scheme_for("model.proj") == DeclaredScheme()  # the tensors must tell
     groups["more"] = {"targets": ["Embedding"], "weights": groups["all"]["weights"]}
-    assert description.scheme_for("model.proj").bits == 4
+    assert quant_config.scheme_for("model.proj").bits == 4
 
 
 @pytest.mark.parametrize(
@@ -133,11 +133,11 @@ def test_settings_of_integers(tmp_path, config, module, expected, method):
 @pytest.mark.parametrize("key", ["quantization", "quantization_config"])
 def test_settings_of_mlx(tmp_path, key):
     said = {"bits": 4, "group_size": 64, "m.a": {"bits": 8, "group_size": 32}, "m.b": False, "m.c": True}
-    description = QuantizationConfig.from_config({key: said}, tmp_path)
-    assert description.quant_method == "mlx"
-    assert description.scheme_for("m.a") == DeclaredScheme(8, (1, 32), mode="affine")
+    quant_config = QuantizationConfig.from_config({key: said}, tmp_path)
+    assert quant_config.quant_method == "mlx"
+    assert quant_config.scheme_for("m.a") == DeclaredScheme(8, (1, 32), mode="affine")
     for module in ("m.b", "m.c", "m.d"):
-        assert description.scheme_for(module) == DeclaredScheme(4, (1, 64), mode="affine")
+        assert quant_config.scheme_for(module) == DeclaredScheme(4, (1, 64), mode="affine")
 
 
 def test_settings_of_modelopt(tmp_path):
@@ -145,9 +145,9 @@ def test_settings_of_modelopt(tmp_path):
         golden_cases.write_module_checkpoint(
             tmp_path, {"w": np.ones(1, np.float32)}, hf_quant_config={"quantization": section}
         )
-        description = QuantizationConfig.from_config({}, tmp_path)
-        assert description.quant_method == "modelopt"
-        return description.scheme_for(module)
+        quant_config = QuantizationConfig.from_config({}, tmp_path)
+        assert quant_config.quant_method == "modelopt"
+        return quant_config.scheme_for(module)
 
     assert declared("m.a", quant_algo="NVFP4", group_size=16) == DeclaredScheme(4, (1, 16), kind="float")
     assert declared("m.a", quant_algo="FP8") == DeclaredScheme(8, kind="float")
@@ -161,10 +161,10 @@ def test_settings_of_modelopt(tmp_path):
 
 def test_settings_of_fp8(tmp_path):
     for method, block in (({"weight_block_size": [128, 128]}, (128, 128)), ({}, None)):
-        description = QuantizationConfig.from_config(
+        quant_config = QuantizationConfig.from_config(
             {"quantization_config": {"quant_method": "fp8", **method}}, tmp_path
         )
-        assert description.scheme_for("m.a") == DeclaredScheme(8, block, kind="float")
+        assert quant_config.scheme_for("m.a") == DeclaredScheme(8, block, kind="float")
 
 
 @pytest.mark.parametrize(
@@ -183,14 +183,14 @@ def test_packing_formats_of_autoround(said, packing):
 
 
 def test_plain_autogptq_and_autoround_files_agree(tmp_path):
-    """The same words, less one or not: the zero points differ by one and nothing else does."""
+    """Read as zero points minus one or as they are, the same words give zero points that differ by one."""
     case = golden_cases.get_case("autoround", "plain-asym")
     plain = golden_cases.read_weight(tmp_path / "a", case.tensors, case.config).load(None)
-    less = golden_cases.read_weight(
+    minus_one = golden_cases.read_weight(
         tmp_path / "b", case.tensors, case.config | {"packing_format": "auto_round:auto_gptq"}
     ).load(None)
-    np.testing.assert_array_equal(plain.codes, less.codes)
-    np.testing.assert_array_equal(plain.zeros + 1, less.zeros)
+    np.testing.assert_array_equal(plain.codes, minus_one.codes)
+    np.testing.assert_array_equal(plain.zeros + 1, minus_one.zeros)
 
 
 def test_int8_weights_of_compressed_tensors(tmp_path):

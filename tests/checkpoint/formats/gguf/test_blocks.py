@@ -1,4 +1,4 @@
-"""Every tensor type: the numbers are ggml's, bit for bit."""
+"""Every tensor type decodes to ggml's numbers, bit for bit."""
 
 import sys
 import tracemalloc
@@ -14,7 +14,7 @@ from glm_jax.weights import dequantize
 from tests.builders.gguf_files import FLOAT16_OFFSETS, gguf_dequantize, random_blocks
 
 BY_NAME = {kind.name: kind for kind in GGML_TYPES.values()}
-MEANT = {
+EXPECTED_SPECS = {
     "Q4_0": ("int4", 32, "float16", "none"),
     "Q4_1": ("int4", 32, "float16", "bias"),
     "Q5_0": ("int8", 32, "float16", "none"),
@@ -48,7 +48,7 @@ def test_repacked_values_are_ggmls(kind, shape):
     tensor = random_blocks(kind, shape)
     ours = repack_blocks(tensor[0], BY_NAME[kind], "x")
     assert ours.shape == shape
-    assert (ours.spec.kind, ours.spec.block[1], ours.spec.scale, ours.spec.zero) == MEANT[kind]
+    assert (ours.spec.kind, ours.spec.block[1], ours.spec.scale, ours.spec.zero) == EXPECTED_SPECS[kind]
     assert ours.spec.block[0] == 1
     assert {k: (a.shape, a.dtype) for k, a in ours.components().items()} == ours.spec.component_shapes(shape)
     assert_same_bits(dequantize(ours), gguf_dequantize(tensor))
@@ -108,7 +108,7 @@ def test_a_type_that_the_package_does_not_know_is_named():
 
 def test_no_type_is_read_in_two_ways():
     assert not EXPANDED_TYPES & set(REPACKED_TYPES)
-    assert set(MEANT) == set(REPACKED_TYPES)
+    assert set(EXPECTED_SPECS) == set(REPACKED_TYPES)
 
 
 def test_memory_stays_near_the_matrix():

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file is the one it was made from: same ids, same text."""
+"""The tokenizer of a GGUF file equals the original tokenizer: same ids, same text."""
 
 import json
 from importlib.resources import files
@@ -20,7 +20,7 @@ from tests.builders.gguf_files import architecture_fields, small_mtp_config, to_
 from tests.builders.hf_checkpoints import random_tensors
 from tests.text.fixtures import CORPUS, GLM_SPECIAL_TOKENS, TAG_TOKENS
 
-# GLM-4's own, as its tokenizer.json has it.
+# Split pattern of GLM-4's tokenizer.json.
 GLM4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -31,45 +31,47 @@ TEXTS = [
     "[gMASK]<sop><|user|>\nHi <think>one</think><tool_call>f</tool_call><|endoftext|>",
     "for i in range(10):\n\tprint(f'{i:03d}')  # 天气 café e\u0301 ＡＢ ½ Ⅷ ١٢٣٤\n" * 2,
 ]
-NORMAL, CONTROL, VISIBLE, UNUSED = 1, 3, 4, 5
-ROWS = 420  # of the embedding, more than there are tokens
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+ROWS = 420  # rows of the embedding; there are fewer tokens
 
 
 @pytest.fixture(scope="module")
 def original():
-    """A tokenizer of GLM's kind, its rule for cutting text included."""
-    made = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    """A tokenizer of GLM's kind, with GLM-4's split pattern."""
+    tokenizer_model = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
     split = pre_tokenizers.Split(Regex(GLM4), behavior="isolated")
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-    made.decoder = decoders.ByteLevel()
+    tokenizer_model.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    tokenizer_model.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=380, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator(TEXTS * 3, trainer)
-    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in GLM_SPECIAL_TOKENS])
-    made.add_tokens([AddedToken(text, special=False, normalized=False) for text in TAG_TOKENS])
-    return made
+    tokenizer_model.train_from_iterator(TEXTS * 3, trainer)
+    tokenizer_model.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in GLM_SPECIAL_TOKENS]
+    )
+    tokenizer_model.add_tokens([AddedToken(text, special=False, normalized=False) for text in TAG_TOKENS])
+    return tokenizer_model
 
 
-def vocabulary_fields(made, rows=ROWS):
-    """What llama.cpp's converter writes of a tokenizer."""
-    state = json.loads(made.to_str())
+def vocabulary_fields(tokenizer_model, rows=ROWS):
+    """Metadata fields that llama.cpp's converter writes for a tokenizer."""
+    state = json.loads(tokenizer_model.to_str())
     added = {token["id"]: token for token in state["added_tokens"]}
-    by_id = {i: token for token, i in made.get_vocab(with_added_tokens=True).items()}
+    by_id = {i: token for token, i in tokenizer_model.get_vocab(with_added_tokens=True).items()}
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(rows)]
     kinds = [
-        (CONTROL if added[i]["special"] else VISIBLE) if i in added else NORMAL if i in by_id else UNUSED
+        (CONTROL if added[i]["special"] else USER_DEFINED) if i in added else NORMAL if i in by_id else UNUSED
         for i in range(rows)
     ]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]]
-    stops = [made.token_to_id(text) for text in ("<|endoftext|>", "<|user|>", "<|observation|>")]
+    stops = [tokenizer_model.token_to_id(text) for text in ("<|endoftext|>", "<|user|>", "<|observation|>")]
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "glm4",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.bos_token_id": made.token_to_id("[gMASK]"),
+        "tokenizer.ggml.bos_token_id": tokenizer_model.token_to_id("[gMASK]"),
         "tokenizer.ggml.eos_token_id": stops[0],
         "tokenizer.ggml.eot_token_id": stops[1],
         "tokenizer.ggml.eom_token_id": stops[2],
@@ -79,7 +81,7 @@ def vocabulary_fields(made, rows=ROWS):
 
 
 def read(fields):
-    """Fields as the header gives them: lists of strings as bytes, of numbers as arrays."""
+    """Fields as the header reader returns them: lists of strings as lists of bytes, lists of numbers as arrays."""
     return {key: _as_read(value) if isinstance(value, list) else value for key, value in fields.items()}
 
 
@@ -159,8 +161,8 @@ def test_unused_rows_and_special_tokens(original, tokenizer):
 def test_the_miniature_s_own_vocabulary(tmp_path):
     """Its rule for cutting text is another, so only the merging can be compared: of words that both keep whole."""
     theirs = tokenizers.Tokenizer.from_file(str(files("glm_jax") / "tiny" / "tokenizer.json"))
-    made = build_asset_files(read(vocabulary_fields(theirs, 2048)), BARE, "m.gguf")
-    (tmp_path / "tokenizer.json").write_bytes(made["tokenizer.json"])
+    tokenizer_model = build_asset_files(read(vocabulary_fields(theirs, 2048)), BARE, "m.gguf")
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_model["tokenizer.json"])
     ours = Tokenizer.from_dir(tmp_path, model_vocab=2048)
     words = [*theirs.get_vocab(with_added_tokens=False)][:1500]
     pieces = [theirs.decoder.decode([word]) for word in words]
@@ -197,9 +199,9 @@ def test_everything_that_lies_beside_a_checkpoint(opened, folder, original):
 def test_no_template_no_file_and_no_limit_no_number(original):
     fields = read(vocabulary_fields(original)) | {"general.sampling.top_k": 0}
     del fields["tokenizer.chat_template"]
-    made = build_asset_files(fields, BARE, "m.gguf")
-    assert set(made) == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
-    assert json.loads(made["generation_config.json"]) == {}
+    tokenizer_model = build_asset_files(fields, BARE, "m.gguf")
+    assert set(tokenizer_model) == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert json.loads(tokenizer_model["generation_config.json"]) == {}
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,23 @@
-"""Makes the golden files: small quantized matrices, packed by each format's own library, and what it makes of them.
+"""Generates the golden files: small matrices packed by each format's own library, with the values it reads back.
 
-Not part of the test run: the libraries are not among the project's requirements. The files were made with Python 3.11,
-torch 2.13.0 (CPU), transformers 5.23.0 and, in one environment,
+This is not part of the test run, because the project does not require the libraries. The files were generated with
+Python 3.11, torch 2.13.0 (CPU), transformers 5.23.0 and, in one environment,
 
     compressed-tensors 0.20.0   auto-round 0.16.1   nvidia-modelopt 0.47.0   mlx 0.32.0 with mlx-cpu 0.32.0
     gptqmodel 7.7.0             autoawq 0.2.9
 
-The last two are source distributions: unpack them and put their folders on PYTHONPATH; neither needs a GPU or a build
-for packing. AutoAWQ no longer imports as a whole, so its module of the GEMM layout is loaded alone. compressed-tensors
-0.20 dropped activation order: that file alone is made with version 0.13.0, in an environment or a folder of its own.
+The last two are source distributions: unpack them and put their folders on PYTHONPATH. Packing needs neither a GPU nor
+a build. AutoAWQ can no longer be imported as a whole, so only its module of the GEMM layout is loaded.
+compressed-tensors 0.20 dropped activation order, so that file alone is generated with version 0.13.0, in an
+environment or a folder of its own.
 
-    python tests/checkpoint/formats/golden/generate_golden.py FORMAT ...      formats: the functions of this file named in FORMATS
+    python tests/checkpoint/formats/golden/generate_golden.py FORMAT ...
 
-Per case ``name`` a file holds ``name/<tensor>`` as the library writes it, and beside it what the library unpacks:
-``name/=codes`` (unsigned, in the order of the inputs), ``name/=zeros`` and ``name/=scales`` (one per output and group)
-and ``name/=library``, the library's own dequantized matrix, all [O, I] or [O, G]. The metadata of a case is JSON: the
-configuration of such a checkpoint, the shape, and the SHA-256 of the float32 values that the library's numbers give
-when nothing is rounded in between.
+FORMAT is one of the names in FORMATS. For each case ``name``, a file holds the tensors ``name/<tensor>`` as the library
+writes them, and the numbers that the library unpacks: ``name/=codes`` (unsigned, in the order of the inputs, ``[O,
+I]``), ``name/=zeros`` and ``name/=scales`` (``[O, G]``), and ``name/=library``, the library's own dequantized matrix.
+The metadata of a case is JSON: the configuration of such a checkpoint, the shape, and the SHA-256 of the float32 values
+that the library's numbers give without any rounding in between.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ CASES: dict[str, dict[str, object]] = {}
 
 
 def add_case(name, tensors, config, values, **expected):
-    """Notes one case; ``values`` are float32 [O, I]."""
+    """Adds one case; ``values`` are ``float32 [O, I]``."""
     assert values.dtype is torch.float32
     expected = {key: value for key, value in expected.items() if value is not None}
     digest = hashlib.sha256((values + 0.0).contiguous().numpy().tobytes()).hexdigest()
@@ -48,7 +49,7 @@ def add_case(name, tensors, config, values, **expected):
 
 
 def save_cases(file):
-    """Writes the noted cases to one file and forgets them."""
+    """Writes the added cases to one file and clears them."""
     tensors = {key: value for case in CASES.values() for key, value in case["tensors"].items()}
     metadata = {name: json.dumps(case["info"], sort_keys=True) for name, case in CASES.items()}
     save_file(tensors, GOLDEN_FOLDER / f"{file}.safetensors", metadata)
@@ -56,7 +57,7 @@ def save_cases(file):
 
 
 def random_quantized_matrix(outputs, inputs, group, bits, *, symmetric=False, dtype=torch.float16, zeros=None):
-    """Random codes, zero points and scales, and the matrix that quantizes to exactly them: [O, I], [O, G], [O, G]."""
+    """Random codes, zero points and scales, and their matrix: ``[O, I]``, ``[O, G]``, ``[O, G]``, ``[O, I]``."""
     groups = inputs // (group or inputs)
     codes = torch.randint(0, 1 << bits, (outputs, inputs))
     if zeros is None:
@@ -64,11 +65,11 @@ def random_quantized_matrix(outputs, inputs, group, bits, *, symmetric=False, dt
     if symmetric:
         zeros = torch.full((outputs, groups), 1 << (bits - 1))
     scales = (torch.rand(outputs, groups) * 0.02 + 0.001).to(dtype)
-    return codes, zeros, scales, packed_parts(codes, zeros, scales)
+    return codes, zeros, scales, dequantize(codes, zeros, scales)
 
 
-def packed_parts(codes, zeros, scales, g_idx=None):
-    """(u - z) s in float32: exact for codes of 8 bits and scales of 16."""
+def dequantize(codes, zeros, scales, g_idx=None):
+    """Dequantizes as (u - z) s in float32, which is exact for codes of 8 bits and scales of 16 bits."""
     index = torch.arange(codes.shape[1]) // (codes.shape[1] // scales.shape[1]) if g_idx is None else g_idx.long()
     return (codes.float() - zeros.float()[:, index]) * scales.float()[:, index]
 
@@ -83,7 +84,7 @@ def compressed_tensors():
     from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor, unpack_from_int32
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    def one(name, outputs, inputs, group, bits, symmetric, dtype):
+    def add(name, outputs, inputs, group, bits, symmetric, dtype):
         offset = 1 << (bits - 1)
         zeros = None if symmetric else torch.randint(0, 1 << bits, (outputs, inputs // (group or inputs)))
         _, zeros, scales, weight = random_quantized_matrix(
@@ -107,23 +108,23 @@ def compressed_tensors():
             "format": "pack-quantized",
             "config_groups": {"group_0": group_config},
         }
-        values = packed_parts(codes, zeros, scales)
+        values = dequantize(codes, zeros, scales)
         expected = {"codes": codes.to(torch.uint8), "zeros": zeros.to(torch.uint8), "scales": scales}
         add_case(name, packed, config, values, library=library, **expected)
 
-    one("sym-g32", 5, 64, 32, 4, True, torch.bfloat16)
-    one("sym-g64", 5, 128, 64, 4, True, torch.float16)
-    one("sym-g128", 2, 256, 128, 4, True, torch.float32)
-    one("sym-channel", 8, 44, None, 4, True, torch.bfloat16)
-    one("asym-g32", 9, 64, 32, 4, False, torch.bfloat16)
-    one("asym-g128", 4, 128, 128, 4, False, torch.float16)
-    one("asym-channel", 7, 60, None, 4, False, torch.bfloat16)
-    one("int8-sym-g32", 4, 64, 32, 8, True, torch.bfloat16)
-    one("int8-asym-g64", 6, 64, 64, 8, False, torch.float16)
-    one("int8-channel", 8, 36, None, 8, True, torch.float32)
-    one("int3-sym-g32", 4, 64, 32, 3, True, torch.bfloat16)
-    one("int2-asym-g32", 5, 64, 32, 2, False, torch.bfloat16)
-    one("int6-asym-g32", 7, 64, 32, 6, False, torch.bfloat16)
+    add("sym-g32", 5, 64, 32, 4, True, torch.bfloat16)
+    add("sym-g64", 5, 128, 64, 4, True, torch.float16)
+    add("sym-g128", 2, 256, 128, 4, True, torch.float32)
+    add("sym-channel", 8, 44, None, 4, True, torch.bfloat16)
+    add("asym-g32", 9, 64, 32, 4, False, torch.bfloat16)
+    add("asym-g128", 4, 128, 128, 4, False, torch.float16)
+    add("asym-channel", 7, 60, None, 4, False, torch.bfloat16)
+    add("int8-sym-g32", 4, 64, 32, 8, True, torch.bfloat16)
+    add("int8-asym-g64", 6, 64, 64, 8, False, torch.float16)
+    add("int8-channel", 8, 36, None, 8, True, torch.float32)
+    add("int3-sym-g32", 4, 64, 32, 3, True, torch.bfloat16)
+    add("int2-asym-g32", 5, 64, 32, 2, False, torch.bfloat16)
+    add("int6-asym-g32", 7, 64, 32, 6, False, torch.bfloat16)
     save_cases("compressed_tensors")
 
 
@@ -137,7 +138,7 @@ def compressed_tensors_actorder():
     for name, symmetric in (("actorder-sym", True), ("actorder-asym", False)):
         codes, zeros, scales, _ = random_quantized_matrix(8, 128, 32, 4, symmetric=symmetric, dtype=torch.bfloat16)
         g_idx = (torch.randperm(128) // 32).to(torch.int32)
-        weight = packed_parts(codes, zeros, scales, g_idx)
+        weight = dequantize(codes, zeros, scales, g_idx)
         args = QuantizationArgs(num_bits=4, type="int", symmetric=symmetric, group_size=32, actorder="group")
         compressor = PackedQuantizationCompressor()
         point = (zeros - 8).to(torch.int8)
@@ -149,7 +150,7 @@ def compressed_tensors_actorder():
             zeros = unpack_from_int32(packed["weight_zero_point"], 4, scales.shape, packed_dim=0).int() + 8
         group_config = {"targets": ["Linear"], "weights": args.model_dump(mode="json")}
         config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group_config}}
-        values = packed_parts(codes, zeros, scales, g_idx)
+        values = dequantize(codes, zeros, scales, g_idx)
         expected = {"codes": codes.to(torch.uint8), "zeros": zeros.to(torch.uint8), "scales": scales}
         add_case(name, stored, config | {"format": "pack-quantized"}, values, library=library, **expected)
     save_cases("compressed_tensors_actorder")
@@ -160,14 +161,14 @@ def gptq():
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module, convert_gptq_v2_to_v1_format_module
     from gptqmodel.utils.model_dequant import unpack_cols, unpack_rows
 
-    def one(name, version, bits, outputs, inputs, group, *, symmetric=False, order=False, zeros=None):
+    def add(name, version, bits, outputs, inputs, group, *, symmetric=False, order=False, zeros=None):
         codes, zeros, scales, weight = random_quantized_matrix(
             outputs, inputs, group, bits, symmetric=symmetric, zeros=zeros
         )
         g_idx = (torch.arange(inputs) // group).to(torch.int32)
         if order:
             g_idx = g_idx[torch.randperm(inputs)]
-            weight = packed_parts(codes, zeros, scales, g_idx)
+            weight = dequantize(codes, zeros, scales, g_idx)
         shape = {"in_features": inputs, "out_features": outputs}
         layer = TorchLinear(bits=bits, group_size=group, sym=symmetric, desc_act=order, bias=False, **shape)
         layer.pack_original(linear(weight), scales.float(), zeros.float(), g_idx)
@@ -192,20 +193,20 @@ def gptq():
             "meta": {"quantizer": ["gptqmodel:7.7.0"]},
         }
         expected = {"codes": codes.to(torch.uint8), "zeros": zeros.to(torch.uint8), "scales": scales}
-        add_case(name, stored, config, packed_parts(codes, zeros, scales, g_idx), library=library, **expected)
+        add_case(name, stored, config, dequantize(codes, zeros, scales, g_idx), library=library, **expected)
 
-    one("v1-sym", 1, 4, 8, 64, 32, symmetric=True)
-    one("v1-asym", 1, 4, 8, 64, 32)
-    one("v1-asym-wraps", 1, 4, 8, 64, 32, zeros=torch.arange(16).reshape(8, 2) % 3)
-    one("v1-order", 1, 4, 8, 64, 32, symmetric=True, order=True)
-    one("v1-asym-order", 1, 4, 8, 64, 16, order=True)
-    one("v1-int8", 1, 8, 4, 64, 64, symmetric=True)
-    one("v1-int8-asym-wraps", 1, 8, 8, 64, 32, zeros=torch.arange(16).reshape(8, 2) * 17 % 256)
-    one("v1-int3", 1, 3, 32, 32, 32, zeros=torch.arange(32).reshape(32, 1) % 8)
-    one("v1-int2", 1, 2, 16, 32, 32, symmetric=True)
-    one("v2-asym", 2, 4, 16, 32, 32, zeros=torch.arange(16).reshape(16, 1))
-    one("v2-order", 2, 4, 8, 64, 32, order=True)
-    one("v2-int8", 2, 8, 8, 64, 32, zeros=torch.arange(16).reshape(8, 2) * 17)
+    add("v1-sym", 1, 4, 8, 64, 32, symmetric=True)
+    add("v1-asym", 1, 4, 8, 64, 32)
+    add("v1-asym-wraps", 1, 4, 8, 64, 32, zeros=torch.arange(16).reshape(8, 2) % 3)
+    add("v1-order", 1, 4, 8, 64, 32, symmetric=True, order=True)
+    add("v1-asym-order", 1, 4, 8, 64, 16, order=True)
+    add("v1-int8", 1, 8, 4, 64, 64, symmetric=True)
+    add("v1-int8-asym-wraps", 1, 8, 8, 64, 32, zeros=torch.arange(16).reshape(8, 2) * 17 % 256)
+    add("v1-int3", 1, 3, 32, 32, 32, zeros=torch.arange(32).reshape(32, 1) % 8)
+    add("v1-int2", 1, 2, 16, 32, 32, symmetric=True)
+    add("v2-asym", 2, 4, 16, 32, 32, zeros=torch.arange(16).reshape(16, 1))
+    add("v2-order", 2, 4, 8, 64, 32, order=True)
+    add("v2-int8", 2, 8, 8, 64, 32, zeros=torch.arange(16).reshape(8, 2) * 17)
     save_cases("gptq")
 
 
@@ -219,7 +220,7 @@ def autoround():
         method = {"quant_method": "auto-round", "packing_format": packing}
         return method | {"bits": bits, "group_size": group, "sym": symmetric, "data_type": "int"}
 
-    def one(name, kind, packing, bits, inputs, group, *, symmetric=False, words=None, zeros=None):
+    def add(name, kind, packing, bits, inputs, group, *, symmetric=False, words=None, zeros=None):
         _, zeros, scales, weight = random_quantized_matrix(32, inputs, group, bits, symmetric=symmetric, zeros=zeros)
         layer = kind(bits, group, inputs, 32, bias=False)
         layer.device = torch.device("cpu")
@@ -228,7 +229,7 @@ def autoround():
             layer.qzeros.fill_(words)
         codes = unpack_bitstream(layer.qweight, bits, 0).T
         zeros = unpack_bitstream(layer.qzeros, bits, 1).T + (kind is LessOne)
-        values = packed_parts(codes, zeros, layer.scales.T)
+        values = dequantize(codes, zeros, layer.scales.T)
         library = layer(torch.eye(inputs, dtype=torch.float16)).T
         stored = {key: getattr(layer, key) for key in ("qweight", "qzeros", "scales")}
         # A zero point of 256 does not fit a byte; of 4 bits, 16 does.
@@ -237,13 +238,13 @@ def autoround():
         library = library if bits == 4 else None  # these files are kept small
         add_case(name, stored, config(packing, bits, group, symmetric), values, library=library, **expected)
 
-    one("gptq-sym", LessOne, "auto_round:auto_gptq", 4, 64, 32, symmetric=True)
+    add("gptq-sym", LessOne, "auto_round:auto_gptq", 4, 64, 32, symmetric=True)
     clamped = torch.arange(32).reshape(32, 1) % 16
-    one("gptq-asym", LessOne, "auto_round:auto_gptq", 4, 32, 32, zeros=clamped)
-    one("gptq-sixteen", LessOne, "auto_round:auto_gptq", 4, 32, 32, words=-1)
-    one("gptq-int5", LessOne, "auto_round:auto_gptq", 5, 32, 32)
-    one("gptq-int8-256", LessOne, "auto_round:auto_gptq", 8, 32, 32, words=-1)
-    one("plain-asym", Plain, "auto_round", 4, 32, 32, zeros=clamped)
+    add("gptq-asym", LessOne, "auto_round:auto_gptq", 4, 32, 32, zeros=clamped)
+    add("gptq-sixteen", LessOne, "auto_round:auto_gptq", 4, 32, 32, words=-1)
+    add("gptq-int5", LessOne, "auto_round:auto_gptq", 5, 32, 32)
+    add("gptq-int8-256", LessOne, "auto_round:auto_gptq", 8, 32, 32, words=-1)
+    add("plain-asym", Plain, "auto_round", 4, 32, 32, zeros=clamped)
 
     _, zeros, scales, weight = random_quantized_matrix(32, 64, 32, 4)
     layer = WQLinear_GEMM.from_linear(linear(weight), 4, 32, scales=scales.T, zeros=zeros.T.float(), device="cpu")
@@ -252,7 +253,7 @@ def autoround():
     stored = {key: getattr(layer, key) for key in ("qweight", "qzeros", "scales")}
     library = layer(torch.eye(64, dtype=torch.float16)).reshape(64, 32).T
     expected = {"codes": codes.to(torch.uint8), "zeros": zeros.to(torch.uint8), "scales": layer.scales.T}
-    values = packed_parts(codes, zeros, layer.scales.T)
+    values = dequantize(codes, zeros, layer.scales.T)
     add_case("awq", stored, config("auto_round:auto_awq", 4, 32, False), values, library=library, **expected)
     save_cases("autoround")
 
@@ -278,7 +279,7 @@ def awq():
         stored = {key: getattr(layer, key) for key in ("qweight", "qzeros", "scales")}
         config = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group, "zero_point": True}
         expected = {"codes": codes.to(torch.uint8), "zeros": zeros.to(torch.uint8), "scales": layer.scales.T}
-        values = packed_parts(codes, zeros, layer.scales.T)
+        values = dequantize(codes, zeros, layer.scales.T)
         add_case(name, stored, config, values, library=library if group == 32 else None, **expected)
     save_cases("awq")
 
@@ -293,7 +294,7 @@ def fp8():
         spread = scales.float().repeat_interleave(rows, 0)[: codes.shape[0]]
         return codes.float() * spread.repeat_interleave(columns, 1)[:, : codes.shape[1]]
 
-    def one(name, weight, strategy, dtype, block=None, scale_shape=None, rename=None):
+    def add(name, weight, strategy, dtype, block=None, scale_shape=None, rename=None):
         args = QuantizationArgs(num_bits=8, type="float", strategy=strategy, block_structure=block)
         scheme = QuantizationScheme(targets=["Linear"], weights=args, input_activations=None)
         rows, columns = block or (weight.shape[0] if strategy == "tensor" else 1, weight.shape[1])
@@ -312,15 +313,15 @@ def fp8():
         add_case(name, stored, config, values, library=library)
 
     small = torch.randn(8, 48)
-    one("channel", small, "channel", torch.bfloat16, scale_shape=(8, 1))
-    one("channel-float32", small.bfloat16(), "channel", torch.float32, scale_shape=(8, 1))
-    one("tensor", small, "tensor", torch.float32, scale_shape=(1,))
-    one("tensor-scalar", small, "tensor", torch.bfloat16, scale_shape=())
-    one("block", torch.randn(19, 37), "block", torch.float32, block=[8, 16])
-    # The runtimes of DeepSeek's layout cut its last blocks off; its own writer has only whole ones.
+    add("channel", small, "channel", torch.bfloat16, scale_shape=(8, 1))
+    add("channel-float32", small.bfloat16(), "channel", torch.float32, scale_shape=(8, 1))
+    add("tensor", small, "tensor", torch.float32, scale_shape=(1,))
+    add("tensor-scalar", small, "tensor", torch.bfloat16, scale_shape=())
+    add("block", torch.randn(19, 37), "block", torch.float32, block=[8, 16])
+    # Runtimes of DeepSeek's layout allow partial last blocks; its own writer only writes whole blocks.
     whole = {"block": [128, 128], "rename": "weight_scale_inv"}
-    one("inverse-128-rows", torch.randn(130, 5), "block", torch.float32, **whole)
-    one("inverse-128-columns", torch.randn(3, 130), "block", torch.bfloat16, **whole)
+    add("inverse-128-rows", torch.randn(130, 5), "block", torch.float32, **whole)
+    add("inverse-128-columns", torch.randn(3, 130), "block", torch.bfloat16, **whole)
 
     settings = {"weight_block_size": [8, 16], "scale_fmt": None}
     for name, form in (("inverse", None), ("inverse-e8m0", "ue8m0")):
@@ -392,7 +393,7 @@ def mlx():
     def back(array):
         return raw(array.astype(mx.float32))
 
-    def one(name, bits, group, outputs, inputs, dtype):
+    def add(name, bits, group, outputs, inputs, dtype):
         kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
         weight = mx.array(torch.randn(outputs, inputs).numpy()).astype(getattr(mx, dtype))
         words, scales, biases = mx.quantize(weight, group_size=group, bits=bits)
@@ -409,14 +410,14 @@ def mlx():
         small = library if bits in (3, 4) else None
         add_case(name, stored, config, values, codes=codes, library=small)
 
-    one("int2-g32", 2, 32, 6, 64, "float16")
-    one("int3-g64", 3, 64, 6, 64, "bfloat16")
-    one("int4-g32", 4, 32, 6, 96, "bfloat16")
-    one("int4-g64", 4, 64, 5, 128, "bfloat16")
-    one("int4-g128", 4, 128, 3, 128, "float32")
-    one("int5-g64", 5, 64, 3, 128, "bfloat16")
-    one("int6-g128", 6, 128, 3, 128, "float16")
-    one("int8-g64", 8, 64, 3, 128, "bfloat16")
+    add("int2-g32", 2, 32, 6, 64, "float16")
+    add("int3-g64", 3, 64, 6, 64, "bfloat16")
+    add("int4-g32", 4, 32, 6, 96, "bfloat16")
+    add("int4-g64", 4, 64, 5, 128, "bfloat16")
+    add("int4-g128", 4, 128, 3, 128, "float32")
+    add("int5-g64", 5, 64, 3, 128, "bfloat16")
+    add("int6-g128", 6, 128, 3, 128, "float16")
+    add("int8-g64", 8, 64, 3, 128, "bfloat16")
     for mode, group, bits in (("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)):
         weight = mx.array(torch.randn(8, 64).numpy()).astype(mx.bfloat16)
         words, scales = mx.quantize(weight, group_size=group, bits=bits, mode=mode)
