@@ -20,7 +20,6 @@ from convert.calibrate.signround import SignRoundConfig, quantize_by_search, sup
 from glm_jax.checkpoint.finiteness import require_finite
 from glm_jax.checkpoint.folder.layout import MTP, NON_LAYER, Leaf, checkpoint_layout
 from glm_jax.checkpoint.sources.base import Array, WeightChunk, WeightSource
-from glm_jax.checkpoint.sources.build import to_plain_array
 from glm_jax.checkpoint.sources.quantized import RequantizedSource
 from glm_jax.errors import MemoryPlanError
 from glm_jax.memory.devices import available_device_memory
@@ -206,7 +205,7 @@ class CalibratedSource(RequantizedSource):
         out = np.empty((*tokens.shape, leaf.shape[-1]), np.float32)
         chunks = super().iter_chunks(leaf) if quantized else self._iter_values(self.base_leaf(leaf), 0, None)
         for row, chunk in chunks:
-            values = to_plain_array(chunk) if isinstance(chunk, QuantizedTensor) else np.asarray(chunk)
+            values = np.asarray(chunk)
             in_chunk = (tokens >= row) & (tokens < row + len(values))
             out[in_chunk] = values[tokens[in_chunk] - row]
         return out

@@ -1,52 +1,52 @@
-"""The latent cache: what attention keeps of the past, 576 values per token and layer for GLM-4.7-Flash.
+"""The latent cache of multi-head latent attention: 576 values per token and layer for GLM-4.7-Flash.
 
-Keys and values are never stored expanded. A slot holds the latent after its norm and the rotated rope key (one for all
-heads), as ``[latent | rope]``: a *row*. Rows are stored as they are, in bfloat16 or float32, or rounded to 8 bits.
+Keys and values are never stored expanded. A slot holds one *row* ``[latent | rope]``: the latent after its norm, and
+the rotated rope key that all heads share. Rows are stored unrounded, in bfloat16 or float32, or in 8 bits.
 
-8 bits: a row has two scales, because the two parts have different ranges: the latent has just been normed, the rope
+In 8 bits a row has two scales, because its two parts have different ranges: the latent has just been normed, the rope
 key has not. With ``m`` the largest magnitude of a part::
 
     int8   scale = m / 127    code = round(value / scale), -127 to 127    error <= scale / 2
     fp8    scale = m / 448    code = e4m3(value / scale)                  error <= max(|value| / 16, scale / 1024)
 
-Both round ties to even. A row depends on nothing but itself: the same token gives the same row in a batch or alone, in
-a prompt or in a step. Scales are float32: 8 bytes beside 576 codes. In 16 bits they would save 4 of 584, and would
-themselves have to be rounded, upwards. A part that holds a NaN or an infinity reads as NaN throughout, so that damage
-is found; a part below 127 (or 448) times the smallest normal float32 reads as zeros.
+Both round ties to even. The stored row depends on its own values alone: the same token gives the same row in a batch
+or alone, in a prompt or in a decode step. Scales are float32: 8 bytes beside 576 codes. 16-bit scales would save 4 of
+584 bytes, and would have to be rounded up themselves. A part with a NaN or an infinity reads as NaN throughout, so that
+damage is noticed; a part below 127 (or 448) times the smallest normal float32 reads as zeros.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 
 from glm_jax.config import Config
 from glm_jax.errors import ConfigError
 from glm_jax.sharding import LogicalAxis, Rules
 
-CACHE_AXES: tuple[LogicalAxis | None, ...] = (None, "batch", None, None)  # of the codes, and of the scales
+CACHE_AXES: tuple[LogicalAxis | None, ...] = (None, "batch", None, None)  # logical axes of data and scales
 CACHE_DTYPES = ("bfloat16", "float32", "int8", "fp8")
-QUANTIZED_CACHE_MAX = {"int8": 127.0, "fp8": 448.0}  # and their largest values
-_SCALES_PER_SLOT = 2  # of a row: latent and rope key, each with a scale
-# XLA:CPU would convert a whole cache of float8 to read or write one row of it; bits it leaves alone.
+QUANTIZED_CACHE_MAX = {"int8": 127.0, "fp8": 448.0}  # largest code of each 8-bit dtype
+_SCALES_PER_SLOT = 2  # one for the latent, one for the rope key
+# XLA:CPU would convert a whole float8 cache to read or write one row; it leaves integers alone.
 _STORAGE_DTYPES = {"fp8": jnp.uint8}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["dequant_dtype"])
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerCache:
-    """Rows of one layer as they are stored.
+    """The stored rows of one layer.
 
     Attributes:
-        codes: ``[B, S, R + P]``: values, or int8 ones or the bits of fp8 ones (uint8) with scales.
-        scales: float32 ``[B, S, 2]``, of the latents and of the rope keys; None where the codes are the values.
-        dequant_dtype: see :class:`LatentCache`.
+        codes: ``[B, S, R + P]``: values in bfloat16 or float32, int8 codes, or bit patterns of fp8 codes as uint8.
+        scales: ``float32 [B, S, 2]``, scales of latents and rope keys; None where the codes are the values.
+        dequant_dtype: Dtype that 8-bit rows are read as, by default that of the activations.
     """
 
     codes: jax.Array
@@ -59,19 +59,19 @@ class LayerCache:
         return self.codes.shape[1]
 
     def slice_slots(self, first: jax.Array | int, slots: int) -> LayerCache:
-        """``slots`` of the slots, from ``first`` on."""
+        """``slots`` consecutive slots from ``first`` on."""
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, slots, axis=1), self)
 
     def pad_slots(self, slots: int) -> LayerCache:
-        """The same with rows of zeros behind them, ``slots`` in all."""
+        """The rows padded with zeros on the right, to ``slots`` slots in all."""
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, slots - x.shape[1]), (0, 0))), self)
 
-    def dequantize(self, latent: int, dtype: Any) -> jax.Array:
-        """``[B, S, R + P]`` to compute with.
+    def dequantize(self, latent: int, dtype: DTypeLike) -> jax.Array:
+        """The values ``[B, S, R + P]``.
 
         Args:
-            latent: R, the width of the first part.
-            dtype: of what 8-bit rows are read as where ``reads_as`` does not say; others are read as they are stored.
+            latent: R, the width of the latent.
+            dtype: Dtype of dequantized 8-bit rows without ``dequant_dtype``; other rows keep their stored dtype.
         """
         if self.scales is None:
             return self.codes
@@ -87,14 +87,14 @@ class LayerCache:
 class LatentCache:
     """Contiguous cache: the slot of a token is its position.
 
-    A query at position ``t`` sees slots ``s <= t``, so a row needs no length and slots past the last written one may
-    hold anything.
+    A query at position ``t`` sees slots ``s <= t``. So a sequence needs no length, and slots past the last written one
+    may hold anything.
 
     Attributes:
-        data: ``[L, B, S, R + P]``, layers, rows, slots, latent and rope widths; bfloat16 or float32 values, int8 codes,
-            or uint8 with the bits of float8_e4m3fn.
-        scales: float32 ``[L, B, S, 2]`` of 8-bit codes, else None.
-        dequant_dtype: dtype that attention reads 8-bit rows as; that of the activations unless given.
+        data: ``[L, B, S, R + P]``: bfloat16 or float32 values, int8 codes, or bit patterns of float8_e4m3fn codes as
+            uint8.
+        scales: ``float32 [L, B, S, 2]``, scales of 8-bit codes, else None.
+        dequant_dtype: Dtype that attention reads 8-bit rows as, by default that of the activations.
     """
 
     data: jax.Array
@@ -103,17 +103,17 @@ class LatentCache:
 
     @property
     def capacity(self) -> int:
-        """Slots per row."""
+        """Slots per row of the batch."""
         return self.data.shape[2]
 
     @property
     def batch_size(self) -> int:
-        """Rows."""
+        """Rows of the batch."""
         return self.data.shape[1]
 
     @property
     def cache_dtype(self) -> str:
-        """Name of what is stored: one of :data:`CACHE_DTYPES`."""
+        """Name of the stored dtype, one of :data:`CACHE_DTYPES`."""
         name = self.data.dtype.name
         return next((kind for kind, stored in _STORAGE_DTYPES.items() if jnp.dtype(stored).name == name), name)
 
@@ -123,7 +123,7 @@ class LatentCache:
         cfg: Config,
         batch_size: int,
         capacity: int,
-        dtype: Any = jnp.bfloat16,
+        dtype: DTypeLike = jnp.bfloat16,
         *,
         layers: int | None = None,
         rules: Rules = Rules(),
@@ -133,79 +133,85 @@ class LatentCache:
         """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens.
 
         Args:
-            cfg: the model.
-            batch_size: rows.
-            capacity: slots per row.
-            dtype: one of :data:`CACHE_DTYPES`.
-            layers: the model's unless given.
-            rules: mesh axis of each logical axis.
-            mesh: where the cache lives; on the default device unless given.
-            dequant_dtype: dtype that attention reads 8-bit rows as; that of the activations unless given.
+            cfg: Config of the model.
+            batch_size: Rows of the batch.
+            capacity: Slots per row.
+            dtype: One of :data:`CACHE_DTYPES`.
+            layers: Number of layers, by default that of the model.
+            rules: Mesh axis of each logical axis.
+            mesh: Devices of the cache, by default JAX's default device.
+            dequant_dtype: Dtype that attention reads 8-bit rows as, by default that of the activations.
 
         Raises:
-            ConfigError: for any other dtype.
+            ConfigError: For any other dtype.
         """
         kind = canonical_cache_dtype(dtype)
         slots = (cfg.num_hidden_layers if layers is None else layers, batch_size, capacity)
-        place = None if mesh is None else NamedSharding(mesh, rules.partition_spec(*CACHE_AXES))
-        data = jnp.zeros((*slots, cfg.cache_width), _STORAGE_DTYPES.get(kind, kind), device=place)
+        sharding = None if mesh is None else NamedSharding(mesh, rules.partition_spec(*CACHE_AXES))
+        data = jnp.zeros((*slots, cfg.cache_width), _STORAGE_DTYPES.get(kind, kind), device=sharding)
         if kind not in QUANTIZED_CACHE_MAX:
             return cls(data)
-        return cls(data, jnp.zeros((*slots, _SCALES_PER_SLOT), jnp.float32, device=place), dequant_dtype)
+        return cls(data, jnp.zeros((*slots, _SCALES_PER_SLOT), jnp.float32, device=sharding), dequant_dtype)
 
     def write(self, layer: jax.Array | int, positions: jax.Array, rows: jax.Array, latent: int) -> LatentCache:
-        """The cache with new rows in it; those past its capacity (padding may lie there) are dropped.
+        """Writes new rows, rounded to the cache's dtype.
+
+        Rows past the capacity, which padding can be, are dropped.
 
         Args:
-            layer: index.
-            positions: int32 ``[B, T]``, slots to write to.
+            layer: Index of the layer.
+            positions: ``int32 [B, T]``, slots to write to.
             rows: ``[B, T, R + P]``.
-            latent: R.
+            latent: R, the width of the latent.
+
+        Returns:
+            The new cache.
         """
         codes, scales = quantize_cache_rows(rows, latent, self.cache_dtype)
         batch = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
 
-        def put(all_: jax.Array, new: jax.Array) -> jax.Array:
-            return all_.at[layer, batch, positions].set(new.astype(all_.dtype), mode="drop")
+        def put(stored: jax.Array, new: jax.Array) -> jax.Array:
+            return stored.at[layer, batch, positions].set(new.astype(stored.dtype), mode="drop")
 
         new_scales = None if self.scales is None or scales is None else put(self.scales, scales)
         return dataclasses.replace(self, data=put(self.data, codes), scales=new_scales)
 
     def get_layer(self, index: jax.Array | int) -> LayerCache:
-        """The rows of one layer."""
+        """The stored rows of one layer."""
 
-        def of_layer(x: jax.Array) -> jax.Array:
+        def pick(x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
 
-        return LayerCache(
-            of_layer(self.data), None if self.scales is None else of_layer(self.scales), self.dequant_dtype
-        )
+        return LayerCache(pick(self.data), None if self.scales is None else pick(self.scales), self.dequant_dtype)
 
     def select_rows(self, rows: np.ndarray) -> LatentCache:
-        """The rows of the batch with these indices, as a new cache."""
+        """A new cache with the rows of the batch at these indices, ``int [n]``."""
         return jax.tree.map(lambda x: x[:, rows], self)
 
     def check_scales(self) -> None:
-        """Raises ConfigError unless 8-bit codes, and no others, have scales of their shape."""
-        found = None if self.scales is None else self.scales.shape
+        """Checks that scales exist for 8-bit codes only, and have the right shape.
+
+        Raises:
+            ConfigError: If not.
+        """
+        actual = None if self.scales is None else self.scales.shape
         expected = (*self.data.shape[:-1], _SCALES_PER_SLOT) if self.cache_dtype in QUANTIZED_CACHE_MAX else None
-        if found != expected:
+        if actual != expected:
             raise ConfigError(
-                f"the scales of a cache in {self.cache_dtype} {self.data.shape} must be {expected}, not {found}"
+                f"the scales of a cache in {self.cache_dtype} {self.data.shape} must be {expected}, not {actual}"
             )
 
 
 def quantize_cache_rows(rows: jax.Array, latent: int, cache_dtype: str) -> tuple[jax.Array, jax.Array | None]:
-    """Rows as a cache of this kind stores them.
+    """Quantizes rows for a cache.
 
     Args:
         rows: ``[..., R + P]``.
-        latent: R.
-        cache_dtype: one of :data:`CACHE_DTYPES`.
+        latent: R, the width of the latent.
+        cache_dtype: One of :data:`CACHE_DTYPES`.
 
     Returns:
-        Codes ``[..., R + P]`` and scales float32 ``[..., 2]``; the rows themselves and None where nothing is rounded
-        to 8 bits.
+        Codes ``[..., R + P]`` and scales ``float32 [..., 2]``; the unchanged rows and None unless the dtype has 8 bits.
     """
     if cache_dtype not in QUANTIZED_CACHE_MAX:
         return rows, None
@@ -222,18 +228,18 @@ def quantize_cache_rows(rows: jax.Array, latent: int, cache_dtype: str) -> tuple
 
 
 def _expand_scales(scales: jax.Array, latent: int, width: int) -> jax.Array:
-    """The scale of each value, ``[..., R + P]``."""
+    """Repeats the scales ``[..., 2]`` of latent and rope key to one per value, ``[..., R + P]``."""
     parts = jnp.split(scales, _SCALES_PER_SLOT, axis=-1)
     widths = (latent, width - latent)
-    spread = [jnp.broadcast_to(x, (*x.shape[:-1], n)) for x, n in zip(parts, widths, strict=True)]
-    return jnp.concatenate(spread, axis=-1)
+    expanded = [jnp.broadcast_to(x, (*x.shape[:-1], n)) for x, n in zip(parts, widths, strict=True)]
+    return jnp.concatenate(expanded, axis=-1)
 
 
-def canonical_cache_dtype(dtype: Any) -> str:
-    """The name of a cache's dtype, given as that name or as JAX has it.
+def canonical_cache_dtype(dtype: DTypeLike) -> str:
+    """The name in :data:`CACHE_DTYPES` of a cache's dtype, for that name or a JAX dtype.
 
     Raises:
-        ConfigError: if there is no such cache.
+        ConfigError: If no cache has this dtype.
     """
     try:
         name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
@@ -246,13 +252,13 @@ def canonical_cache_dtype(dtype: Any) -> str:
     return name
 
 
-def bytes_per_token_and_layer(cfg: Config, dtype: Any) -> int:
-    """Bytes that one token keeps in one layer: 584 for GLM-4.7-Flash in 8 bits, 8 of them the scales."""
+def bytes_per_token_and_layer(cfg: Config, dtype: DTypeLike) -> int:
+    """Bytes per token in one layer: 584 for GLM-4.7-Flash in 8 bits, 8 of them scales."""
     kind = canonical_cache_dtype(dtype)
     scales = _SCALES_PER_SLOT * 4 if kind in QUANTIZED_CACHE_MAX else 0
     return cfg.cache_width * jnp.dtype(_STORAGE_DTYPES.get(kind, kind)).itemsize + scales
 
 
-def bytes_per_token(cfg: Config, dtype: Any = jnp.bfloat16, layers: int | None = None) -> int:
-    """Bytes that one token keeps in all layers (for GLM-4.7-Flash 54,144 in bfloat16, 27,448 in int8 and fp8)."""
+def bytes_per_token(cfg: Config, dtype: DTypeLike = jnp.bfloat16, layers: int | None = None) -> int:
+    """Bytes per token in all layers: for GLM-4.7-Flash 54,144 in bfloat16, 27,448 in int8 and fp8."""
     return (cfg.num_hidden_layers if layers is None else layers) * bytes_per_token_and_layer(cfg, dtype)

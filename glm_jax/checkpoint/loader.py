@@ -10,7 +10,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from glm_jax.checkpoint.write.conversion import ConversionReport, OutputFormat, 
 from glm_jax.config import Config
 from glm_jax.memory import available_device_memory
 from glm_jax.sharding import Rules
-from glm_jax.weights import Bfloat16Bits, QuantizedTensor, QuantRules
+from glm_jax.weights import QuantRules, Weight, as_weight_matrix
 from glm_jax.weights.params import ParamPath, ParamTree, leaves_with_path
 from glm_jax.weights.random_init import init_params
 from glm_jax.weights.storage import abstract_params
@@ -215,29 +215,24 @@ def _load_stacks(
 class _ParamBuilder:
     """A parameter that is being filled: one stack, or one per component of a quantized parameter."""
 
-    def __init__(self, goal: Any) -> None:
-        self._goal = goal
-        parts = goal.components() if isinstance(goal, QuantizedTensor) else {"": goal}
-        as_bits = isinstance(goal, Bfloat16Bits)
-        self._stacks = {
-            name: StackBuilder(part.shape, np.dtype(part.dtype), part.sharding, as_bits=as_bits)
-            for name, part in parts.items()
-        }
+    def __init__(self, goal: Weight) -> None:
+        """Allocates the stacks of a parameter with the shapes, dtypes and shardings of ``goal``."""
+        self._goal = as_weight_matrix(goal)
+        self._stacks: dict[str, StackBuilder] = {}
+        for name, part in self._goal.components().items():
+            dtype = np.dtype(part.dtype if name else goal.dtype)  # bfloat16 may be stored as integers of the same bits
+            as_bits = dtype != np.dtype(part.dtype)
+            self._stacks[name] = StackBuilder(part.shape, dtype, part.sharding, as_bits=as_bits)
 
     def add(self, stack_index: int | None, row: int, chunk: WeightChunk) -> None:
         """Writes rows of one layer."""
-        if not isinstance(self._goal, QuantizedTensor):
-            self._stacks[""].add(stack_index, row, to_plain_array(chunk))
-            return
-        for name, array in cast(QuantizedTensor, chunk).components().items():
+        values = chunk if self._goal.quant_spec else to_plain_array(chunk)
+        for name, array in as_weight_matrix(values).components().items():
             self._stacks[name].add(stack_index, row, array)
 
-    def finish(self) -> Any:
+    def finish(self) -> Weight:
         """Returns the parameter; the builder must not be used again."""
-        if isinstance(self._goal, QuantizedTensor):
-            return self._goal.map_components(lambda name, _: self._stacks[name].finish())
-        array = self._stacks[""].finish()
-        return Bfloat16Bits(array) if isinstance(self._goal, Bfloat16Bits) else array
+        return self._goal.map_components(lambda name, _: self._stacks[name].finish()).as_param()
 
 
 def save(

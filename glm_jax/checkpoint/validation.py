@@ -13,7 +13,7 @@ from glm_jax.checkpoint.messages import format_names
 from glm_jax.checkpoint.progress import ProgressCallback
 from glm_jax.checkpoint.sources.base import WeightChunk, WeightSource
 from glm_jax.errors import CheckpointError
-from glm_jax.weights import QuantizedTensor
+from glm_jax.weights import as_weight_matrix
 from glm_jax.weights.quantized_tensor import COMPONENTS
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -36,11 +36,8 @@ class WeightValidator:
 
     def check_chunk(self, leaf: Leaf, chunk: WeightChunk) -> None:
         """Checks the next rows of an array."""
-        if isinstance(chunk, QuantizedTensor):
-            for name, array in chunk.components().items():
-                self._check_array(leaf, name, np.asarray(array))
-        else:
-            self._check_array(leaf, "", chunk)
+        for name, array in as_weight_matrix(chunk).components().items():
+            self._check_array(leaf, name, np.asarray(array))
 
     def _check_array(self, leaf: Leaf, component: str, rows: Array) -> None:
         key = disk_array_name(leaf, component)

@@ -23,8 +23,8 @@ from glm_jax.engine.steps import DecodeState, bucket_size, decode_program, prefi
 from glm_jax.model.glm import GLM
 from glm_jax.sampling import SamplerState, SamplingParams
 from glm_jax.sharding import MESH_AXES, Rules, get_sharding_preset
-from glm_jax.weights import Bfloat16Bits, QuantizedTensor, QuantRules
-from glm_jax.weights.params import ParamTree, leaves_with_path, map_with_path, param_specs
+from glm_jax.weights import QuantRules, Weight, as_weight_matrix
+from glm_jax.weights.params import ParamPath, ParamTree, leaves_with_path, map_with_path, param_specs
 from glm_jax.weights.storage import Storage, abstract_params, partition_specs, plan_storage
 from glm_jax.weights.tiling import tile_params
 from pallas_kernels import CUDA_GRAPH_OPTIONS, MULTI_GPU_CUDA_GRAPH_OPTIONS, aot, compiling_for
@@ -173,10 +173,11 @@ def _abstract_tiled_params(cfg: Config, quantize: str | None, storage: Any) -> P
 def _without_bfloat16_bits(tree: ParamTree) -> ParamTree:
     """Shapes of the parameters on a GPU: plain bfloat16 arrays where a CPU holds :class:`Bfloat16Bits`."""
 
-    def unwrap(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) if isinstance(leaf, Bfloat16Bits) else leaf
+    def unwrap(_: ParamPath, leaf: Weight) -> Weight | jax.ShapeDtypeStruct:
+        is_quantized = as_weight_matrix(leaf).quant_spec is not None
+        return leaf if is_quantized else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
-    return jax.tree.map(unwrap, tree, is_leaf=lambda x: isinstance(x, Bfloat16Bits | QuantizedTensor))
+    return map_with_path(unwrap, tree)
 
 
 def _abstract_decode_state(

@@ -58,12 +58,12 @@ class Bfloat16Bits(WeightMatrix):
         return self.bits.sharding
 
     def components(self) -> dict[str, ArrayLike]:
-        """The bits."""
-        return {"bits": self.bits}
+        """The bits, under the empty name."""
+        return {"": self.bits}
 
     def map_components(self, function: Callable[[str, ArrayLike], Any]) -> Bfloat16Bits:
-        """``function("bits", bits)`` as the bits of a new weight."""
-        return Bfloat16Bits(function("bits", self.bits))
+        """A weight with the bits ``function("", bits)``."""
+        return Bfloat16Bits(function("", self.bits))
 
     def map_axes(self, axes: Sequence[LogicalAxis | None], function: Callable[..., Any]) -> Bfloat16Bits:
         """``function(*axes)`` in place of the bits, which have the axes of the weight."""

@@ -81,6 +81,10 @@ class DenseWeight(WeightMatrix):
         bits = jax.lax.bitcast_convert_type(self.array, FLOAT_BITS_DTYPES[kind])
         return make_tiles(jnp.swapaxes(bits, -1, -2) if transposed else bits, kind), None
 
+    def as_param(self) -> Any:
+        """The array itself."""
+        return self.array
+
     def untile(self) -> Any:
         """The array itself."""
         return self.array

@@ -1,4 +1,4 @@
-"""Which weights of a model are stored how: a spec for each kind of matrix, and presets by name."""
+"""Quantization rules of a model: a spec for each kind of matrix, and presets by name."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ _MIN_GROUP_SIZE = 8
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class QuantRules:
-    """The storage of each kind of matrix; None keeps it in the model's dtype.
+    """The quantization of each kind of matrix; None keeps the model's dtype.
 
-    Router, norms and the router's bias are never quantized: they are small, and they decide.
+    Routers, router biases and norms are never quantized: they are small, and an error in them changes which experts
+    run.
 
     Attributes:
-        experts: routed experts, nine tenths of the parameters.
-        shared_experts: the always-on expert of each layer.
-        dense_mlp: the feed-forward of dense layers.
-        attention: the projections of the attention.
-        head: of the vocabulary.
-        embedding: of the vocabulary (also the head where the two are tied).
-        mtp: every matrix of the prediction layer; "same" treats them as those of any other layer.
+        experts: Routed experts, nine tenths of the parameters.
+        shared_experts: The shared experts of each layer.
+        dense_mlp: The feed-forward of dense layers.
+        attention: The projections of the attention.
+        head: The output head.
+        embedding: The token embedding (also the head where the two are tied).
+        mtp: Every matrix of the prediction layer; "same" treats them like those of other layers.
     """
 
     experts: QuantSpec | None = None
@@ -39,7 +40,7 @@ class QuantRules:
     mtp: QuantSpec | Literal["same"] | None = "same"
 
     def spec_for(self, path: tuple[str, ...]) -> QuantSpec | None:
-        """The storage of the parameter at a path of the tree (of a matrix: norms and biases are not asked for)."""
+        """The quantization of the matrix at a path of the parameter tree; None keeps the model's dtype."""
         name = path[-1]
         if name.startswith("router"):
             return None
@@ -54,10 +55,10 @@ class QuantRules:
 
     @classmethod
     def resolve(cls, rules: str | Self | None) -> Self | None:
-        """Rules by the name of a preset.
+        """The rules of a preset; rules and None are returned unchanged.
 
         Raises:
-            QuantError: listing the presets there are.
+            QuantError: For an unknown name, listing the presets.
         """
         if not isinstance(rules, str):
             return rules
@@ -66,23 +67,23 @@ class QuantRules:
         return cast(Self, QUANT_PRESETS[rules])
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; :meth:`from_json` is the inverse."""
+        """The rules as JSON values; :meth:`from_json` is the inverse."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value.to_json() if isinstance(value, QuantSpec) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """From plain values.
+        """Reads the JSON values that :meth:`to_json` writes.
 
         Raises:
-            QuantError: for anything that :meth:`dump_prompt_json` does not make.
+            QuantError: For any other value.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(value, Mapping) or not set(value) <= set(names):
             raise QuantError(f"quantization rules have {', '.join(names)}, not {value!r}")
-        as_given = {key: spec for key, spec in value.items() if spec is None or (key == "mtp" and spec == "same")}
-        parsed = {key: QuantSpec.from_json(spec) for key, spec in value.items() if key not in as_given}
-        return cls(**as_given, **parsed)
+        literals = {key: spec for key, spec in value.items() if spec is None or (key == "mtp" and spec == "same")}
+        parsed = {key: QuantSpec.from_json(spec) for key, spec in value.items() if key not in literals}
+        return cls(**literals, **parsed)
 
 
 QUANT_PRESETS: dict[str, QuantRules] = {
@@ -101,12 +102,12 @@ QUANT_PRESETS: dict[str, QuantRules] = {
 
 
 def fit_group_size(spec: QuantSpec, shape: tuple[int, ...], local_inputs: int | None = None) -> QuantSpec | None:
-    """The spec with groups that divide a matrix, halved as often as it takes; None if none of 8 or more does.
+    """Halves the group size of a spec until groups divide the matrix; None if no size of 8 or more does.
 
     Args:
-        spec: asked for.
-        shape: of the weight.
-        local_inputs: inputs on one device, where they are split: no group may cross from one to the next.
+        spec: Requested quantization.
+        shape: Shape of the weight.
+        local_inputs: Inputs on one device where they are split over devices; no group crosses a device boundary.
     """
     inputs = local_inputs or shape[-1]
     rows, columns = spec.block

@@ -1,14 +1,15 @@
-"""Making quantized weights: round to nearest, or search each block's scale for the least squared error."""
+"""Quantizing weights: round to nearest, or search each block's scale for the least squared error."""
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from glm_jax.errors import QuantError
 from glm_jax.weights.codes import E2M1_MAX, E2M1_VALUES, E4M3_MAX, pack_nibbles
@@ -18,8 +19,8 @@ from glm_jax.weights.quantized_tensor import QuantizedTensor
 
 QuantMethod = Literal["rtn", "mse"]
 
-# Fractions of a block's range that the search tries, and how often the best scale is then fitted to its own codes. On
-# normal weights this finds less error than 41 fractions from 1 to 0.6 alone.
+# Fractions of a block's range that the search tries, and how often the best scale is then refitted to its own codes. On
+# normal weights this gives less error than 41 fractions from 1 to 0.6 alone.
 _SHRINK_FACTORS = np.linspace(1.0, 0.7, 6, dtype=np.float32)
 _SHRINK_FACTORS_ZERO_POINT = np.linspace(1.0, 0.7, 16, dtype=np.float32)
 _REFITS = 2
@@ -27,19 +28,19 @@ _CHUNK_VALUES = 1 << 18  # searched together: what a core's cache holds
 
 
 def quantize(
-    weight: jax.Array, spec: QuantSpec, method: QuantMethod = "mse", dtype: Any = jnp.bfloat16
+    weight: jax.Array, spec: QuantSpec, method: QuantMethod = "mse", dtype: DTypeLike = jnp.bfloat16
 ) -> QuantizedTensor:
     """Quantizes a matrix, or a stack of them.
 
     Args:
-        weight: ``[*stack, O, I]``, any float dtype.
-        spec: of the result; without ``outer``, ``permuted`` and biases, which are only read.
-        method: "rtn" spans each block's range exactly and rounds to nearest; "mse" also tries narrower ranges, which
+        weight: ``[*stack, O, I]`` in any float dtype.
+        spec: Quantization of the result, without ``outer``, ``permuted`` and biases, which are only read.
+        method: "rtn" covers each block's range exactly and rounds to nearest; "mse" also tries narrower ranges, which
             clip the largest values, and keeps the scale with the least squared error.
-        dtype: of the model.
+        dtype: Dtype of the model.
 
     Raises:
-        QuantError: if the block does not divide the matrix, or if such weights cannot be made here.
+        QuantError: If the block does not divide the matrix, or the spec is one that is only read.
     """
     check_can_quantize(spec, weight.shape)
     if method not in get_args(QuantMethod):
@@ -49,16 +50,16 @@ def quantize(
 
 
 def check_can_quantize(spec: QuantSpec, shape: tuple[int, ...]) -> None:
-    """Whether :func:`quantize` can store a weight of this shape so.
+    """Checks that :func:`quantize` supports this spec for a weight of this shape.
 
     Raises:
-        QuantError: if not, with the reason.
+        QuantError: With the reason, if it does not.
     """
     spec.component_shapes(shape)
     rows, columns = spec.block
-    for size, block, words in ((shape[-2], rows, "outputs"), (shape[-1], columns, "inputs")):
+    for size, block, axis_name in ((shape[-2], rows, "outputs"), (shape[-1], columns, "inputs")):
         if block and size % block:
-            raise QuantError(f"blocks of {block} {words} do not divide the {size} of a matrix {list(shape)}")
+            raise QuantError(f"blocks of {block} {axis_name} do not divide the {size} of a matrix {list(shape)}")
     if spec.outer != "none" or spec.permuted or spec.zero == "bias" or spec.scale == "e4m3":
         raise QuantError(f"weights stored as {spec!r} can be read but are not made here")
 
@@ -66,7 +67,7 @@ def check_can_quantize(spec: QuantSpec, shape: tuple[int, ...]) -> None:
 @functools.partial(jax.jit, static_argnames=("spec", "method"))
 def _quantize(weight: jax.Array, spec: QuantSpec, method: QuantMethod) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     blocks = to_blocks(weight.astype(jnp.float32), spec)
-    flat = blocks.reshape(-1, *blocks.shape[-2:])  # blocks have nothing to do with each other
+    flat = blocks.reshape(-1, *blocks.shape[-2:])  # blocks are independent of each other
     chunk = largest_divisor(flat.shape[0], max(1, _CHUNK_VALUES // math.prod(flat.shape[1:])))
     search = functools.partial(_search_scales, spec=spec, method=method)
     parts = jax.lax.map(search, flat.reshape(-1, chunk, *flat.shape[1:]))
@@ -75,7 +76,7 @@ def _quantize(weight: jax.Array, spec: QuantSpec, method: QuantMethod) -> tuple[
 
 
 class _ScaleCandidate(NamedTuple):
-    """Scale, zero point and squared error of each block, ``[..., 1, 1]``."""
+    """Scale, zero point and squared error of each block, ``float32 [..., 1, 1]`` each."""
 
     scale: jax.Array
     zero: jax.Array
@@ -93,7 +94,7 @@ def _search_scales(blocks: jax.Array, spec: QuantSpec, method: QuantMethod) -> t
         return _select_better(best, measured(*_block_scales(blocks, spec, shrink))), None
 
     def refitted(best: _ScaleCandidate, _: None) -> tuple[_ScaleCandidate, None]:
-        """The scale that suits the codes it gave: ``sum(w q) / sum(q q)``."""
+        """Refits the scale to the codes it produced: ``sum(w q) / sum(q q)``."""
         codes = quantize_blocks(blocks, best.scale, best.zero, spec)
         products = [jnp.sum(codes * other, axis=(-2, -1), keepdims=True) for other in (blocks, codes)]
         scale = round_scale(products[0] / jnp.where(products[1] > 0, products[1], 1.0), spec)
@@ -127,7 +128,7 @@ def from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _block_scales(blocks: jax.Array, spec: QuantSpec, shrink: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero point ``[..., 1, 1]`` of each block whose range is shrunk by a factor."""
+    """Scale and zero point ``[..., 1, 1]`` of each block, with its range shrunk by a factor."""
     axes = (-2, -1)
     if spec.zero == "point":
         low = jnp.minimum(jnp.min(blocks, axis=axes, keepdims=True), 0.0) * shrink
@@ -141,7 +142,7 @@ def _block_scales(blocks: jax.Array, spec: QuantSpec, shrink: jax.Array) -> tupl
 def symmetric_qmax(spec: QuantSpec) -> float:
     """Steps between zero and the end of a symmetric range.
 
-    int4 has 7.5: the range -7.5 .. 7.5 meets the codes -8 .. 7 with at most half a step of error everywhere.
+    int4 has 7.5: codes -8 .. 7 cover the range -7.5 .. 7.5 with an error of at most half a step.
     """
     return {"int4": 7.5, "int8": 127.0, "fp8": E4M3_MAX, "fp4": E2M1_MAX}[spec.kind]
 
@@ -154,7 +155,7 @@ def scale_and_zero_point(low: jax.Array, high: jax.Array, spec: QuantSpec) -> tu
 
 
 def round_scale(scale: jax.Array, spec: QuantSpec) -> jax.Array:
-    """A scale as it is stored, in float32; 1 for a block of zeros."""
+    """Rounds a scale to its stored dtype, returned in float32; 1 for a block of zeros."""
     scale = jnp.where(scale > 0, scale, 1.0)
     if spec.scale == "e8m0":
         return jnp.exp2(jnp.clip(jnp.ceil(jnp.log2(scale)), -127.0, 127.0))
@@ -164,7 +165,7 @@ def round_scale(scale: jax.Array, spec: QuantSpec) -> jax.Array:
 
 
 def quantize_blocks(blocks: jax.Array, scale: jax.Array, zero: jax.Array, spec: QuantSpec) -> jax.Array:
-    """Codes as float32 numbers (for small floats: the values that the codes stand for)."""
+    """Codes as float32 numbers; for fp8 and fp4 the values that the codes represent."""
     x = blocks / scale
     if spec.kind == "fp8":
         return jnp.clip(x, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn).astype(jnp.float32)
@@ -174,7 +175,7 @@ def quantize_blocks(blocks: jax.Array, scale: jax.Array, zero: jax.Array, spec: 
 
 
 def qvalue_range(spec: QuantSpec) -> tuple[float, float]:
-    """Smallest and largest integer that :func:`quantize` uses, before the offset of symmetric int4."""
+    """Smallest and largest integer code of :func:`quantize`, before the offset of symmetric int4."""
     if spec.zero == "point":
         return 0.0, 2.0**spec.bits - 1
     return (-8.0, 7.0) if spec.kind == "int4" else (-127.0, 127.0)
@@ -188,7 +189,7 @@ def dequantize_blocks(codes: jax.Array, scale: jax.Array, zero: jax.Array, spec:
 def pack_components(
     codes: jax.Array, scale: jax.Array, zero: jax.Array, spec: QuantSpec, shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The stored arrays of codes, scales and zero points given by block."""
+    """Packs codes, scales and zero points by block into the stored arrays of a :class:`QuantizedTensor`."""
     flat = from_blocks(codes, shape)
     kind = spec.component_shapes(shape)["codes"][1]
     if spec.kind == "int4":

@@ -80,7 +80,7 @@ class WeightMatrix(abc.ABC):
 
     @abc.abstractmethod
     def components(self) -> dict[str, ArrayLike]:
-        """The stored arrays by name."""
+        """The stored arrays by name; an array that holds all values by itself has the empty name."""
 
     @abc.abstractmethod
     def map_components(self, function: Callable[[str, ArrayLike], Any]) -> Self:
@@ -154,6 +154,10 @@ class WeightMatrix(abc.ABC):
             The tiles, and the quantization of the weight that :meth:`untile` restores from them.
         """
         raise NotImplementedError(f"{type(self).__name__} has no layout in tiles")
+
+    def as_param(self) -> WeightMatrix | jax.Array:
+        """The leaf of a parameter tree for this weight: itself, or the plain array of an adapter."""
+        return self
 
     def untile(self) -> WeightMatrix | jax.Array:
         """The weight out of its tiles; itself where it is in none."""

@@ -9,7 +9,7 @@ import numpy as np
 from glm_jax.checkpoint.formats.base import Array, StoredWeight
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
-from glm_jax.weights import QuantizedTensor
+from glm_jax.weights import as_weight_matrix
 
 _COMPARE_ROWS = 4096  # rows compared at a time
 _MTP_COPY_NAMES = {"embed": "embed_tokens.weight", "head": "shared_head.head.weight"}
@@ -92,11 +92,8 @@ class ResolvedConfig:
         a, b = self._weights[name], self._weights[main]
         if a.shape != b.shape or a.dtype != b.dtype or a.spec != b.spec:
             return False
-        first, second = a.load(None), b.load(None)
-        if not isinstance(first, QuantizedTensor) or not isinstance(second, QuantizedTensor):
-            return _equal_bits(np.asarray(first), np.asarray(second))
-        parts = second.components()
-        return all(_equal_bits(array, parts[part]) for part, array in first.components().items())
+        first, second = (as_weight_matrix(tensor.load(None)).components() for tensor in (a, b))
+        return all(_equal_bits(np.asarray(array), np.asarray(second[name])) for name, array in first.items())
 
 
 def _equal_bits(a: Array, b: Array) -> bool:

@@ -10,12 +10,11 @@ import numpy as np
 
 from glm_jax.checkpoint.folder.layout import DiskArray, Leaf, disk_arrays
 from glm_jax.checkpoint.sources.base import Array, WeightChunk, WeightSource
-from glm_jax.weights import QuantizedTensor
 
 
 def to_plain_array(chunk: WeightChunk) -> Array:
     """Returns a chunk's values as an array; quantized chunks are dequantized to float32."""
-    return np.asarray(chunk) if isinstance(chunk, QuantizedTensor) else chunk
+    return np.asarray(chunk)
 
 
 def build_array(source: WeightSource, leaf: Leaf, dtype: np.dtype[Any] | None = None) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from glm_jax.checkpoint.sources.base import Array, SourceInfo, WeightChunk, Weig
 from glm_jax.checkpoint.sources.hf_config import read_hf_config
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
-from glm_jax.weights import Bfloat16Bits, QuantizedTensor, QuantSpec, TiledWeight, Weight, untile_weight
+from glm_jax.weights import QuantSpec, Weight, WeightMatrix, as_weight_matrix
 from glm_jax.weights.params import ParamPath, leaves_with_path, param_specs
 
 
@@ -69,34 +68,30 @@ class MemorySource(WeightSource):
 
     def quant_spec(self, leaf: Leaf) -> QuantSpec | None:
         """Returns the parameter's storage."""
-        array = self._arrays[leaf.param_path]
-        return array.spec if isinstance(array, QuantizedTensor | TiledWeight) else None
+        return as_weight_matrix(self._arrays[leaf.param_path]).quant_spec
 
     def iter_chunks(self, leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, WeightChunk]]:
         """Yields one layer as a single chunk, gathered from all devices that hold it."""
-        array, slot = self._arrays[leaf.param_path], leaf.stack_index
-        if isinstance(array, TiledWeight):  # one layer at a time: a second copy of the stack may not fit
-            array, slot = untile_weight(_gather_to_one_device(array, slot)), None
-        if isinstance(array, QuantizedTensor):
-            whole = array.map_components(lambda _, part: _gather_to_host(part, slot))
-            stacked = len(leaf.shape) > 2
-            yield (start, whole[start:stop]) if stacked else (0, whole)
+        weight, slot = as_weight_matrix(self._arrays[leaf.param_path]), leaf.stack_index
+        if weight.is_tiled:  # one layer at a time: a second copy of the stack may not fit
+            weight, slot = as_weight_matrix(_gather_to_one_device(weight, slot).untile()), None
+        on_host: Any = weight.map_components(lambda _, array: _gather_to_host(array, slot)).as_param()
+        if weight.quant_spec is None:
+            yield start, np.asarray(on_host)[start:stop]
         else:
-            yield start, _gather_to_host(array, slot)[start:stop]
+            has_chunks = len(leaf.shape) > 2
+            yield (start, on_host[start:stop]) if has_chunks else (0, on_host)
 
 
-def _gather_to_one_device(weight: TiledWeight, slot: int | None) -> TiledWeight:
+def _gather_to_one_device(weight: WeightMatrix, slot: int | None) -> WeightMatrix:
     """Returns one layer of a tiled stack on one device; the whole weight if ``slot`` is ``None``."""
-    if len(weight.sharding.device_set) == 1:
-        return weight if slot is None else weight[slot]
-    tiles = jax.tree.map(lambda array: jnp.asarray(_gather_to_host(array, slot)), weight.tiles)
-    return dataclasses.replace(weight, tiles=tiles)
+    if any(len(array.sharding.device_set) > 1 for array in weight.components().values()):
+        return weight.map_components(lambda _, array: jnp.asarray(_gather_to_host(array, slot)))
+    return weight if slot is None else weight.map_components(lambda _, array: array[slot])
 
 
-def _gather_to_host(array: jax.Array | Bfloat16Bits | Array, slot: int | None) -> Array:
+def _gather_to_host(array: jax.Array | Array, slot: int | None) -> Array:
     """Returns one layer in host memory, gathered shard by shard: the whole stack may not fit there."""
-    if isinstance(array, Bfloat16Bits):
-        return _gather_to_host(array.bits, slot).view(FLOAT_DTYPES["bfloat16"])
     if isinstance(array, np.ndarray):
         return array if slot is None else array[slot]
     out = np.empty(array.shape if slot is None else array.shape[1:], array.dtype)
@@ -137,9 +132,6 @@ def _check_tree(cfg: Config, arrays: Mapping[ParamPath, Any]) -> None:
         raise CheckpointError(f"these parameters are not the config's; {'; '.join(problems)}")
 
 
-def _is_fully_addressable(array: Weight | Array) -> bool:
-    if isinstance(array, QuantizedTensor):
-        return all(_is_fully_addressable(part) for part in array.components().values())
-    array = array.bits if isinstance(array, Bfloat16Bits) else array
-    array = array.tiles.packed if isinstance(array, TiledWeight) else array
-    return isinstance(array, np.ndarray) or array.is_fully_addressable
+def _is_fully_addressable(weight: Weight | Array) -> bool:
+    arrays = as_weight_matrix(weight).components().values()
+    return all(isinstance(array, np.ndarray) or array.is_fully_addressable for array in arrays)
