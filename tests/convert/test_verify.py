@@ -18,6 +18,7 @@ from glm_jax.checkpoint.sources.open import open_source, tiny_folder
 from glm_jax.cli.common import BAD_INPUT, OK, run_and_exit
 from glm_jax.engine.assets import ModelAssets
 from glm_jax.errors import CheckpointError, GlmError, MemoryPlanError, PromptError
+from glm_jax.memory import planner
 from tests.builders import hf_checkpoints
 from tests.builders.llm_checkpoints import CONFIG, write_random_model, write_scripted_model
 from tests.reference import ReferenceModel
@@ -404,9 +405,7 @@ def test_different_tokenizers_are_refused(folders, tmp_path):
 
 
 def test_models_that_do_not_fit_together_are_refused(folders, monkeypatch):
-    from glm_jax.memory import devices
-
-    monkeypatch.setattr(devices, "available_device_memory", lambda _: 1000)
+    monkeypatch.setattr(planner, "available_device_memory", lambda _: 1000)
     first, second = map(open_source, folders)
     with pytest.raises(MemoryPlanError, match="--weights-only"):
         models.require_device_memory(first, second, dtype="float32", window=WINDOW)
