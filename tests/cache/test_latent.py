@@ -1,4 +1,4 @@
-"""The latent cache in 8 bits: what rounding may change, and that nothing else does."""
+"""The latent cache in 8 bits: bounds of the rounding error, and equality otherwise."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -41,7 +41,7 @@ LATENT, ROPE = 14, 6
 
 
 def decoded(rows: Any, kind: str, latent: int = LATENT, dtype: Any = np.float32) -> Array:
-    """What attention sees of rows `[S, R + P]` that were stored."""
+    """Rows `[S, R + P]` as attention reads them back from the cache."""
     codes, scales = jax.jit(quantize_cache_rows, static_argnums=(1, 2))(jnp.asarray(rows)[None], latent, kind)
     return np.asarray(LayerCache(codes, scales).dequantize(latent, dtype))[0]
 
@@ -263,7 +263,7 @@ def test_on_eight_devices(kind: str, rules: Rules, monkeypatch: pytest.MonkeyPat
 
 
 def attend(kind: str, form: Any, slots: int = 2500) -> Any:
-    """The last four tokens of two rows over `slots` slots, as a function of the rows."""
+    """Attention of the last four tokens of two sequences over `slots` slots, as a function of the cache rows."""
     cfg = MODEL_VARIANTS["odd"].cfg
     w = {name: MODEL_VARIANTS["odd"].params["runs"]["0"]["attn"][name] for name in ("k_b", "v_b")}
     keys = jax.random.split(jax.random.key(0), 2)
@@ -300,7 +300,7 @@ def test_a_long_context_is_never_widened_at_once(kind: str, form: str) -> None:
 
 
 def shapes_of(jaxpr: Any) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Of every intermediate value, those of inner functions too."""
+    """Shapes of every intermediate value, those of inner functions included."""
     for equation in jaxpr.eqns:
         yield from ((out.aval.shape, out.aval.dtype.name) for out in equation.outvars)
         for inner in jaxprs_in_params(equation.params):
@@ -311,7 +311,7 @@ def shapes_of(jaxpr: Any) -> Iterator[tuple[tuple[int, ...], str]]:
 
 
 def test_bytes_of_a_token() -> None:
-    """Values, and two scales of four bytes in each layer."""
+    """Codes, and two scales of four bytes in each layer."""
     flash, small = Config.flash(), MODEL_VARIANTS["odd"].cfg
     for kind in KINDS:
         assert bytes_per_token_and_layer(flash, kind) == 576 + 8

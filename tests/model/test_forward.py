@@ -87,7 +87,7 @@ def test_the_cache_holds_normed_latent_and_rotated_key() -> None:
 
 
 def test_only_differences_of_positions_matter() -> None:
-    """Without a cache the order of the tokens decides what is seen, wherever the row begins."""
+    """Without a cache a token sees the tokens before it, whatever position the sequence starts at."""
     small = MODEL_VARIANTS["groups"]
     ids = random_tokens(small.config, 2, 11, seed=5)
     at_zero = np.asarray(small.apply(ids, positions=make_positions(ids))[0])

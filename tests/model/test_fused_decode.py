@@ -1,4 +1,4 @@
-"""The model by kernels is the model by the reference, in the interpreter."""
+"""The model in kernels equals the reference, in Triton's interpreter."""
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def test_one_step(changes):
 
 
 def test_several_tokens_of_a_row():
-    """As speculation and short chunks have them."""
+    """Several tokens per row, as in speculative decoding and short chunks."""
     cfg = small()
     params = init_params(cfg, 1, "float32")
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (BATCH, PROMPT)), jnp.int32)
@@ -98,7 +98,7 @@ def miniature():
     ],
 )
 def test_the_miniature(miniature, quantize, cache):
-    """Presets and caches; teacher-forced divergence of the next token, and the very same next token."""
+    """Presets and caches: the teacher-forced divergence is small, and the next token is the same."""
     options = {"dtype": "float32", "quantize": quantize, "cache_dtype": cache}
     plain = glm_jax.LLM.load("tiny", **options, kernels="reference")
     kernels = glm_jax.LLM.load("tiny", **options, kernels="triton")
@@ -128,7 +128,7 @@ def test_the_miniature(miniature, quantize, cache):
     ids=str,
 )
 def test_generate(miniature, sampling):
-    """The whole way: prefill, the loop, the sampler."""
+    """End to end: prefill, decode loop and sampler."""
     kernels = glm_jax.LLM.load("tiny", dtype="float32", kernels="triton")
     options = {"max_tokens": 2, **sampling}
     prompt = miniature.tokenizer.encode("def fib(n):\n    if n <")[:9]  # longer than what the kernels take at once
@@ -203,7 +203,7 @@ def test_what_kernels_cannot_run_goes_by_the_reference():
 
 
 def test_a_prompt(monkeypatch):
-    """More tokens than the kernels of a decode step take: products of many rows, attention, and experts in blocks."""
+    """More tokens than the fused decode kernels accept: products of many rows, prefill attention, experts in blocks."""
     cfg = small()
     params = init_params(cfg, 2, "float32")
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, cfg.vocab_size, (2, 37)), jnp.int32)
@@ -230,7 +230,7 @@ SPLIT = {
 
 
 def on_two_devices(cfg, params):
-    """The same parameters, each device with its part of them in tiles."""
+    """The same parameters, with each device's part in tiles."""
     rules, mesh = get_sharding_preset("latency"), make_mesh(2)
     held = dict(leaves_with_path(params))
     placed = map_with_path(
@@ -242,7 +242,7 @@ def on_two_devices(cfg, params):
 
 @pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.soak), 40])
 def test_two_devices(tokens):
-    """Heads, widths and vocabulary split: a step by the fused kernels, and a prompt."""
+    """A decode step in the fused kernels and a prompt, with heads, widths and vocabulary split over devices."""
     cfg = small(**SPLIT)
     params = init_params(cfg, 0, "float32")
     rules, mesh, there, _ = on_two_devices(cfg, params)

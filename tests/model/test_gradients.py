@@ -108,7 +108,7 @@ METHODS = ["pairs", "blocks", "batched", "dense"]
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_the_ways_to_apply_experts_agree(rows: int) -> None:
-    """Values and gradients, with experts that nobody chose and one that all chose."""
+    """Values and gradients, with experts that no token chose and one that all tokens chose."""
     small = MODEL_VARIANTS["groups"]
     stacked = {name: small.params["runs"]["1"]["moe"][name] for name in ("gate", "up", "down")}
     rng = np.random.default_rng(33)

@@ -1,4 +1,4 @@
-"""Reading and editing activations by name, and what `apply` refuses."""
+"""Reading and editing activations by name, and the errors of `apply`."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Whether a model is run by kernels, from its shapes alone; kernels count as there in Triton's interpreter."""
+"""The choice between kernels and reference, from shapes alone; kernels are available in Triton's interpreter."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def test_every_preset_is_run_by_kernels(preset, caplog):
 
 @pytest.mark.parametrize("changes", [{"block": (32, 1)}, {"block": (1, 32)}, {"zero": "point"}])
 def test_a_storage_without_a_layout_is_said_before_anything_is_read(changes):
-    """As GGUF keeps ``k_b``, MLX, and AWQ with zero points."""
+    """Storages of ``k_b`` in GGUF, in MLX, and in AWQ with zero points."""
     message = "the storage of runs/0/attn/k_b has no layout in tiles; use kernels='reference'"
     with pytest.raises(GlmError, match=message):
         select_kernels(CFG, stored(changes), "triton", "bfloat16")

@@ -1,4 +1,4 @@
-"""Quantized weights in the model: every fast form equals the product with the dequantized matrix."""
+"""Quantized weights in the model: every product equals that with the dequantized matrix."""
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def test_embedding(spec):
 
 
 def test_a_long_product_is_made_in_blocks_of_rows():
-    """No array as large as the dequantized matrix is made, and the primes of a size do not matter."""
+    """No array is as large as the dequantized matrix, even for prime sizes."""
     for outputs in (192, 131):
         held = random_quantized_tensor(QuantSpec(kind="int4", block=(1, 4)), (outputs, 64))
         weight = on_device(held)
@@ -221,7 +221,7 @@ def test_layers_stored_in_different_ways_are_runs_of_their_own():
 
 
 def _two_runs(first, second):
-    """Layer 1 of one tree and layer 2 of another, which are one run in both."""
+    """Layer 1 of one tree and layer 2 of another, in one layer group of both."""
     runs = {"0": first["runs"]["0"]}
     runs["1"] = jax.tree.map(lambda leaf: leaf[:1], first["runs"]["1"])
     runs["2"] = jax.tree.map(lambda leaf: leaf[1:], second["runs"]["1"])

@@ -1,4 +1,4 @@
-"""The ways to apply experts give one result, for balanced loads and for hot experts."""
+"""All methods to apply experts give the same result, for balanced loads and for hot experts."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Products with weights in every form they take: few rows or many, one weight or a stack, arrays or bits."""
+"""Products with weights in every form: few rows or many, one weight or a stack, arrays or bits."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ FORMS: dict[str, Any] = {
 @pytest.mark.parametrize("traced", [False, True], ids=["fixed_index", "traced_index"])
 @pytest.mark.parametrize("width", [2560, 8], ids=["whole", "in_parts"])
 def test_linear(weight: Any, rows: int, traced: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The result has the exact value of the weights' numbers to float32 rounding, for float32 inputs."""
+    """For float32 inputs the result is exact up to float32 rounding."""
     monkeypatch.setattr("glm_jax.weights.dense_matmul._FUSED_WIDTH", width)
     x = RNG.standard_normal((rows, 20)).astype(np.float32)
     if traced:
@@ -40,7 +40,7 @@ def test_linear(weight: Any, rows: int, traced: bool, width: int, monkeypatch: p
 @pytest.mark.parametrize("weight", [FORMS["bfloat16"], FORMS["bits"]], ids=["bfloat16", "bits"])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_bfloat16_is_rounded_once(weight: Any, rows: int) -> None:
-    """Products of bfloat16 numbers are summed in float32; only the result is rounded, and not even that on request."""
+    """Products of bfloat16 numbers accumulate in float32; only the result is rounded, unless float32 is requested."""
     x = RNG.standard_normal((rows, 20)).astype(ml_dtypes.bfloat16)
     exact = x.astype(np.float64) @ EXACT[0, 1].T
     wide = jax.jit(lambda x, i: linear(x, weight, i, 1, dtype=jnp.dtype(jnp.float32)))(x, jnp.int32(0))
@@ -66,7 +66,7 @@ def test_gradients(rows: int) -> None:
 
 @pytest.mark.parametrize("weight", FORMS.values(), ids=FORMS)
 def test_heads(weight: Any) -> None:
-    """[experts, out, in] as heads: each head has its own matrix, or its transpose."""
+    """``[experts, out, in]`` as heads: each head has its own matrix, or the transpose of it."""
     x, y = (RNG.standard_normal((2, 4, 3, size)).astype(np.float32) for size in (20, 7))
     out = jax.jit(lambda x, i: per_head_linear(x, weight, i))(x, jnp.int32(1))
     np.testing.assert_allclose(out, np.einsum("btni,noi->btno", x.astype(np.float64), EXACT[1]), atol=1e-5)

@@ -1,4 +1,4 @@
-"""Random parameters: the same bits each time, the shapes of the table, and a scale that real models have."""
+"""Random parameters: reproducible bits, the shapes of the specs, and the scale of real models."""
 
 from functools import lru_cache
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which matrices a preset quantizes, and groups that fit."""
+"""Presets: the matrices that each one quantizes, and group sizes that fit."""
 
 import json
 

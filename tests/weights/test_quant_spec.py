@@ -1,4 +1,4 @@
-"""Descriptions of storage: what is refused, shapes, bytes, text."""
+"""Quantization specs: validation, shapes, bytes and text."""
 
 import json
 

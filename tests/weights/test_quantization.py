@@ -1,4 +1,4 @@
-"""Making quantized weights: error bounds, the search, exact cases."""
+"""Quantizing weights: error bounds, the scale search, exact cases."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +28,7 @@ def weight(seed=0, shape=(3, 8, 32)):
 
 
 def steps(tensor):
-    """The scale of every element."""
+    """The scale of every value."""
     (scales, *_) = expand_planes(decode_scales(tensor), tensor.spec, tensor.shape)
     scales = np.broadcast_to(np.asarray(scales), (*tensor.shape[:-2], *scales.shape[-2:]))
     return np.repeat(scales, tensor.shape[-1] // scales.shape[-1], axis=-1)

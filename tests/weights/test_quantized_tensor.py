@@ -1,4 +1,4 @@
-"""Codes to values: every kind of storage against the formulas, on NumPy and JAX."""
+"""Dequantization: every kind of codes and scales against the formulas, in NumPy and JAX."""
 
 import jax
 import jax.numpy as jnp
