@@ -1,4 +1,4 @@
-"""Converted folders that were damaged, changed, or come from the future."""
+"""Converted folders that are damaged, changed, or written by a newer version are rejected with a clear message."""
 
 import json
 import shutil
@@ -102,17 +102,17 @@ def test_arrays_that_the_config_needs(folder):
     refused(folder, *words)
 
 
-def test_missing_part(folder):
+def test_missing_layer_checkpoint(folder):
     shutil.rmtree(folder / "parts" / "layer-00001")
-    refused(folder, "lacks parts that its manifest lists: layer-00001")
+    refused(folder, "lacks layer checkpoints that its manifest lists: layer-00001")
 
 
-def test_extra_part(folder):
+def test_extra_layer_checkpoint(folder):
     shutil.copytree(folder / "parts" / "layer-00001", folder / "parts" / "layer-00009")
-    refused(folder, "parts that its manifest does not list: layer-00009")
+    refused(folder, "layer checkpoints that its manifest does not list: layer-00009")
 
 
-def test_no_parts_at_all(folder):
+def test_no_layer_checkpoints_at_all(folder):
     shutil.rmtree(folder / "parts")
     refused(folder, "cannot read", "parts")
 
@@ -151,6 +151,6 @@ def test_missing_config(folder):
 
 
 def test_moved_folder_still_opens(folder, tmp_path):
-    """Nothing in it is an absolute path."""
+    """A converted folder holds no absolute paths."""
     moved = folder.rename(tmp_path / "elsewhere")
     assert all(array.size for array in read_all(moved))

@@ -1,4 +1,4 @@
-"""Transforms lose nothing: joining what was split gives the tensor back."""
+"""Transforms lose nothing: joining the split parameters restores the tensor."""
 
 import numpy as np
 import pytest
@@ -12,18 +12,18 @@ _N = st.integers(1, 6)
 
 @given(_N, _N, _N, _N, st.booleans())
 def test_join_undoes_split(first, left, right, last, merged):
-    targets = [(first, left, last), (first, right, last)]
+    param_shapes = [(first, left, last), (first, right, last)]
     transform = Transform(merges_heads=merged)
-    shape = transform.tensor_shape(targets)
+    shape = transform.tensor_shape(param_shapes)
     tensor = np.arange(np.prod(shape)).reshape(shape)
-    pieces = transform.split(tensor, targets)
-    assert [piece.shape for piece in pieces] == targets
+    pieces = transform.split(tensor, param_shapes)
+    assert [piece.shape for piece in pieces] == param_shapes
     assert all(np.shares_memory(piece, tensor) for piece in pieces)
     assert np.array_equal(transform.join(pieces), tensor)
 
 
 def test_heads_are_split_as_the_formula_says():
-    """Wkv_b viewed [N, Hn+Hv, R]: the first Hn rows of each head are keys, the rest values."""
+    """In kv_b, viewed as ``[N, Hn+Hv, R]``, the first Hn rows of each head are keys and the others are values."""
     heads, nope, value, rank = 5, 6, 9, 14
     tensor = np.random.default_rng(0).standard_normal((heads * (nope + value), rank))
     k_b, v_b = MERGED_HEADS.split(tensor, [(heads, nope, rank), (heads, value, rank)])

@@ -1,4 +1,4 @@
-"""The safetensors header parser: agrees with the format's own writer, and refuses everything else in words."""
+"""The safetensors header parser agrees with the format's own writer, and rejects all other files clearly."""
 
 import json
 import struct
@@ -136,7 +136,7 @@ GOOD = file_bytes(
 
 @given(st.data())
 def test_mutated_files_never_crash(data):
-    """Any change of any bytes gives a header that holds together, or our error; never another exception."""
+    """Any change of any bytes gives a consistent header or a CheckpointError, never another exception."""
     blob = bytearray(GOOD)
     for _ in range(data.draw(st.integers(1, 6))):
         at = data.draw(st.integers(0, len(blob) - 1))

@@ -1,4 +1,4 @@
-"""Folders of shards: what belongs together is read lazily, what does not is named."""
+"""Folders of shards are read lazily; shards that do not form one checkpoint are named."""
 
 import json
 import os
@@ -89,17 +89,17 @@ def test_fingerprint_follows_names(folder):
 
 @pytest.mark.parametrize("size", [1, 3 * SAMPLE_PAGE_BYTES, 3 * SAMPLE_PAGE_BYTES + 2, 50 * SAMPLE_PAGE_BYTES])
 def test_fingerprint_follows_the_ends_and_the_middle_of_every_tensor(tmp_path, size):
-    """With equal names, sizes, headers and times."""
+    """The fingerprint changes although names, sizes and headers stay the same."""
     tensors = {"a": np.zeros(7, np.uint8), "b": np.zeros(size, np.uint8), "c": np.zeros(7, np.uint8)}
     save(tmp_path, "model.safetensors", tensors)
     seen = {SafetensorsReader.open(tmp_path).fingerprint()}
-    places = {(name, at) for name, tensor in tensors.items() for at in (0, tensor.size // 2, tensor.size - 1)}
-    for name, at in places:
+    positions = {(name, at) for name, tensor in tensors.items() for at in (0, tensor.size // 2, tensor.size - 1)}
+    for name, at in positions:
         changed = {key: tensor.copy() for key, tensor in tensors.items()}
         changed[name][at] = 1
         save(tmp_path, "model.safetensors", changed)
         seen.add(SafetensorsReader.open(tmp_path).fingerprint())
-    assert len(seen) == len(places) + 1
+    assert len(seen) == len(positions) + 1
 
 
 def test_fingerprint_of_a_small_tensor_follows_every_byte(tmp_path):

@@ -1,4 +1,4 @@
-"""Fields to config: what the real files say, what other models say, and what cannot be."""
+"""Configs built from metadata fields: those of real files, of other models, and impossible ones."""
 
 import numpy as np
 import pytest

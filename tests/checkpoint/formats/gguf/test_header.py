@@ -1,4 +1,4 @@
-"""The header parser agrees with the package on good files, and refuses every other in words, quickly."""
+"""The header parser agrees with the gguf package on valid files, and rejects all others quickly and clearly."""
 
 import io
 import struct
@@ -60,7 +60,7 @@ def parse(raw, size=None):
 
 
 def test_agrees_with_the_package(tmp_path):
-    """Every type that the package writes, and every kind of field."""
+    """Every kind of field and several tensor types, written by the package, read the same here."""
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "deepseek2")
     numbers = {"uint8": 200, "int8": -3, "uint16": 60_000, "int16": -9, "uint32": 2**31, "int32": -5}
     for kind, value in (numbers | {"uint64": 2**40, "int64": -(2**40), "float64": 0.1, "bool": False}).items():
@@ -76,19 +76,19 @@ def test_agrees_with_the_package(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    ours = parse((tmp_path / "x.gguf").read_bytes())
-    theirs = gguf.GGUFReader(tmp_path / "x.gguf")
-    named = {key: f.contents() for key, f in theirs.fields.items() if not key.startswith("GGUF.")}
-    assert set(ours.fields) == set(named)
-    for key, value in named.items():
-        mine = ours.fields[key]
-        if isinstance(mine, list):
-            assert [text.decode() for text in mine] == value
+    header = parse((tmp_path / "x.gguf").read_bytes())
+    package_reader = gguf.GGUFReader(tmp_path / "x.gguf")
+    named = {key: f.contents() for key, f in package_reader.fields.items() if not key.startswith("GGUF.")}
+    assert set(header.fields) == set(named)
+    for key, expected in named.items():
+        value = header.fields[key]
+        if isinstance(value, list):
+            assert [text.decode() for text in value] == expected
         else:
-            assert (mine.tolist() if isinstance(mine, np.ndarray) else mine) == value
-    assert list(ours.tensors) == [t.name for t in theirs.tensors]
-    for tensor in theirs.tensors:
-        entry = ours.tensors[tensor.name]
+            assert (value.tolist() if isinstance(value, np.ndarray) else value) == expected
+    assert list(header.tensors) == [t.name for t in package_reader.tensors]
+    for tensor in package_reader.tensors:
+        entry = header.tensors[tensor.name]
         assert (entry.type.name, entry.shape) == (tensor.tensor_type.name, tuple(tensor.shape[::-1].tolist()))
         assert (entry.begin, entry.end) == (tensor.data_offset, tensor.data_offset + tensor.n_bytes)
 
@@ -151,7 +151,7 @@ def test_refused_in_words(raw, words):
 
 
 class Endless(io.RawIOBase):
-    """A file of any size that never ends, which counts what was read of it."""
+    """An endless file of any claimed size, which counts the bytes that are read."""
 
     def __init__(self, front):
         self.front, self.at, self.total = front, 0, 0
@@ -189,7 +189,7 @@ def test_a_file_cut_anywhere_is_refused(good, tmp_path):
 
 
 def complaint(path):
-    """What opening and reading everything is refused with, which must be words, or nothing where it works."""
+    """Error message of opening the file and reading all of it; None if that works."""
     try:
         opened = open_gguf(path)
         opened.fingerprint()

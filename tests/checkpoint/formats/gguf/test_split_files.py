@@ -1,4 +1,4 @@
-"""One file, a split set, a folder: what belongs together is found, what does not is named."""
+"""A file, a split set or a folder opens as one model; files that do not form one are named."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""A model written as GGUF comes back under its logical names, value for value."""
+"""A model written as GGUF is read back under its logical names, value for value."""
 
 import re
 
@@ -35,12 +35,12 @@ def opened(tensors, tmp_path_factory):
     return open_gguf(write_gguf(path, to_gguf_tensors(tensors, CONFIG), architecture_fields(CONFIG)))
 
 
-def made(tmp_path, config, tensors, **changes):
+def write_and_open(tmp_path, config, tensors, **changes):
     return open_gguf(write_gguf(tmp_path / "m.gguf", tensors, architecture_fields(config) | changes))
 
 
 def logical(tensors, config):
-    """What the weights of a Hugging Face checkpoint are called and shaped here."""
+    """Weights of a Hugging Face checkpoint under the names and shapes that the GGUF reader gives them."""
     out, experts = {}, {}
     for name, array in tensors.items():
         if found := re.fullmatch(r"(.+\.mlp)\.experts\.\d+\.(\w+_proj\.weight)", name):
@@ -81,16 +81,16 @@ def test_nothing_is_copied_before_it_is_used(opened):
 def test_without_a_prediction_layer(tmp_path):
     config = small_mtp_config(num_hidden_layers=2) | {"num_nextn_predict_layers": 0}
     tensors = random_tensors(config, 1)
-    opened = made(tmp_path, config, to_gguf_tensors(tensors, config))
+    opened = write_and_open(tmp_path, config, to_gguf_tensors(tensors, config))
     assert set(opened.weights) == set(logical(tensors, config))
     assert Config.from_hf(opened.config) == Config.from_hf(config)
 
 
 def test_a_prediction_layer_that_was_left_out(tmp_path):
-    """Files of requantized models name the layer although nothing of it is there."""
+    """Files of requantized models announce the prediction layer even without its tensors."""
     tensors = random_tensors(CONFIG, 1)
     kept = {n: a for n, a in to_gguf_tensors(tensors, CONFIG).items() if not n.startswith("blk.3.")}
-    opened = made(tmp_path, CONFIG, kept)
+    opened = write_and_open(tmp_path, CONFIG, kept)
     assert opened.config["num_nextn_predict_layers"] == 0
     assert opened.config["num_hidden_layers"] == 3
     assert not any(name.startswith("model.layers.3.") for name in opened.weights)
@@ -98,19 +98,19 @@ def test_a_prediction_layer_that_was_left_out(tmp_path):
 
 def test_tied_embeddings(tmp_path, tensors):
     kept = {n: a for n, a in to_gguf_tensors(tensors, CONFIG).items() if n != "output.weight"}
-    assert made(tmp_path, CONFIG, kept).config["tie_word_embeddings"] is True
+    assert write_and_open(tmp_path, CONFIG, kept).config["tie_word_embeddings"] is True
 
 
 def test_without_low_rank_queries(tmp_path):
     config = small_mtp_config(q_lora_rank=None)
     tensors = random_tensors(config, 2)
-    opened = made(tmp_path, config, to_gguf_tensors(tensors, config))
+    opened = write_and_open(tmp_path, config, to_gguf_tensors(tensors, config))
     assert opened.config["q_lora_rank"] is None
     assert set(opened.weights) == set(logical(tensors, config))
 
 
 def test_old_files_with_kv_b_whole(tmp_path, tensors):
-    """Before MLA was split, the general keys held the sizes of real heads."""
+    """Before kv_b was split into halves, the general keys held the sizes of expanded heads."""
     fields = architecture_fields(CONFIG)
     heads = CONFIG["num_attention_heads"]
     for key in ("key_length_mla", "value_length_mla"):
@@ -128,7 +128,7 @@ def test_old_files_with_kv_b_whole(tmp_path, tensors):
 
 def test_kv_b_beside_its_halves_is_left_out_and_said(tmp_path, tensors):
     both = to_gguf_tensors(tensors, CONFIG) | to_gguf_tensors(tensors, CONFIG, split_kv_b=False)
-    opened = made(tmp_path, CONFIG, both)
+    opened = write_and_open(tmp_path, CONFIG, both)
     assert set(opened.weights) == set(logical(tensors, CONFIG))
     assert opened.notes == ("attn_kv_b is left out where the file has its halves as well",)
 
@@ -138,7 +138,7 @@ def test_halves_written_as_one_matrix(tmp_path, tensors):
         n: a.reshape(-1, a.shape[-1]) if n.endswith(("attn_k_b.weight", "attn_v_b.weight")) else a
         for n, a in to_gguf_tensors(tensors, CONFIG).items()
     }
-    opened = made(tmp_path, CONFIG, flat)
+    opened = write_and_open(tmp_path, CONFIG, flat)
     for name, array in logical(tensors, CONFIG).items():
         np.testing.assert_array_equal(opened.weights[name].load(None), array)
     stored = opened.weights[f"{LAYER}.self_attn.embed_q.weight"]
@@ -150,7 +150,7 @@ def test_gate_and_up_in_one_tensor(tmp_path, tensors):
     for block in (1, 2, 3):
         pair = [merged.pop(f"blk.{block}.ffn_{part}_exps.weight") for part in ("gate", "up")]
         merged[f"blk.{block}.ffn_gate_up_exps.weight"] = np.concatenate(pair, axis=1)
-    opened = made(tmp_path, CONFIG, merged)
+    opened = write_and_open(tmp_path, CONFIG, merged)
     expected = logical(tensors, CONFIG)
     assert set(opened.weights) == set(expected)
     for part in ("gate", "up"):
@@ -162,10 +162,10 @@ def test_gate_and_up_in_one_tensor(tmp_path, tensors):
 def test_a_tensor_of_another_model_is_named(tmp_path, tensors):
     foreign = {"blk.1.attn_k.weight": np.ones((2, 2), np.float32), "blk.01.ffn_norm.weight": np.ones(2, np.float32)}
     with pytest.raises(CheckpointError, match=r"2 tensors .* does not have: blk\.1\.attn_k\.weight, blk\.01\.ffn_norm"):
-        made(tmp_path, CONFIG, to_gguf_tensors(tensors, CONFIG) | foreign)
+        write_and_open(tmp_path, CONFIG, to_gguf_tensors(tensors, CONFIG) | foreign)
 
 
-# Sizes that every type divides.
+# Sizes that the blocks of every type divide.
 WIDE = small_mtp_config(
     hidden_size=256,
     intermediate_size=256,
@@ -194,7 +194,7 @@ def wide():
 def test_quantized_matrices_stacks_and_halves(tmp_path, wide, kind):
     names = ["token_embd.weight", *(f"blk.1.{n}.weight" for n in ("attn_q_b", "attn_k_b", "attn_v_b", "ffn_down_exps"))]
     replaced = {name: random_blocks(kind, wide[name].shape) for name in names}
-    opened = made(tmp_path, WIDE, wide | replaced)
+    opened = write_and_open(tmp_path, WIDE, wide | replaced)
     for name, tensor in replaced.items():
         (stored,) = (s for s in opened.weights.values() if s.tensor_names == (name,))
         expected = gguf_dequantize(tensor)
@@ -217,7 +217,7 @@ def test_half_of_a_quantized_pair_of_experts(tmp_path, wide):
     for part in ("gate", "up"):
         del merged[f"blk.1.ffn_{part}_exps.weight"]
     both = random_blocks("Q4_K", (3, 512, 256))
-    opened = made(tmp_path, WIDE, merged | {"blk.1.ffn_gate_up_exps.weight": both})
+    opened = write_and_open(tmp_path, WIDE, merged | {"blk.1.ffn_gate_up_exps.weight": both})
     for part, rows in (("gate", slice(0, 256)), ("up", slice(256, None))):
         stored = opened.weights[f"{LAYER}.mlp.switch_mlp.{part}_proj.weight"]
         np.testing.assert_array_equal(np.asarray(stored.load(None)), gguf_dequantize(both)[:, rows])
@@ -230,7 +230,7 @@ def test_plain_types(tmp_path, wide, kind):
 
     array = wide["output.weight"]
     raw = gguf.quants.quantize(array, gguf.GGMLQuantizationType[kind])
-    opened = made(tmp_path, WIDE, wide | {"output.weight": (raw, kind) if kind == "BF16" else raw})
+    opened = write_and_open(tmp_path, WIDE, wide | {"output.weight": (raw, kind) if kind == "BF16" else raw})
     stored = opened.weights["lm_head.weight"]
     assert stored.dtype.name == {"F16": "float16", "BF16": "bfloat16"}[kind]
     expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
@@ -246,12 +246,12 @@ def test_plain_types(tmp_path, wide, kind):
 )
 def test_types_that_no_weight_has(tmp_path, wide, tensor, words):
     with pytest.raises(CheckpointError, match=words):
-        made(tmp_path, WIDE, wide | {"output.weight": tensor})
+        write_and_open(tmp_path, WIDE, wide | {"output.weight": tensor})
 
 
 def test_a_quantized_vector_is_refused(tmp_path, wide):
     with pytest.raises(CheckpointError, match=r"output_norm\.weight is a vector of type Q8_0"):
-        made(tmp_path, WIDE, wide | {"output_norm.weight": random_blocks("Q8_0", (256,))})
+        write_and_open(tmp_path, WIDE, wide | {"output_norm.weight": random_blocks("Q8_0", (256,))})
 
 
 def test_the_package_is_asked_for_when_opening(tmp_path, wide, monkeypatch):
@@ -271,7 +271,7 @@ def test_one_expert_reads_no_other(tmp_path, wide, monkeypatch):
     from glm_jax.checkpoint.formats.gguf import weights
 
     name = "blk.1.ffn_up_exps.weight"
-    opened = made(tmp_path, WIDE, wide | {name: random_blocks("Q5_K", wide[name].shape)})
+    opened = write_and_open(tmp_path, WIDE, wide | {name: random_blocks("Q5_K", wide[name].shape)})
     seen = []
     monkeypatch.setattr(weights, "repack_blocks", lambda raw, kind, _: seen.append(raw.shape))
     opened.weights[f"{LAYER}.mlp.switch_mlp.up_proj.weight"].load(1)
