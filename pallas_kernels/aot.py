@@ -6,9 +6,9 @@ how fast it is: nothing runs, and nothing is tuned.
 
 The plugin must not be loaded into a process that has other things to do, so this is done in a child::
 
-    report = in_child("glm_jax.engine.aot:decode", {"model": "synthetic:flash", "gpu": "h100"})
+    report = run_in_child("glm_jax.engine.aot:compile_decode", {"gpu": "h100", ...})
 
-which calls ``decode(argument)`` of ``glm_jax.engine.aot`` there and gives back what it returns.
+which calls ``compile_decode(argument)`` of ``glm_jax.engine.aot`` there and gives back what it returns.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def compiled(gpu, quantize, batch, context, cache, **sampling):
         "cache_dtype": cache,
         "sampling": sampling,
     }
-    return aot.run_in_child("glm_jax.engine.aot:decode", argument)
+    return aot.run_in_child("glm_jax.engine.aot:compile_decode", argument)
 
 
 @pytest.mark.parametrize(("gpu", "quantize", "batch", "context", "cache"), CASES)
@@ -65,7 +65,7 @@ def test_the_generation_loop_on_four_cards():
         "cache_dtype": "bfloat16",
         "devices": 4,
     }
-    made = aot.run_in_child("glm_jax.engine.aot:decode", argument)
+    made = aot.run_in_child("glm_jax.engine.aot:compile_decode", argument)
     layers = FLASH.num_hidden_layers
     # And one of the embedding; the logits are gathered.
     assert Counter(made["collectives"]) == {"kAllReduce": 2 * layers + 1, "kAllGather": 1}
@@ -105,7 +105,7 @@ def test_a_chunk_of_a_prompt(gpu, chunk):
         "chunk": chunk,
         "cache_dtype": "bfloat16",
     }
-    made = aot.run_in_child("glm_jax.engine.aot:prefill", argument)
+    made = aot.run_in_child("glm_jax.engine.aot:compile_prefill", argument)
     # The dense layer's, and those of the loop over the others; attention over a first stretch and over more.
     assert made["graph_pieces"] == 1
     assert made["kernels"]["gated_kernel"] == 1 + 2
@@ -143,7 +143,7 @@ def test_a_card_that_nobody_described():
 
 def test_what_goes_wrong_in_the_child_is_said_in_one_line():
     with pytest.raises(aot.AotError, match=r"^compiling failed: .*no description of a GPU called 'none'"):
-        aot.run_in_child("glm_jax.engine.aot:decode", {"gpu": "none", "config": dataclasses.asdict(FLASH)})
+        aot.run_in_child("glm_jax.engine.aot:compile_decode", {"gpu": "none", "config": dataclasses.asdict(FLASH)})
 
 
 def test_reading_the_list_of_launches():

@@ -109,7 +109,7 @@ def test_equal_runs_are_equal(tmp_path, source):
     assert read_converted_folder(tmp_path / "a") == read_converted_folder(tmp_path / "b")
 
 
-def test_companions_come_along(tmp_path, source):
+def test_asset_files_are_copied(tmp_path, source):
     for to in ("orbax", "safetensors"):
         convert_checkpoint(source, tmp_path / to, to=to)
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):

@@ -142,7 +142,7 @@ def test_damaged_manifest_is_written_anew(base, source, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"])
-def test_companions_are_mended(base, source, to, done, name):
+def test_asset_files_are_repaired(base, source, to, done, name):
     (done / name).write_text("{}")
     assert convert_checkpoint(source, done, to=to).written == 0
     same(base, to, done)
@@ -151,7 +151,7 @@ def test_companions_are_mended(base, source, to, done, name):
     same(base, to, done)
 
 
-def test_companions_follow_the_source(base, to, done, tmp_path):
+def test_asset_files_follow_the_source(base, to, done, tmp_path):
     newer = shutil.copytree(base / "hf", tmp_path / "newer")
     (newer / "chat_template.jinja").write_text("another")
     assert convert_checkpoint(newer, done, to=to).written == 0

@@ -55,10 +55,10 @@ def folders(tmp_path_factory):
 
 def side(folder, cache_dtype="float32", **quantized):
     source = open_source(folder)
-    companions = ModelAssets.load(source.cfg, folder)
+    assets = ModelAssets.load(source.cfg, folder)
     return models.load_compared_model(
         models.quantize_by_preset(source, **quantized) if quantized else source,
-        companions,
+        assets,
         dtype="float32",
         cache_dtype=cache_dtype,
     )
@@ -259,8 +259,8 @@ def test_answers_are_marked_and_compared(tmp_path):
     writer = side(write_scripted_model(tmp_path / "a", {"</think>": ["Hel", "lo"]}))
     other = side(write_scripted_model(tmp_path / "b", {"</think>": ["Bye", "!"]}))
     tasks = [task("Hello"), task("Bye!", kind="part"), task("Hello", thinking=True), task("Hello")]
-    companions = ModelAssets.load(writer.cfg, tmp_path / "a")
-    prompts = chat_tasks.render_prompts(tasks, companions)
+    assets = ModelAssets.load(writer.cfg, tmp_path / "a")
+    prompts = chat_tasks.render_prompts(tasks, assets)
     ours, theirs = (chat_tasks.answer_tasks(each, tasks, prompts, max_tokens=8) for each in (writer, other))
     assert [m.is_correct for m in ours[:2]] == [True, False]
     assert [m.is_correct for m in theirs[:2]] == [False, True]

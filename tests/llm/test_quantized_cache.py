@@ -99,7 +99,7 @@ def test_over_devices(folder):
 def test_the_memory_plan_has_the_size_of_the_cache(narrow):
     kind, cfg = narrow._memory_model.placement.cache_dtype, narrow.config
     cache = narrow._make_runner().allocate_cache(1, 100)
-    assert (cache.kind, cache.capacity, cache.dequant_dtype) == (kind, 128, "float32")
+    assert (cache.cache_dtype, cache.capacity, cache.dequant_dtype) == (kind, 128, "float32")
     assert cache.data.nbytes + cache.scales.nbytes == narrow._memory_model.requirement(1, 128).cache
     assert cache.scales.nbytes == cfg.num_hidden_layers * 128 * 2 * 4
 

@@ -213,8 +213,8 @@ def test_weights_that_are_no_numbers_are_never_hidden_in_codes(tmp_path, bad, me
     damaged = hf_checkpoints.write_checkpoint(
         tmp_path / "damaged", json.loads((folder / "config.json").read_text()), tensors
     )
-    for companion in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folder / companion, damaged / companion)
+    for asset_file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / asset_file, damaged / asset_file)
     if method == "rtn":
         with pytest.raises(CheckpointError, match=r"layer-00001/moe\.up holds weights that are NaN or infinite"):
             convert_checkpoint(damaged, tmp_path / "out", quantize="int4", method=method)

@@ -103,7 +103,7 @@ def opened(original, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(opened, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("companions")
+    folder = tmp_path_factory.mktemp("assets")
     for name, raw in opened.asset_files().items():
         (folder / name).write_bytes(raw)
     return folder
@@ -180,14 +180,14 @@ def test_everything_that_lies_beside_a_checkpoint(opened, folder, original):
         "chat_template.jinja",
         "generation_config.json",
     }
-    companions = ModelAssets.load(Config.from_hf(opened.config), folder)
+    assets = ModelAssets.load(Config.from_hf(opened.config), folder)
     stops = [original.token_to_id(text) for text in ("<|endoftext|>", "<|user|>", "<|observation|>")]
-    assert companions.eos_ids == tuple(stops)
-    assert companions.chat_template == "[gMASK]<sop>{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert assets.eos_ids == tuple(stops)
+    assert assets.chat_template == "[gMASK]<sop>{% for m in messages %}{{ m.content }}{% endfor %}"
     assert (
-        companions.default_sampling_params.temperature,
-        companions.default_sampling_params.top_p,
-        companions.default_sampling_params.top_k,
+        assets.default_sampling_params.temperature,
+        assets.default_sampling_params.top_p,
+        assets.default_sampling_params.top_k,
     ) == (0.7, 0.95, 20)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert (config["eos_token"], config["pad_token"]) == ("<|endoftext|>", "<|endoftext|>")
