@@ -228,23 +228,23 @@ def _quantization_config(form: str, weights: Mapping[str, Any]) -> dict[str, Any
 
 
 def _compressed_tensors_format(
-    name: str, bits: int, group: int, *, symmetric: bool, ordered: bool = False, dtype: Any = np.float16
+    name: str, bits: int, group: int, *, symmetric: bool, act_order: bool = False, dtype: Any = np.float16
 ) -> QuantFormat:
     def pack(weight: Array, seed: int) -> PackedModule:
-        q = quantize_integers(weight, bits, group, symmetric=symmetric, dtype=dtype, seed=seed if ordered else None)
-        return PackedModule(pack_compressed_tensors(q, bits, symmetric=symmetric, act_order=ordered), q.values)
+        q = quantize_integers(weight, bits, group, symmetric=symmetric, dtype=dtype, seed=seed if act_order else None)
+        return PackedModule(pack_compressed_tensors(q, bits, symmetric=symmetric, act_order=act_order), q.values)
 
-    more = {"actorder": "group"} if ordered else {}
+    more = {"actorder": "group"} if act_order else {}
     return QuantFormat(name, pack, group_scheme(bits, symmetric, group, **more))
 
 
-def _gptq_format(name: str, bits: int, *, symmetric: bool, ordered: bool = False, version: int = 1) -> QuantFormat:
+def _gptq_format(name: str, bits: int, *, symmetric: bool, act_order: bool = False, version: int = 1) -> QuantFormat:
     def pack(weight: Array, seed: int) -> PackedModule:
-        q = quantize_integers(weight, bits, 32, symmetric=symmetric, seed=seed if ordered else None)
+        q = quantize_integers(weight, bits, 32, symmetric=symmetric, seed=seed if act_order else None)
         return PackedModule(pack_gptq(q, bits, zero_points_minus_one=version == 1), q.values)
 
     form = "gptq" if version == 1 else "gptq_v2"
-    config = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": symmetric, "desc_act": ordered}
+    config = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": symmetric, "desc_act": act_order}
     return QuantFormat(name, pack, {**config, "checkpoint_format": form, "meta": {"quantizer": ["gptqmodel:7.7.0"]}})
 
 
@@ -265,11 +265,11 @@ _AUTOROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_g
 FORMATS = (
     _compressed_tensors_format("compressed-tensors", 4, 32, symmetric=True, dtype=BFLOAT16),
     _compressed_tensors_format("compressed-tensors-asymmetric", 4, 32, symmetric=False, dtype=BFLOAT16),
-    _compressed_tensors_format("compressed-tensors-order", 4, 32, symmetric=True, ordered=True),
+    _compressed_tensors_format("compressed-tensors-order", 4, 32, symmetric=True, act_order=True),
     _compressed_tensors_format("compressed-tensors-channel", 8, 0, symmetric=True, dtype=np.float32),
     _gptq_format("gptq", 4, symmetric=False),
     _gptq_format("gptq-symmetric", 4, symmetric=True),
-    _gptq_format("gptq-order", 4, symmetric=False, ordered=True),
+    _gptq_format("gptq-order", 4, symmetric=False, act_order=True),
     _gptq_format("gptq-v2", 8, symmetric=False, version=2),
     QuantFormat("autoround", _pack_autoround_module, {**_AUTOROUND, "sym": True, "data_type": "int"}),
     QuantFormat(
