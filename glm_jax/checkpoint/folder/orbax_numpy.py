@@ -33,14 +33,17 @@ def save_arrays(path: Path, disk_arrays: Sequence[DiskArray], arrays: Mapping[st
         shard_axes = (0,) if disk_array.chunked_by_expert else ()
         _set_nested(tree, disk_array.path, arrays[disk_array.name])
         _set_nested(save_args, disk_array.path, ocp.SaveArgs(chunk_byte_size=chunk_bytes, shard_axes=shard_axes))
-    handler = ocp.PyTreeCheckpointHandler(
+    with _silence_absl_logging(), ocp.Checkpointer(_checkpoint_handler()) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=save_args))
+
+
+def _checkpoint_handler() -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(
         use_ocdbt=False,
         use_zarr3=True,
         use_compression=False,
         type_handler_registry=type_handlers.create_type_handler_registry((np.ndarray, NoCopyNumpyHandler())),
     )
-    with _silence_absl_logging(), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=save_args))
 
 
 class NoCopyNumpyHandler(type_handlers.NumpyHandler):
