@@ -1,12 +1,12 @@
 """Text: tokenizer, chat template, and the parser that splits an answer into reasoning, content and tool calls.
 
-=====================  ==============================================================================================
-``tokenizer``          ``Tokenizer``, ``StreamDecoder``; ``token_bytes`` holds the bytes of single tokens
-``chat_template``      ``render_chat``: messages to prompt; ``sandbox`` renders templates of other checkpoints
-``messages``, ``tools``  checks of a request's messages and tools
-``output_parser``      ``OutputParser``, ``parse_output``; ``output_builders`` and ``schema_coercion`` serve it
-``output_types``       ``Message``, ``ToolCall``, ``Delta``, ``FinishReason``
-=====================  ==============================================================================================
+========================  ========================================================================================
+``tokenizer``             ``Tokenizer``, ``StreamDecoder``; ``token_bytes`` holds the bytes of single tokens
+``chat_template``         ``render_chat``: messages to prompt; ``sandbox`` renders templates of other checkpoints
+``messages``, ``tools``   checks of a request's messages and tools
+``output_parser``         ``OutputParser``, ``parse_output``; ``output_builders`` and ``schema_coercion`` serve it
+``output_types``          ``Message``, ``ToolCall``, ``Delta``, ``FinishReason``
+========================  ========================================================================================
 
 Imports no JAX.
 """
