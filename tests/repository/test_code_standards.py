@@ -39,8 +39,16 @@ def nodes(*kinds: type[ast.AST]) -> Iterator[tuple[Path, ast.AST]]:
 
 
 def length(node: ast.stmt) -> int:
-    """Lines of a definition without the docstrings in it: explaining more must never count against it."""
-    return node.end_lineno - node.lineno + 1 - sum(map(docstring_lines, ast.walk(node)))
+    """Lines of a definition without docstrings and overloads: more precise words and types never count against it."""
+    explaining = sum(docstring_lines(inner) or overload_lines(inner) for inner in ast.walk(node))
+    return node.end_lineno - node.lineno + 1 - explaining
+
+
+def overload_lines(node: ast.AST) -> int:
+    """Lines of a signature that only type checkers read, 0 for anything else."""
+    if not isinstance(node, ast.FunctionDef) or "overload" not in map(ast.unparse, node.decorator_list):
+        return 0
+    return node.end_lineno - node.decorator_list[0].lineno + 1
 
 
 def docstring_lines(node: ast.AST) -> int:
