@@ -38,13 +38,13 @@ test: .venv/.stamp  ## unit, property, sharding and end-to-end tests on the CPU:
 	@$(VENV)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-parity: .venv-parity/.stamp  ## the same numbers as transformers, in an environment of its own
-	@.venv-parity/bin/python -m pytest -m parity $(ARGS)
+	@.venv-parity/bin/python -m pytest -n $(WORKERS) --dist worksteal -m parity $(ARGS)
 
 test-kernels: .venv/.stamp  ## the GPU kernels in Triton's interpreter, without a GPU
 	@TRITON_INTERPRET=1 $(VENV)/python -m pytest -n $(WORKERS) --dist worksteal -m "(kernels or gpu) and not soak" $(ARGS)
 
 test-aot: .venv/.stamp  ## the GPU programs compiled for cards that are not here: launches, memory, spills
-	@$(VENV)/python -m pytest -n $(WORKERS) -m "aot and not soak" $(ARGS)
+	@$(VENV)/python -m pytest -n $(WORKERS) --dist worksteal -m "aot and not soak" $(ARGS)
 
 test-newest: .venv/.stamp  ## a smoke run on the newest JAX, when a Python >= 3.12 is on the machine
 	@.ci/smoke-newest
