@@ -9,9 +9,10 @@ import pytest
 
 import glm_jax
 from convert.pipeline import convert_checkpoint
-from glm_jax import checkpoint, generate, plan
+from glm_jax import checkpoint, generate
 from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.errors import CheckpointError
+from glm_jax.plan.__main__ import main as plan_main
 from glm_jax.weights import QuantizedTensor
 from glm_jax.weights.params import leaves_with_path
 from tests.builders.gguf_files import (
@@ -107,7 +108,7 @@ def test_a_model_to_use(file, capsys):
     assert done.completion_tokens == 4
     assert generate.main(["hello", "--model", str(path), "--max-tokens", "4", "--temperature", "0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["token_ids"] == list(done.token_ids)
-    assert plan.main(["--model", str(path), "--json"]) == 0
+    assert plan_main(["--model", str(path), "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["weight_bytes"] + planned["mtp_bytes"] == sum(x.nbytes for x in jax.tree.leaves(llm.params))
 
