@@ -1,17 +1,22 @@
-"""What every test runs under: eight fake CPU devices, strict JAX, warnings as errors (the last in pyproject.toml)."""
+"""Settings of every test: eight fake CPU devices, strict JAX, and compiled programs kept between runs.
+
+Warnings are errors; that setting is in pyproject.toml.
+"""
 
 import contextlib
 import importlib.util
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
+CACHE = Path(__file__).resolve().parents[1] / ".cache"
 GPU_REQUESTED = os.environ.get("GLM_JAX_TEST_GPU") == "1"
 
 
 def _prepare_environment() -> None:
-    """Runs before JAX is imported, and is inherited by the commands that tests start."""
+    """Sets what JAX reads when it is imported, for this process and for the commands that tests start."""
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
@@ -19,7 +24,10 @@ def _prepare_environment() -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
     # Nothing is downloaded, and nothing is left in the home folder of whoever runs the tests.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ["XDG_CACHE_HOME"] = str(Path(__file__).resolve().parents[1] / ".cache")
+    os.environ["XDG_CACHE_HOME"] = str(CACHE)
+    # Containers often forbid bytecode files; then each of a hundred processes would parse all sources again.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 
 
 _prepare_environment()
@@ -30,14 +38,19 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Half of the time goes into compiling, so programs are kept for later runs, in the folder of `enable_compile_cache`.
+# A maximal size turns on the locks that several processes need.
+jax.config.update("jax_compilation_cache_max_size", 4 << 30)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_compilation_cache_dir", str(CACHE / "glm_jax" / "compiled"))
 
-# No deadline, because a first example compiles. `make test` repeats exactly; `make soak` looks further each time.
+# No deadline, because a first example compiles. `make test` repeats its examples; `make soak` tries new ones each time.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("soak", deadline=None, max_examples=2000, database=None)
 hypothesis.settings.load_profile("repeatable")
 
 HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-# These import torch at the top; where it is not installed they cannot even be collected.
+# These files import torch at the top, so they cannot even be collected without it.
 collect_ignore_glob = [] if HAS_TORCH else ["parity/*", "test_parity*.py"]
 
 
@@ -48,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything under tests/parity is a parity test, so that no file can forget the marker."""
+    """Marks everything under tests/parity as a parity test, so that no file can forget the marker."""
     for item in items:
         if item.nodeid.startswith("tests/parity/") or item.path.name.startswith("test_parity"):
             item.add_marker(pytest.mark.parity)
@@ -56,20 +69,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def debug_nans():
-    """Fails the test at the operation that makes a NaN. Opt-in: JAX turns buffer donation off while it checks."""
+    """Fails a test at the operation that produces a NaN. It is optional because JAX then donates no buffers."""
     with jax.debug_nans(True):
         yield
 
 
 @pytest.fixture
-def bound():
-    """A folder, and a context in which permissions bind: the superuser, who may write anywhere, becomes its owner."""
+def restricted_folder():
+    """A folder, and a context in which permissions apply: the superuser, who may write anywhere, becomes its owner."""
     is_root, nobody = os.geteuid() == 0, 65534
 
     @contextlib.contextmanager
-    def by_permissions():
+    def with_permissions():
         if is_root:
-            for path in (place, *place.rglob("*")):
+            for path in (folder, *folder.rglob("*")):
                 os.chown(path, nobody, nobody)
             os.seteuid(nobody)
         try:
@@ -78,6 +91,6 @@ def bound():
             if is_root:
                 os.seteuid(0)
 
-    with tempfile.TemporaryDirectory() as name:  # tmp_path lies where only the user who started the tests may look
-        place = Path(name)
-        yield place, by_permissions
+    with tempfile.TemporaryDirectory() as name:  # only the user who started the tests can enter tmp_path
+        folder = Path(name)
+        yield folder, with_permissions

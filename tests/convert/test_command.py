@@ -115,12 +115,12 @@ def test_unwritable_folder(source, tmp_path, monkeypatch, capsys, code):
     assert os.strerror(number) in err
 
 
-def test_folder_without_permission(source, bound, capsys):
-    place, by_permissions = bound
-    shutil.copytree(source, place / "source")
-    (place / "locked").mkdir(mode=0o500)
-    with by_permissions():
-        assert main([str(place / "source"), str(place / "locked" / "out")]) == 2
+def test_folder_without_permission(source, restricted_folder, capsys):
+    folder, with_permissions = restricted_folder
+    shutil.copytree(source, folder / "source")
+    (folder / "locked").mkdir(mode=0o500)
+    with with_permissions():
+        assert main([str(folder / "source"), str(folder / "locked" / "out")]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"error: cannot write to {place / 'locked' / 'out'}")
+    assert err.startswith(f"error: cannot write to {folder / 'locked' / 'out'}")
     assert "Permission denied" in err

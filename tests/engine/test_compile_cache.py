@@ -160,12 +160,12 @@ def test_a_folder_that_cannot_be_created_is_no_failure(home, caplog):
     assert f"{home / 'glm_jax' / 'compiled'} cannot be made (" in refused(caplog)
 
 
-def test_a_home_that_cannot_be_written_to_is_no_failure(bound, monkeypatch, caplog):
-    place, by_permissions = bound
-    home = place / "cache"
+def test_a_home_that_cannot_be_written_to_is_no_failure(restricted_folder, monkeypatch, caplog):
+    folder, with_permissions = restricted_folder
+    home = folder / "cache"
     home.mkdir(mode=0o500)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    with by_permissions():
+    with with_permissions():
         message = refused(caplog)
     assert f"{home / 'glm_jax' / 'compiled'} cannot be made (Permission denied)" in message
 
