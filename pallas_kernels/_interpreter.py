@@ -116,9 +116,39 @@ def _run_interpreter(
         # and computes what a mask then drops.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", RuntimeWarning)
-        with contextlib.nullcontext(grid) if program_ids is None else _restricted_grid(grid, program_ids) as cut:
-            kernel[cut](*map(NumpyTensor, arrays), *map(NumpyTensor, made), **constants)
+        grids = contextlib.nullcontext(grid) if program_ids is None else _restricted_grid(grid, program_ids)
+        with _language_patched_once(), grids as launched:
+            kernel[launched](*map(NumpyTensor, arrays), *map(NumpyTensor, made), **constants)
     return made
+
+
+def _triton_interpreter() -> Any:
+    from triton.runtime import interpreter  # optional, and needed by the interpreter alone
+
+    return interpreter
+
+
+@contextlib.contextmanager
+def _language_patched_once() -> Iterator[None]:
+    """Replaces Triton's language once per module and launch.
+
+    Triton does so at every call of a device function, and searches all of its modules for what it has replaced already.
+    """
+    interpreter, patched = _triton_interpreter(), set()
+    patch_language = interpreter._patch_lang
+
+    def patch_new_module(function: Any) -> Any:
+        module = id(function.__globals__)
+        if module in patched:
+            return interpreter._LangPatchScope()
+        patched.add(module)
+        return patch_language(function)
+
+    interpreter._patch_lang = patch_new_module
+    try:
+        yield
+    finally:
+        interpreter._patch_lang = patch_language
 
 
 @contextlib.contextmanager
@@ -137,9 +167,7 @@ def restrict_programs(programs: ProgramIds) -> Iterator[None]:
 @contextlib.contextmanager
 def _restricted_grid(grid: tuple[int, ...], programs: ProgramIds) -> Iterator[tuple[int, ...]]:
     """A grid of so many programs, each of which takes itself for one of the whole grid."""
-    from triton.runtime.interpreter import interpreter_builder
-
-    builder: Any = interpreter_builder
+    builder = _triton_interpreter().interpreter_builder
     set_idx, set_dim = builder.set_grid_idx, builder.set_grid_dim
     whole = (*grid, 1, 1)[:3]
     builder.set_grid_idx = lambda x, *_: set_idx(*(*programs[x], 0, 0)[:3])
