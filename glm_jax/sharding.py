@@ -53,7 +53,7 @@ class Rules:
         mesh_axes = (getattr(self, field.name) for field in dataclasses.fields(self))
         return tuple(dict.fromkeys(axis for axis in mesh_axes if axis))
 
-    def partition_spec(self, *axes: LogicalAxis | None) -> jax.P:
+    def spec(self, *axes: LogicalAxis | None) -> jax.P:
         """The partition spec of an array whose dimensions have these logical axes (None: replicated).
 
         Raises:
@@ -73,7 +73,7 @@ class Rules:
         names = tuple(dict.fromkeys(name for axis in axes if (name := getattr(self, axis))))
         return jax.lax.psum(x, names) if names else x
 
-    def axis_index(self, axis: LogicalAxis) -> jax.Array | int:
+    def index(self, axis: LogicalAxis) -> jax.Array | int:
         """Index of this device along a logical axis; 0 if the axis is not split. For use inside ``shard_map``."""
         name = getattr(self, axis)
         return jax.lax.axis_index(name) if name else 0

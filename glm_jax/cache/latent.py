@@ -107,7 +107,7 @@ class LatentCache:
         return self.data.shape[2]
 
     @property
-    def batch_size(self) -> int:
+    def batch(self) -> int:
         """Rows of the batch."""
         return self.data.shape[1]
 
@@ -121,7 +121,7 @@ class LatentCache:
     def create(
         cls,
         cfg: Config,
-        batch_size: int,
+        batch: int,
         capacity: int,
         dtype: DTypeLike = jnp.bfloat16,
         *,
@@ -130,11 +130,11 @@ class LatentCache:
         mesh: Mesh | None = None,
         dequant_dtype: str | None = None,
     ) -> LatentCache:
-        """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens.
+        """An empty cache for ``batch`` rows of up to ``capacity`` tokens.
 
         Args:
             cfg: Config of the model.
-            batch_size: Rows of the batch.
+            batch: Rows of the batch.
             capacity: Slots per row.
             dtype: One of :data:`CACHE_DTYPES`.
             layers: Number of layers, by default that of the model.
@@ -146,8 +146,8 @@ class LatentCache:
             ConfigError: For any other dtype.
         """
         kind = canonical_cache_dtype(dtype)
-        slots = (cfg.num_hidden_layers if layers is None else layers, batch_size, capacity)
-        sharding = None if mesh is None else NamedSharding(mesh, rules.partition_spec(*CACHE_AXES))
+        slots = (cfg.num_hidden_layers if layers is None else layers, batch, capacity)
+        sharding = None if mesh is None else NamedSharding(mesh, rules.spec(*CACHE_AXES))
         data = jnp.zeros((*slots, cfg.cache_width), _STORAGE_DTYPES.get(kind, kind), device=sharding)
         if kind not in QUANTIZED_CACHE_MAX:
             return cls(data)
@@ -176,7 +176,7 @@ class LatentCache:
         new_scales = None if self.scales is None or scales is None else put(self.scales, scales)
         return dataclasses.replace(self, data=put(self.data, codes), scales=new_scales)
 
-    def get_layer(self, index: jax.Array | int) -> LayerCache:
+    def layer(self, index: jax.Array | int) -> LayerCache:
         """The stored rows of one layer."""
 
         def pick(x: jax.Array) -> jax.Array:
@@ -184,7 +184,7 @@ class LatentCache:
 
         return LayerCache(pick(self.data), None if self.scales is None else pick(self.scales), self.dequant_dtype)
 
-    def select_rows(self, rows: np.ndarray) -> LatentCache:
+    def take(self, rows: np.ndarray) -> LatentCache:
         """A new cache with the rows of the batch at these indices, ``int [n]``."""
         return jax.tree.map(lambda x: x[:, rows], self)
 

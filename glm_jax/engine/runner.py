@@ -170,7 +170,7 @@ class ModelRunner:
     def _decode_multi_step(
         self, state: DecodeState, num_steps: int, timing: Timing
     ) -> tuple[DecodeState, DecodeOutput]:
-        batch, slots = state.cache.batch_size, state.cache.capacity
+        batch, slots = state.cache.batch, state.cache.capacity
         description = f"decoding for {batch} sequence(s) of {slots:,} tokens"
         with self.announce_compile(description, timing, state.sampler.features):
             return decode_steps(self.model, self.params, state, np.int32(num_steps), steps=MAX_DECODE_STEPS)
@@ -186,7 +186,7 @@ class ModelRunner:
             # Each request of a shared prompt gets its own copy of the prompt's cache.
             prompt_rows = {prompt: i for i, prompt in enumerate(prompts)}
             rows = np.asarray([prompt_rows[request.prompt_ids] for request in requests] + [0] * num_padding, np.int32)
-            cache, logits, lengths = cache.select_rows(rows), logits[rows], lengths[rows]
+            cache, logits, lengths = cache.take(rows), logits[rows], lengths[rows]
         remaining = np.asarray([request.max_new_tokens for request in padded], np.int32)
         is_padding = np.arange(batch) >= len(requests)
         with self.announce_compile("sampling", timing, cache.data.shape, sampler.features):

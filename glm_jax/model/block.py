@@ -90,7 +90,7 @@ def _attention(
         slots = ctx.positions
         cache = cache.write(cache_layer, slots, new_rows, cfg.kv_lora_rank)
         # New tokens are read back as they are stored, so that it does not matter which call wrote a row.
-        rows, cache_and_layer = cache.get_layer(cache_layer), (cache, cache_layer)
+        rows, cache_and_layer = cache.layer(cache_layer), (cache, cache_layer)
     out = mla_attention(cfg, queries, rows, slots, w, layer, ctx.attention_form, cache_and_layer)
     with jax.named_scope("o_proj"):
         # Partial sums over the devices' heads are added in float32.

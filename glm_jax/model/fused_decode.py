@@ -101,7 +101,7 @@ def forward_layers(
     Returns:
         The stream of ``B * T`` tokens, scaled for the final norm, and the cache.
     """
-    first_row = rules.axis_index("vocab") * body["embed"].shape[0]
+    first_row = rules.index("vocab") * body["embed"].shape[0]
     embedded = rules.psum(embed_tokens(body["embed"], tokens.reshape(-1), first_row), "vocab")
     dtype, h = embedded.dtype, embedded.astype(jnp.float32)
     flat = positions.reshape(-1)

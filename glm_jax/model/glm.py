@@ -221,12 +221,12 @@ class GLM(nn.Module):
             local,
             in_specs=(
                 partition_specs(weight, param_specs(self.cfg)["embed"], rules),
-                rules.partition_spec("batch", None, None),
+                rules.spec("batch", None, None),
             ),
-            out_specs=rules.partition_spec("batch", None, "vocab"),
+            out_specs=rules.spec("batch", None, "vocab"),
             check_vma=not has_tiled_weights(weight),
         )(weight, hidden)
-        return jax.reshard(logits, rules.partition_spec("batch", None, None))
+        return jax.reshard(logits, rules.spec("batch", None, None))
 
 
 def _init_params(key: jax.Array, spec: ParamSpec | ParamTree, dtype: Any) -> jax.Array | ParamTree:

@@ -60,7 +60,7 @@ class LocalForward:
             return (h, {}), cache
         hooks = ActivationHooks(frozenset(self.trace), self.edit)
         ctx = ForwardContext(self.cfg, self.rules, positions, self.form, hooks)
-        first_row = self.rules.axis_index("vocab") * w["embed"].shape[0]
+        first_row = self.rules.index("vocab") * w["embed"].shape[0]
         h = ctx.hooks("embed", self.rules.psum(embed_tokens(w["embed"], tokens, first_row), "vocab"))
         for i, group in enumerate(self.cfg.layer_groups):
             with jax.named_scope(f"layer_group_{i}"):
@@ -101,8 +101,8 @@ class LocalForward:
         if not self.rules.mesh_axes:
             return function
         require_mesh(self.rules)
-        rows = self.rules.partition_spec("batch")
-        cache_partition = self.rules.partition_spec(*CACHE_AXES) if with_cache else None
+        rows = self.rules.spec("batch")
+        cache_partition = self.rules.spec(*CACHE_AXES) if with_cache else None
         # JAX takes a kernel's results, the cache included, to differ between devices wherever its inputs do.
         return jax.shard_map(
             function,

@@ -44,7 +44,7 @@ def draft_hidden_states(
         ``[B, T, D]`` after ``shared_head.norm`` (the input of a further draft step), and the cache.
     """
     eps, rules = ctx.cfg.rms_norm_eps, ctx.rules
-    first_row = rules.axis_index("vocab") * table.shape[0]
+    first_row = rules.index("vocab") * table.shape[0]
     embedded = rules.psum(embed_tokens(table, next_tokens, first_row), "vocab")
     embedding_and_state = jnp.concatenate(
         [rms_norm(embedded, w["enorm"], eps), rms_norm(hidden, w["hnorm"], eps)], axis=-1

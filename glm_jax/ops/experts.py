@@ -45,7 +45,7 @@ def apply_experts(
         ``float32 [n, D]``.
     """
     num_local = w["gate"].shape[1]
-    routing = _local_routing(routing, rules.axis_index("experts") * num_local, num_local)
+    routing = _local_routing(routing, rules.index("experts") * num_local, num_local)
     if method == "auto" and _can_use_kernels(w):
         method = "kernels"
     if method == "auto":

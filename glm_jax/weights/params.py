@@ -188,4 +188,4 @@ def abstract_leaf(
 
 def named_sharding(spec: ParamSpec, rules: Rules, mesh: Mesh | None) -> NamedSharding | None:
     """Sharding of a parameter that is not quantized; None without a mesh."""
-    return None if mesh is None else NamedSharding(mesh, rules.partition_spec(*spec.axes))
+    return None if mesh is None else NamedSharding(mesh, rules.spec(*spec.axes))

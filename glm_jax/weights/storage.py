@@ -123,7 +123,7 @@ def abstract_params(
             return abstract_leaf(param, dtype, rules, mesh)
 
         def component(name: str, shape: tuple[int, ...], kind: DTypeLike) -> jax.ShapeDtypeStruct:
-            partition = rules.partition_spec(*component_axes(name, shape, param.axes))
+            partition = rules.spec(*component_axes(name, shape, param.axes))
             return jax.ShapeDtypeStruct(shape, kind, sharding=None if mesh is None else NamedSharding(mesh, partition))
 
         shapes = spec.component_shapes(param.shape)
@@ -135,7 +135,7 @@ def abstract_params(
 
 def partition_specs(weight: WeightMatrix | ArrayLike, param: ParamSpec, rules: Rules) -> Any:
     """Partition specs of a parameter, as a pytree of the structure in which the parameter is stored."""
-    return as_weight_matrix(weight).map_axes(param.axes, rules.partition_spec)
+    return as_weight_matrix(weight).map_axes(param.axes, rules.spec)
 
 
 def check_block_sharding(cfg: Config, storage: Storage, rules: Rules, axis_sizes: Mapping[str, int]) -> None:

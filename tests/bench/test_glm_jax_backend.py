@@ -17,7 +17,7 @@ def test_decoding_starts_repeatedly_from_the_same_state(cache):
     backend = GlmJaxBackend("tiny", "float32", cache_dtype=cache)
     state = backend.start_with_random_cache(3, 40, 6)
     assert state.cache.cache_dtype == cache
-    assert (state.cache.batch_size, state.cache.capacity) == (4, 128)
+    assert (state.cache.batch, state.cache.capacity) == (4, 128)
     first, second = (backend.decode(state, 6)[1] for _ in range(2))
     assert first.shape == (4, 6)
     assert (first[:3] >= 0).all()

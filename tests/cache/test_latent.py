@@ -238,7 +238,7 @@ def test_on_eight_devices(kind: str, rules: Rules, monkeypatch: pytest.MonkeyPat
         odd_size_config(**sizes, moe_intermediate_size=16, intermediate_size=56, num_hidden_layers=layers), seed=40
     )
     mesh = make_mesh(8, (1, 8) if rules.batch is None else (2, 4))
-    on_rows = jax.NamedSharding(mesh, rules.partition_spec("batch", None))
+    on_rows = jax.NamedSharding(mesh, rules.spec("batch", None))
     ids, expected = clear_case(small, kind, monkeypatch)
     places = abstract_params(small.cfg, "float32", rules, mesh)
     params = jax.tree.map(lambda value, place: jax.device_put(value, place.sharding), small.params, places)

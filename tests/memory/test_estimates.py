@@ -96,7 +96,7 @@ def test_device_bytes_equal_those_of_jax_shardings(rules):
     assert plan.devices == 8
     assert plan.requirement.weights == expected
     shape = (cfg.num_hidden_layers, 6, 96, cfg.cache_width)
-    shard = jax.NamedSharding(mesh, rules.partition_spec(*CACHE_AXES)).shard_shape(shape)
+    shard = jax.NamedSharding(mesh, rules.spec(*CACHE_AXES)).shard_shape(shape)
     assert plan.requirement.cache == 4 * math.prod(shard)
 
 

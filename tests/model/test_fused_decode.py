@@ -234,7 +234,7 @@ def on_two_devices(cfg, params):
     rules, mesh = get_sharding_preset("latency"), make_mesh(2)
     held = dict(leaves_with_path(params))
     placed = map_with_path(
-        lambda path, param: jax.device_put(held[path], NamedSharding(mesh, rules.partition_spec(*param.axes))),
+        lambda path, param: jax.device_put(held[path], NamedSharding(mesh, rules.spec(*param.axes))),
         param_specs(cfg),
     )
     return rules, mesh, tile_params(placed, ModelSharding(cfg, rules, mesh)), placed

@@ -158,7 +158,7 @@ def test_flash_on_four_devices_is_possible(mesh: Any) -> None:
 
 def test_a_mesh_axis_cannot_split_an_array_twice() -> None:
     with pytest.raises(ShardingError, match="twice"):
-        Rules(heads="model", embed="model").partition_spec("heads", "embed")
+        Rules(heads="model", embed="model").spec("heads", "embed")
 
 
 def test_rules_must_fit_the_mesh(mesh: Any) -> None:
