@@ -37,7 +37,7 @@ def test_failing_case_does_not_stop_the_others(monkeypatch, error, outcome):
     original = GlmJaxBackend.decode
 
     def decode(self, state, tokens):
-        if state.cache.batch_size == 2:
+        if state.cache.batch == 2:
             raise error
         return original(self, state, tokens)
 
