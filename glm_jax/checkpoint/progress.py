@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from rich import console, progress
+
 ProgressCallback = Callable[[int], None]
 
 _LINE_SECONDS = 5.0
@@ -40,8 +42,6 @@ def progress_bar(
 
 @contextlib.contextmanager
 def _bar(label: str, total: int, unit: str, stream: TextIO) -> Iterator[ProgressCallback]:
-    from rich import console, progress  # slow to import, and only terminals need it
-
     counted = (progress.MofNCompleteColumn(), progress.TextColumn(unit))
     done = (progress.DownloadColumn(), progress.TransferSpeedColumn()) if unit == _BYTES else counted
     columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), *done, progress.TimeRemainingColumn())

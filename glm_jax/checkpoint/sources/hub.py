@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 from glm_jax.errors import CheckpointError
 
@@ -22,10 +23,9 @@ def download_snapshot(repo: str) -> Path:
     Raises:
         CheckpointError: if the repository does not exist, is gated, or cannot be reached.
     """
-    from huggingface_hub import errors, snapshot_download  # slow to import, and only hub ids need it
-
+    hub, errors = _import_hub()
     try:
-        return Path(snapshot_download(repo, allow_patterns=_ALLOW_PATTERNS, ignore_patterns=["*/*"]))
+        return Path(hub.snapshot_download(repo, allow_patterns=_ALLOW_PATTERNS, ignore_patterns=["*/*"]))
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{repo} is gated: accept its terms on its Hugging Face page, then log in with `hf auth login`"
@@ -43,3 +43,26 @@ def download_snapshot(repo: str) -> Path:
         ) from None
     except OSError as error:
         raise CheckpointError(f"downloading {repo} failed: {error}") from None
+
+
+def download_config(repo: str) -> Path:
+    """Returns the local folder of a hub repository's ``config.json``; downloads the file if it is not in the cache.
+
+    Raises:
+        CheckpointError: if the repository or the file does not exist, or cannot be reached.
+    """
+    hub, errors = _import_hub()
+    try:
+        return Path(hub.hf_hub_download(repo, "config.json")).parent
+    except (errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"there is no folder {repo}, and its config.json cannot be downloaded from Hugging Face ({reason}): check "
+            "the name, log in with `hf auth login` if the repository is private or gated, or give a folder's path"
+        ) from None
+
+
+def _import_hub() -> tuple[ModuleType, ModuleType]:
+    import huggingface_hub.errors  # loads an HTTP client, which only hub ids need
+
+    return huggingface_hub, huggingface_hub.errors

@@ -6,22 +6,18 @@ import logging
 import os
 from pathlib import Path
 
-import huggingface_hub
-
 from glm_jax.checkpoint.folder.manifest import is_converted_folder, load_manifest
 from glm_jax.checkpoint.formats.quantization_config import MODELOPT_CONFIG_NAME, QUANTIZATION_CONFIG_KEYS
 from glm_jax.checkpoint.sources.folder import manifest_storage
 from glm_jax.checkpoint.sources.gguf import is_gguf
 from glm_jax.checkpoint.sources.hf_config import read_hf_config
-from glm_jax.checkpoint.sources.hub import is_hub_id
+from glm_jax.checkpoint.sources.hub import download_config, is_hub_id
 from glm_jax.checkpoint.sources.open import TINY_MODEL, open_source, tiny_folder
 from glm_jax.checkpoint.sources.storage import source_storage
 from glm_jax.checkpoint.sources.synthetic import SYNTHETIC_PREFIX, SyntheticSpec
 from glm_jax.config import Config
 from glm_jax.errors import CheckpointError
 from glm_jax.weights.storage import Storage
-
-_LOGGER = logging.getLogger(__name__)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -49,7 +45,7 @@ def load_config_and_storage(model: str) -> tuple[Config, Storage]:
         return source.cfg, source_storage(source)
     if not is_hub_id(model):
         raise CheckpointError(f"there is no folder {model}, and it is not a hub id such as zai-org/GLM-4.7-Flash")
-    return _inspect_folder(_download_config(model))
+    return _inspect_folder(download_config(model))
 
 
 def _inspect_folder(folder: Path) -> tuple[Config, Storage]:
@@ -66,16 +62,3 @@ def _inspect_folder(folder: Path) -> tuple[Config, Storage]:
             "(give a local folder, or --quantize)"
         )
     return Config.from_hf(hf_config), Storage()
-
-
-def _download_config(repo: str) -> Path:
-    """Downloads the ``config.json`` of a hub repository into the hub's cache and returns its folder."""
-    errors = huggingface_hub.errors
-    try:
-        return Path(huggingface_hub.hf_hub_download(repo, "config.json")).parent
-    except (errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"there is no folder {repo}, and its config.json cannot be downloaded from Hugging Face ({reason}): check "
-            "the name, log in with `hf auth login` if the repository is private or gated, or give a folder's path"
-        ) from None

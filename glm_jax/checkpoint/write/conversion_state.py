@@ -16,6 +16,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # not available on every system
+    fcntl = None
+
 from glm_jax.checkpoint.array_record import ArrayRecord, ArrayRecords, records_from_json, records_to_json
 from glm_jax.checkpoint.asset_files import ASSET_FILES
 from glm_jax.checkpoint.atomic_write import write_atomic
@@ -201,9 +206,7 @@ def _write_job(state: Path, job: ConversionJob) -> None:
 
 
 def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        import fcntl  # not available on every system
-    except ImportError:
+    if fcntl is None:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -222,8 +222,7 @@ def expand_blocks(raw: Array, ggml_type: GgmlType, name: str) -> Array:
         CheckpointError: If the gguf package is not installed, or does not know the type.
     """
     try:
-        from gguf.constants import GGMLQuantizationType  # optional extra
-        from gguf.quants import dequantize  # optional extra
+        import gguf  # optional extra
     except ImportError:
         raise CheckpointError(
             f'{name} is of type {ggml_type.name}, which takes the gguf package to read: pip install "glm-jax[gguf]"'
@@ -232,10 +231,10 @@ def expand_blocks(raw: Array, ggml_type: GgmlType, name: str) -> Array:
     out = np.empty((len(rows), raw.shape[-1] // ggml_type.type_size * ggml_type.block_size), np.float32)
     step = max(1, _CHUNK_VALUES // out.shape[1])
     try:
-        gguf_type = GGMLQuantizationType[ggml_type.name]
+        gguf_type = gguf.GGMLQuantizationType[ggml_type.name]
         for start in range(0, len(rows), step):
             with np.errstate(all="ignore"):
-                out[start : start + step] = dequantize(np.ascontiguousarray(rows[start : start + step]), gguf_type)
+                out[start : start + step] = gguf.dequantize(np.ascontiguousarray(rows[start : start + step]), gguf_type)
     except (KeyError, NotImplementedError):
         raise CheckpointError(
             f"{name} is of type {ggml_type.name}, which the installed gguf package cannot read"
