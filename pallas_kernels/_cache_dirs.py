@@ -1,6 +1,6 @@
-"""Folders for compiled programs: the user's own, where nobody else can put a file.
+"""Cache folders for compiled programs, private to the user.
 
-Whoever can write into them can run code in this process.
+Whoever can write into such a folder can run code in this process.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from pathlib import Path
 
 
 def private_cache_dir(name: str) -> Path:
-    """A folder of the user's for this project, made if it is not there.
+    """Returns a cache folder of this project that only the user can write to, and creates it if it is missing.
 
     Args:
-        name: of what is kept in it.
+        name: Name of the folder, after its contents.
 
     Raises:
-        OSError: if there can be none, or someone else could put a file there.
+        OSError: If the folder cannot be created, or another user could write into it.
     """
     folder = _cache_home() / "glm_jax" / name
     _ensure_private(folder)
@@ -26,7 +26,7 @@ def private_cache_dir(name: str) -> Path:
 
 def _cache_home() -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(base):  # a relative one is to be ignored, says the XDG base directory specification
+    if os.path.isabs(base):  # the XDG base directory specification says to ignore a relative one
         return Path(base)
     try:
         return Path.home() / ".cache"
@@ -35,7 +35,7 @@ def _cache_home() -> Path:
 
 
 def _ensure_private(folder: Path) -> None:
-    """Makes the folder, and the one it is in, for this user alone."""
+    """Creates the folder and its parent for this user alone."""
     try:
         folder.parent.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.parent.mkdir(exist_ok=True, mode=0o700)
@@ -51,6 +51,6 @@ def _ensure_private(folder: Path) -> None:
         if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise OSError(f"others may write to {path}; run chmod 700 on it")
     for path in folder.resolve().parents:
-        # In a sticky folder, such as /tmp, each user's own stay theirs.
+        # In a sticky folder, such as /tmp, users cannot replace each other's files.
         if path.stat().st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
             raise OSError(f"others may write to {path}, in which it would be")

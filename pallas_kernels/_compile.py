@@ -1,4 +1,4 @@
-"""Triton kernels compiled to PTX, which needs no GPU."""
+"""Compiles Triton kernels to PTX, which needs no GPU."""
 
 from __future__ import annotations
 
@@ -11,22 +11,18 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pallas_kernels._cache_dirs import private_cache_dir
-
-
-class LaunchError(Exception):
-    """A kernel cannot be compiled or launched here."""
+from pallas_kernels._kernel import Constant, LaunchError, TritonKernel
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CompileOptions:
-    """How a kernel is compiled.
+    """Compiler options of a kernel.
 
     Attributes:
-        num_warps: of 32 threads, per program.
-        num_stages: of its loads in flight.
+        num_warps: Warps of 32 threads in a program.
+        num_stages: Stages of the software pipeline that loads operands ahead.
     """
 
     num_warps: int = 4
@@ -35,14 +31,14 @@ class CompileOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CompiledKernel:
-    """A kernel for one kind of GPU.
+    """A kernel compiled for one compute capability.
 
     Attributes:
-        name: of its entry.
-        ptx: its text.
-        num_warps: per program.
-        shared_memory: bytes per program.
-        cubin: the binary that Triton's own assembler made of it, for inspection.
+        name: Name of its entry point.
+        ptx: PTX text.
+        num_warps: Warps of 32 threads in a program.
+        shared_memory: Bytes of shared memory in a program.
+        cubin: Binary from Triton's own assembler, for inspection.
     """
 
     name: str
@@ -52,7 +48,7 @@ class CompiledKernel:
     cubin: bytes
 
 
-_TRITON_LOCK = threading.RLock()  # Triton's are the process's
+_TRITON_LOCK = threading.RLock()  # Triton's settings are global to the process
 _RECORDED_KERNELS: contextvars.ContextVar[list[CompiledKernel] | None] = contextvars.ContextVar(
     "glm_jax_kernels", default=None
 )
@@ -60,67 +56,68 @@ _RECORDED_KERNELS: contextvars.ContextVar[list[CompiledKernel] | None] = context
 
 @contextlib.contextmanager
 def record_kernels() -> Iterator[list[CompiledKernel]]:
-    """Collects the kernels of every launch that is traced meanwhile."""
-    made: list[CompiledKernel] = []
-    token = _RECORDED_KERNELS.set(made)
+    """Collects the kernel of every launch traced within the context, in order."""
+    recorded: list[CompiledKernel] = []
+    token = _RECORDED_KERNELS.set(recorded)
     try:
-        yield made
+        yield recorded
     finally:
         _RECORDED_KERNELS.reset(token)
 
 
 def record_kernel(kernel: CompiledKernel) -> None:
-    """Hands a kernel to :func:`record_kernels`, if that is on."""
-    if (made := _RECORDED_KERNELS.get()) is not None:
-        made.append(kernel)
+    """Adds a kernel to the list of an active :func:`record_kernels`."""
+    if (recorded := _RECORDED_KERNELS.get()) is not None:
+        recorded.append(kernel)
 
 
 @functools.cache
 def compile_kernel(
-    kernel: Any,
-    element_types: tuple[str, ...],
-    constants: tuple[tuple[str, Any], ...],
+    kernel: TritonKernel,
+    element_types: tuple[tuple[str, str], ...],
+    constants: tuple[tuple[str, Constant], ...],
     capability: int,
     options: CompileOptions,
 ) -> CompiledKernel:
-    """Compiles a kernel for a compute capability; needs no GPU.
+    """Compiles a kernel for a compute capability, without a GPU.
 
     Args:
-        kernel: decorated with ``triton.jit``.
-        element_types: element types of its pointers, as Triton names them.
-        constants: its other parameters.
-        capability: 89 for 8.9.
-        options: warps and stages.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+        kernel: Function decorated with ``triton.jit``.
+        element_types: Names of the pointer parameters, each with Triton's name of its element type.
+        constants: Names and values of the ``tl.constexpr`` parameters.
+        capability: Ten times the compute capability: 89 for 8.9.
+        options: Warps and pipeline stages.
 
-    given = dict(constants)
-    pointers = [name for name in kernel.arg_names if name not in given]
-    kinds = dict(zip(pointers, (f"*{kind}" for kind in element_types), strict=True))
-    signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
-    # XLA places every array at a multiple of 128 bytes or more.
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    Raises:
+        LaunchError: If the kernel needs scratch memory.
+    """
+    from triton.compiler import compiler  # optional: the extra "cuda"
+
+    pointer_types = {name: f"*{element_type}" for name, element_type in element_types}
+    signature = {name: pointer_types.get(name, "constexpr") for name in kernel.arg_names}
+    # XLA aligns every array to 128 bytes or more.
+    attributes = {(list(kernel.arg_names).index(name),): [["tt.divisibility", 16]] for name in pointer_types}
     with private_triton_cache():
-        made = triton.compile(
-            ASTSource(fn=kernel, signature=signature, constexprs=given, attrs=attributes),
-            target=GPUTarget("cuda", capability, 32),
+        compiled = compiler.compile(
+            compiler.ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attributes),
+            target=compiler.GPUTarget("cuda", capability, 32),
             options={"num_warps": options.num_warps, "num_stages": options.num_stages},
         )
-    facts = made.metadata
-    if facts.global_scratch_size:
-        raise LaunchError(f"{facts.name} asks for scratch memory, which nothing here provides")
-    return CompiledKernel(facts.name, made.asm["ptx"], facts.num_warps, facts.shared, made.asm["cubin"])
+    metadata = compiled.metadata
+    if metadata.global_scratch_size:
+        raise LaunchError(f"{metadata.name} asks for scratch memory, which nothing here provides")
+    return CompiledKernel(
+        metadata.name, compiled.asm["ptx"], metadata.num_warps, metadata.shared, compiled.asm["cubin"]
+    )
 
 
 @contextlib.contextmanager
 def private_triton_cache() -> Iterator[Path | None]:
-    """Triton keeps what it compiles in a folder of the user's that nobody else can write to, and in none without one.
+    """Points Triton's cache at a folder that only the user can write to, or at a temporary one if there is none.
 
-    A place that the environment names (TRITON_CACHE_DIR, TRITON_HOME) is the user's choice, and stays.
+    A folder named by the environment (TRITON_CACHE_DIR, TRITON_HOME) is the user's choice and stays.
     """
-    import triton.knobs
+    from triton import knobs  # optional: the extra "cuda"
 
     if any(os.environ.get(name) for name in ("TRITON_CACHE_DIR", "TRITON_HOME")):
         yield None
@@ -131,6 +128,6 @@ def private_triton_cache() -> Iterator[Path | None]:
             folder = private_cache_dir("triton")
         except OSError:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        stack.enter_context(triton.knobs.cache.scope())
-        triton.knobs.cache.dir = str(folder)
+        stack.enter_context(knobs.cache.scope())
+        knobs.cache.dir = str(folder)
         yield folder

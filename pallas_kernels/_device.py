@@ -1,4 +1,4 @@
-"""What the device that a program is traced for can do; asked here and nowhere else."""
+"""Capabilities of the GPU that a program is traced for. No other module asks the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import jax
 
-# Shared memory that one block may ask for, by compute capability (CUDA C++ programming guide, "Technical
+# Shared memory that one block may request, by compute capability (CUDA C++ programming guide, "Technical
 # specifications per compute capability").
 _SHARED_MEMORY_PER_BLOCK = {
     80: 166_912,
@@ -29,9 +29,9 @@ class Target:
     """A GPU that kernels are compiled for.
 
     Attributes:
-        name: as JAX calls it (``device_kind``).
-        capability: ten times the compute capability: 89 for 8.9.
-        multiprocessors: number of them.
+        name: JAX's name of the device (``device_kind``).
+        capability: Ten times the compute capability: 89 for 8.9.
+        multiprocessors: Number of streaming multiprocessors.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Target:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of shared memory that one block may have; the least of all known ones for an unknown card."""
+        """Bytes of shared memory that one block may request; the smallest known limit for an unknown capability."""
         return _SHARED_MEMORY_PER_BLOCK.get(self.capability, min(_SHARED_MEMORY_PER_BLOCK.values()))
 
 
@@ -48,18 +48,18 @@ _TARGET_OVERRIDE: contextvars.ContextVar[Target | None] = contextvars.ContextVar
 
 
 def current_target() -> Target | None:
-    """The GPU to trace for: the one chosen by :func:`compiling_for`, else JAX's default device if that is one."""
+    """Returns the GPU to trace for: that of :func:`compiling_for`, else JAX's default device if it is a GPU."""
     return _TARGET_OVERRIDE.get() or _detect_target()
 
 
 def is_cross_compiling() -> bool:
-    """Whether the target was chosen by :func:`compiling_for`, and need not be here."""
+    """Returns whether :func:`compiling_for` chose the target, which may then be absent from this machine."""
     return _TARGET_OVERRIDE.get() is not None
 
 
 @contextlib.contextmanager
 def compiling_for(override: Target) -> Iterator[None]:
-    """Traces for a GPU that need not be here. Functions that were traced before keep the kernels of their time."""
+    """Traces for a GPU that may be absent. Functions traced earlier keep the kernels they were traced with."""
     token = _TARGET_OVERRIDE.set(override)
     try:
         yield
@@ -73,6 +73,6 @@ def _detect_target() -> Target | None:
         return None
     device = jax.devices()[0]
     version = re.fullmatch(r"(\d+)\.(\d)", str(device.compute_capability))
-    if version is None:  # a GPU that is not NVIDIA's
+    if version is None:  # a GPU of another vendor
         return None
     return Target(device.device_kind, int(version[1] + version[2]), int(device.core_count))

@@ -1,7 +1,8 @@
-"""Triton's interpreter on NumPy arrays, in place of the torch tensors that it expects.
+"""Runs kernels in Triton's interpreter on NumPy arrays, in place of the torch tensors that it expects.
 
-It computes bfloat16 as raw 16-bit integers, so kernels take the dtype they compute in as a constant, and are given
-float32 here. ``TRITON_INTERPRET=1`` must be in the environment before triton is imported.
+The interpreter stores bfloat16 as raw 16-bit integers and cannot compute in it, so kernels take the dtype of their
+products as a constant, which is float32 here. ``TRITON_INTERPRET=1`` must be in the environment before triton is
+imported.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import functools
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
-TRITON_DTYPES = {  # as Triton names them
+from pallas_kernels._kernel import Constant, Operands, TritonKernel
+
+TRITON_DTYPES = {  # Triton's names of NumPy's dtypes
     "float32": "fp32",
     "float16": "fp16",
     "bfloat16": "bf16",
@@ -28,14 +31,13 @@ TRITON_DTYPES = {  # as Triton names them
     "uint8": "u8",
 }
 
-
+ProgramIds: TypeAlias = Sequence[tuple[int, ...]]
 _INTERPRETER_LOCK = threading.Lock()
-ProgramIds = Sequence[tuple[int, ...]]
 _SELECTED_PROGRAMS: contextvars.ContextVar[ProgramIds | None] = contextvars.ContextVar("glm_jax_programs", default=None)
 
 
 class _Storage:
-    """What the interpreter asks of a tensor's storage."""
+    """The part of a torch storage that the interpreter uses."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
@@ -47,7 +49,7 @@ class _Storage:
         return self
 
     def copy_(self, other: Any) -> None:
-        """The interpreter works in the array itself, so there is nothing to bring back."""
+        """Does nothing: the interpreter works in the array itself."""
 
 
 class NumpyTensor:
@@ -83,56 +85,61 @@ class NumpyTensor:
 
 
 def interpret(
-    kernel: Any,
-    outputs: Sequence[jax.ShapeDtypeStruct],
+    kernel: TritonKernel,
+    operands: Operands,
     grid: tuple[int, ...],
-    constants: Mapping[str, Any],
-    aliases: Mapping[int, int],
+    constants: Mapping[str, Constant],
     *inputs: jax.Array,
 ) -> list[jax.Array]:
-    """Runs a kernel program by program, also where it is part of a compiled function."""
-    run = functools.partial(
-        _run_interpreter, kernel, tuple(outputs), grid, dict(constants), dict(aliases), _SELECTED_PROGRAMS.get()
-    )
-    return list(jax.pure_callback(run, list(outputs), *inputs, vmap_method="sequential"))
+    """Runs a kernel program by program, also inside a compiled function.
+
+    Args:
+        kernel: Function decorated with ``triton.jit``.
+        operands: Names of its inputs, outputs and aliases.
+        grid: Number of programs along each axis.
+        constants: Values of its ``tl.constexpr`` parameters.
+        *inputs: Arrays, in the order of ``operands.inputs``.
+    """
+    run = functools.partial(_run_interpreter, kernel, operands, grid, dict(constants), _SELECTED_PROGRAMS.get())
+    return list(jax.pure_callback(run, list(operands.outputs.values()), *inputs, vmap_method="sequential"))
 
 
 def _run_interpreter(
-    kernel: Any,
-    outputs: tuple[jax.ShapeDtypeStruct, ...],
+    kernel: TritonKernel,
+    operands: Operands,
     grid: tuple[int, ...],
-    constants: dict[str, Any],
-    aliases: dict[int, int],
+    constants: dict[str, Constant],
     program_ids: ProgramIds | None,
     *inputs: Any,
 ) -> list[np.ndarray]:
-    arrays = [np.array(x, order="C") for x in inputs]
-    made = [_poisoned_output(output) for output in outputs]
-    for source, destination in aliases.items():
-        made[destination] = arrays[source]
-    # The interpreter's state is the process's own, and devices of a CPU are threads of it.
+    arrays = {name: np.array(x, order="C") for name, x in zip(operands.inputs, inputs, strict=True)}
+    results = {name: _poisoned_output(output) for name, output in operands.outputs.items()}
+    for source, target in operands.aliases.items():
+        results[target] = arrays[source]
+    tensors = {name: NumpyTensor(array) for name, array in (arrays | results).items()}
+    # The interpreter's state is global to the process, and the devices of a CPU are threads of one process.
     with _INTERPRETER_LOCK, warnings.catch_warnings():
-        # Triton's own: it takes the number out of an array of one element in a way that NumPy will not always allow,
-        # and computes what a mask then drops.
+        # Triton extracts the number from an array of one element in a deprecated way, and computes values that a mask
+        # then drops.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", RuntimeWarning)
         grids = contextlib.nullcontext(grid) if program_ids is None else _restricted_grid(grid, program_ids)
         with _language_patched_once(), grids as launched:
-            kernel[launched](*map(NumpyTensor, arrays), *map(NumpyTensor, made), **constants)
-    return made
+            kernel[launched](**tensors, **constants)
+    return list(results.values())
 
 
 def _triton_interpreter() -> Any:
-    from triton.runtime import interpreter  # optional, and needed by the interpreter alone
+    from triton.runtime import interpreter  # optional: the extra "cuda"
 
     return interpreter
 
 
 @contextlib.contextmanager
 def _language_patched_once() -> Iterator[None]:
-    """Replaces Triton's language once per module and launch.
+    """Patches Triton's language once per module and launch.
 
-    Triton does so at every call of a device function, and searches all of its modules for what it has replaced already.
+    Triton does so at every call of a device function, and then searches all its modules for what is patched already.
     """
     interpreter, patched = _triton_interpreter(), set()
     patch_language = interpreter._patch_lang
@@ -153,7 +160,7 @@ def _language_patched_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def restrict_programs(programs: ProgramIds) -> Iterator[None]:
-    """Kernels that are traced meanwhile run these programs alone; what others would have written stays undefined.
+    """Makes kernels traced within the context run these programs alone; the outputs of the others stay undefined.
 
     A kernel at its real size takes minutes otherwise.
     """
@@ -166,7 +173,7 @@ def restrict_programs(programs: ProgramIds) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restricted_grid(grid: tuple[int, ...], programs: ProgramIds) -> Iterator[tuple[int, ...]]:
-    """A grid of so many programs, each of which takes itself for one of the whole grid."""
+    """Yields a grid with one program for each listed id; each sees its id and the size of the whole grid."""
     builder = _triton_interpreter().interpreter_builder
     set_idx, set_dim = builder.set_grid_idx, builder.set_grid_dim
     whole = (*grid, 1, 1)[:3]
@@ -179,7 +186,7 @@ def _restricted_grid(grid: tuple[int, ...], programs: ProgramIds) -> Iterator[tu
 
 
 def _poisoned_output(output: jax.ShapeDtypeStruct) -> np.ndarray:
-    """Contents that no kernel may count on: NaN, or a large number."""
+    """Fills an output with NaN or the largest integer, which no kernel may rely on."""
     dtype = np.dtype(output.dtype)
-    worst = np.iinfo(dtype).max if dtype.kind in "iu" else np.nan
-    return np.full(output.shape, worst, dtype)
+    poison = np.iinfo(dtype).max if dtype.kind in "iu" else np.nan
+    return np.full(output.shape, poison, dtype)

@@ -1,7 +1,7 @@
-"""How a kernel gets into a program: by XLA's own custom call for PTX, or by jax-triton where that does not work.
+"""Embeds a kernel in a program: through XLA's own custom call for PTX, or through jax-triton where that fails.
 
-The custom call is internal to XLA, so it is tried once before anything depends on it: on the first launch on a GPU a
-kernel that adds one is run and its result looked at.
+The custom call is internal to XLA, so it is probed before anything depends on it: the first launch on a GPU runs a
+kernel that adds one and checks its result.
 """
 
 from __future__ import annotations
@@ -11,105 +11,105 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from pallas_kernels import _device
-from pallas_kernels._compile import CompiledKernel, CompileOptions, LaunchError, compile_kernel
+from pallas_kernels._compile import CompiledKernel, CompileOptions, compile_kernel
+from pallas_kernels._kernel import Constant, KernelModule, LaunchError, Operands, TritonKernel
 
+kernels = KernelModule("pallas_kernels._self_test.triton")
 PTX_CUSTOM_CALL = "__gpu$xla.gpu.ptx"
-# More than the 48 KB that a program has without asking: attention needs it, so it must be granted.
+# The probe requests more than the 48 KB that need no opt-in, because attention depends on the opt-in.
 _PROBE_SHARED_MEMORY, _PROBE_SIZE = 64 << 10, 256
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class KernelLaunch:
-    """A kernel and how it is started.
+    """A compiled kernel with everything that a launch needs besides its input arrays.
 
     Attributes:
-        kernel: decorated with ``triton.jit``.
-        compiled: for the target.
-        capability: of the target.
-        options: warps and stages.
-        outputs: shapes and dtypes.
-        grid: programs along three axes.
-        aliases: index of an input to that of the output that takes its place.
-        constants: the ``tl.constexpr`` parameters.
+        kernel: Function decorated with ``triton.jit``.
+        compiled: The kernel compiled for the target.
+        capability: Ten times the compute capability of the target.
+        options: Warps and pipeline stages.
+        operands: Names of the inputs, outputs, and aliases between them.
+        grid: Number of programs along three axes.
+        constants: Values of the ``tl.constexpr`` parameters.
     """
 
-    kernel: Any
+    kernel: TritonKernel
     compiled: CompiledKernel
     capability: int
     options: CompileOptions
-    outputs: Sequence[jax.ShapeDtypeStruct]
+    operands: Operands
     grid: tuple[int, ...]
-    aliases: Mapping[int, int]
-    constants: Mapping[str, Any]
+    constants: Mapping[str, Constant]
 
 
 def dispatch_launch(launch: KernelLaunch, *inputs: jax.Array) -> list[jax.Array]:
-    """The outputs of a kernel, by the route that works here."""
+    """Returns the outputs of a kernel, launched by the backend that works on this device."""
     return _BACKENDS[select_backend()](launch, *inputs)
 
 
 def select_backend() -> str:
-    """Name of the route for the target at hand: nothing is tried for a card that is not here.
+    """Returns the name of the backend for the current target. Cross-compiling assumes XLA's custom call.
 
     Raises:
-        LaunchError: if none works.
+        LaunchError: If no backend works.
     """
     return "ptx" if _device.is_cross_compiling() else _find_backend()
 
 
-def _launch_ptx(what: KernelLaunch, *inputs: jax.Array) -> list[jax.Array]:
-    compiled, number = what.compiled, np.int32
-    call = jax.ffi.ffi_call(PTX_CUSTOM_CALL, list(what.outputs), input_output_aliases=dict(what.aliases))
-    made = call(
+def _launch_ptx(launch: KernelLaunch, *inputs: jax.Array) -> list[jax.Array]:
+    compiled, outputs = launch.compiled, list(launch.operands.outputs.values())
+    call = jax.ffi.ffi_call(PTX_CUSTOM_CALL, outputs, input_output_aliases=launch.operands.alias_indices)
+    results = call(
         *inputs,
-        # Triton adds two pointers to scratch memory, which no kernel here uses.
+        # Triton appends two pointers to scratch memory, which no kernel here uses.
         inputs[0],
         inputs[0],
         name=compiled.name,
         kernel_type="ptx",
         kernel_data=compiled.ptx,
-        grid_x=number(what.grid[0]),
-        grid_y=number(what.grid[1]),
-        grid_z=number(what.grid[2]),
-        block_x=number(32 * compiled.num_warps),
-        block_y=number(1),
-        block_z=number(1),
-        shared_mem_bytes=number(compiled.shared_memory),
-        output_indices=tuple(number(len(inputs) + i) for i in range(len(what.outputs))),
+        grid_x=np.int32(launch.grid[0]),
+        grid_y=np.int32(launch.grid[1]),
+        grid_z=np.int32(launch.grid[2]),
+        block_x=np.int32(32 * compiled.num_warps),
+        block_y=np.int32(1),
+        block_z=np.int32(1),
+        shared_mem_bytes=np.int32(compiled.shared_memory),
+        output_indices=tuple(np.int32(len(inputs) + i) for i in range(len(outputs))),
     )
-    return list(made)
+    return list(results)
 
 
-def _launch_jax_triton(what: KernelLaunch, *inputs: jax.Array) -> list[jax.Array]:
-    made = _import_jax_triton().triton_call(
+def _launch_jax_triton(launch: KernelLaunch, *inputs: jax.Array) -> list[jax.Array]:
+    results = _import_jax_triton().triton_call(
         *inputs,
-        kernel=what.kernel,
-        out_shape=list(what.outputs),
-        grid=what.grid,
-        num_warps=what.options.num_warps,
-        num_stages=what.options.num_stages,
-        compute_capability=what.capability,
-        input_output_aliases=dict(what.aliases),
-        **what.constants,
+        kernel=launch.kernel,
+        out_shape=list(launch.operands.outputs.values()),
+        grid=launch.grid,
+        num_warps=launch.options.num_warps,
+        num_stages=launch.options.num_stages,
+        compute_capability=launch.capability,
+        input_output_aliases=launch.operands.alias_indices,
+        **launch.constants,
     )
-    return list(made)
+    return list(results)
 
 
 _BACKENDS: dict[str, Callable[..., list[jax.Array]]] = {"ptx": _launch_ptx, "jax-triton": _launch_jax_triton}
 
 
 def _import_jax_triton() -> Any:
-    """The package, which sets an empty TRITON_CACHE_DIR when it is imported."""
+    """Imports jax-triton without the empty TRITON_CACHE_DIR that it sets when it is imported."""
     with _preserve_env("TRITON_CACHE_DIR"):
         try:
-            import jax_triton  # pyright: ignore[reportMissingImports]
+            import jax_triton  # pyright: ignore[reportMissingImports]  # optional: the second choice
         except ImportError as error:
             raise LaunchError(f"the package jax-triton is not usable ({error})") from None
     return jax_triton
@@ -128,7 +128,7 @@ def _preserve_env(name: str) -> Iterator[None]:
 
 @functools.cache
 def _find_backend() -> str:
-    """The first route that works on the device at hand."""
+    """Returns the first backend that works on the default device."""
     if os.environ.get("CUDA_CACHE_DISABLE") == "1":
         warnings.warn(
             "CUDA_CACHE_DISABLE=1: the driver will compile every launch of every kernel again at each start; unset it",
@@ -156,34 +156,35 @@ def _find_backend() -> str:
 
 
 def _probe_failure(name: str) -> str | None:
-    """Why a route does not work here; None if it does."""
+    """Returns why a backend does not work here, or ``None`` if it does."""
     try:
-        found = _run_add_one(name)
-    except Exception as error:  # whatever XLA, the driver or a package raise
+        result = _run_add_one(name)
+    except Exception as error:  # XLA, the driver and the packages raise many kinds
         return str(error).strip().partition("\n")[0] or type(error).__name__
-    wrong = not np.array_equal(found, np.arange(_PROBE_SIZE, dtype=np.float32) + 1)
-    return "a kernel that adds one gave something else" if wrong else None
+    is_wrong = not np.array_equal(result, np.arange(_PROBE_SIZE, dtype=np.float32) + 1)
+    return "a kernel that adds one gave something else" if is_wrong else None
 
 
 def _run_add_one(name: str) -> np.ndarray:
-    """What a kernel that adds one makes of 0, 1, …; also while another program is being traced."""
-    from pallas_kernels._self_test.triton import add_one_kernel
-
+    """Runs the kernel that adds one on 0, 1, …; also while another program is being traced."""
     target = _device.current_target()
     if target is None:
         raise LaunchError("JAX's default device is no GPU")
-    constants, shape = {"N": _PROBE_SIZE}, CompileOptions(num_warps=1, num_stages=1)
-    compiled = compile_kernel(add_one_kernel, ("fp32", "fp32"), tuple(constants.items()), target.capability, shape)
-    what = KernelLaunch(
-        kernel=add_one_kernel,
+    constants, options = {"N": _PROBE_SIZE}, CompileOptions(num_warps=1, num_stages=1)
+    element_types = (("x", "fp32"), ("out", "fp32"))
+    compiled = compile_kernel(
+        kernels.add_one_kernel, element_types, tuple(constants.items()), target.capability, options
+    )
+    output = jax.ShapeDtypeStruct((_PROBE_SIZE,), np.float32)
+    launch = KernelLaunch(
+        kernel=kernels.add_one_kernel,
         compiled=dataclasses.replace(compiled, shared_memory=_PROBE_SHARED_MEMORY),
         capability=target.capability,
-        options=shape,
-        outputs=[jax.ShapeDtypeStruct((_PROBE_SIZE,), np.float32)],
+        options=options,
+        operands=Operands(inputs=("x",), outputs={"out": output}),
         grid=(1, 1, 1),
-        aliases={},
         constants=constants,
     )
     with jax.ensure_compile_time_eval():
-        (made,) = jax.jit(functools.partial(_BACKENDS[name], what))(np.arange(_PROBE_SIZE, dtype=np.float32))
-        return np.asarray(made)
+        (result,) = jax.jit(functools.partial(_BACKENDS[name], launch))(np.arange(_PROBE_SIZE, dtype=np.float32))
+        return np.asarray(result)

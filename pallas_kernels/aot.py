@@ -1,14 +1,14 @@
-"""Compiling programs for a GPU that is not here, and reading what XLA made of them.
+"""Compiles programs for a GPU that is absent, and reports what XLA launches on it.
 
-XLA's plugin for CUDA compiles for a description of a card (``targets.json``) as well as for a card: the result has the
-binary of every kernel, the list of launches, what of it is one CUDA graph, and the memory it needs. It does not tell
-how fast it is: nothing runs, and nothing is tuned.
+XLA's plugin for CUDA compiles for the description of a GPU (``targets.json``) as well as for a GPU. The result has the
+binary of every kernel, the list of launches with the CUDA graphs they are in, and the memory needed. It does not show
+speed: nothing runs, and nothing is tuned.
 
-The plugin must not be loaded into a process that has other things to do, so this is done in a child::
+The plugin must not be loaded into a process with other work, so a child process compiles::
 
     report = run_in_child("glm_jax.engine.aot:compile_decode", {"gpu": "h100", ...})
 
-which calls ``compile_decode(argument)`` of ``glm_jax.engine.aot`` there and gives back what it returns.
+which calls ``compile_decode(argument)`` of ``glm_jax.engine.aot`` there and returns its result.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from pallas_kernels._device import Target
 
 _PLUGIN = "jax_plugins.xla_cuda13"
-# Kinds of thunks that start something on the device by themselves.
+# Kinds of thunks that contain others and launch nothing themselves.
 _CONTAINER_THUNKS = frozenset(["kWhile", "kCommandBuffer", "kConditional", "kSequential"])
 _COLLECTIVES = re.compile(r"k(AllReduce|AllGather|ReduceScatter|AllToAll|CollectivePermute|CollectiveKernel)\w*")
 _THUNK = re.compile(r"(?P<indent> *)\d+: (?P<kind>k\w+) *\[[^\]]*\] *(?P<rest>.*)")
@@ -43,27 +44,27 @@ _CHILD_ENV = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "T
 
 
 class AotError(Exception):
-    """A program could not be compiled for a card that is not here."""
+    """A program could not be compiled for an absent GPU."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSpec:
-    """What XLA must know of a GPU; sizes in bytes.
+    """Properties of a GPU that XLA compiles for; sizes in bytes.
 
     Attributes:
-        name: as JAX calls it.
-        capability: 89 for 8.9.
-        accelerated: whether instructions of this one architecture may be used (``sm_90a``).
-        multiprocessors: number of them.
-        threads_per_multiprocessor: at once.
-        shared_memory_per_multiprocessor: of which a program may have:
-        shared_memory_per_block: this much.
-        l2_cache: size.
-        clock_ghz: highest.
-        memory: size.
-        bandwidth: of it, per second.
-        links: of NVLink.
-        source: where the numbers are from.
+        name: JAX's name of the device.
+        capability: Ten times the compute capability: 89 for 8.9.
+        accelerated: Whether architecture-specific instructions may be used (``sm_90a``).
+        multiprocessors: Number of streaming multiprocessors.
+        threads_per_multiprocessor: Resident threads of a multiprocessor.
+        shared_memory_per_multiprocessor: Shared memory of a multiprocessor.
+        shared_memory_per_block: Shared memory that one program may request.
+        l2_cache: Size of the L2 cache.
+        clock_ghz: Highest clock.
+        memory: Size of the memory.
+        bandwidth: Memory bandwidth, bytes per second.
+        links: Number of NVLink connections.
+        source: Source of the numbers.
     """
 
     name: str
@@ -82,11 +83,11 @@ class GpuSpec:
 
     @property
     def target(self) -> Target:
-        """For the kernels."""
+        """Target of the kernels."""
         return Target(self.name, self.capability, self.multiprocessors)
 
     def target_config_text(self) -> str:
-        """XLA's ``GpuTargetConfigProto`` as text."""
+        """Returns XLA's ``GpuTargetConfigProto`` as text."""
         major, minor = divmod(self.capability, 10)
         extension = "ACCELERATED_FEATURES" if self.accelerated else "NONE"
         links = f"device_interconnect_info {{ active_links: {self.links} }}" if self.links else ""
@@ -108,16 +109,16 @@ class GpuSpec:
 
 @functools.cache
 def load_gpu_specs() -> dict[str, GpuSpec]:
-    """Every card that programs can be compiled for, by its short name."""
-    described = json.loads((Path(__file__).parent / "targets.json").read_text(encoding="utf-8"))
-    return {name: GpuSpec(**fields) for name, fields in described.items()}
+    """Returns every GPU that programs can be compiled for, by its short name."""
+    specs = json.loads((Path(__file__).parent / "targets.json").read_text(encoding="utf-8"))
+    return {name: GpuSpec(**fields) for name, fields in specs.items()}
 
 
 def find_gpu_spec(name: str) -> GpuSpec:
-    """A card by its short name.
+    """Returns a GPU by its short name.
 
     Raises:
-        AotError: listing those there are.
+        AotError: For an unknown name, listing the known ones.
     """
     if name not in load_gpu_specs():
         raise AotError(f"no description of a GPU called {name!r}; there are {', '.join(load_gpu_specs())}")
@@ -125,14 +126,14 @@ def find_gpu_spec(name: str) -> GpuSpec:
 
 
 def missing_requirement() -> str | None:
-    """What must be installed before anything can be compiled; None if it is there."""
-    beside = _plugin_dir().joinpath(*_PLUGIN.split(".")).is_dir()
-    absent = [name for name in ("triton", _PLUGIN) if not _is_installed(name) and not (name == _PLUGIN and beside)]
+    """Returns which packages are missing for compiling, or ``None`` if all are there."""
+    has_plugin = _is_installed(_PLUGIN) or _plugin_dir().joinpath(*_PLUGIN.split(".")).is_dir()
+    absent = [name for name, found in (("triton", _is_installed("triton")), (_PLUGIN, has_plugin)) if not found]
     return f"compiling for a GPU needs {' and '.join(absent)}: install glm-jax[aot]" if absent else None
 
 
 def _plugin_dir() -> Path:
-    """Where ``make venv`` puts the plugin: beside the packages, since JAX loads it wherever it finds it."""
+    """Returns where ``make venv`` installs the plugin: outside of the packages, where JAX would load it always."""
     return Path(sys.prefix) / "aot"
 
 
@@ -144,24 +145,22 @@ def _is_installed(name: str) -> bool:
 
 
 def topology_devices(gpu: GpuSpec, count: int = 1) -> Sequence[Any]:
-    """Devices to compile for, which cannot run anything; only in a child (:func:`run_in_child`)."""
-    from jax.experimental import topologies
-
-    described: Any = topologies.get_topology_desc(
+    """Returns devices to compile for, which cannot run anything. For a child process only (:func:`run_in_child`)."""
+    topology: Any = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=gpu.target_config_text(), topology=f"1x1x{count}"
     )
-    return described.devices
+    return topology.devices
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Thunk:
-    """Something that XLA does on the device.
+    """A step of XLA's program on the device.
 
     Attributes:
-        kind: such as ``kCustomKernel`` or ``kCopy``.
-        name: of a kernel.
-        loop_depth: how many loops it is in the body of.
-        graph_depth: in how many CUDA graphs it is (one of them, where it is part of one).
+        kind: XLA's kind, such as ``kCustomKernel`` or ``kCopy``.
+        name: Name of the kernel.
+        loop_depth: Number of loops whose bodies it is in.
+        graph_depth: Number of CUDA graphs it is in.
     """
 
     kind: str
@@ -172,14 +171,14 @@ class Thunk:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CompileReport:
-    """What became of a program.
+    """A compiled program; sizes are those on one device.
 
     Attributes:
-        thunks: in order, containers included.
-        argument_bytes: of its inputs, on one device.
-        output_bytes: of its outputs.
-        alias_bytes: of the outputs that take the place of inputs.
-        temp_bytes: that it needs besides.
+        thunks: Steps in order, containers included.
+        argument_bytes: Bytes of its inputs.
+        output_bytes: Bytes of its outputs.
+        alias_bytes: Bytes of the outputs that alias inputs.
+        temp_bytes: Bytes of its temporary memory.
     """
 
     thunks: tuple[Thunk, ...]
@@ -189,19 +188,19 @@ class CompileReport:
     temp_bytes: int
 
     def launches(self, loop_depth: int = 1) -> list[Thunk]:
-        """What is started on the device in the bodies of so many nested loops: kernels, copies, collectives."""
+        """Returns the launches in the bodies of ``loop_depth`` nested loops: kernels, copies, collectives."""
         return [
             thunk for thunk in self.thunks if thunk.loop_depth == loop_depth and thunk.kind not in _CONTAINER_THUNKS
         ]
 
     @property
     def num_cuda_graphs(self) -> int:
-        """CUDA graphs."""
+        """Number of CUDA graphs."""
         return sum(thunk.kind == "kCommandBuffer" for thunk in self.thunks)
 
     @property
     def num_ungraphed_launches(self) -> int:
-        """Launches in no graph."""
+        """Number of launches outside of CUDA graphs."""
         return sum(not thunk.graph_depth and thunk.kind not in _CONTAINER_THUNKS for thunk in self.thunks)
 
     @property
@@ -211,7 +210,12 @@ class CompileReport:
 
 
 def compile_traced(traced: Any, options: Mapping[str, Any] | None = None) -> CompileReport:
-    """Compiles what ``jax.jit(f).trace(...)`` gave, its arguments lying on :func:`topology_devices` or on a device at hand."""
+    """Compiles a traced program.
+
+    Args:
+        traced: Result of ``jax.jit(f).trace(...)``, with arguments on :func:`topology_devices` or a real device.
+        options: Compiler options of XLA.
+    """
     with tempfile.TemporaryDirectory() as folder, _compilation_cache_disabled():
         lowered = traced.lower(lowering_platforms=("cuda",))
         compiled = lowered.compile(compiler_options={**(options or {}), "xla_dump_to": folder})
@@ -227,11 +231,11 @@ def compile_traced(traced: Any, options: Mapping[str, Any] | None = None) -> Com
 
 @contextlib.contextmanager
 def _compilation_cache_disabled() -> Iterator[None]:
-    """Without JAX's persistent cache: a program that is found there is not compiled, and leaves no list of launches."""
-    config: Any = jax.config  # its options are made at run time
+    """Disables JAX's persistent cache: a cached program is not compiled, and leaves no list of launches."""
+    config: Any = jax.config  # its options are created at run time
     before = config.jax_enable_compilation_cache
     config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # it is asked once whether it is in use
+    compilation_cache.reset_cache()  # JAX decides once whether the cache is used
     try:
         yield
     finally:
@@ -240,7 +244,7 @@ def _compilation_cache_disabled() -> Iterator[None]:
 
 
 def _thunk_file(folder: Path) -> str:
-    """The list as it runs: after XLA's passes over it, if they changed anything."""
+    """Returns the list of launches, after XLA's passes over it if there were any."""
     for pattern in ("*thunk_sequence_after_thunk_passes.txt", "*thunk_sequence.txt"):
         files = sorted(folder.glob(pattern), key=lambda path: path.stat().st_size)
         if files:
@@ -249,12 +253,12 @@ def _thunk_file(folder: Path) -> str:
 
 
 def parse_thunks(text: str) -> Iterator[Thunk]:
-    """XLA's list of what it will do. Deeper lines belong to the ``body:`` or the container above them."""
+    """Parses XLA's list of launches. Indented lines belong to the ``body:`` or the container above them."""
     bodies: list[int] = []
     graphs: list[int] = []
     for line in text.splitlines():
         if match := _LOOP_BODY.fullmatch(line.rstrip()):
-            # A body is written at the depth of its loop or one further; what is in it comes deeper still.
+            # A body is written at the depth of its loop or one further, and its contents deeper still.
             indent = len(match["indent"])
             bodies = [depth for depth in bodies if depth < indent] + [indent]
             continue
@@ -270,15 +274,15 @@ def parse_thunks(text: str) -> Iterator[Thunk]:
 
 
 def run_in_child(function: str, argument: Mapping[str, Any], timeout: float = 900) -> Any:
-    """Calls ``module:function`` with plain values in a process that has XLA's plugin, and gives back what it returns.
+    """Calls ``module:function`` with plain values in a child process that has XLA's plugin, and returns the result.
 
     Raises:
-        AotError: if something is not installed, or the call fails.
+        AotError: If a package is missing or the call fails.
     """
     if problem := missing_requirement():
         raise AotError(problem)
     paths = [str(_plugin_dir()), os.environ.get("PYTHONPATH")]
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", __name__, function],
         input=json.dumps(argument),
         env={**os.environ, **_CHILD_ENV, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
@@ -287,9 +291,9 @@ def run_in_child(function: str, argument: Mapping[str, Any], timeout: float = 90
         timeout=timeout,
         check=False,
     )
-    if done.returncode:
-        raise AotError(f"compiling failed: {_last_line(done.stderr)}")
-    return json.loads(done.stdout.splitlines()[-1])
+    if result.returncode:
+        raise AotError(f"compiling failed: {_last_line(result.stderr)}")
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def _last_line(text: str) -> str:
@@ -299,7 +303,7 @@ def _last_line(text: str) -> str:
 
 
 def main() -> None:
-    """The child's side of :func:`run_in_child`."""
+    """Runs the child's side of :func:`run_in_child`."""
     function = pkgutil.resolve_name(sys.argv[1])
     print(json.dumps(function(json.load(sys.stdin))))
 

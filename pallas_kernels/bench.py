@@ -1,4 +1,4 @@
-"""``python -m pallas_kernels.bench``: time and bandwidth of every kernel at the real model's shapes, on this card."""
+"""``python -m pallas_kernels.bench``: time and bandwidth of every kernel at the real model's shapes, on this GPU."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from pallas_kernels.tiles import BITS_PER_QVALUE
 
 JsonReport = dict[str, Any]
 BENCH_DESCRIPTION = """\
-Times the kernels of a decode step and of prompts at GLM-4.7-Flash's shapes on the card at hand, many times over in one
-CUDA graph and with other weights each time, so that no cache serves them; cases too small for that are marked. GB/s are
-of what a call must read and write, beside a plain copy measured in the same run.
+Times the kernels of a decode step and of prompts at GLM-4.7-Flash's shapes on this GPU. Each runs many times in one
+CUDA graph, with other weights each time, so that no cache serves them; cases too small for that are marked. GB/s count
+the bytes that a call must read and write, and are compared with a plain copy measured in the same run.
 
 Examples:
   python -m pallas_kernels.bench --ops gate_up,down --batch 1,8 --kinds int4
   python -m pallas_kernels.bench --ops attend --batch 1 --context 8k,128k --caches int8
   python -m pallas_kernels.bench --short --out docs/benchmarks
 """
-# What tells most in a minute or two, the most telling first: experts in 4 bits, what every token goes through in 8.
+# The most informative cases of a minute or two, in this order: experts in 4 bits, the other matrices in 8.
 _SHORT_SWEEPS: tuple[tuple[tuple[str, ...], Sweep], ...] = (
     (("gate_up", "down", "head"), Sweep(batch_sizes=(1,), weight_kinds=("int4",))),
     (("attend",), Sweep(batch_sizes=(1,), context_lengths=(1024, 32_768), cache_kinds=("bfloat16", "int8"))),
@@ -40,19 +40,19 @@ _SHORT_SWEEPS: tuple[tuple[tuple[str, ...], Sweep], ...] = (
 
 
 def name_list_parser(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """Reads names with commas, each of them one that there is."""
+    """Returns a parser of names separated by commas, which accepts only known names."""
 
-    def read(text: str) -> tuple[str, ...]:
-        found = tuple(part.strip() for part in text.split(","))
-        if unknown := [name for name in found if name not in known]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(part.strip() for part in text.split(","))
+        if unknown := [name for name in names if name not in known]:
             raise argparse.ArgumentTypeError(f"no {unknown[0]!r}; there are {', '.join(known)}")
-        return found
+        return names
 
-    return read
+    return parse
 
 
 def parse_size_list(text: str) -> tuple[int, ...]:
-    """Reads ``1,8k``."""
+    """Parses sizes such as ``1,8k`` for argparse."""
     try:
         return parse_sizes(text)
     except ValueError as error:
@@ -60,35 +60,35 @@ def parse_size_list(text: str) -> tuple[int, ...]:
 
 
 def add_sweep_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say which cases."""
-    plain = Sweep()
+    """Adds the options that select specifications."""
+    defaults = Sweep()
     caches = ("bfloat16", "float32", "int8", "fp8")
     parser.add_argument(
         "--ops",
         type=name_list_parser(tuple(SPEC_BUILDERS)),
         default=(),
-        help=f"of {', '.join(SPEC_BUILDERS)}; all unless given",
+        help=f"operations, of {', '.join(SPEC_BUILDERS)}; all by default",
     )
     parser.add_argument("--match", default="", help="only cases whose names contain this, such as o/int4/m1")
     parser.add_argument(
-        "--batch", type=parse_size_list, default=plain.batch_sizes, help="rows, one case each: 1,8,32,64"
+        "--batch", type=parse_size_list, default=defaults.batch_sizes, help="rows, one case each: 1,8,32,64"
     )
     parser.add_argument(
         "--kinds",
         type=name_list_parser(tuple(BITS_PER_QVALUE)),
-        default=plain.weight_kinds,
+        default=defaults.weight_kinds,
         help="storages of weights: int4,int8",
     )
     parser.add_argument(
-        "--context", type=parse_size_list, default=plain.context_lengths, help="cached rows, such as 1k,8k,32k"
+        "--context", type=parse_size_list, default=defaults.context_lengths, help="cached rows, such as 1k,8k,32k"
     )
     parser.add_argument(
-        "--caches", type=name_list_parser(caches), default=plain.cache_kinds, help="storages of the cache: int8,fp8"
+        "--caches", type=name_list_parser(caches), default=defaults.cache_kinds, help="storages of the cache: int8,fp8"
     )
 
 
 def select_specs(options: argparse.Namespace) -> list[KernelSpec]:
-    """The cases that were asked for."""
+    """Returns the specifications that the options select."""
     sweep = Sweep(
         batch_sizes=options.batch,
         weight_kinds=options.kinds,
@@ -97,21 +97,21 @@ def select_specs(options: argparse.Namespace) -> list[KernelSpec]:
     )
     if not getattr(options, "short", False):
         return list_specs(sweep, options.ops, options.match)
-    short = [case for ops, each in _SHORT_SWEEPS for case in list_specs(each, ops, options.match)]
-    return [case for case in short if not options.ops or case.op in options.ops]
+    short = [spec for ops, short_sweep in _SHORT_SWEEPS for spec in list_specs(short_sweep, ops, options.match)]
+    return [spec for spec in short if not options.ops or spec.op in options.ops]
 
 
 def build_bench_parser() -> argparse.ArgumentParser:
-    """The command's options."""
-    made = argparse.ArgumentParser(
+    """Returns the parser of the command's options."""
+    parser = argparse.ArgumentParser(
         prog="python -m pallas_kernels.bench",
         description=BENCH_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_sweep_options(made)
-    made.add_argument("--short", action="store_true", help="the few cases that tell most, in two minutes")
-    made.add_argument("--out", type=Path, help="write the report into this folder, as JSON and as Markdown")
-    return made
+    add_sweep_options(parser)
+    parser.add_argument("--short", action="store_true", help="only the most informative cases, in two minutes")
+    parser.add_argument("--out", type=Path, help="write the report into this folder, as JSON and as Markdown")
+    return parser
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -137,7 +137,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def unsupported_reason(folder: Path | None) -> str | None:
-    """Why nothing can be timed, or kept, here."""
+    """Returns why kernels cannot be timed here or the report cannot be written, or ``None``."""
     if is_interpreted() or jax.default_backend() != "gpu" or not kernels_available():
         return "times are those of a GPU, and JAX and Triton find none here"
     if folder is not None and not folder.is_dir():
@@ -146,7 +146,7 @@ def unsupported_reason(folder: Path | None) -> str | None:
 
 
 def measure_heuristic_seconds(arrays: timing.SpecArrays) -> float:
-    """Seconds of a call, with the block sizes that would be chosen."""
+    """Returns the seconds of a call with tuned or heuristic block sizes."""
     return timing.measure_seconds_per_call(timing.build_loop(arrays))
 
 
@@ -155,27 +155,27 @@ def run_benchmarks(
     bandwidth: float,
     measure: Callable[[timing.SpecArrays], float] = measure_heuristic_seconds,
 ) -> Iterator[JsonReport]:
-    """Each case with the time of a call; what fails is said, and does not stop the others.
+    """Yields one result for each specification; a failure is reported and does not stop the others.
 
     Args:
-        specs: cases.
-        bandwidth: bytes per second of a copy.
-        measure: of one call.
+        specs: Specifications to time.
+        bandwidth: Bytes per second of a copy.
+        measure: Returns the seconds of a call.
     """
-    for case in specs:
-        found: JsonReport = {"op": case.op, "case": case.name}
+    for spec in specs:
+        header: JsonReport = {"op": spec.op, "case": spec.name}
         try:
-            yield found | _benchmark_spec(case, bandwidth, measure)
-        except Exception as error:  # of Triton's compiler as well
-            yield found | {"failed": format_error(error)}
+            yield header | _benchmark_spec(spec, bandwidth, measure)
+        except Exception as error:  # Triton's compiler raises many kinds
+            yield header | {"failed": format_error(error)}
 
 
-def _benchmark_spec(case: KernelSpec, bandwidth: float, measure: Callable[[timing.SpecArrays], float]) -> JsonReport:
-    arrays = timing.make_arrays(case)
-    taken = measure(arrays)
-    speed = arrays.nbytes / taken
+def _benchmark_spec(spec: KernelSpec, bandwidth: float, measure: Callable[[timing.SpecArrays], float]) -> JsonReport:
+    arrays = timing.make_arrays(spec)
+    seconds = measure(arrays)
+    speed = arrays.nbytes / seconds
     return {
-        "us": taken * 1e6,
+        "us": seconds * 1e6,
         "bytes": arrays.nbytes,
         "bytes_per_s": speed,
         "of_copy": speed / bandwidth,
@@ -185,13 +185,13 @@ def _benchmark_spec(case: KernelSpec, bandwidth: float, measure: Callable[[timin
 
 
 def format_error(error: Exception) -> str:
-    """An error in a line."""
+    """Formats an error as one line."""
     text = str(error).strip().partition("\n")[0][:200]
     return text if isinstance(error, LaunchError) and text else f"{type(error).__name__}: {text}"
 
 
 def format_result(result: JsonReport) -> str:
-    """A result in a line."""
+    """Formats a result as one line."""
     name = f"{result['op']}/{result['case']}"
     if "failed" in result:
         return f"{name}: failed, {result['failed']}"
@@ -200,7 +200,7 @@ def format_result(result: JsonReport) -> str:
 
 
 def render_kernel_report(report: JsonReport) -> str:
-    """The report as a Markdown section."""
+    """Formats a report as a Markdown section."""
     machine = report["machine"]
     gpu = machine.get("gpu", {})
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())

@@ -1,34 +1,67 @@
-"""Weights in tiles: the layout that the matrix kernels read.
+"""Weights in tiles: the memory layout that the matrix kernels read.
 
-A matrix ``[N, K]`` is cut into columns of 64 outputs, and these into *chunks* of 16 words of 32 bits per output. A word
-holds 32 / bits codes; the i-th of word r stands for input ``16 i + r`` of the chunk. So one tile is a contiguous block
-of memory, read in whole, and the i-th codes of its words are 16 consecutive inputs by 64 outputs: an operand of a
-matrix product as it is, with nothing to transpose.
+A matrix ``[N, K]`` is cut into tiles of 64 outputs, and each tile into *chunks* of 16 packed words of 32 bits per
+output. A word packs ``32 / bits`` qvalues, and the i-th qvalue of word r belongs to input ``16 i + r`` of the chunk. So
+a chunk is one contiguous block of memory, and the i-th qvalues of its words are 16 consecutive inputs by 64 outputs:
+an operand of a matrix product with nothing to transpose.
 
-The value of a code is ``code * scale + offset``, with a scale (and perhaps an offset) for each output and group of
-inputs; without scales it is the code itself.
+The value of a qvalue is ``qvalue * scale + offset``, with a scale (and perhaps an offset) for each output and group of
+inputs; without scales it is the qvalue itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+import math
+from collections.abc import Hashable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 WeightKind = Literal["int4", "uint4", "int8", "uint8", "fp8", "fp4", "bfloat16", "float32"]
 TILE_WIDTH = 64  # outputs of a tile
-CHUNK_ROWS = 16  # words of a chunk, per output
+CHUNK_ROWS = 16  # packed words of a chunk, per output
 BITS_PER_QVALUE: dict[str, int] = {
     "int4": 4, "uint4": 4, "fp4": 4, "int8": 8, "uint8": 8, "fp8": 8, "bfloat16": 16, "float32": 32
 }  # fmt: skip
 
 
 def chunk_inputs(kind: str) -> int:
-    """Inputs of a chunk: 128 for 4 bits, 64 for 8."""
+    """Returns the number of inputs in a chunk: 128 for 4 bits, 64 for 8."""
     return CHUNK_ROWS * 32 // BITS_PER_QVALUE[kind]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TileLayout:
+    """The static layout of a tiled weight, as one constexpr of a kernel.
+
+    Attributes:
+        kind: Kind of the qvalues.
+        outputs: N, without padding.
+        inputs: K, without padding.
+        num_tiles: Tiles of 64 outputs in a matrix.
+        num_chunks: Chunks of inputs in a matrix.
+        num_groups: Scales per output.
+        group_size: Inputs that share a scale; 0 if all do.
+        scale_span: Inputs of a chunk that are multiplied under one scale: a common divisor of chunk and group.
+        qvalues_per_word: Qvalues packed into 32 bits.
+        has_scales: Whether the weight has scales.
+        has_offsets: Whether it has offsets.
+    """
+
+    kind: WeightKind
+    outputs: int
+    inputs: int
+    num_tiles: int
+    num_chunks: int
+    num_groups: int
+    group_size: int
+    scale_span: int
+    qvalues_per_word: int
+    has_scales: bool
+    has_offsets: bool
 
 
 @functools.partial(
@@ -41,15 +74,15 @@ class Tiles:
     """A weight ``[*stack, N, K]``, padded with zeros to whole tiles.
 
     Attributes:
-        packed: uint32 ``[*stack, tiles, chunks, 16, 64]``.
-        scales: ``[*stack, tiles, groups, 64]``, or None.
-        offsets: float32, like the scales, or None.
-        input_scales: ``[*stack, n, K]``, of the inputs, one set for each n-th of the outputs; or None. So a matrix
-            has its scales whose outputs and inputs have changed places.
-        kind: of the codes: "int4" stands for -8 .. 7, "uint4" for 0 .. 15, and so on.
+        packed: ``uint32 [*stack, tiles, chunks, 16, 64]``.
+        scales: ``[*stack, tiles, groups, 64]``, or ``None``.
+        offsets: ``float32 [*stack, tiles, groups, 64]``, or ``None``.
+        input_scales: ``[*stack, n, K]``, or ``None``. One set of scales of the inputs for each n-th of the outputs. A
+            matrix whose outputs and inputs were swapped has its scales here.
+        kind: Kind of the qvalues: "int4" is -8 .. 7, "uint4" is 0 .. 15, and so on.
         outputs: N.
         inputs: K.
-        group_size: inputs that share a scale, a multiple of 16; 0 for all of them.
+        group_size: Inputs that share a scale, a multiple of 16; 0 if all do.
     """
 
     packed: jax.Array
@@ -63,35 +96,53 @@ class Tiles:
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """The leading axes."""
+        """Leading axes of the weight."""
         return self.packed.shape[:-4]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape ``[*stack, N, K]`` of the weight."""
         return (*self.stack, self.outputs, self.inputs)
 
     @property
     def num_tiles(self) -> int:
-        """Columns of 64 outputs."""
+        """Tiles of 64 outputs in a matrix."""
         return self.packed.shape[-4]
 
     @property
     def num_chunks(self) -> int:
-        """Chunks of inputs."""
+        """Chunks of inputs in a matrix."""
         return self.packed.shape[-3]
 
     @property
     def num_groups(self) -> int:
-        """Scales per output, those of padding included."""
+        """Scales per output, including those of padding."""
         return 1 if self.scales is None else self.scales.shape[-2]
 
+    @property
+    def layout(self) -> TileLayout:
+        """Static layout of the weight, for the kernels."""
+        size = chunk_inputs(self.kind)
+        return TileLayout(
+            kind=self.kind,
+            outputs=self.outputs,
+            inputs=self.inputs,
+            num_tiles=self.num_tiles,
+            num_chunks=self.num_chunks,
+            num_groups=self.num_groups,
+            group_size=self.group_size,
+            scale_span=math.gcd(self.group_size, size) if self.group_size else size,
+            qvalues_per_word=size // CHUNK_ROWS,
+            has_scales=self.scales is not None,
+            has_offsets=self.offsets is not None,
+        )
+
     def row_scales(self) -> jax.Array | None:
-        """The scales ``[*stack, N, groups]``, without those of padding."""
+        """Returns the scales ``[*stack, N, groups]`` without padding, or ``None``."""
         return None if self.scales is None else self._tile_to_rows(self.scales)
 
     def row_offsets(self) -> jax.Array | None:
-        """The offsets likewise."""
+        """Returns the offsets ``float32 [*stack, N, groups]`` without padding, or ``None``."""
         return None if self.offsets is None else self._tile_to_rows(self.offsets)
 
     def _tile_to_rows(self, by_tile: jax.Array) -> jax.Array:
@@ -105,17 +156,17 @@ class Tiles:
 
 
 def has_same_layout(a: Tiles, b: Tiles) -> bool:
-    """Whether a kernel that was made for one matrix can read the other."""
+    """Returns whether one kernel can read both weights."""
 
-    def facts(tiles: Tiles) -> tuple[Any, ...]:
-        parts = (tiles.packed, tiles.scales, tiles.offsets)
-        return tiles.kind, tiles.group_size, *(None if x is None else (x.shape, x.dtype) for x in parts)
+    def facts(tiles: Tiles) -> tuple[Hashable, ...]:
+        arrays = (tiles.packed, tiles.scales, tiles.offsets)
+        return tiles.kind, tiles.group_size, *(None if x is None else (x.shape, x.dtype) for x in arrays)
 
     return facts(a) == facts(b)
 
 
 def is_tileable_group(group_size: int) -> bool:
-    """Whether groups of this many inputs can be read in tiles: they must hold whole runs of 16 inputs."""
+    """Returns whether a group of this many inputs is a whole number of the 16 inputs that are read at once."""
     return group_size % CHUNK_ROWS == 0
 
 
@@ -126,80 +177,89 @@ def make_tiles(
     offsets: jax.Array | None = None,
     input_scales: jax.Array | None = None,
 ) -> Tiles:
-    """Lays a weight out in tiles.
+    """Arranges a weight in tiles.
 
     Args:
-        qvalues: bit patterns as unsigned integers ``[*stack, N, K]``: uint8 (4-bit codes one to a byte, "int4" as
+        qvalues: Bit patterns as unsigned integers ``[*stack, N, K]``: uint8 (4-bit qvalues one to a byte, "int4" as
             0 .. 15 for -8 .. 7, "int8" in two's complement), uint16 for bfloat16, uint32 for float32.
-        kind: what they are.
-        scales: ``[*stack, N, groups]``, or None.
-        offsets: like the scales, or None.
-        input_scales: of the inputs, ``[*stack, n, K]``, or None; n divides the number of tiles.
+        kind: Kind of the qvalues.
+        scales: ``[*stack, N, groups]``, or ``None``.
+        offsets: ``float32 [*stack, N, groups]``, or ``None``.
+        input_scales: ``[*stack, n, K]``, or ``None``; n divides the number of tiles.
     """
     *stack, outputs, inputs = qvalues.shape
     size, per_word = chunk_inputs(kind), 32 // BITS_PER_QVALUE[kind]
-    rows, columns = -outputs % TILE_WIDTH, -inputs % size
-    group = 0 if scales is None or scales.shape[-1] == 1 else inputs // scales.shape[-1]
-    # Padding must stand for zero: its inputs are read as zero, and of its outputs nothing is kept.
-    none = [(0, 0)] * len(stack)
-    padded = jnp.pad(qvalues, [*none, (0, rows), (0, columns)])
-    tiles, chunks = (outputs + rows) // TILE_WIDTH, (inputs + columns) // size
+    pad_outputs, pad_inputs = -outputs % TILE_WIDTH, -inputs % size
+    group_size = 0 if scales is None or scales.shape[-1] == 1 else inputs // scales.shape[-1]
+    # The kernels read zero for the inputs of padding, and drop its outputs.
+    padded = jnp.pad(qvalues, [*[(0, 0)] * len(stack), (0, pad_outputs), (0, pad_inputs)])
+    tiles, chunks = (outputs + pad_outputs) // TILE_WIDTH, (inputs + pad_inputs) // size
     split = padded.reshape(*stack, tiles, TILE_WIDTH, chunks, per_word, CHUNK_ROWS)
-    # [tile, output, chunk, place, row] -> [tile, chunk, row, output, place]
+    # [tile, output, chunk, qvalue, row] -> [tile, chunk, row, output, qvalue]
     n = len(stack)
     ordered = jnp.transpose(split, (*range(n), n, n + 2, n + 4, n + 1, n + 3)).astype(jnp.uint32)
-    words = jnp.sum(ordered << _bit_offsets(kind, ordered.ndim), axis=-1, dtype=jnp.uint32)
-    more = -(-(inputs + columns) // group) - inputs // group if group else 0
-    held = {
-        "scales": _rows_to_tiles(scales, rows, more),
-        "offsets": _rows_to_tiles(offsets, rows, more),
-        "input_scales": input_scales,
-    }
-    return Tiles(words, **held, kind=kind, outputs=outputs, inputs=inputs, group_size=group)
-
-
-def _bit_offsets(kind: str, ndim: int) -> jax.Array:
-    """Where in a word each of its codes begins, along the last of so many axes."""
-    return (jnp.arange(32 // BITS_PER_QVALUE[kind], dtype=jnp.uint32) * jnp.uint32(BITS_PER_QVALUE[kind])).reshape(
-        *[1] * (ndim - 1), -1
+    packed = jnp.sum(ordered << _bit_offsets(kind, ordered.ndim), axis=-1, dtype=jnp.uint32)
+    pad_groups = -(-(inputs + pad_inputs) // group_size) - inputs // group_size if group_size else 0
+    return Tiles(
+        packed,
+        scales=_rows_to_tiles(scales, pad_outputs, pad_groups),
+        offsets=_rows_to_tiles(offsets, pad_outputs, pad_groups),
+        input_scales=input_scales,
+        kind=kind,
+        outputs=outputs,
+        inputs=inputs,
+        group_size=group_size,
     )
 
 
-def _rows_to_tiles(values: Any, rows: int, groups: int) -> Any:
-    """``[*stack, N, groups]`` to ``[*stack, tiles, groups, 64]``, with so many rows and groups more."""
+def _bit_offsets(kind: str, ndim: int) -> jax.Array:
+    """Returns the first bit of each qvalue of a word along the last of ``ndim`` axes."""
+    bits = BITS_PER_QVALUE[kind]
+    return (jnp.arange(32 // bits, dtype=jnp.uint32) * jnp.uint32(bits)).reshape(*[1] * (ndim - 1), -1)
+
+
+def _rows_to_tiles(values: jax.Array | None, pad_outputs: int, pad_groups: int) -> jax.Array | None:
+    """Rearranges ``[*stack, N, groups]`` to ``[*stack, tiles, groups, 64]`` after padding outputs and groups."""
     if values is None:
         return None
-    padded = jnp.pad(values, [*[(0, 0)] * (values.ndim - 2), (0, rows), (0, groups)])
+    padded = jnp.pad(values, [*[(0, 0)] * (values.ndim - 2), (0, pad_outputs), (0, pad_groups)])
     split = padded.reshape(*values.shape[:-2], -1, TILE_WIDTH, padded.shape[-1])
     return jnp.swapaxes(split, -1, -2)
 
 
 def unpack_qvalues(tiles: Tiles) -> jax.Array:
-    """The bit patterns, uint32 ``[*stack, N, K]``."""
+    """Returns the bit patterns ``uint32 [*stack, N, K]``."""
     n, bits = len(tiles.stack), BITS_PER_QVALUE[tiles.kind]
-    codes = (tiles.packed[..., None] >> _bit_offsets(tiles.kind, tiles.packed.ndim + 1)) & jnp.uint32((1 << bits) - 1)
-    # [tile, chunk, row, output, place] -> [tile, output, chunk, place, row]
-    ordered = jnp.transpose(codes, (*range(n), n, n + 3, n + 1, n + 4, n + 2))
+    mask = jnp.uint32((1 << bits) - 1)
+    qvalues = (tiles.packed[..., None] >> _bit_offsets(tiles.kind, tiles.packed.ndim + 1)) & mask
+    # [tile, chunk, row, output, qvalue] -> [tile, output, chunk, qvalue, row]
+    ordered = jnp.transpose(qvalues, (*range(n), n, n + 3, n + 1, n + 4, n + 2))
     flat = ordered.reshape(*tiles.stack, tiles.num_tiles * TILE_WIDTH, tiles.num_chunks * chunk_inputs(tiles.kind))
     return flat[..., : tiles.outputs, : tiles.inputs]
 
 
 def dequantize_tiles(tiles: Tiles) -> jax.Array:
-    """The values, float32 ``[*stack, N, K]``: what the kernels must compute with."""
+    """Returns the values ``float32 [*stack, N, K]`` that the kernels compute with."""
     values = decode_qvalues(unpack_qvalues(tiles), tiles.kind)
     if tiles.input_scales is not None:
-        height = TILE_WIDTH * tiles.num_tiles // tiles.input_scales.shape[-2]
-        values = values * jnp.repeat(tiles.input_scales.astype(jnp.float32), height, axis=-2)[..., : tiles.outputs, :]
-    for by_row, add in ((tiles.row_scales(), False), (tiles.row_offsets(), True)):
-        if by_row is not None:
-            wide = by_row.astype(jnp.float32)
-            wide = jnp.repeat(wide, tiles.group_size, axis=-1) if tiles.group_size else wide
-            values = values + wide if add else values * wide
+        outputs_per_set = TILE_WIDTH * tiles.num_tiles // tiles.input_scales.shape[-2]
+        by_output = jnp.repeat(tiles.input_scales.astype(jnp.float32), outputs_per_set, axis=-2)
+        values = values * by_output[..., : tiles.outputs, :]
+    if (scales := tiles.row_scales()) is not None:
+        values = values * _repeat_groups(scales, tiles.group_size)
+    if (offsets := tiles.row_offsets()) is not None:
+        values = values + _repeat_groups(offsets, tiles.group_size)
     return values
 
 
+def _repeat_groups(by_group: jax.Array, group_size: int) -> jax.Array:
+    """Repeats ``[*stack, N, groups]`` for every input of a group, as float32."""
+    wide = by_group.astype(jnp.float32)
+    return jnp.repeat(wide, group_size, axis=-1) if group_size else wide
+
+
 def decode_qvalues(qvalues: jax.Array, kind: str) -> jax.Array:
-    """What bit patterns (uint32) stand for before scale and offset, float32."""
+    """Returns the float32 values of bit patterns (uint32), before scale and offset."""
     if kind in ("int4", "uint4", "uint8"):
         return qvalues.astype(jnp.float32) - jnp.float32(8 if kind == "int4" else 0)
     if kind == "int8":

@@ -1,4 +1,4 @@
-"""How long work on a device takes: the bandwidth of its memory, and operations in a loop that never leaves it."""
+"""Timing on a device: the bandwidth of its memory, and operations in a loop that never leaves it."""
 
 from __future__ import annotations
 
@@ -7,34 +7,39 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels._launch import CUDA_GRAPH_OPTIONS
-from pallas_kernels.specs.base import KernelSpec
+from pallas_kernels.specs.base import Arrays, KernelSpec
 
 _COPY_BYTES, _COPIES = 1 << 30, 10
-# What is read between two uses of the same weights, so that none is found in a cache: twice the largest known.
+# Bytes read between two uses of the same weights, so that no cache has them: twice the largest known cache.
 _CACHE_FLUSH_BYTES = 2 * (128 << 20)
 _MIN_CALLS, _MAX_CALLS, _MAX_BYTES = 32, 128, 6 << 30
 
+# ``(inputs, state, layer_indices, zero, count)`` to the new state and the results of the last round.
+RoundsProgram: TypeAlias = Callable[
+    [Arrays, Arrays, list[jax.Array], jax.Array, jax.Array], tuple[Arrays, list[list[jax.Array]]]
+]
+
 
 def measure_copy_bandwidth(repeats: int = 5) -> float:
-    """Bytes per second, read and written, of copies of a GiB on the default device: the best of ``repeats``.
+    """Returns bytes per second, read and written, of copies of a GiB on the default device: the best of ``repeats``.
 
-    It is what kernels are compared with: how fast this memory is on this day, and not by a data sheet.
+    Kernels are compared with it, because it is the speed of this memory on this day rather than that of a data sheet.
     """
     data = jax.block_until_ready(jnp.zeros(_COPY_BYTES // 4, jnp.uint32))
-    copy = jax.jit(jnp.copy)  # the result is another array, so there is something to copy
+    copy = jax.jit(jnp.copy)  # without donation, so that there is something to copy
     latest = jax.block_until_ready(copy(data))
     best = float("inf")
     for _ in range(repeats):
         started = time.perf_counter()
         for _ in range(_COPIES):
-            latest = copy(data)  # the one before is freed: there are never more than two
+            latest = copy(data)  # frees the previous copy: there are never more than two
         jax.block_until_ready(latest)
         best = min(best, (time.perf_counter() - started) / _COPIES)
     return 2 * data.nbytes / best
@@ -42,11 +47,11 @@ def measure_copy_bandwidth(repeats: int = 5) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TimedLoop:
-    """An operation many times over, with other weights each time.
+    """An operation repeated with other weights each time.
 
     Attributes:
-        run_rounds: ``run_rounds(n)`` runs n rounds, and waits for them.
-        calls_per_round: of the operation in a round.
+        run_rounds: ``run_rounds(n)`` runs n rounds and waits for them.
+        calls_per_round: Calls of the operation in a round.
     """
 
     run_rounds: Callable[[int], None]
@@ -55,42 +60,43 @@ class TimedLoop:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SpecArrays:
-    """The arrays of a case, in enough layers that the card's caches do not hold what is read again.
+    """The arrays of a specification, in so many layers that no cache of the GPU has the weights of the next call.
 
     Attributes:
-        spec: the operation.
-        inputs: what it reads.
-        state: what it takes over.
-        layers: their number.
-        nbytes: that one call must read and write.
-        cached: whether a card's cache may hold all that the calls read.
+        spec: Specification of the operation.
+        inputs: Arrays that it reads.
+        state: Arrays that it updates.
+        layers: Number of layers.
+        nbytes: Bytes that one call must read and write.
+        cached: Whether a cache may hold all the layers nevertheless.
     """
 
     spec: KernelSpec
-    inputs: Any
-    state: Any
+    inputs: Arrays
+    state: Arrays
     layers: int
     nbytes: int
     cached: bool = False
 
 
 def make_arrays(spec: KernelSpec) -> SpecArrays:
-    """Makes the arrays of a case on the default device."""
+    """Creates the arrays of a specification on the default device."""
     make = jax.jit(spec.make_inputs, static_argnums=0)
-    given, state = make(1)
-    nbytes, held = spec.bytes_accessed(given, state), sum(x.nbytes for x in jax.tree.leaves((given, state)))
-    most = max(2, min(_MAX_CALLS, _MAX_BYTES // held))
-    layers = int(np.clip(-(-_CACHE_FLUSH_BYTES // nbytes), 2, most))
-    given, state = make(layers)
-    return SpecArrays(spec, given, state, layers, nbytes, cached=layers * nbytes < _CACHE_FLUSH_BYTES // 2)
+    inputs, state = make(1)
+    nbytes = spec.bytes_accessed(inputs, state)
+    layer_bytes = sum(x.nbytes for x in jax.tree.leaves((inputs, state)))
+    max_layers = max(2, min(_MAX_CALLS, _MAX_BYTES // layer_bytes))
+    layers = int(np.clip(-(-_CACHE_FLUSH_BYTES // nbytes), 2, max_layers))
+    inputs, state = make(layers)
+    return SpecArrays(spec, inputs, state, layers, nbytes, cached=layers * nbytes < _CACHE_FLUSH_BYTES // 2)
 
 
 def build_loop(arrays: SpecArrays, config: Any = None) -> TimedLoop:
-    """A case as a loop on the device; its state is copied.
+    """Builds a loop on the device over the calls of a specification, with a copy of its state.
 
     Args:
-        arrays: of the case.
-        config: block sizes; chosen unless given.
+        arrays: Arrays of the specification.
+        config: Block sizes; tuned or heuristic by default.
     """
     calls = arrays.layers * -(-_MIN_CALLS // arrays.layers)
     program = jax.jit(
@@ -98,60 +104,63 @@ def build_loop(arrays: SpecArrays, config: Any = None) -> TimedLoop:
         donate_argnums=1,
         compiler_options=CUDA_GRAPH_OPTIONS if jax.default_backend() == "gpu" else None,
     )
-    places = [jnp.full(1, call % arrays.layers, jnp.int32) for call in range(calls)]
-    held, zero = [jax.tree.map(jnp.copy, arrays.state)], jnp.zeros((), jnp.int32)
+    layer_indices = [jnp.full(1, call % arrays.layers, jnp.int32) for call in range(calls)]
+    state, zero = [jax.tree.map(jnp.copy, arrays.state)], jnp.zeros((), jnp.int32)
 
-    def rounds(count: int) -> None:
-        held[0], outs = program(arrays.inputs, held[0], places, zero, np.int32(count))
-        jax.block_until_ready(outs)
+    def run_rounds(count: int) -> None:
+        state[0], results = program(arrays.inputs, state[0], layer_indices, zero, np.int32(count))
+        jax.block_until_ready(results)
 
-    return TimedLoop(rounds, calls)
+    return TimedLoop(run_rounds, calls)
 
 
-def build_rounds_program(spec: KernelSpec, config: Any) -> Callable[..., Any]:
-    """``(given, state, places, zero, count)`` to the state and the last results: rounds of a call for each place.
+def build_rounds_program(spec: KernelSpec, config: Any) -> RoundsProgram:
+    """Builds a program of ``count`` rounds with one call for each layer index.
 
-    Nothing may keep XLA from making every call, and nothing else may cost time: ``zero`` is added to an array
-    of the activations once a round, or calls without a state would be moved out of the loop; places are data, or equal
-    ones would be made once; and all results are kept.
+    XLA must neither skip a call nor add work. So ``zero`` is added to an array of the activations once a round, or
+    calls without a state would be moved out of the loop; layer indices are data, or equal calls would be merged; and
+    all results are kept.
     """
 
-    def call(given: Any, moved: Any, state: Any, place: jax.Array) -> tuple[list[jax.Array], Any]:
-        given = {**given, spec.activation_key: moved}
-        out, state = spec.run(given, state, place, config)
-        read = {id(x) for x in jax.tree.leaves(given)}  # an argument handed on would be copied to be kept
-        return list({id(x): x for x in jax.tree.leaves(out) if id(x) not in read}.values()), state
+    def call(inputs: Arrays, activations: Any, state: Arrays, layer_index: jax.Array) -> tuple[list[jax.Array], Arrays]:
+        inputs = {**inputs, spec.activation_key: activations}
+        result, state = spec.run(inputs, state, layer_index, config)
+        read = {id(x) for x in jax.tree.leaves(inputs)}  # an input among the results would be copied to be kept
+        return list({id(x): x for x in jax.tree.leaves(result) if id(x) not in read}.values()), state
 
-    def run(given: Any, state: Any, places: list[jax.Array], zero: jax.Array, count: jax.Array) -> Any:
-        made = jax.eval_shape(lambda place: call(given, given[spec.activation_key], state, place)[0], places[0])
-        nothing = [[jnp.zeros(x.shape, x.dtype) for x in made] for _ in places]
+    def run(
+        inputs: Arrays, state: Arrays, layer_indices: list[jax.Array], zero: jax.Array, count: jax.Array
+    ) -> tuple[Arrays, list[list[jax.Array]]]:
+        first_activations = inputs[spec.activation_key]
+        shapes = jax.eval_shape(lambda index: call(inputs, first_activations, state, index)[0], layer_indices[0])
+        no_results = [[jnp.zeros(x.shape, x.dtype) for x in shapes] for _ in layer_indices]
 
-        def one(_: jax.Array, carry: Any) -> Any:
-            moved, state, outs = carry
-            outs = []
-            for place in places:
-                out, state = call(given, moved, state, place)
-                outs.append(out)
-            (first, *others), tree = jax.tree.flatten(moved)
-            moved = jax.tree.unflatten(tree, [first + zero.astype(first.dtype), *others])
-            return moved, state, outs
+        def run_round(_: jax.Array, carry: tuple[Any, Arrays, Any]) -> tuple[Any, Arrays, Any]:
+            activations, state, _ = carry
+            results = []
+            for layer_index in layer_indices:
+                result, state = call(inputs, activations, state, layer_index)
+                results.append(result)
+            (first, *others), tree = jax.tree.flatten(activations)
+            activations = jax.tree.unflatten(tree, [first + zero.astype(first.dtype), *others])
+            return activations, state, results
 
-        _, state, outs = jax.lax.fori_loop(0, count, one, (given[spec.activation_key], state, nothing))
-        return state, outs
+        _, state, results = jax.lax.fori_loop(0, count, run_round, (first_activations, state, no_results))
+        return state, results
 
     return run
 
 
 def measure_seconds_per_call(timed_loop: TimedLoop, *, repeats: int = 7, min_seconds: float = 0.02) -> float:
-    """Median of some runs, each of at least so many seconds."""
+    """Returns the median over ``repeats`` runs of at least ``min_seconds`` each, in seconds per call."""
     timed_loop.run_rounds(1)
     started = time.perf_counter()
     timed_loop.run_rounds(1)
-    once = max(time.perf_counter() - started, 1e-6)
-    count = min(max(1, math.ceil(min_seconds / once)), 100_000)
-    taken = []
+    seconds_per_round = max(time.perf_counter() - started, 1e-6)
+    count = min(max(1, math.ceil(min_seconds / seconds_per_round)), 100_000)
+    seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
         timed_loop.run_rounds(count)
-        taken.append((time.perf_counter() - started) / count)
-    return statistics.median(taken) / timed_loop.calls_per_round
+        seconds.append((time.perf_counter() - started) / count)
+    return statistics.median(seconds) / timed_loop.calls_per_round

@@ -285,7 +285,7 @@ def _attention_dims(cfg: Config, heads: int) -> mla_decode.AttentionDims:
         nope=cfg.qk_nope_head_dim,
         rope=cfg.qk_rope_head_dim,
         latent=cfg.kv_lora_rank,
-        value=cfg.v_head_dim,
+        value_dim=cfg.v_head_dim,
         query_latent=cfg.q_lora_rank or 0,
         interleave=cfg.rope_interleave,
         eps=cfg.latent_eps,

@@ -1,1 +1,1 @@
-"""The smallest kernel, which is launched to see whether kernels can be."""
+"""The smallest kernel, which probes whether kernels can be launched."""

@@ -1,40 +1,31 @@
-"""The operations: which block sizes, and the launches."""
+"""The grouped operations: block sizes, checks and the launches."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import _device, tuned
-from pallas_kernels._launch import CompileOptions, LaunchError, launch
+from pallas_kernels._implementation import Implementation, select_implementation
+from pallas_kernels._kernel import Constant
+from pallas_kernels._kernel_args import array_or, compute_dtype, tile_operands
+from pallas_kernels._launch import CompileOptions, KernelModule, LaunchError, launch
 from pallas_kernels.grouped_matmul.config import (
     GroupedMatmulConfig,
-    block_m_heuristic,
+    choose_block_m,
     gated_linear_unit_heuristic,
     grouped_matmul_heuristic,
 )
-from pallas_kernels.quant_matmul.op import compute_dtype, weight_constants, weight_operands
+from pallas_kernels.grouped_matmul.reference import gated_linear_unit_ref, grouped_matmul_ref
+from pallas_kernels.grouped_matmul.types import RowBlocks
 from pallas_kernels.tiles import Tiles, has_same_layout
 
+kernels = KernelModule("pallas_kernels.grouped_matmul.triton")
 _MIN_SHARED_MEMORY = 101_376
-
-
-class RowBlocks(NamedTuple):
-    """Rows in blocks of equal height, each of which has a matrix of its own.
-
-    Attributes:
-        expert_ids: int32 ``[blocks]``, the matrix of each block; -1 for a block without rows.
-        row_ids: int32 ``[blocks, height]``, the rows in it, or -1.
-    """
-
-    expert_ids: jax.Array
-    row_ids: jax.Array
-
-
-choose_block_m = block_m_heuristic
 
 
 def grouped_matmul(
@@ -44,44 +35,52 @@ def grouped_matmul(
     *,
     blocks: RowBlocks | None = None,
     row_scales: jax.Array | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     config: GroupedMatmulConfig | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
-    """``row_scales * (x @ weight[layer].T)`` for many rows, or with a matrix for each block of them.
+    """Computes ``row_scales * (x @ weight[layer].T)`` for many rows, or with a matrix for each block of rows.
 
-    Weights are rounded to the dtype of x before they are multiplied, scales included.
+    The kernel rounds weights, scales included, to the dtype of x before it multiplies them.
 
     Args:
         x: ``[M, K]``.
         weight: ``[L, N, K]``; ``[L, E, N, K]`` with ``blocks``.
-        layer_index: int32 ``[1]``, index of the layer.
-        blocks: which row has which of the E matrices; rows that are in no block are undefined in the result.
-        row_scales: float32 ``[M]``, of the rows of the result.
-        dtype: of the result; that of x unless given.
-        config: block sizes; chosen for the card unless given.
+        layer_index: ``int32 [1]``, index of the layer.
+        blocks: Rows of each of the E matrices. Rows in no block are undefined in the result.
+        row_scales: ``float32 [M]``, multiplied into the rows of the result.
+        dtype: Dtype of the result; that of x by default.
+        config: Block sizes; tuned or heuristic by default.
+        implementation: See :func:`~pallas_kernels._implementation.select_implementation`.
 
     Returns:
         ``[M, N]``.
 
     Raises:
-        LaunchError: if the shapes do not fit together.
+        LaunchError: If the shapes do not match.
+        NotImplementedError: If the named implementation cannot run.
     """
     _check_shapes(x, weight, blocks)
-    m = x.shape[0]
-    from pallas_kernels.grouped_matmul.triton import grouped_matmul_kernel
-
-    config, arrays, count = _resolve_blocks("matmul", m, weight, blocks, config, layer_index)
-    (out,) = launch(
-        grouped_matmul_kernel,
-        [x, *arrays, layer_index if row_scales is None else row_scales, layer_index, *weight_operands(weight)],
-        [jax.ShapeDtypeStruct((m, weight.outputs), jnp.dtype(dtype or x.dtype))],
-        grid=(count, math.ceil(weight.outputs / config.block_n)),
-        options=CompileOptions(num_warps=config.num_warps, num_stages=config.num_stages),
-        M=m,
-        FACTORS=row_scales is not None,
-        **_kernel_constants(x, weight, blocks, config),
+    dtype = jnp.dtype(dtype or x.dtype)
+    if select_implementation(implementation) == "reference":
+        return grouped_matmul_ref(x, weight, layer_index, blocks=blocks, row_scales=row_scales, dtype=dtype)
+    plan = _plan_blocks("matmul", x.shape[0], weight, blocks, config, layer_index)
+    results = launch(
+        kernels.grouped_matmul_kernel,
+        {
+            "x": x,
+            "expert_ids": plan.expert_ids,
+            "row_ids": plan.row_ids,
+            "row_scales": array_or(row_scales, layer_index),
+            "layer_index": layer_index,
+            **tile_operands(weight),
+        },
+        {"out": jax.ShapeDtypeStruct((x.shape[0], weight.outputs), dtype)},
+        {"M": x.shape[0], "HAS_ROW_SCALES": row_scales is not None, **_kernel_constants(x, weight, blocks, plan)},
+        grid=(plan.num_blocks, math.ceil(weight.outputs / plan.config.block_n)),
+        options=plan.options,
     )
-    return out
+    return results["out"]
 
 
 def gated_linear_unit(
@@ -93,42 +92,49 @@ def gated_linear_unit(
     blocks: RowBlocks | None = None,
     outputs_per_row: int = 1,
     config: GroupedMatmulConfig | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
-    """``silu(x @ gate[layer].T) * (x @ up[layer].T)`` for many rows, or with matrices for each block of them.
+    """Computes ``silu(x @ gate[layer].T) * (x @ up[layer].T)`` for many rows, or with matrices for each block of rows.
 
     Args:
         x: ``[M, K]``.
-        gate: ``[L, N, K]``; ``[L, E, N, K]`` with ``blocks``. So is ``up``, in the same storage.
-        up: see ``gate``.
-        layer_index: int32 ``[1]``, index of the layer.
-        blocks: of the rows of the result; see :func:`grouped_matmul`.
-        outputs_per_row: rows of the result that are made of each row of x, one after the other.
-        config: block sizes; chosen for the card unless given.
+        gate: ``[L, N, K]``; ``[L, E, N, K]`` with ``blocks``.
+        up: Like ``gate``; the kernel needs the same layout.
+        layer_index: ``int32 [1]``, index of the layer.
+        blocks: Rows of the result of each of the E matrices; see :func:`grouped_matmul`.
+        outputs_per_row: Consecutive rows of the result that are computed from each row of x.
+        config: Block sizes; tuned or heuristic by default.
+        implementation: See :func:`~pallas_kernels._implementation.select_implementation`.
 
     Returns:
-        ``[M * chosen, N]`` in the dtype of x.
+        ``[M * outputs_per_row, N]`` in the dtype of x.
 
     Raises:
-        LaunchError: if the shapes do not fit together.
+        LaunchError: If the shapes do not match.
+        NotImplementedError: If the named implementation cannot run.
     """
-    if not has_same_layout(gate, up):
-        raise LaunchError("gate and up must be stored in the same way")
     _check_shapes(x, gate, blocks)
     m = x.shape[0] * outputs_per_row
-    from pallas_kernels.grouped_matmul.triton import gated_linear_unit_kernel
-
-    config, arrays, count = _resolve_blocks("gated", m, gate, blocks, config, layer_index)
-    (out,) = launch(
-        gated_linear_unit_kernel,
-        [x, *arrays, layer_index, *weight_operands(gate), *weight_operands(up)],
-        [jax.ShapeDtypeStruct((m, gate.outputs), x.dtype)],
-        grid=(count, math.ceil(gate.outputs / config.block_n)),
-        options=CompileOptions(num_warps=config.num_warps, num_stages=config.num_stages),
-        M=m,
-        PER_ROW=outputs_per_row,
-        **_kernel_constants(x, gate, blocks, config),
+    reason = None if has_same_layout(gate, up) else "gate and up must be stored in the same way"
+    if select_implementation(implementation, reason) == "reference":
+        return gated_linear_unit_ref(x, gate, up, layer_index, blocks=blocks, outputs_per_row=outputs_per_row)
+    plan = _plan_blocks("gated", m, gate, blocks, config, layer_index)
+    results = launch(
+        kernels.gated_linear_unit_kernel,
+        {
+            "x": x,
+            "expert_ids": plan.expert_ids,
+            "row_ids": plan.row_ids,
+            "layer_index": layer_index,
+            **tile_operands(gate, "gate"),
+            **tile_operands(up, "up"),
+        },
+        {"out": jax.ShapeDtypeStruct((m, gate.outputs), x.dtype)},
+        {"M": m, "OUTPUTS_PER_ROW": outputs_per_row, **_kernel_constants(x, gate, blocks, plan)},
+        grid=(plan.num_blocks, math.ceil(gate.outputs / plan.config.block_n)),
+        options=plan.options,
     )
-    return out
+    return results["out"]
 
 
 def _check_shapes(x: jax.Array, weight: Tiles, blocks: RowBlocks | None) -> None:
@@ -139,55 +145,65 @@ def _check_shapes(x: jax.Array, weight: Tiles, blocks: RowBlocks | None) -> None
 
 
 def grouped_matmul_tuning_key(op: str, block_m: int, weight: Tiles) -> tuned.TuningKey[GroupedMatmulConfig]:
-    """What block sizes of :func:`grouped_matmul` and :func:`gated_linear_unit` depend on.
+    """Returns the sizes that the block sizes of the grouped operations depend on.
 
     Args:
-        op: which of the two.
-        block_m: rows of a block.
-        weight: the matrix, or one of both.
+        op: "matmul" for :func:`grouped_matmul`, "gated" for :func:`gated_linear_unit`.
+        block_m: Rows of a block.
+        weight: The matrix, or one of the two.
     """
     target = _device.current_target()
-    memory = target.shared_memory if target else _MIN_SHARED_MEMORY
-    rule = (
-        gated_linear_unit_heuristic(block_m, memory)
+    shared_memory = target.shared_memory if target else _MIN_SHARED_MEMORY
+    heuristic = (
+        gated_linear_unit_heuristic(block_m, shared_memory)
         if op == "gated"
-        else grouped_matmul_heuristic(block_m, weight.num_tiles, memory)
+        else grouped_matmul_heuristic(block_m, weight.num_tiles, shared_memory)
     )
-    wide = (32, 64) if weight.num_tiles % 2 else (32, 64, 128)
-    axes = {"block_n": wide, "num_warps": (4, 8), "num_stages": (2, 3, 4)}
+    block_ns = (32, 64) if weight.num_tiles % 2 else (32, 64, 128)
+    space = {"block_n": block_ns, "num_warps": (4, 8), "num_stages": (2, 3, 4)}
     key = f"m{block_m} n{weight.outputs} k{weight.inputs} {weight.kind} g{weight.group_size}"
-    return tuned.TuningKey(op, key, rule, axes)
+    return tuned.TuningKey(op, key, heuristic, space)
 
 
-def _resolve_blocks(
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _BlockPlan:
+    """Blocks of rows of a launch. Without experts they are consecutive rows, and the arrays are placeholders."""
+
+    config: GroupedMatmulConfig
+    expert_ids: jax.Array
+    row_ids: jax.Array
+    num_blocks: int
+
+    @property
+    def options(self) -> CompileOptions:
+        return CompileOptions(num_warps=self.config.num_warps, num_stages=self.config.num_stages)
+
+
+def _plan_blocks(
     op: str,
     rows: int,
     weight: Tiles,
     blocks: RowBlocks | None,
     config: GroupedMatmulConfig | None,
-    layer_index: jax.Array,
-) -> tuple[GroupedMatmulConfig, list[jax.Array], int]:
-    """Block sizes, the arrays of the blocks, and how many there are."""
-    block_m = blocks.row_ids.shape[1] if blocks else block_m_heuristic(rows, 1)
-    cut = config or tuned.lookup_config(grouped_matmul_tuning_key(op, block_m, weight))
+    placeholder: jax.Array,
+) -> _BlockPlan:
+    block_m = blocks.row_ids.shape[1] if blocks else choose_block_m(rows, 1)
+    config = config or tuned.lookup_config(grouped_matmul_tuning_key(op, block_m, weight))
     if blocks is None:
-        return cut, [layer_index, layer_index], math.ceil(rows / cut.block_m)
-    if cut.block_m != block_m:
-        raise LaunchError(f"blocks of {block_m} rows, and programs of {cut.block_m}")
-    return cut, [blocks.expert_ids, blocks.row_ids], blocks.expert_ids.shape[0]
+        num_blocks = math.ceil(rows / config.block_m)
+        return _BlockPlan(config=config, expert_ids=placeholder, row_ids=placeholder, num_blocks=num_blocks)
+    if config.block_m != block_m:
+        raise LaunchError(f"blocks of {block_m} rows, and programs of {config.block_m}")
+    num_blocks = blocks.expert_ids.shape[0]
+    return _BlockPlan(config=config, expert_ids=blocks.expert_ids, row_ids=blocks.row_ids, num_blocks=num_blocks)
 
 
-def _kernel_constants(
-    x: jax.Array, weight: Tiles, blocks: RowBlocks | None, config: GroupedMatmulConfig
-) -> dict[str, Any]:
-    known = weight_constants(weight)
-    del known["SUB"]
+def _kernel_constants(x: jax.Array, weight: Tiles, blocks: RowBlocks | None, plan: _BlockPlan) -> dict[str, Constant]:
     return {
-        **known,
-        "N": weight.outputs,
         "EXPERTS": 1 if blocks is None else weight.stack[1],
-        "BM": config.block_m,
-        "BN": config.block_n,
-        "GROUPED": blocks is not None,
-        "DT": compute_dtype(x.dtype),
+        "WEIGHT": weight.layout,
+        "BLOCK_M": plan.config.block_m,
+        "BLOCK_N": plan.config.block_n,
+        "IS_GROUPED": blocks is not None,
+        "DTYPE": compute_dtype(x.dtype),
     }

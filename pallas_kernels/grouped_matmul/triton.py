@@ -1,4 +1,4 @@
-"""Products of many rows: a block of weights is turned into numbers once, for all the rows of a program."""
+"""Kernels of products of many rows: a block of weights is dequantized once for all the rows of a program."""
 
 from __future__ import annotations
 
@@ -6,125 +6,124 @@ import triton
 import triton.language as tl
 
 from pallas_kernels._dequantize import dequant_planes
-from pallas_kernels._tile_dot import dot_accumulate
+from pallas_kernels._tile_dot import TilePointers, dot_accumulate
 
 
 @triton.jit
-def load_weights(
-    words, scales, offsets, column, n, c, GROUPS: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr,
-    PER_WORD: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr, SCALED: tl.constexpr, OFFSET: tl.constexpr,
-    DT: tl.constexpr,
-):  # fmt: skip
-    """A chunk of inputs by BN outputs, in the inputs' own order; scaled, where the scales differ within an output."""
+def load_weights(weight, LAYOUT: tl.constexpr, tile, n, c, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr):
+    """Weights ``[inputs of chunk c, BLOCK_N]``; scaled here if the inputs of an output differ in scale."""
+    PER_WORD: tl.constexpr = LAYOUT.qvalues_per_word
+    GROUP_SIZE: tl.constexpr = LAYOUT.group_size
+    HAS_OFFSETS: tl.constexpr = LAYOUT.has_offsets
+    IS_SCALED_HERE: tl.constexpr = LAYOUT.has_scales and (GROUP_SIZE > 0 or HAS_OFFSETS)
     r, i = tl.arange(0, 16), tl.arange(0, PER_WORD)
     size: tl.constexpr = PER_WORD * 16
-    w = tl.load(words + (column * (CHUNKS * 16 * 64) + n)[None, :] + (c * 16 + r)[:, None] * 64)
-    wide: tl.constexpr = tl.float32 if SCALED and (GROUP > 0 or OFFSET) else DT
-    values = dequant_planes(w[None, :, :], i[:, None, None], KIND, PER_WORD, wide)
-    if SCALED and (GROUP > 0 or OFFSET):
-        group = (c * size + i * 16) // GROUP if GROUP > 0 else i * 0
-        place = (column * GROUPS * 64 + n)[None, :] + group[:, None] * 64
-        values = values * tl.load(scales + place).to(tl.float32)[:, None, :]
-        if OFFSET:
-            values += tl.load(offsets + place)[:, None, :]
-    return tl.reshape(values.to(DT), (size, BN))
+    words = tl.load(weight.packed + (tile * (LAYOUT.num_chunks * 16 * 64) + n)[None, :] + (c * 16 + r)[:, None] * 64)
+    wide: tl.constexpr = tl.float32 if IS_SCALED_HERE else DTYPE
+    values = dequant_planes(words[None, :, :], i[:, None, None], LAYOUT, wide)
+    if IS_SCALED_HERE:
+        group = (c * size + i * 16) // GROUP_SIZE if GROUP_SIZE > 0 else i * 0
+        position = (tile * LAYOUT.num_groups * 64 + n)[None, :] + group[:, None] * 64
+        values = values * tl.load(weight.scales + position).to(tl.float32)[:, None, :]
+        if HAS_OFFSETS:
+            values += tl.load(weight.offsets + position)[:, None, :]
+    return tl.reshape(values.to(DTYPE), (size, BLOCK_N))
 
 
 @triton.jit
-def apply_output_scales(acc, scales, column, n, GROUP: tl.constexpr, SCALED: tl.constexpr, OFFSET: tl.constexpr):
-    """Sums over all inputs, times the scale of each output if it has only one."""
-    if SCALED and GROUP == 0 and not OFFSET:
-        acc = acc * tl.load(scales + column * 64 + n).to(tl.float32)[None, :]
+def apply_output_scales(acc, weight, LAYOUT: tl.constexpr, tile, n):
+    """Products over all inputs, multiplied by the scale of each output if an output has only one."""
+    if LAYOUT.has_scales and LAYOUT.group_size == 0 and not LAYOUT.has_offsets:
+        acc = acc * tl.load(weight.scales + tile * 64 + n).to(tl.float32)[None, :]
     return acc
 
 
 @triton.jit
-def tile_and_column(pn, n, BN: tl.constexpr):
-    """Tile of each output of a block, and which of its outputs it is; so that the compiler sees how they lie."""
-    if BN < 64:
-        parts: tl.constexpr = 64 // BN
-        return pn // parts + n * 0, (pn % parts) * BN + n
-    return pn * (BN // 64) + n // 64, n % 64
+def tile_and_output(pn, n, BLOCK_N: tl.constexpr):
+    """Tile of each output of block ``pn`` and its index there, written so that the compiler sees the alignment."""
+    if BLOCK_N < 64:
+        blocks_per_tile: tl.constexpr = 64 // BLOCK_N
+        return pn // blocks_per_tile + n * 0, (pn % blocks_per_tile) * BLOCK_N + n
+    return pn * (BLOCK_N // 64) + n // 64, n % 64
 
 
 @triton.jit
-def load_block_rows(owners, rows, pm, M, BM: tl.constexpr, GROUPED: tl.constexpr):
-    """Expert and rows of the pm-th block, and which of these are there."""
-    at = pm * BM + tl.arange(0, BM)
-    if GROUPED:
-        row = tl.load(rows + at)
-        return tl.load(owners + pm), row, row >= 0
-    return 0, at, at < M
+def load_block_rows(expert_ids, row_ids, pm, M, BLOCK_M: tl.constexpr, IS_GROUPED: tl.constexpr):
+    """Expert and rows of block ``pm``, and the mask of rows that exist."""
+    position = pm * BLOCK_M + tl.arange(0, BLOCK_M)
+    if IS_GROUPED:
+        row = tl.load(row_ids + position)
+        return tl.load(expert_ids + pm), row, row >= 0
+    return 0, position, position < M
 
 
 @triton.jit
 def grouped_matmul_kernel(
-    x, owners, rows, factors, place, words, scales, offsets, out,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, TILES: tl.constexpr,
-    CHUNKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, PER_WORD: tl.constexpr, KIND: tl.constexpr,
-    SCALED: tl.constexpr, OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUPED: tl.constexpr,
-    FACTORS: tl.constexpr, DT: tl.constexpr,
+    x, expert_ids, row_ids, row_scales, layer_index, packed, scales, offsets, out,
+    M: tl.constexpr, HAS_ROW_SCALES: tl.constexpr, EXPERTS: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, IS_GROUPED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """``out[row] = factor[row] * (x[row] @ w[layer, expert].T)``; programs (block of rows, block of outputs)."""
+    """``out[row] = row_scales[row] * (x[row] @ w[layer, expert].T)``; grid (blocks of rows, blocks of outputs)."""
+    K: tl.constexpr = WEIGHT.inputs
+    N: tl.constexpr = WEIGHT.outputs
     pm, pn = tl.program_id(0), tl.program_id(1)
-    expert, row, here = load_block_rows(owners, rows, pm, M, BM, GROUPED)
+    expert, row, row_mask = load_block_rows(expert_ids, row_ids, pm, M, BLOCK_M, IS_GROUPED)
     if expert >= 0:
-        n = tl.arange(0, BN)
-        column, inner = tile_and_column(pn, n, BN)
-        column = (tl.load(place).to(tl.int64) * EXPERTS + expert) * TILES + column
-        size: tl.constexpr = PER_WORD * 16
-        acc = tl.zeros((BM, BN), tl.float32)
-        for c in range(CHUNKS):
+        weight = TilePointers(packed, scales, offsets)
+        n = tl.arange(0, BLOCK_N)
+        tile, tile_output = tile_and_output(pn, n, BLOCK_N)
+        tile = (tl.load(layer_index).to(tl.int64) * EXPERTS + expert) * WEIGHT.num_tiles + tile
+        size: tl.constexpr = WEIGHT.qvalues_per_word * 16
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for c in range(WEIGHT.num_chunks):
             k = c * size + tl.arange(0, size)
-            inside = here[:, None] & (k < K)[None, :] if K % size else here[:, None]
-            xs = tl.load(x + row.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0.0).to(DT)
-            w = load_weights(
-                words, scales, offsets, column, inner, c, GROUPS, CHUNKS, GROUP, PER_WORD, KIND, BN, SCALED, OFFSET, DT
-            )
-            acc = dot_accumulate(xs, w, acc, DT)
-        acc = apply_output_scales(acc, scales, column, inner, GROUP, SCALED, OFFSET)
-        if FACTORS:
-            acc = acc * tl.load(factors + row, mask=here, other=0.0)[:, None]
-        to = pn * BN + n
-        at = out + row.to(tl.int64)[:, None] * N + to[None, :]
-        tl.store(at, acc.to(out.dtype.element_ty), mask=here[:, None] & (to < N)[None, :])
+            mask = row_mask[:, None] & (k < K)[None, :] if K % size else row_mask[:, None]
+            xs = tl.load(x + row.to(tl.int64)[:, None] * K + k[None, :], mask=mask, other=0.0).to(DTYPE)
+            ws = load_weights(weight, WEIGHT, tile, tile_output, c, BLOCK_N, DTYPE)
+            acc = dot_accumulate(xs, ws, acc, DTYPE)
+        acc = apply_output_scales(acc, weight, WEIGHT, tile, tile_output)
+        if HAS_ROW_SCALES:
+            acc = acc * tl.load(row_scales + row, mask=row_mask, other=0.0)[:, None]
+        output = pn * BLOCK_N + n
+        target = out + row.to(tl.int64)[:, None] * N + output[None, :]
+        tl.store(target, acc.to(out.dtype.element_ty), mask=row_mask[:, None] & (output < N)[None, :])
 
 
 @triton.jit
 def gated_linear_unit_kernel(
-    x, owners, rows, place, words, scales, offsets, o_words, o_scales, o_offsets, out,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PER_ROW: tl.constexpr, EXPERTS: tl.constexpr,
-    TILES: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, PER_WORD: tl.constexpr,
-    KIND: tl.constexpr, SCALED: tl.constexpr, OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    GROUPED: tl.constexpr, DT: tl.constexpr,
+    x, expert_ids, row_ids, layer_index, gate_packed, gate_scales, gate_offsets, up_packed, up_scales, up_offsets, out,
+    M: tl.constexpr, OUTPUTS_PER_ROW: tl.constexpr, EXPERTS: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, IS_GROUPED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """``silu(x @ gate.T) * (x @ up.T)``, programs as before; PER_ROW rows of the result are of one row of x."""
+    """``out = silu(x @ gate.T) * (x @ up.T)``; grid (blocks of rows, blocks of outputs).
+
+    OUTPUTS_PER_ROW consecutive rows of the result are computed from one row of x.
+    """
+    K: tl.constexpr = WEIGHT.inputs
+    N: tl.constexpr = WEIGHT.outputs
     pm, pn = tl.program_id(0), tl.program_id(1)
-    expert, row, here = load_block_rows(owners, rows, pm, M, BM, GROUPED)
+    expert, row, row_mask = load_block_rows(expert_ids, row_ids, pm, M, BLOCK_M, IS_GROUPED)
     if expert >= 0:
-        n = tl.arange(0, BN)
-        column, inner = tile_and_column(pn, n, BN)
-        column = (tl.load(place).to(tl.int64) * EXPERTS + expert) * TILES + column
-        size: tl.constexpr = PER_WORD * 16
-        gate = tl.zeros((BM, BN), tl.float32)
-        up = tl.zeros((BM, BN), tl.float32)
-        mine = x + (row // PER_ROW).to(tl.int64)[:, None] * K
-        for c in range(CHUNKS):
+        gate = TilePointers(gate_packed, gate_scales, gate_offsets)
+        up = TilePointers(up_packed, up_scales, up_offsets)
+        n = tl.arange(0, BLOCK_N)
+        tile, tile_output = tile_and_output(pn, n, BLOCK_N)
+        tile = (tl.load(layer_index).to(tl.int64) * EXPERTS + expert) * WEIGHT.num_tiles + tile
+        size: tl.constexpr = WEIGHT.qvalues_per_word * 16
+        gate_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        x_rows = x + (row // OUTPUTS_PER_ROW).to(tl.int64)[:, None] * K
+        for c in range(WEIGHT.num_chunks):
             k = c * size + tl.arange(0, size)
-            inside = here[:, None] & (k < K)[None, :] if K % size else here[:, None]
-            xs = tl.load(mine + k[None, :], mask=inside, other=0.0).to(DT)
-            w = load_weights(
-                words, scales, offsets, column, inner, c, GROUPS, CHUNKS, GROUP, PER_WORD, KIND, BN, SCALED, OFFSET, DT
-            )
-            gate = dot_accumulate(xs, w, gate, DT)
-            w = load_weights(
-                o_words, o_scales, o_offsets, column, inner, c, GROUPS, CHUNKS, GROUP, PER_WORD, KIND, BN, SCALED,
-                OFFSET, DT,
-            )  # fmt: skip
-            up = dot_accumulate(xs, w, up, DT)
-        gate = apply_output_scales(gate, scales, column, inner, GROUP, SCALED, OFFSET)
-        up = apply_output_scales(up, o_scales, column, inner, GROUP, SCALED, OFFSET)
-        value = gate / (1.0 + tl.exp(-gate)) * up
-        to = pn * BN + n
-        at = out + row.to(tl.int64)[:, None] * N + to[None, :]
-        tl.store(at, value.to(out.dtype.element_ty), mask=here[:, None] & (to < N)[None, :])
+            mask = row_mask[:, None] & (k < K)[None, :] if K % size else row_mask[:, None]
+            xs = tl.load(x_rows + k[None, :], mask=mask, other=0.0).to(DTYPE)
+            ws = load_weights(gate, WEIGHT, tile, tile_output, c, BLOCK_N, DTYPE)
+            gate_acc = dot_accumulate(xs, ws, gate_acc, DTYPE)
+            ws = load_weights(up, WEIGHT, tile, tile_output, c, BLOCK_N, DTYPE)
+            up_acc = dot_accumulate(xs, ws, up_acc, DTYPE)
+        gate_acc = apply_output_scales(gate_acc, gate, WEIGHT, tile, tile_output)
+        up_acc = apply_output_scales(up_acc, up, WEIGHT, tile, tile_output)
+        value = gate_acc / (1.0 + tl.exp(-gate_acc)) * up_acc
+        output = pn * BLOCK_N + n
+        target = out + row.to(tl.int64)[:, None] * N + output[None, :]
+        tl.store(target, value.to(out.dtype.element_ty), mask=row_mask[:, None] & (output < N)[None, :])

@@ -1,4 +1,4 @@
-"""Block sizes of the attention kernels: what was measured on a card, and a rule for every other."""
+"""Block sizes of attention over the latent cache: the heuristics for cards without tuned sizes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ MAX_SPLITS = 128
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FlashDecodeConfig:
-    """How attention over the cache is cut up.
+    """Block sizes of attention over the cache.
 
     Attributes:
-        block_q: queries (tokens times heads) of a program, 16 or more.
-        block_s: cached rows read at a time, 16 or more.
-        splits: programs that share the rows of one token.
-        num_warps: of a program.
-        num_stages: blocks of rows in flight.
+        block_q: Queries (tokens times heads) of a program, 16 or more.
+        block_s: Cached rows of a step, 16 or more.
+        splits: Programs that share the cached rows of one sequence.
+        num_warps: Warps of a program.
+        num_stages: Stages of the pipeline that loads cached rows.
     """
 
     block_q: int = 32
@@ -29,21 +29,21 @@ class FlashDecodeConfig:
 def flash_decode_heuristic(
     num_queries: int, batch: int, capacity: int, width: int, itemsize: int, shared_memory: int, multiprocessors: int
 ) -> FlashDecodeConfig:
-    """Shares of at least two blocks of rows, and no more programs than fill the card once.
+    """Returns splits of at least two blocks of rows each, and no more programs than fill the GPU once.
 
     Args:
-        num_queries: per row of the batch, tokens times heads.
-        batch: rows.
-        capacity: capacity of the cache.
-        width: values of a cached row.
-        itemsize: bytes of one of them.
-        shared_memory: bytes of it that a program may have.
-        multiprocessors: of the card.
+        num_queries: Queries of a sequence, tokens times heads.
+        batch: Sequences.
+        capacity: Slots of a sequence in the cache.
+        width: Values of a cached row.
+        itemsize: Bytes of one of them.
+        shared_memory: Bytes of shared memory that a program may request.
+        multiprocessors: Multiprocessors of the GPU.
     """
     block_q = 16 if num_queries <= 16 else 32
     queries_bytes = block_q * width * 2 + 4096
-    # Two blocks of rows in flight while a third is computed with, if there is room for them.
-    # Rows of 8 bits go through registers on their way, which are full with blocks of 32.
+    # Two blocks of rows are loaded while a third is used, if they fit. Rows of 8 bits pass through registers, which
+    # blocks of 32 would fill.
     block_s, num_stages = 16, 2
     for rows, stages in ((32, 3), (16, 3)) if itemsize > 1 else ():
         if queries_bytes + stages * rows * width * itemsize <= shared_memory:
@@ -58,31 +58,31 @@ def flash_decode_heuristic(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectionConfig:
-    """How the projections before and after attention are cut up.
+    """Block sizes of the projections before and after attention.
 
     Attributes:
-        block_m: tokens of a program, 16 or more.
-        per: tiles of 64 latents for which a program absorbs its query.
-        num_warps: of a program.
-        num_stages: chunks in flight.
+        block_m: Tokens of a program, 16 or more.
+        tiles_per_program: Tiles of 64 latents that a program computes of its absorbed query.
+        num_warps: Warps of a program.
+        num_stages: Stages of the pipeline that loads chunks.
     """
 
     block_m: int = 16
-    per: int = 2
+    tiles_per_program: int = dataclasses.field(default=2, metadata={"json": "per"})
     num_warps: int = 4
     num_stages: int = 3
 
 
 def projection_heuristic(tokens: int, latent_tiles: int, heads: int, multiprocessors: int) -> ProjectionConfig:
-    """Four programs for each head: there are few, each with a long way, so they have wide chunks.
+    """Returns four programs for each head, or more for few heads. They are few and long, so their chunks are wide.
 
     Args:
-        tokens: rows.
-        latent_tiles: tiles of 64 latents.
-        heads: on this device; for few of them more programs each.
-        multiprocessors: of the card.
+        tokens: Rows of the activations.
+        latent_tiles: Tiles of 64 latents.
+        heads: Heads on this device.
+        multiprocessors: Multiprocessors of the GPU.
     """
-    per = max(1, latent_tiles // 4)
-    while latent_tiles % per or (per > 1 and heads * latent_tiles // per < multiprocessors // 2):
-        per -= 1
-    return ProjectionConfig(block_m=16 if tokens <= 16 else 32, per=per, num_stages=4)
+    tiles = max(1, latent_tiles // 4)
+    while latent_tiles % tiles or (tiles > 1 and heads * latent_tiles // tiles < multiprocessors // 2):
+        tiles -= 1
+    return ProjectionConfig(block_m=16 if tokens <= 16 else 32, tiles_per_program=tiles, num_stages=4)

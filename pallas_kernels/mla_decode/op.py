@@ -1,123 +1,31 @@
-"""The operations: which block sizes, and the launches."""
+"""The three operations of absorbed attention: block sizes, checks and the launches."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import _device, tuned
-from pallas_kernels._launch import CompileOptions, LaunchError, launch
+from pallas_kernels._implementation import Implementation, select_implementation
+from pallas_kernels._kernel import Constant
+from pallas_kernels._kernel_args import array_or, compute_dtype, tile_operands
+from pallas_kernels._launch import CompileOptions, KernelModule, launch
 from pallas_kernels.mla_decode.config import (
     FlashDecodeConfig,
     ProjectionConfig,
     flash_decode_heuristic,
     projection_heuristic,
 )
-from pallas_kernels.quant_matmul.op import SumSq, compute_dtype, weight_constants, weight_operands
+from pallas_kernels.mla_decode.reference import absorbed_q_proj_ref, combine_v_proj_ref, flash_decode_ref
+from pallas_kernels.mla_decode.types import AttentionDims, LatentCacheArrays, SplitKVPartials
+from pallas_kernels.quant_matmul.types import SumSq
 from pallas_kernels.tiles import Tiles
 
-_MAX_BLOCK_N = 256  # outputs that a program of the queries computes at once
-_CACHE_KINDS = {"int8": "int8", "uint8": "fp8"}
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionDims:
-    """Sizes of the attention.
-
-    Attributes:
-        heads: query heads.
-        nope: width of the part of a query without position.
-        rope: width of the part with it.
-        latent: width of a latent.
-        value: width of a head's value.
-        query_latent: width of the queries' own latent.
-        interleave: whether rotated pairs are neighbors.
-        eps: of the norms of the latents.
-    """
-
-    heads: int
-    nope: int
-    rope: int
-    latent: int
-    value: int
-    query_latent: int
-    interleave: bool
-    eps: float
-
-    @property
-    def softmax_scale(self) -> float:
-        """Of the scores."""
-        return (self.nope + self.rope) ** -0.5
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["data", "scales", "page_table"], meta_fields=[])
-@dataclasses.dataclass(frozen=True, slots=True)
-class LatentCacheArrays:
-    """Rows ``[latent | rope key]`` of all layers, for each row of the batch in one piece or in pages.
-
-    Attributes:
-        data: ``[L, B, S, R + P]``, bfloat16 or float32 values, int8 codes, or uint8 with the bits of float8 e4m3. In
-            pages ``[L, pages, slots of a page, R + P]``.
-        scales: float32, like the codes but for the last axis of 2, of 8-bit codes, else None.
-        page_table: int32 ``[B, pages of a row]``, where slot ``s`` lies in page ``page_table[b, s // slots of a page]``; or None.
-    """
-
-    data: jax.Array
-    scales: jax.Array | None = None
-    page_table: jax.Array | None = None
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of the batch."""
-        return self.data.shape[1] if self.page_table is None else self.page_table.shape[0]
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that a row of the batch has room for."""
-        return self.data.shape[2] * (1 if self.page_table is None else self.page_table.shape[1])
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """As the kernels take them."""
-        _, pages, page, _ = self.data.shape
-        paged = {"PAGE": 0, "POOL": 0} if self.page_table is None else {"PAGE": page, "POOL": pages * page}
-        return {"BATCH": self.batch_size, "SLOTS": self.capacity, "CACHE": self.kind, **paged}
-
-    @property
-    def kind(self) -> str:
-        """What a kernel calls it: "int8", "fp8" or "plain"."""
-        return _CACHE_KINDS.get(self.data.dtype.name, "plain")
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["acc", "row_max", "row_sum", "positions"],
-    meta_fields=["capacity", "block_size"],
-)
-@dataclasses.dataclass(frozen=True, slots=True)
-class SplitKVPartials:
-    """What shares of the cached rows amount to. A row of the batch has as many as its length asks for.
-
-    Attributes:
-        acc: float32 ``[B, shares, T * N, R]``, of latents by their weights.
-        row_max: float32 ``[B, shares, T * N]``, the largest scores.
-        row_sum: float32 ``[B, shares, T * N]``, sums of exponentials.
-        positions: int32 ``[B * T]``, of the tokens.
-        capacity: capacity of the cache.
-        block_size: rows that a share is a multiple of.
-    """
-
-    acc: jax.Array
-    row_max: jax.Array
-    row_sum: jax.Array
-    positions: jax.Array
-    capacity: int
-    block_size: int
+kernels = KernelModule("pallas_kernels.mla_decode.triton")
+_MAX_BLOCK_N = 256  # outputs of a query that a program computes at once
 
 
 def absorbed_q_proj(
@@ -132,89 +40,108 @@ def absorbed_q_proj(
     cache: LatentCacheArrays,
     *,
     cache_layer_offset: int = 0,
-    dtype: Any,
+    dtype: DTypeLike,
     config: ProjectionConfig | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, LatentCacheArrays]:
-    """Queries in the space of the latents, and the cache with the new tokens in it.
+    """Computes absorbed queries, and writes the new tokens into the cache.
 
     Args:
-        dims: sizes.
-        a: ``[M, Q + R + P]``: queries' latent, latent and rope key before their norms' factors, each already multiplied
-            by its norm's weight.
-        sum_sq: of the queries' latent, and of the latent.
-        layer_index: int32 ``[1]``, index of the layer in the weights.
-        positions: int32 ``[M]``, M = batch times tokens per row, in that order.
-        cos_sin: cosines and sines ``[2, M, P / 2]``.
-        q_b: ``[L, N * (H + P), Q]``.
-        k_b: ``[L, N, R, H]``: outputs are the latents. It has factors of its inputs in place of scales.
-        cache: aliased by the result.
-        cache_layer_offset: what to add to ``layer_index`` for the index of the layer in the cache.
-        dtype: of the queries.
-        config: block sizes; chosen unless given.
+        dims: Sizes of the attention.
+        a: ``[M, Q + R + P]``: query latent, key-value latent and rope key. Each latent is multiplied by the weight of
+            its norm but not by its ``1 / rms``.
+        sum_sq: Sums of squares of the query latent and of the key-value latent.
+        layer_index: ``int32 [1]``, index of the layer in the weights.
+        positions: ``int32 [M]``; M is B sequences times T tokens, in that order.
+        cos_sin: ``[2, M, P / 2]``, cosines and sines.
+        q_b: ``[L, N * (Hn + P), Q]``.
+        k_b: ``[L, N, R, Hn]``: its outputs are the latents. It has scales of its inputs instead of its outputs.
+        cache: Cache to write to; the result reuses its memory.
+        cache_layer_offset: Added to ``layer_index`` for the index of the layer in the cache.
+        dtype: Dtype of the queries.
+        config: Block sizes; tuned or heuristic by default.
+        implementation: See :func:`~pallas_kernels._implementation.select_implementation`. The kernel needs the sums of
+            squares in one array, those of the query latent first.
 
     Returns:
-        Queries ``[M, N, R + P]``, their rope part rotated; the cache.
-    """
-    m, width = a.shape[0], cache.data.shape[-1]
-    config = config or tuned.lookup_config(absorbed_q_proj_tuning_key(dims, m, q_b, k_b))
-    programs = dims.heads * (k_b.num_tiles // config.per)
-    head = dims.nope + dims.rope
-    sets = 0 if k_b.input_scales is None else k_b.input_scales.shape[-2]
-    q_squares, k_squares = sum_sq
-    if q_squares.first_block or q_squares.partials.shape != k_squares.partials.shape:
-        raise LaunchError("sums of squares of the queries' latent and of the latent are in one array, in this order")
-    from pallas_kernels.mla_decode.triton import absorbed_q_proj_kernel
+        Queries ``[M, N, R + P]`` with their rope part rotated, and the cache.
 
-    made, _, codes, scales = launch(
-        absorbed_q_proj_kernel,
-        [
+    Raises:
+        NotImplementedError: If the named implementation cannot run.
+    """
+    q_norm, kv_norm = sum_sq
+    reason = None
+    if q_norm.first_block or q_norm.partials.shape != kv_norm.partials.shape:
+        reason = "sums of squares of the queries' latent and of the latent are in one array, in this order"
+    if select_implementation(implementation, reason) == "reference":
+        return absorbed_q_proj_ref(
+            dims,
             a,
-            q_squares.partials,
+            sum_sq,
             layer_index,
             positions,
             cos_sin,
-            positions if cache.page_table is None else cache.page_table,
-            *weight_operands(q_b),
-            k_b.packed,
-            a if k_b.input_scales is None else k_b.input_scales,
-            cache.data,
-            a if cache.scales is None else cache.scales,
-        ],
-        [
-            jax.ShapeDtypeStruct((m, dims.heads, width), dtype),
-            jax.ShapeDtypeStruct((programs, m, head), dtype),
-            jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype),
-            jax.ShapeDtypeStruct((1,) if cache.scales is None else cache.scales.shape, jnp.float32),
-        ],
+            q_b,
+            k_b,
+            cache,
+            cache_layer_offset=cache_layer_offset,
+            dtype=dtype,
+        )
+    m, width = a.shape[0], cache.data.shape[-1]
+    config = config or tuned.lookup_config(absorbed_q_proj_tuning_key(dims, m, q_b, k_b))
+    programs = dims.heads * (k_b.num_tiles // config.tiles_per_program)
+    results = launch(
+        kernels.absorbed_q_proj_kernel,
+        {
+            "a": a,
+            "sum_sq": q_norm.partials,
+            "layer_index": layer_index,
+            "positions": positions,
+            "cos_sin": cos_sin,
+            "page_table": array_or(cache.page_table, positions),
+            **tile_operands(q_b, "q_b"),
+            "k_b_packed": k_b.packed,
+            "k_b_input_scales": array_or(k_b.input_scales, a),
+            "cache_in": cache.data,
+            "cache_scales_in": array_or(cache.scales, a),
+        },
+        {
+            "queries": jax.ShapeDtypeStruct((m, dims.heads, width), dtype),
+            "scratch": jax.ShapeDtypeStruct((programs, m, dims.nope + dims.rope), dtype),
+            "cache": jax.ShapeDtypeStruct(cache.data.shape, cache.data.dtype),
+            "cache_scales": jax.ShapeDtypeStruct((1,) if cache.scales is None else cache.scales.shape, jnp.float32),
+        },
+        {
+            "M": m,
+            "TOKENS": m // cache.batch_size,
+            "DIMS": dims,
+            "CACHE": cache.layout,
+            "CACHE_LAYER_OFFSET": cache_layer_offset,
+            "Q_NORM": q_norm.layout(dims.eps),
+            "KV_NORM": kv_norm.layout(dims.eps),
+            "DTYPE": compute_dtype(dtype),
+            **_projection_constants(dims, q_b, k_b, config),
+        },
         grid=(programs + 1, math.ceil(m / config.block_m)),
         options=CompileOptions(num_warps=config.num_warps, num_stages=config.num_stages),
-        aliases={11: 2} | ({} if cache.scales is None else {12: 3}),
-        M=m,
-        T=m // cache.batch_size,
-        HEADS=dims.heads,
-        NOPE=dims.nope,
-        P=dims.rope,
-        RQ=dims.query_latent,
-        R=dims.latent,
-        **cache.constants,
-        LATENT_TILES=k_b.num_tiles,
-        PER=config.per,
-        BM=config.block_m,
-        EPS=dims.eps,
-        ALL_PARTS=q_squares.partials.shape[1],
-        Q_PARTS=q_squares.num_blocks,
-        K_FIRST=k_squares.first_block,
-        K_PARTS=k_squares.num_blocks,
-        INTERLEAVE=dims.interleave,
-        CACHE_FROM=cache_layer_offset,
-        DT=compute_dtype(dtype),
-        **_prefixed_constants(q_b, "Q_", without=("K",)),
-        **{f"K_{name}": weight_constants(k_b)[name] for name in ("CHUNKS", "PER_WORD", "KIND")},
-        K_INPUT_TILES=sets,
-        QN=64 * math.gcd(_MAX_BLOCK_N // 64, head // 64),
-        KN=64 * math.gcd(_MAX_BLOCK_N // 64, config.per, k_b.num_tiles // max(1, sets)),
+        aliases={"cache_in": "cache"} | ({} if cache.scales is None else {"cache_scales_in": "cache_scales"}),
     )
-    return made, LatentCacheArrays(codes, None if cache.scales is None else scales, cache.page_table)
+    scales = None if cache.scales is None else results["cache_scales"]
+    return results["queries"], LatentCacheArrays(results["cache"], scales, cache.page_table)
+
+
+def _projection_constants(dims: AttentionDims, q_b: Tiles, k_b: Tiles, config: ProjectionConfig) -> dict[str, Constant]:
+    input_scale_sets = 0 if k_b.input_scales is None else k_b.input_scales.shape[-2]
+    tiles_per_set = k_b.num_tiles // max(1, input_scale_sets)
+    return {
+        "Q_B": q_b.layout,
+        "K_B": k_b.layout,
+        "INPUT_SCALE_SETS": input_scale_sets,
+        "TILES_PER_PROGRAM": config.tiles_per_program,
+        "BLOCK_M": config.block_m,
+        "Q_BLOCK_N": 64 * math.gcd(_MAX_BLOCK_N // 64, (dims.nope + dims.rope) // 64),
+        "K_BLOCK_N": 64 * math.gcd(_MAX_BLOCK_N // 64, config.tiles_per_program, tiles_per_set),
+    }
 
 
 def flash_decode(
@@ -226,59 +153,67 @@ def flash_decode(
     *,
     cache_layer_offset: int = 0,
     config: FlashDecodeConfig | None = None,
+    implementation: Implementation | None = None,
 ) -> SplitKVPartials:
-    """Attention over the cached rows up to each token's own, in shares.
+    """Computes attention over the cached rows up to each token's own, in splits.
 
     Args:
-        dims: sizes.
+        dims: Sizes of the attention.
         query: ``[M, N, R + P]`` from :func:`absorbed_q_proj`.
-        cache: with the new tokens in it.
-        layer_index: int32 ``[1]``, as for :func:`absorbed_q_proj`.
-        positions: int32 ``[M]``.
-        cache_layer_offset: as for :func:`absorbed_q_proj`.
-        config: block sizes; chosen for the card unless given.
+        cache: Cache with the new tokens in it.
+        layer_index: ``int32 [1]``, index of the layer in the weights.
+        positions: ``int32 [M]``.
+        cache_layer_offset: Added to ``layer_index`` for the index of the layer in the cache.
+        config: Block sizes; tuned or heuristic by default.
+        implementation: See :func:`~pallas_kernels._implementation.select_implementation`. The kernel needs pages of
+            whole blocks of rows.
 
     Returns:
-        What :func:`combine_v_proj` puts together.
+        Partial results, for :func:`combine_v_proj`.
 
     Raises:
-        LaunchError: if pages do not hold whole blocks of rows.
+        NotImplementedError: If the named implementation cannot run.
     """
-    m, batch, slots = query.shape[0], cache.batch_size, cache.capacity
-    tokens = m // batch
-    rows = tokens * dims.heads
+    m, batch = query.shape[0], cache.batch_size
+    rows = m // batch * dims.heads
     config = config or tuned.lookup_config(flash_decode_tuning_key(rows, cache))
+    reason = None
     if cache.page_table is not None and cache.data.shape[2] % config.block_s:
-        raise LaunchError(f"pages of {cache.data.shape[2]} slots cannot be read {config.block_s} at a time")
-    from pallas_kernels.mla_decode.triton import flash_decode_kernel
-
-    number = jax.ShapeDtypeStruct((batch, config.splits, rows), jnp.float32)
-    parts, tops, totals = launch(
-        flash_decode_kernel,
-        [
-            query,
-            cache.data,
-            layer_index if cache.scales is None else cache.scales,
-            layer_index if cache.page_table is None else cache.page_table,
-            layer_index,
-            positions,
-        ],
-        [jax.ShapeDtypeStruct((*number.shape, dims.latent), jnp.float32), number, number],
+        reason = f"pages of {cache.data.shape[2]} slots cannot be read {config.block_s} at a time"
+    if select_implementation(implementation, reason) == "reference":
+        return flash_decode_ref(dims, query, cache, layer_index, positions, cache_layer_offset=cache_layer_offset)
+    per_query = jax.ShapeDtypeStruct((batch, config.splits, rows), jnp.float32)
+    results = launch(
+        kernels.flash_decode_kernel,
+        {
+            "queries": query,
+            "cache": cache.data,
+            "cache_scales": array_or(cache.scales, layer_index),
+            "page_table": array_or(cache.page_table, layer_index),
+            "layer_index": layer_index,
+            "positions": positions,
+        },
+        {
+            "acc": jax.ShapeDtypeStruct((*per_query.shape, dims.latent), jnp.float32),
+            "row_max": per_query,
+            "row_sum": per_query,
+        },
+        {
+            "TOKENS": m // batch,
+            "DIMS": dims,
+            "CACHE": cache.layout,
+            "CACHE_LAYER_OFFSET": cache_layer_offset,
+            "SPLITS": config.splits,
+            "BLOCK_Q": config.block_q,
+            "BLOCK_S": config.block_s,
+            "DTYPE": compute_dtype(query.dtype),
+        },
         grid=(config.splits, math.ceil(rows / config.block_q), batch),
         options=CompileOptions(num_warps=config.num_warps, num_stages=config.num_stages),
-        T=tokens,
-        HEADS=dims.heads,
-        R=dims.latent,
-        P=dims.rope,
-        **cache.constants,
-        SPLITS=config.splits,
-        BQ=config.block_q,
-        BS=config.block_s,
-        SCALE=dims.softmax_scale,
-        CACHE_FROM=cache_layer_offset,
-        DT=compute_dtype(query.dtype),
     )
-    return SplitKVPartials(parts, tops, totals, positions, slots, config.block_s)
+    return SplitKVPartials(
+        results["acc"], results["row_max"], results["row_sum"], positions, cache.capacity, config.block_s
+    )
 
 
 def combine_v_proj(
@@ -287,91 +222,106 @@ def combine_v_proj(
     layer_index: jax.Array,
     v_b: Tiles,
     *,
-    dtype: Any,
+    dtype: DTypeLike,
     config: ProjectionConfig | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
-    """The shares of :func:`flash_decode` put together and projected: ``[M, N * V]``.
+    """Combines the splits of :func:`flash_decode` and projects the latents to values.
 
     Args:
-        dims: sizes.
-        partials: from :func:`flash_decode`.
-        layer_index: int32 ``[1]``, index of the layer.
-        v_b: ``[L, N, V, R]``.
-        dtype: of the result.
-        config: block sizes; chosen unless given.
+        dims: Sizes of the attention.
+        partials: Partial results of :func:`flash_decode`.
+        layer_index: ``int32 [1]``, index of the layer.
+        v_b: ``[L, N, Hv, R]``.
+        dtype: Dtype of the result.
+        config: Block sizes; tuned or heuristic by default.
+        implementation: See :func:`~pallas_kernels._implementation.select_implementation`.
+
+    Returns:
+        ``[M, N * Hv]``.
+
+    Raises:
+        NotImplementedError: If the named implementation cannot run.
     """
+    if select_implementation(implementation) == "reference":
+        return combine_v_proj_ref(dims, partials, layer_index, v_b, dtype=dtype)
     batch, splits, rows, latent = partials.acc.shape
     tokens = rows // dims.heads
     m = batch * tokens
     config = config or tuned.lookup_config(combine_v_proj_tuning_key(dims, m, v_b))
-    from pallas_kernels.mla_decode.triton import combine_v_proj_kernel
-
-    out, _ = launch(
-        combine_v_proj_kernel,
-        [partials.acc, partials.row_max, partials.row_sum, layer_index, partials.positions, *weight_operands(v_b)],
-        [
-            jax.ShapeDtypeStruct((m, dims.heads * dims.value), dtype),
-            jax.ShapeDtypeStruct((dims.heads * v_b.num_tiles, m, latent), dtype),
-        ],
+    results = launch(
+        kernels.combine_v_proj_kernel,
+        {
+            "acc": partials.acc,
+            "row_max": partials.row_max,
+            "row_sum": partials.row_sum,
+            "layer_index": layer_index,
+            "positions": partials.positions,
+            **tile_operands(v_b),
+        },
+        {
+            "out": jax.ShapeDtypeStruct((m, dims.heads * dims.value_dim), dtype),
+            "scratch": jax.ShapeDtypeStruct((dims.heads * v_b.num_tiles, m, latent), dtype),
+        },
+        {
+            "M": m,
+            "TOKENS": tokens,
+            "DIMS": dims,
+            "CAPACITY": partials.capacity,
+            "SPLITS": splits,
+            "SPLIT_BLOCK": partials.block_size,
+            "V_B": v_b.layout,
+            "BLOCK_M": config.block_m,
+            "SPLITS_PER_STEP": min(16, splits),
+            "DTYPE": compute_dtype(dtype),
+        },
         grid=(dims.heads, v_b.num_tiles, math.ceil(m / config.block_m)),
         options=CompileOptions(num_warps=config.num_warps, num_stages=config.num_stages),
-        M=m,
-        T=tokens,
-        HEADS=dims.heads,
-        R=latent,
-        V=dims.value,
-        SLOTS=partials.capacity,
-        SPLITS=splits,
-        BLOCK=partials.block_size,
-        BM=config.block_m,
-        BS=min(16, splits),
-        DT=compute_dtype(dtype),
-        **_prefixed_constants(v_b, "", without=("K",)),
     )
-    return out
+    return results["out"]
 
 
 def absorbed_q_proj_tuning_key(
     dims: AttentionDims, rows: int, q_b: Tiles, k_b: Tiles
 ) -> tuned.TuningKey[ProjectionConfig]:
-    """What block sizes of :func:`absorbed_q_proj` depend on."""
+    """Returns the sizes that the block sizes of :func:`absorbed_q_proj` depend on; ``rows`` are its tokens."""
     key = f"{tuned.rows_bucket(rows)} h{dims.heads} n{dims.nope} p{dims.rope} q{dims.query_latent} r{dims.latent}"
-    per = tuple(n for n in (1, 2, 4, 8) if k_b.num_tiles % n == 0)
-    axes = {"per": per, "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
     kinds = f"{q_b.kind} g{q_b.group_size} {k_b.kind}"
+    space = {
+        "tiles_per_program": tuple(n for n in (1, 2, 4, 8) if k_b.num_tiles % n == 0),
+        "num_warps": (2, 4, 8),
+        "num_stages": (2, 3, 4, 5, 6),
+    }
     target = _device.current_target()
-    rule = projection_heuristic(rows, k_b.num_tiles, dims.heads, target.multiprocessors if target else 128)
-    return tuned.TuningKey("queries", f"{key} {kinds}", rule, _add_block_m(rows, axes))
+    heuristic = projection_heuristic(rows, k_b.num_tiles, dims.heads, target.multiprocessors if target else 128)
+    return tuned.TuningKey("queries", f"{key} {kinds}", heuristic, _with_block_m(rows, space))
 
 
 def flash_decode_tuning_key(num_queries: int, cache: LatentCacheArrays) -> tuned.TuningKey[FlashDecodeConfig]:
-    """What block sizes of :func:`flash_decode` depend on; ``num_queries`` are those of one row of the batch."""
+    """Returns the sizes that the block sizes of :func:`flash_decode` depend on; queries are those of one sequence."""
     batch, slots, page, width = cache.batch_size, cache.capacity, cache.data.shape[2], cache.data.shape[-1]
     target = _device.current_target()
-    memory, count = (target.shared_memory, target.multiprocessors) if target else (101_376, 128)
-    rule = flash_decode_heuristic(num_queries, batch, slots, width, cache.data.dtype.itemsize, memory, count)
+    shared_memory, multiprocessors = (target.shared_memory, target.multiprocessors) if target else (101_376, 128)
+    itemsize = cache.data.dtype.itemsize
+    heuristic = flash_decode_heuristic(num_queries, batch, slots, width, itemsize, shared_memory, multiprocessors)
     key = f"q{num_queries} b{batch} s{1 << (slots - 1).bit_length()} w{width} {cache.data.dtype.name}"
     key += "" if cache.page_table is None else f" pages{page}"
-    axes = {
+    space = {
         "splits": tuple(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n * 16 <= slots),
         "block_s": tuple(n for n in (16, 32, 64) if cache.page_table is None or page % n == 0),
         "num_stages": (1, 2, 3, 4),
         "num_warps": (4, 8),
         "block_q": (16, 32),
     }
-    return tuned.TuningKey("attend", key, rule, axes)
+    return tuned.TuningKey("attend", key, heuristic, space)
 
 
 def combine_v_proj_tuning_key(dims: AttentionDims, rows: int, v_b: Tiles) -> tuned.TuningKey[ProjectionConfig]:
-    """What block sizes of :func:`combine_v_proj` depend on."""
-    key = f"{tuned.rows_bucket(rows)} h{dims.heads} r{dims.latent} v{dims.value} {v_b.kind} g{v_b.group_size}"
-    axes = {"num_warps": (1, 2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
-    return tuned.TuningKey("values", key, ProjectionConfig(), _add_block_m(rows, axes))
+    """Returns the sizes that the block sizes of :func:`combine_v_proj` depend on; ``rows`` are its tokens."""
+    key = f"{tuned.rows_bucket(rows)} h{dims.heads} r{dims.latent} v{dims.value_dim} {v_b.kind} g{v_b.group_size}"
+    space = {"num_warps": (1, 2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
+    return tuned.TuningKey("values", key, ProjectionConfig(), _with_block_m(rows, space))
 
 
-def _add_block_m(rows: int, axes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    return axes if rows <= 16 else {**axes, "block_m": (16, 32)}
-
-
-def _prefixed_constants(weight: Tiles, prefix: str, without: Any = ()) -> dict[str, Any]:
-    return {f"{prefix}{name}": value for name, value in weight_constants(weight).items() if name not in without}
+def _with_block_m(rows: int, space: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return space if rows <= 16 else {**space, "block_m": (16, 32)}

@@ -1,16 +1,15 @@
-"""What the kernels of :mod:`pallas_kernels.mla_decode` must compute."""
+"""The three operations of absorbed attention in plain JAX."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from pallas_kernels.mla_decode.op import AttentionDims, LatentCacheArrays, SplitKVPartials
-from pallas_kernels.quant_matmul.op import SumSq
-from pallas_kernels.quant_matmul.reference import inv_rms_ref
-from pallas_kernels.tiles import Tiles, dequantize_tiles
+from pallas_kernels.mla_decode.types import AttentionDims, LatentCacheArrays, SplitKVPartials
+from pallas_kernels.quant_matmul.reference import dequantize_layer, inv_rms_ref, matmul_ref
+from pallas_kernels.quant_matmul.types import SumSq
+from pallas_kernels.tiles import Tiles
 
 _EXACT = jax.lax.Precision.HIGHEST
 _QMAX = {"int8": 127.0, "fp8": 448.0}
@@ -28,22 +27,21 @@ def absorbed_q_proj_ref(
     cache: LatentCacheArrays,
     *,
     cache_layer_offset: int = 0,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> tuple[jax.Array, LatentCacheArrays]:
-    """See :func:`pallas_kernels.mla_decode.absorbed_q_proj`."""
-    wide = a.astype(jnp.float32)
-    latent_q, latent, key = jnp.split(wide, [dims.query_latent, dims.query_latent + dims.latent], axis=-1)
-    latent_q = latent_q * inv_rms_ref(sum_sq[0], dims.query_latent, dims.eps)
-    layer = layer_index[0]
-    q = jnp.matmul(latent_q, dequantize_tiles(_select_layer(q_b, layer)).T, precision=_EXACT)
+    """Reference of :func:`pallas_kernels.mla_decode.absorbed_q_proj`."""
+    layer, latents_end = layer_index[0], dims.query_latent + dims.latent
+    query_latent, latent, rope_key = jnp.split(a.astype(jnp.float32), [dims.query_latent, latents_end], axis=-1)
+    query_latent = query_latent * inv_rms_ref(sum_sq[0], dims.query_latent, dims.eps)
+    q = matmul_ref(query_latent, q_b, layer)
     nope, rope = jnp.split(q.reshape(-1, dims.heads, dims.nope + dims.rope), [dims.nope], axis=-1)
-    absorbed = jnp.einsum("mnh,nrh->mnr", nope, dequantize_tiles(_select_layer(k_b, layer)), precision=_EXACT)
+    absorbed = jnp.einsum("mnh,nrh->mnr", nope, dequantize_layer(k_b, layer), precision=_EXACT)
     cos, sin = (x.astype(jnp.float32) for x in cos_sin)
-    turned = _apply_rope(rope, cos[:, None], sin[:, None], interleave=dims.interleave)
+    rotated = _apply_rope(rope, cos[:, None], sin[:, None], interleave=dims.interleave)
     latent = latent * inv_rms_ref(sum_sq[1], dims.latent, dims.eps)
-    rows = jnp.concatenate([latent, _apply_rope(key, cos, sin, interleave=dims.interleave)], axis=-1)
-    made = jnp.concatenate([absorbed, turned], axis=-1).astype(dtype)
-    return made, _write_cache(dims, cache, rows.astype(dtype), layer_index[0] + cache_layer_offset, positions)
+    rows = jnp.concatenate([latent, _apply_rope(rope_key, cos, sin, interleave=dims.interleave)], axis=-1)
+    queries = jnp.concatenate([absorbed, rotated], axis=-1).astype(dtype)
+    return queries, _write_cache(dims, cache, rows.astype(dtype), layer + cache_layer_offset, positions)
 
 
 def flash_decode_ref(
@@ -55,100 +53,108 @@ def flash_decode_ref(
     *,
     cache_layer_offset: int = 0,
 ) -> SplitKVPartials:
-    """See :func:`pallas_kernels.mla_decode.flash_decode`; one share."""
+    """Reference of :func:`pallas_kernels.mla_decode.flash_decode`, in one split."""
     rows, batch = _read_cache(dims, cache, layer_index[0] + cache_layer_offset), cache.batch_size
-    wide = query.astype(jnp.float32).reshape(batch, -1, dims.heads, query.shape[-1])
-    scores = jnp.einsum("btnw,bsw->btns", wide, rows, precision=_EXACT) * dims.softmax_scale
+    queries = query.astype(jnp.float32).reshape(batch, -1, dims.heads, query.shape[-1])
+    scores = jnp.einsum("btnw,bsw->btns", queries, rows, precision=_EXACT) * dims.softmax_scale
     slots = jnp.arange(rows.shape[1], dtype=jnp.int32)
     visible = slots[None, None] <= positions.reshape(batch, -1)[:, :, None]
     scores = jnp.where(visible[:, :, None], scores, -1e30)
-    top = jnp.max(scores, axis=-1)
-    weights = jnp.exp(scores - top[..., None])
-    parts = jnp.einsum("btns,bsr->btnr", weights, rows[..., : dims.latent], precision=_EXACT)
-    flat = (batch, 1, -1)
-    sums, totals = parts.reshape(*flat, dims.latent), jnp.sum(weights, axis=-1).reshape(flat)
-    return SplitKVPartials(sums, top.reshape(flat), totals, positions, rows.shape[1], 1)
+    row_max = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - row_max[..., None])
+    acc = jnp.einsum("btns,bsr->btnr", weights, rows[..., : dims.latent], precision=_EXACT)
+    one_split = (batch, 1, -1)
+    acc, row_sum = acc.reshape(*one_split, dims.latent), jnp.sum(weights, axis=-1).reshape(one_split)
+    return SplitKVPartials(acc, row_max.reshape(one_split), row_sum, positions, rows.shape[1], 1)
 
 
 def combine_v_proj_ref(
-    dims: AttentionDims, partials: SplitKVPartials, layer_index: jax.Array, v_b: Tiles, *, dtype: Any
+    dims: AttentionDims, partials: SplitKVPartials, layer_index: jax.Array, v_b: Tiles, *, dtype: DTypeLike
 ) -> jax.Array:
-    """See :func:`pallas_kernels.mla_decode.combine_v_proj`."""
+    """Reference of :func:`pallas_kernels.mla_decode.combine_v_proj`."""
     latents = combine_splits_ref(partials).reshape(-1, dims.heads, dims.latent)
-    out = jnp.einsum("mnr,nvr->mnv", latents, dequantize_tiles(_select_layer(v_b, layer_index[0])), precision=_EXACT)
+    out = jnp.einsum("mnr,nvr->mnv", latents, dequantize_layer(v_b, layer_index[0]), precision=_EXACT)
     return out.reshape(out.shape[0], -1).astype(dtype)
 
 
 def combine_splits_ref(partials: SplitKVPartials) -> jax.Array:
-    """The shares of the attention put together, float32 ``[B, T * N, R]``."""
-    there = _non_empty_splits(partials)[..., None]
-    tops, totals = jnp.where(there, partials.row_max, -jnp.inf), jnp.where(there, partials.row_sum, 0.0)
-    weights = jnp.exp(tops - jnp.max(tops, axis=1, keepdims=True))
-    sums = jnp.where(there[..., None], partials.acc, 0.0) * weights[..., None]
-    return jnp.sum(sums, axis=1) / jnp.sum(totals * weights, axis=1)[..., None]
+    """Returns attention over all splits, ``float32 [B, T * N, R]``."""
+    filled = _filled_splits(partials)[..., None]
+    row_max = jnp.where(filled, partials.row_max, -jnp.inf)
+    row_sum = jnp.where(filled, partials.row_sum, 0.0)
+    weights = jnp.exp(row_max - jnp.max(row_max, axis=1, keepdims=True))
+    acc = jnp.where(filled[..., None], partials.acc, 0.0) * weights[..., None]
+    return jnp.sum(acc, axis=1) / jnp.sum(row_sum * weights, axis=1)[..., None]
 
 
-def _gather_pages(rows: jax.Array, pages: jax.Array | None) -> jax.Array:
-    """``[B, S, n]`` of a layer's rows."""
-    return rows if pages is None else rows[pages].reshape(pages.shape[0], -1, rows.shape[-1])
+def _gather_pages(rows: jax.Array, page_table: jax.Array | None) -> jax.Array:
+    """Returns one layer of the cache as contiguous rows ``[B, S, n]``."""
+    return rows if page_table is None else rows[page_table].reshape(page_table.shape[0], -1, rows.shape[-1])
 
 
-def _non_empty_splits(partials: SplitKVPartials) -> jax.Array:
-    """Which shares have rows at all, bool ``[B, shares]``."""
+def _filled_splits(partials: SplitKVPartials) -> jax.Array:
+    """Returns which splits have rows, ``bool [B, splits]``."""
     batch, splits = partials.row_max.shape[:2]
     length = jnp.minimum(jnp.max(partials.positions.reshape(batch, -1), axis=1) + 1, partials.capacity)
     blocks = (length + splits * partials.block_size - 1) // (splits * partials.block_size)
-    share = blocks * partials.block_size
-    return jnp.arange(splits, dtype=jnp.int32)[None] * share[:, None] < length[:, None]
-
-
-def _select_layer(weight: Tiles, layer: jax.Array) -> Tiles:
-    return jax.tree.map(lambda array: array[layer], weight)
+    rows_per_split = blocks * partials.block_size
+    return jnp.arange(splits, dtype=jnp.int32)[None] * rows_per_split[:, None] < length[:, None]
 
 
 def _apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleave: bool) -> jax.Array:
-    one, other = (x[..., 0::2], x[..., 1::2]) if interleave else jnp.split(x, 2, axis=-1)
-    turned = one * cos - other * sin, one * sin + other * cos
-    return jnp.stack(turned, axis=-1).reshape(x.shape) if interleave else jnp.concatenate(turned, axis=-1)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleave else jnp.split(x, 2, axis=-1)
+    rotated = first * cos - second * sin, first * sin + second * cos
+    return jnp.stack(rotated, axis=-1).reshape(x.shape) if interleave else jnp.concatenate(rotated, axis=-1)
 
 
 def _write_cache(
     dims: AttentionDims, cache: LatentCacheArrays, rows: jax.Array, layer: jax.Array, positions: jax.Array
 ) -> LatentCacheArrays:
+    """Writes new rows ``[M, R + P]``; positions outside the cache are dropped."""
     batch = cache.batch_size
-    shaped = rows.reshape(batch, -1, rows.shape[-1])
-    slots, whose = positions.reshape(batch, -1), jnp.arange(batch, dtype=jnp.int32)[:, None]
-    where = (layer, whose, slots)
-    if cache.page_table is not None:
-        page = cache.data.shape[2]
-        # Beyond the last page: past the end of the pool, where nothing is stored.
-        in_page = jnp.where(slots < cache.capacity, cache.page_table[whose, slots // page], cache.data.shape[1])
-        where = (layer, in_page, slots % page)
+    values = rows.reshape(batch, -1, rows.shape[-1])
+    index = _cache_index(cache, layer, positions.reshape(batch, -1))
     if cache.scales is None:
-        codes = cache.data.at[where].set(shaped.astype(cache.data.dtype), mode="drop")
-        return LatentCacheArrays(codes, None, cache.page_table)
-    largest, wide = _QMAX[cache.kind], shaped.astype(jnp.float32)
-    parts = jnp.split(wide, [dims.latent], axis=-1)
-    scales = jnp.stack([jnp.max(jnp.abs(part), axis=-1) for part in parts], axis=-1) / largest
+        data = cache.data.at[index].set(values.astype(cache.data.dtype), mode="drop")
+        return LatentCacheArrays(data, None, cache.page_table)
+    qvalues, scales = _quantize_rows(dims, cache.kind, values.astype(jnp.float32))
+    data = cache.data.at[index].set(qvalues, mode="drop")
+    return LatentCacheArrays(data, cache.scales.at[index].set(scales, mode="drop"), cache.page_table)
+
+
+def _cache_index(cache: LatentCacheArrays, layer: jax.Array, slots: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the index of slots ``[B, T]`` in the arrays of the cache."""
+    sequence = jnp.arange(cache.batch_size, dtype=jnp.int32)[:, None]
+    if cache.page_table is None:
+        return layer, sequence, slots
+    page_size = cache.data.shape[2]
+    # A slot past the last page gets the page past the end of the pool, where nothing is stored.
+    page = jnp.where(slots < cache.capacity, cache.page_table[sequence, slots // page_size], cache.data.shape[1])
+    return layer, page, slots % page_size
+
+
+def _quantize_rows(dims: AttentionDims, kind: str, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Quantizes rows ``float32 [B, T, R + P]`` to 8 bits, with scales ``float32 [B, T, 2]``."""
+    qmax = _QMAX[kind]
+    parts = jnp.split(values, [dims.latent], axis=-1)
+    scales = jnp.stack([jnp.max(jnp.abs(part), axis=-1) for part in parts], axis=-1) / qmax
     scales = jnp.where(scales < jnp.finfo(jnp.float32).tiny, 0.0, scales)
     units = jnp.where(scales == 0, 1.0, scales)
-    coded = jnp.concatenate([part / units[..., i : i + 1] for i, part in enumerate(parts)], axis=-1)
-    coded = jnp.clip(coded, -largest, largest)
-    if cache.kind == "int8":
-        codes = jnp.round(coded).astype(jnp.int8)
-    else:
-        codes = jax.lax.bitcast_convert_type(coded.astype(jnp.float8_e4m3fn), jnp.uint8)
-    kept = cache.data.at[where].set(codes, mode="drop"), cache.scales.at[where].set(scales, mode="drop")
-    return LatentCacheArrays(*kept, cache.page_table)
+    scaled = jnp.concatenate([part / units[..., i : i + 1] for i, part in enumerate(parts)], axis=-1)
+    scaled = jnp.clip(scaled, -qmax, qmax)
+    if kind == "int8":
+        return jnp.round(scaled).astype(jnp.int8), scales
+    return jax.lax.bitcast_convert_type(scaled.astype(jnp.float8_e4m3fn), jnp.uint8), scales
 
 
 def _read_cache(dims: AttentionDims, cache: LatentCacheArrays, layer: jax.Array) -> jax.Array:
-    codes = _gather_pages(cache.data[layer], cache.page_table)
+    """Returns one layer of the cache as ``float32 [B, S, R + P]``."""
+    data = _gather_pages(cache.data[layer], cache.page_table)
     if cache.scales is None:
-        return codes.astype(jnp.float32)
+        return data.astype(jnp.float32)
     if cache.kind == "fp8":
-        codes = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
+        data = jax.lax.bitcast_convert_type(data, jnp.float8_e4m3fn)
     scales = _gather_pages(cache.scales[layer], cache.page_table)
     widths = (dims.latent, dims.rope)
     spread = [jnp.broadcast_to(scales[..., i : i + 1], (*scales.shape[:-1], n)) for i, n in enumerate(widths)]
-    return codes.astype(jnp.float32) * jnp.concatenate(spread, axis=-1)
+    return data.astype(jnp.float32) * jnp.concatenate(spread, axis=-1)

@@ -1,15 +1,14 @@
-"""What the kernel of :mod:`pallas_kernels.mla_prefill` must compute."""
+"""Attention of prompts in plain JAX."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-
-from pallas_kernels.mla_prefill.op import EMPTY_LSE
+from jax.typing import DTypeLike
 
 _EXACT = jax.lax.Precision.HIGHEST
+# Log-sum-exp of no scores; finite, so that differences of two are numbers.
+EMPTY_LSE = -1e30
 
 
 def flash_attention_ref(
@@ -21,17 +20,17 @@ def flash_attention_ref(
     first_key: jax.Array,
     *,
     scale: float,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See :func:`pallas_kernels.mla_prefill.flash_attention`."""
+    """Reference of :func:`pallas_kernels.mla_prefill.flash_attention`."""
     shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
     keys = jnp.concatenate([k_nope, shared], axis=-1).astype(jnp.float32)
     scores = jnp.einsum("btnh,bsnh->btns", q.astype(jnp.float32), keys, precision=_EXACT) * scale
     slots = first_key[0] + jnp.arange(keys.shape[1], dtype=jnp.int32)
     visible = (slots[None, None] <= positions[:, :, None])[:, :, None]
-    top = jnp.max(jnp.where(visible, scores, EMPTY_LSE), axis=-1)
-    weights = jnp.where(visible, jnp.exp(scores - top[..., None]), 0.0)
-    total = jnp.sum(weights, axis=-1)
-    some = jnp.where(total == 0, 1.0, total)
-    out = jnp.einsum("btns,bsnv->btnv", weights / some[..., None], v.astype(jnp.float32), precision=_EXACT)
-    return out.astype(dtype or q.dtype), jnp.where(total == 0, EMPTY_LSE, top + jnp.log(some))
+    row_max = jnp.max(jnp.where(visible, scores, EMPTY_LSE), axis=-1)
+    weights = jnp.where(visible, jnp.exp(scores - row_max[..., None]), 0.0)
+    row_sum = jnp.sum(weights, axis=-1)
+    divisor = jnp.where(row_sum == 0, 1.0, row_sum)
+    out = jnp.einsum("btns,bsnv->btnv", weights / divisor[..., None], v.astype(jnp.float32), precision=_EXACT)
+    return out.astype(dtype or q.dtype), jnp.where(row_sum == 0, EMPTY_LSE, row_max + jnp.log(divisor))

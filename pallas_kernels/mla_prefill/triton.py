@@ -1,7 +1,7 @@
-"""Causal attention of many new tokens over keys and values that are there for every head.
+"""Kernel of causal attention of many new tokens over expanded keys and values.
 
-A program takes a block of queries of one head through the keys that any of them sees, with a running softmax. Blocks of
-keys that all of them see come first and need no mask.
+A program takes a block of queries of one head through the keys that any of them sees, with an online softmax. Blocks of
+keys that all its queries see come first and need no mask.
 """
 
 from __future__ import annotations
@@ -13,126 +13,128 @@ from pallas_kernels._tile_dot import dot_accumulate
 
 
 @triton.jit
-def load_keys(
-    nope, rope, slot, inside, HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, H: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """Keys ``[BN, H]``: a head's own part and, behind it, the part that all heads share.
+def load_keys(k_nope, k_rope, slot, slot_mask, DIMS: tl.constexpr, IS_MASKED: tl.constexpr):
+    """Keys ``[BLOCK_N, KEY_TILE]``: a head's own part, followed by the part that all heads share.
 
-    One load of both: its columns choose an array and a stride once, and a product of one tile follows, not of two.
+    One load covers both: its columns select an array and a stride once, and one product follows instead of two.
     """
-    h = tl.arange(0, H)[None, :]
-    own = h < NOPE
-    stride = tl.where(own, HEADS * NOPE, ROPE)
-    at = tl.where(own, nope, rope) + (slot[:, None] * stride + tl.where(own, h, h - NOPE))
-    if NOPE + ROPE < H:
-        keys = tl.load(at, mask=inside[:, None] & (h < NOPE + ROPE), other=0.0)
-    elif MASKED:
-        keys = tl.load(at, mask=inside[:, None], other=0.0)
+    KEY_TILE: tl.constexpr = DIMS.key_tile
+    h = tl.arange(0, KEY_TILE)[None, :]
+    is_nope = h < DIMS.nope
+    stride = tl.where(is_nope, DIMS.heads * DIMS.nope, DIMS.rope)
+    pointers = tl.where(is_nope, k_nope, k_rope) + (slot[:, None] * stride + tl.where(is_nope, h, h - DIMS.nope))
+    if DIMS.nope + DIMS.rope < KEY_TILE:
+        keys = tl.load(pointers, mask=slot_mask[:, None] & (h < DIMS.nope + DIMS.rope), other=0.0)
+    elif IS_MASKED:
+        keys = tl.load(pointers, mask=slot_mask[:, None], other=0.0)
     else:
-        keys = tl.load(at)
+        keys = tl.load(pointers)
     return keys
 
 
 @triton.jit
-def load_values(
-    v, slot, inside, FIRST: tl.constexpr, HEADS: tl.constexpr, V: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
-    """W columns of the values ``[BN, V]``, from FIRST on."""
-    w = FIRST + tl.arange(0, W)[None, :]
-    at = v + slot[:, None] * (HEADS * V) + w
-    if FIRST + W > V:
-        values = tl.load(at, mask=inside[:, None] & (w < V), other=0.0)
-    elif MASKED:
-        values = tl.load(at, mask=inside[:, None], other=0.0)
+def load_values(v, slot, slot_mask, FIRST: tl.constexpr, DIMS: tl.constexpr, IS_MASKED: tl.constexpr):
+    """Values ``[BLOCK_N, VALUE_TILE]``, columns from FIRST on."""
+    VALUE_TILE: tl.constexpr = DIMS.value_tile
+    w = FIRST + tl.arange(0, VALUE_TILE)[None, :]
+    pointers = v + slot[:, None] * (DIMS.heads * DIMS.value_dim) + w
+    if FIRST + VALUE_TILE > DIMS.value_dim:
+        values = tl.load(pointers, mask=slot_mask[:, None] & (w < DIMS.value_dim), other=0.0)
+    elif IS_MASKED:
+        values = tl.load(pointers, mask=slot_mask[:, None], other=0.0)
     else:
-        values = tl.load(at)
+        values = tl.load(pointers)
     return values
 
 
 @triton.jit
 def online_softmax_step(
-    q, nope, rope, v, one, two, top, total, seen, stop, at, HEADS: tl.constexpr, NOPE: tl.constexpr,
-    ROPE: tl.constexpr, V: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    FACTOR: tl.constexpr, MASKED: tl.constexpr, DT: tl.constexpr,
+    q, k_nope, k_rope, v, acc_low, acc_high, row_max, row_sum, num_visible, stop, start, DIMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXP2_SCALE: tl.constexpr, IS_MASKED: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax after one more block of keys, which begins ``at``.
+    """The online softmax after the block of keys that begins at ``start``.
 
-    ``one`` and ``two`` are halves of the sums of values, ``top`` the largest scores before the factor, ``total`` the
-    sums of exponentials.
+    ``acc_low`` and ``acc_high`` are the two halves of the weighted sums of values, ``row_max`` the largest scores
+    before scaling, ``row_sum`` the sums of exponentials.
     """
-    n = tl.arange(0, BN)
-    slot, inside = at + n, n < stop - at
-    keys = load_keys(nope, rope, slot, inside, HEADS, NOPE, ROPE, H, MASKED).to(DT)
-    scores = dot_accumulate(q, tl.trans(keys), tl.zeros((BM, BN), tl.float32), DT)
-    if MASKED:
-        # The running maximum is finite, so that a row of nothing else gives zeros and no NaN.
-        scores = tl.where(n[None, :] < (seen - at)[:, None], scores, float("-inf"))
-    highest = tl.maximum(top, tl.max(scores, axis=1))
-    weights = tl.exp2(scores * FACTOR - (highest * FACTOR)[:, None])
-    rescale = tl.exp2((top - highest) * FACTOR)
-    total = total * rescale + tl.sum(weights, axis=1)
-    weights = weights.to(DT)
-    first = load_values(v, slot, inside, 0, HEADS, V, W, MASKED).to(DT)
-    one = dot_accumulate(weights, first, one * rescale[:, None], DT)
-    if V > W:
-        second = load_values(v, slot, inside, W, HEADS, V, W, MASKED).to(DT)
-        two = dot_accumulate(weights, second, two * rescale[:, None], DT)
-    return one, two, highest, total
+    n = tl.arange(0, BLOCK_N)
+    slot, slot_mask = start + n, n < stop - start
+    keys = load_keys(k_nope, k_rope, slot, slot_mask, DIMS, IS_MASKED).to(DTYPE)
+    scores = dot_accumulate(q, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), DTYPE)
+    if IS_MASKED:
+        # The running maximum is finite, so that a row with no visible key gives zeros and no NaN.
+        scores = tl.where(n[None, :] < (num_visible - start)[:, None], scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    weights = tl.exp2(scores * EXP2_SCALE - (new_max * EXP2_SCALE)[:, None])
+    rescale = tl.exp2((row_max - new_max) * EXP2_SCALE)
+    row_sum = row_sum * rescale + tl.sum(weights, axis=1)
+    weights = weights.to(DTYPE)
+    low = load_values(v, slot, slot_mask, 0, DIMS, IS_MASKED).to(DTYPE)
+    acc_low = dot_accumulate(weights, low, acc_low * rescale[:, None], DTYPE)
+    if DIMS.value_dim > DIMS.value_tile:
+        high = load_values(v, slot, slot_mask, DIMS.value_tile, DIMS, IS_MASKED).to(DTYPE)
+        acc_high = dot_accumulate(weights, high, acc_high * rescale[:, None], DTYPE)
+    return acc_low, acc_high, new_max, row_sum
 
 
 @triton.jit
 def flash_attention_kernel(
-    q, nope, rope, v, positions, first_key, out, lse,
-    BATCH: tl.constexpr, T: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr, NOPE: tl.constexpr,
-    ROPE: tl.constexpr, V: tl.constexpr, TOGETHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, SCALE: tl.constexpr, EMPTY: tl.constexpr, DT: tl.constexpr,
+    q, k_nope, k_rope, v, positions, first_key, out, lse,
+    BATCH: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr, HEADS_PER_WAVE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr, EMPTY_LSE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """``softmax(scale * q @ k.T) @ v``; one axis of programs.
+    """``softmax(SCALE * q @ k.T) @ v``; a grid of one axis.
 
-    TOGETHER heads (of all rows of the batch) go at the same time, so that their keys stay in the L2 cache, the last
-    queries first, which have most to do.
+    HEADS_PER_WAVE heads (of all batch elements) run at the same time, so that their keys stay in the L2 cache. The last
+    queries run first, because they have most keys.
     """
-    BLOCKS: tl.constexpr = (T + BM - 1) // BM
-    who = tl.program_id(0)
-    group = who // (TOGETHER * BLOCKS)
-    size = tl.minimum(TOGETHER, BATCH * HEADS - group * TOGETHER)
-    who -= group * (TOGETHER * BLOCKS)
-    pair, block = group * TOGETHER + who % size, BLOCKS - 1 - who // size
-    batch, head = (pair // HEADS).to(tl.int64), (pair % HEADS).to(tl.int64)
-    m = block * BM + tl.arange(0, BM)
-    here = m < T
-    position = tl.load(positions + batch * T + m, mask=here, other=0)
-    # A query sees so many of the keys, from the first on.
-    seen = tl.minimum(position - tl.load(first_key) + 1, S)
-    stop = tl.max(tl.where(here, seen, 0), axis=0)
-    full = tl.maximum(tl.min(tl.where(here, seen, S), axis=0), 0) // BN * BN
-    h, w = tl.arange(0, H)[None, :], tl.arange(0, W)[None, :]
-    mine = q + (batch * T * HEADS + head) * (NOPE + ROPE) + m[:, None] * (HEADS * (NOPE + ROPE))
-    query = tl.load(mine + h, mask=here[:, None] & (h < NOPE + ROPE), other=0.0).to(DT)
-    nope += (batch * S * HEADS + head) * NOPE
-    rope += batch * S * ROPE
-    v += (batch * S * HEADS + head) * V
-    FACTOR: tl.constexpr = SCALE * 1.4426950408889634
-    top, total = tl.full((BM,), EMPTY, tl.float32), tl.zeros((BM,), tl.float32)
-    one = tl.zeros((BM, W), tl.float32)
-    two = one
-    for at in range(0, full, BN):
-        one, two, top, total = online_softmax_step(
-            query, nope, rope, v, one, two, top, total, seen, stop, at, HEADS, NOPE, ROPE, V, H, W, BM, BN, FACTOR,
-            False, DT,
+    HEADS: tl.constexpr = DIMS.heads
+    KEY_WIDTH: tl.constexpr = DIMS.nope + DIMS.rope
+    V: tl.constexpr = DIMS.value_dim
+    KEY_TILE: tl.constexpr = DIMS.key_tile
+    VALUE_TILE: tl.constexpr = DIMS.value_tile
+    BLOCKS: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
+    pid = tl.program_id(0)
+    wave = pid // (HEADS_PER_WAVE * BLOCKS)
+    heads_in_wave = tl.minimum(HEADS_PER_WAVE, BATCH * HEADS - wave * HEADS_PER_WAVE)
+    pid -= wave * (HEADS_PER_WAVE * BLOCKS)
+    batch_head, block = wave * HEADS_PER_WAVE + pid % heads_in_wave, BLOCKS - 1 - pid // heads_in_wave
+    batch, head = (batch_head // HEADS).to(tl.int64), (batch_head % HEADS).to(tl.int64)
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = m < TOKENS
+    position = tl.load(positions + batch * TOKENS + m, mask=row_mask, other=0)
+    # A query sees the first ``num_visible`` keys.
+    num_visible = tl.minimum(position - tl.load(first_key) + 1, KEYS)
+    stop = tl.max(tl.where(row_mask, num_visible, 0), axis=0)
+    unmasked_stop = tl.maximum(tl.min(tl.where(row_mask, num_visible, KEYS), axis=0), 0) // BLOCK_N * BLOCK_N
+    h, w = tl.arange(0, KEY_TILE)[None, :], tl.arange(0, VALUE_TILE)[None, :]
+    q_rows = q + (batch * TOKENS * HEADS + head) * KEY_WIDTH + m[:, None] * (HEADS * KEY_WIDTH)
+    query = tl.load(q_rows + h, mask=row_mask[:, None] & (h < KEY_WIDTH), other=0.0).to(DTYPE)
+    k_nope += (batch * KEYS * HEADS + head) * DIMS.nope
+    k_rope += batch * KEYS * DIMS.rope
+    v += (batch * KEYS * HEADS + head) * V
+    EXP2_SCALE: tl.constexpr = SCALE * 1.4426950408889634
+    row_max, row_sum = tl.full((BLOCK_M,), EMPTY_LSE, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    acc_low = tl.zeros((BLOCK_M, VALUE_TILE), tl.float32)
+    acc_high = acc_low
+    for start in range(0, unmasked_stop, BLOCK_N):
+        acc_low, acc_high, row_max, row_sum = online_softmax_step(
+            query, k_nope, k_rope, v, acc_low, acc_high, row_max, row_sum, num_visible, stop, start, DIMS, BLOCK_M,
+            BLOCK_N, EXP2_SCALE, False, DTYPE,
         )  # fmt: skip
-    for at in range(full, stop, BN):
-        one, two, top, total = online_softmax_step(
-            query, nope, rope, v, one, two, top, total, seen, stop, at, HEADS, NOPE, ROPE, V, H, W, BM, BN, FACTOR,
-            True, DT,
+    for start in range(unmasked_stop, stop, BLOCK_N):
+        acc_low, acc_high, row_max, row_sum = online_softmax_step(
+            query, k_nope, k_rope, v, acc_low, acc_high, row_max, row_sum, num_visible, stop, start, DIMS, BLOCK_M,
+            BLOCK_N, EXP2_SCALE, True, DTYPE,
         )  # fmt: skip
-    nothing = total == 0.0
-    total = tl.where(nothing, 1.0, total)
-    at = (batch * T + m) * HEADS + head
-    tl.store(lse + at, tl.where(nothing, EMPTY, top * SCALE + tl.log(total)), mask=here)
-    to = out + (batch * T * HEADS + head) * V + m[:, None] * (HEADS * V) + w
-    share = (1.0 / total)[:, None]
-    tl.store(to, (one * share).to(out.dtype.element_ty), mask=here[:, None] & (w < V))
-    if V > W:
-        tl.store(to + W, (two * share).to(out.dtype.element_ty), mask=here[:, None] & (W + w < V))
+    is_empty = row_sum == 0.0
+    row_sum = tl.where(is_empty, 1.0, row_sum)
+    lse_position = (batch * TOKENS + m) * HEADS + head
+    tl.store(lse + lse_position, tl.where(is_empty, EMPTY_LSE, row_max * SCALE + tl.log(row_sum)), mask=row_mask)
+    target = out + (batch * TOKENS * HEADS + head) * V + m[:, None] * (HEADS * V) + w
+    inv_sum = (1.0 / row_sum)[:, None]
+    tl.store(target, (acc_low * inv_sum).to(out.dtype.element_ty), mask=row_mask[:, None] & (w < V))
+    if V > VALUE_TILE:
+        high_mask = row_mask[:, None] & (VALUE_TILE + w < V)
+        tl.store(target + VALUE_TILE, (acc_high * inv_sum).to(out.dtype.element_ty), mask=high_mask)

@@ -1,7 +1,7 @@
-"""Mixture of experts."""
+"""Mixture of experts for few tokens."""
 
-from pallas_kernels.moe.op import Dispatch as Dispatch
-from pallas_kernels.moe.op import RouterConfig as RouterConfig
 from pallas_kernels.moe.op import build_dispatch as build_dispatch
 from pallas_kernels.moe.op import down as down
 from pallas_kernels.moe.op import gate_up as gate_up
+from pallas_kernels.moe.types import Dispatch as Dispatch
+from pallas_kernels.moe.types import RouterConfig as RouterConfig

@@ -1,4 +1,4 @@
-"""Block sizes of the kernels of experts: what was measured on a card, and a rule for every other."""
+"""Block sizes of the expert kernels."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MoeConfig:
-    """How the work on pairs of token and expert is cut up.
+    """Block sizes of the expert kernels; the same defaults for every GPU.
 
     Attributes:
-        block_m: rows of a program: 16, of which a pair fills one; the shared expert fills more.
-        block_n: outputs of a program: 32 or 64.
-        num_warps: of a program.
-        num_stages: chunks in flight.
+        block_m: Rows of a program: 16, of which an unsorted pair fills one and the shared expert as many as there are.
+        block_n: Outputs of a program, 32 or 64.
+        num_warps: Warps of a program.
+        num_stages: Stages of the pipeline that loads chunks.
     """
 
     block_m: int = 16

@@ -1,4 +1,4 @@
-"""Block sizes of the matrix kernels: what was measured on a card, and a rule for every other."""
+"""Block sizes of products of few rows: the heuristic for cards without tuned sizes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pallas_kernels.tiles import TILE_WIDTH
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LinearConfig:
-    """How a product with few rows is cut up.
+    """Block sizes of a product of few rows.
 
     Attributes:
-        block_m: rows of a program, 16 or more.
-        block_n: outputs of a program: 32 or 64.
-        splits: programs that share the inputs of one block of outputs.
-        num_warps: of a program.
-        num_stages: chunks in flight.
+        block_m: Rows of a program, 16 or more.
+        block_n: Outputs of a program, 32 or 64.
+        splits: Programs that share the inputs of one block of outputs (split-K).
+        num_warps: Warps of a program.
+        num_stages: Stages of the pipeline that loads chunks.
     """
 
     block_m: int = 16
@@ -27,13 +27,13 @@ class LinearConfig:
 
 
 def linear_heuristic(rows: int, outputs: int, chunks: int, multiprocessors: int) -> LinearConfig:
-    """Enough programs to have two on each multiprocessor, as far as the inputs can be split.
+    """Splits the inputs until two programs run on each multiprocessor, as far as there are chunks.
 
     Args:
-        rows: of the activations.
-        outputs: of the matrix.
-        chunks: of its inputs.
-        multiprocessors: of the card.
+        rows: Rows of the activations.
+        outputs: Outputs of the matrix.
+        chunks: Chunks of its inputs.
+        multiprocessors: Multiprocessors of the GPU.
     """
     block_m = 16 if rows <= 16 else 32
     block_n = 32 if -(-outputs // TILE_WIDTH) < multiprocessors else TILE_WIDTH

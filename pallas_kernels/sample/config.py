@@ -1,4 +1,4 @@
-"""Block sizes of the sampler's kernels: a rule for every card."""
+"""Block sizes of the sampler's kernels, the same for every GPU."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SampleConfig:
-    """How rows of logits are cut up.
+    """Block sizes of rows of logits.
 
-    It decides in which order the probabilities of a row are added, so it may depend on nothing but the row's width.
+    They decide in which order the probabilities of a row are added, so they may depend on nothing but its width.
 
     Attributes:
-        block_v: ids of a program, a power of two; 1,024 at most, so that 2^20 for each fits 32 bits.
-        blocks_per_sum: shares that are added up together.
-        num_warps: of a program.
+        block_v: Token ids of a program, a power of two; at most 1,024, so that 2^20 for each fits 32 bits.
+        blocks_per_sum: Blocks that are added up at once.
+        num_warps: Warps of a program.
     """
 
     block_v: int = 1024

@@ -1,90 +1,28 @@
-"""The operations: which block sizes, and the launches."""
+"""The sampling operations: block sizes, checks and the launches."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import _device, tuned
-from pallas_kernels._launch import CompileOptions, check_counters, launch
+from pallas_kernels._implementation import Implementation, select_implementation
+from pallas_kernels._kernel_args import array_or, compute_dtype, tile_operands
+from pallas_kernels._launch import CompileOptions, KernelModule, check_counters, launch
 from pallas_kernels.quant_matmul.config import LinearConfig, linear_heuristic
-from pallas_kernels.quant_matmul.op import SumSq, compute_dtype, weight_constants, weight_operands
+from pallas_kernels.quant_matmul.types import SumSq, SumSqLayout
+from pallas_kernels.sample import _thresholds
+from pallas_kernels.sample._thresholds import next_power_of_2
 from pallas_kernels.sample.config import SampleConfig
+from pallas_kernels.sample.reference import filter_thresholds_ref, lm_head_sample_ref, sample_logits_ref
+from pallas_kernels.sample.types import SampleOutput, SamplingTensors, Vocabulary
 from pallas_kernels.tiles import Tiles
 
-_RADIX_PASSES = 4  # of eight bits each
-_CANDIDATE_WINDOW = 1024  # candidates that a program looks at together
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingTensors:
-    """What ``M`` rows ask for.
-
-    Attributes:
-        temperature: float32 ``[M]``; 0 takes the highest score. Such a row has no filters.
-        top_k: int32 ``[M]``; 0 is off.
-        top_p: float32 ``[M]``; 1 is off.
-        min_p: float32 ``[M]``; 0 is off.
-        seeds: uint32 ``[M, 2]``, the high and the low half.
-        positions: int32 ``[M]``, of the rows' newest tokens; those that are drawn will have the next ones.
-    """
-
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    seeds: jax.Array
-    positions: jax.Array
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """Which ids can be drawn.
-
-    Attributes:
-        valid_size: ids from here on cannot.
-        unused_ids: nor can these.
-    """
-
-    valid_size: int
-    unused_ids: tuple[int, ...] = ()
-
-    def valid_mask(self, width: int) -> np.ndarray:
-        """Bool ``[width]``: whether each id can be drawn."""
-        known = np.arange(width) < self.valid_size
-        known[[token for token in self.unused_ids if token < width]] = False
-        return known
-
-    def constants(self, width: int) -> dict[str, Any]:
-        """As the kernels take them."""
-        return {"VALID": min(self.valid_size, width), "MISSING": bool(self.unused_ids)}
-
-    def invalid_mask(self, width: int, placeholder: jax.Array) -> jax.Array:
-        """Int8 ``[width]``, 1 for ids that cannot be drawn; where the kernels do not look, an array that is there."""
-        return jnp.asarray(~self.valid_mask(width), jnp.int8) if self.unused_ids else placeholder
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, slots=True)
-class SampleOutput:
-    """What was drawn.
-
-    Attributes:
-        tokens: int32 ``[M]``.
-        ok: bool ``[M]``; False where a logit is NaN or +inf, or there is nothing to draw.
-        logprob: float32 ``[M]`` of the tokens, or None.
-    """
-
-    tokens: jax.Array
-    ok: jax.Array
-    logprob: jax.Array | None = None
+kernels = KernelModule("pallas_kernels.sample.triton")
+_CANDIDATE_WINDOW = 1024  # candidates that a program compares at once
 
 
 def lm_head_sample(
@@ -98,78 +36,82 @@ def lm_head_sample(
     sum_sq: SumSq | None = None,
     eps: float = 0.0,
     config: LinearConfig | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[SampleOutput, jax.Array]:
-    """Tokens of the logits ``factor(x) * (x @ weight.T)``, which are never written anywhere; filters are ignored.
+    """Samples from the logits ``inv_rms(x) * (x @ weight.T)``, which are never written to memory, without filters.
 
-    A token is the id with the highest logit, the lowest among equals; or, in rows with a temperature, with the highest
-    ``noise - (top - logit) / temperature``. There, a block of ids finds its best before anybody knows ``top``, and with
-    its own highest logit instead: the order is the same but for rounding, so the token is the one that the formula
-    gives from the same logits unless its two highest keys lie within 2^-15 of each other. (Keys that can win have gaps
-    below 26, whose roundings sum up to less than that; and the lead of the highest key is below d with a probability
-    below d.) Nothing of a row depends on the other rows.
+    A token is the id with the highest logit, the lowest of equals; or, in rows with a temperature, the id with the
+    highest ``noise - (top - logit) / temperature`` (the Gumbel-max trick). There, a block of ids compares its keys
+    before ``top`` is known, with its own highest logit instead. The order is the same but for rounding, so the token is
+    the one that the formula gives for the same logits unless its two highest keys are within 2^-15 of each other.
+    (Keys that can win have gaps below 26, whose roundings add up to less than that, and the highest key leads by less
+    than d with a probability below d.) No row depends on other rows.
 
     Args:
-        x: ``[M, K]``; where ``sum_sq`` are given, already multiplied by the norm's weight.
+        x: ``[M, K]``; with ``sum_sq``, already multiplied by the weight of its norm.
         weight: ``[V, K]``.
-        sampling: options.
-        vocabulary: which ids can be drawn.
-        counters: int32 zeros, one for each block of rows or more.
-        has_random: whether some row has a temperature above 0; if not, they are not looked at.
-        sum_sq: of x before the norm's weight, for a norm.
-        eps: of the norm.
-        config: block sizes, without splits; chosen for the card unless given.
+        sampling: Sampling parameters of the rows.
+        vocabulary: Ids that can be sampled.
+        counters: ``int32`` zeros, at least one for each block of rows.
+        has_random: Whether some row has a temperature above 0; otherwise temperatures are not read.
+        sum_sq: Sums of squares of x before the weight of its norm, if x has a norm.
+        eps: Epsilon of that norm.
+        config: Block sizes, without splits; tuned or heuristic by default.
+        implementation: See :func:`~pallas_kernels._implementation.select_implementation`.
 
     Returns:
-        What was drawn, and the counters, zero again.
+        The sampled tokens, and the counters, zero again.
+
+    Raises:
+        LaunchError: If there are too few counters.
+        NotImplementedError: If the named implementation cannot run.
     """
+    if select_implementation(implementation) == "reference":
+        return lm_head_sample_ref(
+            x, weight, sampling, vocabulary, counters, has_random=has_random, sum_sq=sum_sq, eps=eps
+        )
     (m, stride), ids = x.shape, weight.outputs
     config = config or tuned.lookup_config(lm_head_sample_tuning_key(m, weight))
-    check_counters(counters, math.ceil(m / config.block_m))
-    blocks = math.ceil(ids / config.block_n)
-    height = config.block_m if m > 1 else 1
-    from pallas_kernels.sample.triton import lm_head_sample_kernel
-
-    number = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    tokens, ok, _, _, counters = launch(
-        lm_head_sample_kernel,
-        [
-            x,
-            x if sum_sq is None else sum_sq.partials,
-            *weight_operands(weight),
-            vocabulary.invalid_mask(ids, x),
-            sampling.temperature,
-            sampling.seeds,
-            sampling.positions,
-            counters,
-        ],
-        [
-            number((m,)),
-            number((m,)),
-            jax.ShapeDtypeStruct((3 if has_random else 1, m, blocks), jnp.float32),
-            number((2, m, blocks)),
-            number(counters.shape),
-        ],
-        grid=(math.ceil(m / config.block_m), blocks),
+    row_blocks, blocks = math.ceil(m / config.block_m), math.ceil(ids / config.block_n)
+    check_counters(counters, row_blocks)
+    rows = config.block_m if m > 1 else 1
+    results = launch(
+        kernels.lm_head_sample_kernel,
+        {
+            "x": x,
+            "sum_sq": array_or(sum_sq.partials if sum_sq else None, x),
+            **tile_operands(weight),
+            "invalid_ids": vocabulary.invalid_mask(ids, x),
+            "temperature": sampling.temperature,
+            "seeds": sampling.seeds,
+            "positions": sampling.positions,
+            "counters_in": counters,
+        },
+        {
+            "tokens": jax.ShapeDtypeStruct((m,), jnp.int32),
+            "ok": jax.ShapeDtypeStruct((m,), jnp.int32),
+            "block_scores": jax.ShapeDtypeStruct((3 if has_random else 1, m, blocks), jnp.float32),
+            "block_ids": jax.ShapeDtypeStruct((2, m, blocks), jnp.int32),
+            "counters": jax.ShapeDtypeStruct(counters.shape, jnp.int32),
+        },
+        {
+            "M": m,
+            "STRIDE": stride,
+            "WEIGHT": weight.layout,
+            "VOCAB": vocabulary.layout(ids),
+            "NORM": sum_sq.layout(eps) if sum_sq else SumSqLayout(),
+            "HAS_RANDOM": has_random,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "ROWS": rows,
+            "WINDOW": min(_CANDIDATE_WINDOW // rows, next_power_of_2(blocks)),
+            "DTYPE": compute_dtype(x.dtype),
+        },
+        grid=(row_blocks, blocks),
         options=CompileOptions(num_warps=config.num_warps, num_stages=config.num_stages),
-        aliases={9: 4},
-        M=m,
-        V=ids,
-        STRIDE=stride,
-        **weight_constants(weight),
-        **vocabulary.constants(ids),
-        DRAWN=has_random,
-        BM=config.block_m,
-        BN=config.block_n,
-        R=height,
-        W=min(_CANDIDATE_WINDOW // height, _next_power_of_2(blocks)),
-        FACTOR=sum_sq is not None,
-        FIRST=sum_sq.first_block if sum_sq else 0,
-        PARTS=sum_sq.num_blocks if sum_sq else 1,
-        ALL_PARTS=sum_sq.partials.shape[1] if sum_sq else 1,
-        EPS=eps,
-        DT=compute_dtype(x.dtype),
+        aliases={"counters_in": "counters"},
     )
-    return SampleOutput(tokens, ok != 0), counters
+    return SampleOutput(results["tokens"], results["ok"] != 0), results["counters"]
 
 
 def sample_logits(
@@ -183,76 +125,92 @@ def sample_logits(
     return_logprob: bool = False,
     logits: jax.Array | None = None,
     config: SampleConfig = SampleConfig(),
+    implementation: Implementation | None = None,
 ) -> tuple[SampleOutput, jax.Array]:
-    """Tokens of logits, by the rules of :func:`glm_jax.sampling.sample` from the temperature on.
+    """Samples from logits by the rules of :func:`glm_jax.sampling.sample`, from the temperature on.
 
-    The ids that top_k keeps are the very ones, and so are the keys of the draw but for the rounding of a logarithm. Of
-    min_p and top_p the ids can only differ whose gap, or the probability above them, is within 1e-5 of the edge: there
-    an exponential or the order of a sum decides. That order depends on the width of a row alone.
+    The ids that top_k keeps are exactly those of the rules, and so are the keys but for the rounding of a logarithm.
+    For min_p and top_p only such ids can differ whose gap, or the probability above them, is within 1e-5 of the
+    threshold: there an exponential or the order of a sum decides. That order depends on the width of a row alone.
 
     Args:
-        scores: float32 ``[M, V]``.
-        sampling: options.
-        vocabulary: which ids can be drawn.
-        counters: int32 zeros, one for each row or more.
-        has_random: whether some row has a temperature above 0.
-        has_filters: whether some row uses top_k, top_p or min_p.
-        return_logprob: whether the log-probabilities of the tokens are wanted.
-        logits: float32 ``[M, V]``, of the model, where something was done to them before; ``ok`` and ``return_logprob`` are
-            of these.
-        config: block sizes.
+        scores: ``float32 [M, V]``.
+        sampling: Sampling parameters of the rows.
+        vocabulary: Ids that can be sampled.
+        counters: ``int32`` zeros, at least one for each row.
+        has_random: Whether some row has a temperature above 0.
+        has_filters: Whether some row uses top_k, top_p or min_p.
+        return_logprob: Whether to return the log-probabilities of the tokens.
+        logits: ``float32 [M, V]``, the model's logits if the scores differ from them; ``ok`` and the log-probabilities
+            are computed from these.
+        config: Block sizes.
+        implementation: See :func:`~pallas_kernels._implementation.select_implementation`.
 
     Returns:
-        What was drawn, and the counters, zero again.
-    """
-    check_counters(counters, scores.shape[0])
-    survey = _logits_stats(scores, scores if logits is None else logits, vocabulary, config)
-    first = second = jnp.zeros(scores.shape[0], jnp.uint32)
-    if has_random and has_filters:
-        (first, second), counters = _search_thresholds(scores, survey, sampling, vocabulary, counters, config)
-    m, width = scores.shape
-    shares = survey.shape[2]
-    from pallas_kernels.sample.triton import sample_kernel
+        The sampled tokens, and the counters, zero again.
 
-    number = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    real = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    tokens, ok, found, _, _, counters = launch(
-        sample_kernel,
-        [
+    Raises:
+        LaunchError: If there are too few counters.
+        NotImplementedError: If the named implementation cannot run.
+    """
+    if select_implementation(implementation) == "reference":
+        return sample_logits_ref(
             scores,
-            scores if logits is None else logits,
-            vocabulary.invalid_mask(width, scores),
-            survey,
-            sampling.temperature,
-            sampling.top_k,
-            sampling.top_p,
-            sampling.min_p,
-            sampling.seeds,
-            sampling.positions,
-            first,
-            second,
+            sampling,
+            vocabulary,
             counters,
-        ],
-        [
-            number((m,)),
-            number((m,)),
-            real((m if return_logprob else 1,)),
-            real((2 if return_logprob else 1, m, shares)),
-            number((m, shares)),
-            number(counters.shape),
-        ],
-        grid=(m, shares),
+            has_random=has_random,
+            has_filters=has_filters,
+            return_logprob=return_logprob,
+            logits=logits,
+        )
+    check_counters(counters, scores.shape[0])
+    stats = _thresholds.logits_stats(scores, array_or(logits, scores), vocabulary, config)
+    first_threshold = second_threshold = jnp.zeros(scores.shape[0], jnp.uint32)
+    if has_random and has_filters:
+        (first_threshold, second_threshold), counters = _thresholds.search_thresholds(
+            scores, stats, sampling, vocabulary, counters, config
+        )
+    (m, width), blocks = scores.shape, stats.shape[2]
+    results = launch(
+        kernels.sample_kernel,
+        {
+            "scores": scores,
+            "logits": array_or(logits, scores),
+            "invalid_ids": vocabulary.invalid_mask(width, scores),
+            "stats": stats,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
+            "seeds": sampling.seeds,
+            "positions": sampling.positions,
+            "first_threshold": first_threshold,
+            "second_threshold": second_threshold,
+            "counters_in": counters,
+        },
+        {
+            "tokens": jax.ShapeDtypeStruct((m,), jnp.int32),
+            "ok": jax.ShapeDtypeStruct((m,), jnp.int32),
+            "logprob": jax.ShapeDtypeStruct((m if return_logprob else 1,), jnp.float32),
+            "block_keys": jax.ShapeDtypeStruct((2 if return_logprob else 1, m, blocks), jnp.float32),
+            "block_ids": jax.ShapeDtypeStruct((m, blocks), jnp.int32),
+            "counters": jax.ShapeDtypeStruct(counters.shape, jnp.int32),
+        },
+        {
+            "VOCAB": vocabulary.layout(width),
+            "HAS_RANDOM": has_random,
+            "HAS_FILTERS": has_random and has_filters,
+            "RETURN_LOGPROB": return_logprob,
+            "BLOCK_V": config.block_v,
+            "PADDED_BLOCKS": next_power_of_2(blocks),
+        },
+        grid=(m, blocks),
         options=CompileOptions(num_warps=config.num_warps),
-        aliases={12: 5},
-        V=width,
-        **vocabulary.constants(width),
-        DRAWN=has_random,
-        FILTERS=has_random and has_filters,
-        LOGPROB=return_logprob,
-        SHARE=config.block_v,
-        WIDE=_next_power_of_2(shares),
+        aliases={"counters_in": "counters"},
     )
-    return SampleOutput(tokens, ok != 0, found if return_logprob else None), counters
+    logprob = results["logprob"] if return_logprob else None
+    return SampleOutput(results["tokens"], results["ok"] != 0, logprob), results["counters"]
 
 
 def filter_thresholds(
@@ -261,132 +219,40 @@ def filter_thresholds(
     vocabulary: Vocabulary,
     counters: jax.Array,
     config: SampleConfig = SampleConfig(),
+    *,
+    implementation: Implementation | None = None,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """The lowest scores that rows keep, as ranks: uint32 that are ordered as the scores are, 0 where nothing is asked.
+    """Finds the lowest scores that the filters keep, as ranks: uint32 in the order of the scores, 0 for no filter.
 
     Args:
-        scores: float32 ``[M, V]``.
-        sampling: options.
-        vocabulary: which ids can be drawn.
-        counters: int32 zeros, one for each row or more.
-        config: block sizes.
+        scores: ``float32 [M, V]``.
+        sampling: Sampling parameters of the rows.
+        vocabulary: Ids that can be sampled.
+        counters: ``int32`` zeros, at least one for each row.
+        config: Block sizes.
+        implementation: See :func:`~pallas_kernels._implementation.select_implementation`.
 
     Returns:
-        Those of each row's first search (for top_k, where it has one, else for top_p) and of its second one (for top_p
-        after top_k), and the counters, zero again.
+        The ranks of each row's first search (for top_k, or for top_p if there is no top_k) and of its second one (for
+        top_p after top_k), both ``uint32 [M]``; and the counters, zero again.
+
+    Raises:
+        LaunchError: If there are too few counters.
+        NotImplementedError: If the named implementation cannot run.
     """
+    if select_implementation(implementation) == "reference":
+        return filter_thresholds_ref(scores, sampling, vocabulary, counters)
     check_counters(counters, scores.shape[0])
-    return _search_thresholds(
-        scores, _logits_stats(scores, scores, vocabulary, config), sampling, vocabulary, counters, config
-    )
+    stats = _thresholds.logits_stats(scores, scores, vocabulary, config)
+    return _thresholds.search_thresholds(scores, stats, sampling, vocabulary, counters, config)
 
 
 def lm_head_sample_tuning_key(rows: int, weight: Tiles) -> tuned.TuningKey[LinearConfig]:
-    """What block sizes of :func:`lm_head_sample` depend on."""
+    """Returns the sizes that the block sizes of :func:`lm_head_sample` depend on."""
     target = _device.current_target()
-    rule = linear_heuristic(rows, weight.outputs, weight.num_chunks, target.multiprocessors if target else 128)
+    multiprocessors = target.multiprocessors if target else 128
+    heuristic = linear_heuristic(rows, weight.outputs, weight.num_chunks, multiprocessors)
     key = f"{tuned.rows_bucket(rows)} n{weight.outputs} k{weight.inputs} {weight.kind} g{weight.group_size}"
-    axes = {"block_n": (32, 64), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
-    rule = dataclasses.replace(rule, splits=1)
-    return tuned.TuningKey("head", key, rule, axes if rows <= 16 else {"block_m": (16, 32, 64), **axes})
-
-
-def _logits_stats(scores: jax.Array, logits: jax.Array, vocabulary: Vocabulary, config: SampleConfig) -> jax.Array:
-    """Float32 ``[3, M, shares]``: highest scores, highest logits, whether some logit is broken."""
-    m, width = scores.shape
-    shares = math.ceil(width / config.block_v)
-    from pallas_kernels.sample.triton import logits_stats_kernel
-
-    (made,) = launch(
-        logits_stats_kernel,
-        [scores, logits, vocabulary.invalid_mask(width, scores)],
-        [jax.ShapeDtypeStruct((3, m, shares), jnp.float32)],
-        grid=(m, shares),
-        options=CompileOptions(num_warps=config.num_warps),
-        V=width,
-        **vocabulary.constants(width),
-        RAW=logits is not scores,
-        SHARE=config.block_v,
-    )
-    return made
-
-
-def _search_thresholds(
-    scores: jax.Array,
-    stats: jax.Array,
-    sampling: SamplingTensors,
-    vocabulary: Vocabulary,
-    counters: jax.Array,
-    config: SampleConfig,
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    none = jnp.zeros(scores.shape[0], jnp.uint32)
-
-    def search(before: jax.Array, counters: jax.Array, *, again: bool) -> tuple[jax.Array, jax.Array]:
-        edge, left = none, sampling.top_p
-        for level in range(_RADIX_PASSES):
-            given = (before, edge, left)
-            edge, left, counters = _radix_select_pass(
-                scores, stats, sampling, vocabulary, given, counters, config, second=again, level=level
-            )
-        return edge, counters
-
-    # Programs of rows that have nothing to search for end at once: a condition around the second search would cost
-    # XLA as many launches as it saves.
-    first, counters = search(none, counters, again=False)
-    second, counters = search(first, counters, again=True)
-    return (first, second), counters
-
-
-def _radix_select_pass(
-    scores: jax.Array,
-    stats: jax.Array,
-    sampling: SamplingTensors,
-    vocabulary: Vocabulary,
-    given: tuple[jax.Array, jax.Array, jax.Array],
-    counters: jax.Array,
-    config: SampleConfig,
-    *,
-    second: bool,
-    level: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Eight more bits of the thresholds of a search; what is still wanted; the counters."""
-    m, width = scores.shape
-    shares = stats.shape[2]
-    from pallas_kernels.sample.triton import radix_select_kernel
-
-    edge, left, _, counters = launch(
-        radix_select_kernel,
-        [
-            scores,
-            vocabulary.invalid_mask(width, scores),
-            stats,
-            sampling.temperature,
-            sampling.top_k,
-            sampling.top_p,
-            sampling.min_p,
-            *given,
-            counters,
-        ],
-        [
-            jax.ShapeDtypeStruct((m,), jnp.uint32),
-            jax.ShapeDtypeStruct((m,), jnp.float32),
-            jax.ShapeDtypeStruct((m, shares, 2, 256), jnp.int32),
-            jax.ShapeDtypeStruct(counters.shape, jnp.int32),
-        ],
-        grid=(m, shares),
-        options=CompileOptions(num_warps=config.num_warps),
-        aliases={10: 3},
-        V=width,
-        **vocabulary.constants(width),
-        SECOND=second,
-        LEVEL=level,
-        SHARE=config.block_v,
-        WIDE=_next_power_of_2(shares),
-        RUN=config.blocks_per_sum,
-    )
-    return edge, left, counters
-
-
-def _next_power_of_2(count: int) -> int:
-    """The next power of two."""
-    return 1 << (count - 1).bit_length()
+    space = {"block_n": (32, 64), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
+    heuristic = dataclasses.replace(heuristic, splits=1)
+    return tuned.TuningKey("head", key, heuristic, space if rows <= 16 else {"block_m": (16, 32, 64), **space})

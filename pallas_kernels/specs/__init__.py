@@ -1,6 +1,6 @@
-"""Operations at the shapes of a real model: what is tested on a card, timed and tuned.
+"""Specifications of all operations at the shapes of a real model, for tests on a GPU, benchmarks and tuning.
 
-A new operation is a function that yields its cases, and its name in :data:`SPEC_BUILDERS`.
+A new operation adds a function that yields its specifications, and its name in :data:`SPEC_BUILDERS`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ SPEC_BUILDERS: dict[str, Callable[[Sweep], Iterator[KernelSpec]]] = {
 
 
 def list_specs(sweep: Sweep, ops: Sequence[str] = (), match: str = "") -> list[KernelSpec]:
-    """The cases of some operations, all unless given, whose full names contain ``match``.
+    """Returns the specifications of some operations (by default all) whose full names contain ``match``.
 
     Raises:
-        ValueError: for an operation that there is not.
+        ValueError: For an unknown operation.
     """
     if unknown := [op for op in ops if op not in SPEC_BUILDERS]:
         raise ValueError(f"no operation {unknown[0]!r}; there are {', '.join(SPEC_BUILDERS)}")
-    found = (case for op in ops or SPEC_BUILDERS for case in SPEC_BUILDERS[op](sweep))
-    return [case for case in found if match in case.full_name]
+    specs = (spec for op in ops or SPEC_BUILDERS for spec in SPEC_BUILDERS[op](sweep))
+    return [spec for spec in specs if match in spec.full_name]

@@ -1,28 +1,30 @@
-"""What a case is."""
+"""The specification of a kernel at one shape of a real model."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels import random_arrays
+from pallas_kernels._implementation import Implementation
 from pallas_kernels.quant_matmul import LinearOutput, SumSq
 from pallas_kernels.tiles import BITS_PER_QVALUE, TILE_WIDTH, Tiles, WeightKind
 from pallas_kernels.tuned import TuningKey
 
 EPS = 1e-5
 NUM_COUNTERS = 16_384
-Arrays = dict[str, Any]
+Arrays: TypeAlias = dict[str, Any]  # pytrees of arrays, by name
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDims:
-    """Sizes of a model; those of GLM-4.7-Flash unless given."""
+    """Sizes of a model; by default those of GLM-4.7-Flash."""
 
     hidden: int = 2048
     heads: int = 20
@@ -40,17 +42,17 @@ class ModelDims:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """Which cases.
+    """The shapes and storages that specifications are built for.
 
     Attributes:
-        dims: of the model.
-        batch_sizes: tokens at once, one of each row of a batch.
-        weight_kinds: storages of the weights.
-        context_lengths: cached rows that attention reads.
-        prefill_lengths: tokens of a prompt at once.
-        cache_kinds: storages of the cache.
-        group_size: inputs that share a scale in 4 bits.
-        dtype: of the activations.
+        dims: Sizes of the model.
+        batch_sizes: Batch sizes of a decode step.
+        weight_kinds: Storages of the weights.
+        context_lengths: Cached rows that attention reads.
+        prefill_lengths: Tokens of a chunk of a prompt.
+        cache_kinds: Storages of the cache.
+        group_size: Inputs that share a scale of a 4-bit weight.
+        dtype: Dtype of the activations.
     """
 
     dims: ModelDims = ModelDims()
@@ -63,15 +65,38 @@ class Sweep:
     dtype: str = "bfloat16"
 
     def random_weight(self, shape: tuple[int, ...], kind: WeightKind, seed: int, *, transposed: bool = False) -> Tiles:
-        """A random weight: 4 bits have groups, 8 bits a scale for each output.
+        """Returns a random weight: 4-bit weights have groups, 8-bit weights one scale for each output.
 
-        Those of a transposed one are factors of its inputs.
+        The scales of a transposed weight are those of its inputs.
         """
-        quantized, grouped = BITS_PER_QVALUE[kind] < 16, kind == "int4"
+        is_quantized, is_grouped = BITS_PER_QVALUE[kind] < 16, kind == "int4"
         if transposed:
-            sets = shape[-2] // max(self.group_size, TILE_WIDTH) if grouped else 1
-            return random_arrays.random_tiles(shape, kind, seed=seed, num_input_scale_sets=sets if quantized else 0)
-        return random_arrays.random_tiles(shape, kind, self.group_size if grouped else 0, seed=seed)
+            sets = shape[-2] // max(self.group_size, TILE_WIDTH) if is_grouped else 1
+            return random_arrays.random_tiles(shape, kind, seed=seed, num_input_scale_sets=sets if is_quantized else 0)
+        return random_arrays.random_tiles(shape, kind, self.group_size if is_grouped else 0, seed=seed)
+
+
+class RunSpec(Protocol):
+    """Runs an operation once."""
+
+    def __call__(
+        self,
+        inputs: Arrays,
+        state: Arrays,
+        layer_index: jax.Array,
+        config: Any = None,
+        implementation: Implementation | None = None,
+    ) -> tuple[Any, Arrays]:
+        """Returns the result and the new state.
+
+        Args:
+            inputs: Arrays that the operation reads.
+            state: Arrays that it updates.
+            layer_index: ``int32 [1]``, index of the layer.
+            config: Block sizes; tuned or heuristic by default.
+            implementation: Implementation of the operation.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,25 +104,23 @@ class KernelSpec:
     """An operation at one shape, over a stack of matrices or of layers of a cache.
 
     Attributes:
-        op: its name among :data:`pallas_kernels.specs.SPEC_BUILDERS`.
-        name: of the case.
-        make_inputs: ``make_inputs(layers)``: the arrays that the operation reads, and those that it takes over and gives back. For
-            use inside ``jit``.
-        run: ``run(given, state, place, shape)``: the result and the state after it; no ``shape`` means the one that
-            would be chosen.
-        reference: ``reference(given, state, place)``: the same by the reference.
-        comparable_outputs: ``comparable_outputs(given, result, state, place)``: arrays that must agree whatever the block sizes.
-        activation_key: name of the activations among what is given.
-        bytes_accessed: ``bytes_accessed(given, state)``: that one run must read and write.
-        tuning_key: ``tuning_key(given)``: what its block sizes depend on; shapes are enough.
-        rounds_intermediates: whether something between is rounded to the dtype of the activations.
+        op: Name of the operation in :data:`pallas_kernels.specs.SPEC_BUILDERS`.
+        name: Name of the shape.
+        make_inputs: ``make_inputs(layers)`` returns the arrays that the operation reads and the state that it updates.
+            It is meant for use inside ``jit``.
+        run: Runs the operation once.
+        comparable_outputs: ``comparable_outputs(inputs, result, state, layer_index)`` returns the arrays that must
+            agree for all block sizes.
+        activation_key: Name of the activations among the inputs.
+        bytes_accessed: ``bytes_accessed(inputs, state)`` returns the bytes that one run must read and write.
+        tuning_key: ``tuning_key(inputs)`` returns what the block sizes depend on; abstract arrays are enough.
+        rounds_intermediates: Whether an intermediate value is rounded to the dtype of the activations.
     """
 
     op: str
     name: str
     make_inputs: Callable[[int], tuple[Arrays, Arrays]]
-    run: Callable[[Arrays, Arrays, jax.Array, Any], tuple[Any, Arrays]]
-    reference: Callable[[Arrays, Arrays, jax.Array], tuple[Any, Arrays]]
+    run: RunSpec
     comparable_outputs: Callable[[Arrays, Any, Arrays, jax.Array], tuple[jax.Array, ...]]
     activation_key: str
     bytes_accessed: Callable[[Arrays, Arrays], int]
@@ -106,25 +129,29 @@ class KernelSpec:
 
     @property
     def full_name(self) -> str:
-        """Operation and case."""
+        """Operation and shape."""
         return f"{self.op}/{self.name}"
 
-    def tolerance(self, dtype: Any) -> float:
-        """How far a result from bfloat16 inputs may be from the reference, relative to its largest value.
+    def reference(self, inputs: Arrays, state: Arrays, layer_index: jax.Array) -> tuple[Any, Arrays]:
+        """Returns the result and the new state of the reference."""
+        return self.run(inputs, state, layer_index, None, "reference")
 
-        Products of bfloat16 numbers are exact in float32. Tensor cores add them sixteen inputs at a time and cut off
-        what is below the last bit: over 10,240 inputs 640 times 2^-23 of the sum so far, all in one direction at the
-        worst, 2^-13, and a sum may have been a few times larger than it ends. A result in bfloat16 may besides be
-        rounded to either side, one unit in the last of its 8 bits. Where something between is rounded, each term is
-        off by up to 2^-9 more, and a result in bfloat16 has a second rounding.
+    def tolerance(self, dtype: DTypeLike) -> float:
+        """Returns the allowed error of a result from bfloat16 inputs, relative to the largest value of the reference.
+
+        Products of bfloat16 numbers are exact in float32. Tensor cores add them sixteen inputs at a time and truncate
+        below the last bit: over 10,240 inputs this is at most 640 times 2^-23 of the sum so far, or 2^-13 if all
+        truncations have one direction, and an intermediate sum can be a few times larger than the final one. A bfloat16
+        result can also be rounded to either side, one unit in the last of its 8 bits. Where an intermediate value is
+        rounded, each term has up to 2^-9 more error, and a bfloat16 result has a second rounding.
         """
         if self.rounds_intermediates:
             return 2.0**-6
         return 2.0**-10 if jnp.dtype(dtype) == jnp.float32 else 2.0**-7
 
 
-def relative_errors(actual: Sequence[Any], expected: Sequence[Any]) -> list[float]:
-    """For each array the largest difference relative to the largest value; infinite where one is not finite."""
+def relative_errors(actual: Sequence[ArrayLike], expected: Sequence[ArrayLike]) -> list[float]:
+    """Returns each array's largest error relative to its largest value; infinite if a value is not finite."""
     return [
         _relative_error(np.asarray(a, np.float32), np.asarray(b, np.float32))
         for a, b in zip(actual, expected, strict=True)
@@ -138,22 +165,22 @@ def _relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def layer_nbytes(*weights: Tiles | None) -> int:
-    """Bytes of one matrix of each stack."""
+    """Returns the bytes of one layer of each stack."""
     return sum(weight.nbytes // weight.stack[0] for weight in weights if weight is not None)
 
 
-def array_nbytes(shape: tuple[int, ...], dtype: Any) -> int:
-    """Bytes of an array."""
+def array_nbytes(shape: tuple[int, ...], dtype: DTypeLike) -> int:
+    """Returns the bytes of an array."""
     return int(np.prod(shape)) * jnp.dtype(dtype).itemsize
 
 
 def unit_sum_sq(rows: int, width: int, blocks: int = 4) -> SumSq:
-    """As of rows with values of size 1."""
+    """Returns the sums of squares of rows with values of size 1."""
     return SumSq(jnp.full((rows, blocks), width / blocks, jnp.float32), 0, blocks)
 
 
 def comparable_linear_output(
-    given: Arrays, made: LinearOutput, state: Arrays, place: jax.Array
+    inputs: Arrays, result: LinearOutput, state: Arrays, layer_index: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Of a product: the sums of squares are by blocks, and agree in all."""
-    return made.out, made.scaled, jnp.sum(made.sum_sq.partials, axis=1)
+    """Returns the arrays of a product; its sums of squares are added up, because their blocks differ."""
+    return result.out, result.scaled, jnp.sum(result.sum_sq.partials, axis=1)

@@ -1,18 +1,18 @@
-"""Products of few rows with one matrix, or two side by side."""
+"""Products of few rows with one matrix, or with two side by side."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import random_arrays
-from pallas_kernels.quant_matmul import LinearOutput, SumSq, fused_linear
+from pallas_kernels._implementation import Implementation
+from pallas_kernels.quant_matmul import LinearOutput, fused_linear
+from pallas_kernels.quant_matmul.config import LinearConfig
 from pallas_kernels.quant_matmul.op import linear_tuning_key
-from pallas_kernels.quant_matmul.reference import fused_linear_ref
 from pallas_kernels.specs.base import (
     EPS,
     NUM_COUNTERS,
@@ -30,16 +30,16 @@ from pallas_kernels.tiles import WeightKind
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Projection:
-    """A product of a decode step, and what goes before and after it.
+    """A product of a decode step, with the operations that are fused with it.
 
     Attributes:
-        outputs: of the matrix.
-        inputs: of it.
-        second_outputs: outputs of a second matrix.
-        has_input_norm: whether the factor of a norm goes into it.
-        has_residual: whether it is added to the residual stream.
-        has_next_norm: whether a norm comes next.
-        kind: the one storage that its matrix has.
+        outputs: Outputs of the matrix.
+        inputs: Inputs of the matrix.
+        second_outputs: Outputs of a second matrix; 0 for none.
+        has_input_norm: Whether the rows are normalized before.
+        has_residual: Whether the product is added to the residual stream.
+        has_next_norm: Whether a norm reads the result.
+        kind: Storage of the matrix, if only one occurs.
     """
 
     outputs: int
@@ -55,85 +55,73 @@ class _Projection:
         return self.outputs + self.second_outputs
 
 
-def _projections(w: ModelDims) -> dict[str, _Projection]:
+def _projections(dims: ModelDims) -> dict[str, _Projection]:
     return {
         "qkv_a": _Projection(
-            outputs=w.query_latent,
-            inputs=w.hidden,
-            second_outputs=w.latent + w.rope,
+            outputs=dims.query_latent,
+            inputs=dims.hidden,
+            second_outputs=dims.latent + dims.rope,
             has_input_norm=True,
             has_next_norm=True,
         ),
-        "o": _Projection(outputs=w.hidden, inputs=w.heads * w.value, has_residual=True, has_next_norm=True),
-        "router": _Projection(outputs=w.experts, inputs=w.hidden, has_input_norm=True, kind="bfloat16"),
-        "dense_down": _Projection(outputs=w.hidden, inputs=w.dense_width, has_residual=True, has_next_norm=True),
-        "logits": _Projection(outputs=w.vocab, inputs=w.hidden),
+        "o": _Projection(outputs=dims.hidden, inputs=dims.heads * dims.value, has_residual=True, has_next_norm=True),
+        "router": _Projection(outputs=dims.experts, inputs=dims.hidden, has_input_norm=True, kind="bfloat16"),
+        "dense_down": _Projection(outputs=dims.hidden, inputs=dims.dense_width, has_residual=True, has_next_norm=True),
+        "logits": _Projection(outputs=dims.vocab, inputs=dims.hidden),
     }
 
 
 def fused_linear_specs(sweep: Sweep) -> Iterator[KernelSpec]:
-    """Every projection that is a product by itself, in every storage."""
-    for name, product in _projections(sweep.dims).items():
-        for kind in (product.kind,) if product.kind else sweep.weight_kinds:
-            yield from (_fused_linear_spec(sweep, name, product, kind, rows) for rows in sweep.batch_sizes)
+    """Yields every projection that is a kernel by itself, in every storage."""
+    for name, projection in _projections(sweep.dims).items():
+        for kind in (projection.kind,) if projection.kind else sweep.weight_kinds:
+            yield from (_fused_linear_spec(sweep, name, projection, kind, rows) for rows in sweep.batch_sizes)
 
 
-def _fused_linear_spec(sweep: Sweep, name: str, product: _Projection, kind: WeightKind, rows: int) -> KernelSpec:
-    # What only goes into another product has the dtype of the activations.
-    dtype = sweep.dtype if product.has_input_norm and product.has_next_norm else "float32"
+def _fused_linear_spec(sweep: Sweep, name: str, projection: _Projection, kind: WeightKind, rows: int) -> KernelSpec:
+    # A result that only another product reads has the dtype of the activations.
+    dtype = sweep.dtype if projection.has_input_norm and projection.has_next_norm else "float32"
+    width = projection.width
 
     def make(layers: int) -> tuple[Arrays, Arrays]:
-        given: Arrays = {
-            "x": random_arrays.random_normal((rows, product.inputs), 1, sweep.dtype),
-            "weight": sweep.random_weight((layers, product.outputs, product.inputs), kind, 2),
-            "other": sweep.random_weight((layers, product.second_outputs, product.inputs), kind, 4)
-            if product.second_outputs
-            else None,
-            "squares": unit_sum_sq(rows, product.inputs) if product.has_input_norm else None,
-            "residual": random_arrays.random_normal((rows, product.width), 6) if product.has_residual else None,
-            "next_norm": random_arrays.random_normal((layers, product.width), 7, sweep.dtype)
-            if product.has_next_norm
-            else None,
-        }
-        return given, {"counters": jnp.zeros(NUM_COUNTERS, jnp.int32)}
+        inputs: Arrays = dict.fromkeys(("second_weight", "sum_sq", "residual", "next_norm"))
+        inputs["x"] = random_arrays.random_normal((rows, projection.inputs), 1, sweep.dtype)
+        inputs["weight"] = sweep.random_weight((layers, projection.outputs, projection.inputs), kind, 2)
+        if projection.second_outputs:
+            shape = (layers, projection.second_outputs, projection.inputs)
+            inputs["second_weight"] = sweep.random_weight(shape, kind, 4)
+        if projection.has_input_norm:
+            inputs["sum_sq"] = unit_sum_sq(rows, projection.inputs)
+        if projection.has_residual:
+            inputs["residual"] = random_arrays.random_normal((rows, width), 6)
+        if projection.has_next_norm:
+            inputs["next_norm"] = random_arrays.random_normal((layers, width), 7, sweep.dtype)
+        return inputs, {"counters": jnp.zeros(NUM_COUNTERS, jnp.int32)}
 
-    def run(given: Arrays, state: Arrays, place: jax.Array, shape: Any) -> tuple[LinearOutput, Arrays]:
-        x, weight, rest = given["x"], given["weight"], {key: given[key] for key in _OPTION_KEYS}
-        made, counters = fused_linear(x, weight, place, state["counters"], **rest, eps=EPS, dtype=dtype, config=shape)
-        return made, {"counters": counters}
+    def run(
+        inputs: Arrays,
+        state: Arrays,
+        layer_index: jax.Array,
+        config: LinearConfig | None = None,
+        implementation: Implementation | None = None,
+    ) -> tuple[LinearOutput, Arrays]:
+        options = {"eps": EPS, "dtype": dtype, "config": config, "implementation": implementation}
+        result, counters = fused_linear(layer_index=layer_index, counters=state["counters"], **inputs, **options)
+        return result, {"counters": counters}
 
-    def reference(given: Arrays, state: Arrays, place: jax.Array) -> tuple[LinearOutput, Arrays]:
-        weights = [given["weight"]] if given["other"] is None else [given["weight"], given["other"]]
-        options = {"squares": given["squares"], "residual": given["residual"], "eps": EPS, "dtype": jnp.float32}
-        out = jnp.concatenate(
-            [fused_linear_ref(given["x"], weight, place, **options).out for weight in weights], axis=1
-        )
-        scaled = out.astype(dtype)
-        if product.has_next_norm:
-            scaled = (out * given["next_norm"][place[0]][None].astype(jnp.float32)).astype(sweep.dtype)
-        return LinearOutput(out.astype(dtype), scaled, SumSq(jnp.sum(out * out, axis=-1, keepdims=True), 0, 1)), state
+    def nbytes(inputs: Arrays, state: Arrays) -> int:
+        total = layer_nbytes(inputs["weight"], inputs["second_weight"]) + inputs["x"].nbytes
+        total += array_nbytes((rows, width), dtype)
+        total += projection.has_residual * array_nbytes((rows, width), jnp.float32)
+        return total + projection.has_next_norm * array_nbytes((rows, width), sweep.dtype)
 
-    def nbytes(given: Arrays, state: Arrays) -> int:
-        size, wide = (rows, product.width), jnp.float32
-        activations = given["x"].nbytes + array_nbytes(size, dtype) + product.has_residual * array_nbytes(size, wide)
-        return (
-            layer_nbytes(given["weight"], given["other"])
-            + activations
-            + product.has_next_norm * array_nbytes(size, sweep.dtype)
-        )
-
-    full = f"{name}/{kind}/m{rows}"
     return KernelSpec(
         op="linear",
-        name=full,
+        name=f"{name}/{kind}/m{rows}",
         make_inputs=make,
         run=run,
-        reference=reference,
         comparable_outputs=comparable_linear_output,
         activation_key="x",
         bytes_accessed=nbytes,
-        tuning_key=lambda given: linear_tuning_key(rows, product.width, given["weight"]),
+        tuning_key=lambda inputs: linear_tuning_key(rows, width, inputs["weight"]),
     )
-
-
-_OPTION_KEYS = ("other", "squares", "residual", "next_norm")

@@ -1,6 +1,6 @@
-"""Tests for a card. In Triton's interpreter they run too, at small widths and in float32: that tests the tests.
+"""Tests for a GPU. They also run in Triton's interpreter, at small widths and in float32, which tests the tests.
 
-``make gpu`` runs them where there is a GPU, and `make test-kernels` in the interpreter.
+``make gpu`` runs them on a GPU, and ``make test-kernels`` in the interpreter.
 """
 
 import jax
@@ -9,18 +9,18 @@ import pytest
 from pallas_kernels import is_interpreted
 from pallas_kernels.specs import ModelDims, Sweep
 
-# What only a card can show: addresses, launches, more shared memory than a program has without asking.
+# Only a GPU shows addresses, launches and the opt-in to more shared memory.
 collect_ignore = ["test_card.py"] if is_interpreted() else []
 
-SMALL_WIDTHS = ModelDims(
-    hidden=128, heads=3, nope=32, rope=32, value=32, latent=128, query_latent=64, experts=6, experts_per_token=3, expert_width=64,
-    dense_width=96, vocab=130,
+SMALL_DIMS = ModelDims(
+    hidden=128, heads=3, nope=32, rope=32, value=32, latent=128, query_latent=64, experts=6, experts_per_token=3,
+    expert_width=64, dense_width=96, vocab=130,
 )  # fmt: skip
 if is_interpreted():
     SWEEPS = [
         Sweep(
-            dims=SMALL_WIDTHS, batch_sizes=(3,), weight_kinds=("int4",), context_lengths=(48,), prefill_lengths=(21,), cache_kinds=("fp8",), group_size=32,
-            dtype="float32",
+            dims=SMALL_DIMS, batch_sizes=(3,), weight_kinds=("int4",), context_lengths=(48,), prefill_lengths=(21,),
+            cache_kinds=("fp8",), group_size=32, dtype="float32",
         )
     ]  # fmt: skip
 else:

@@ -1,4 +1,4 @@
-"""What only a card can show: outputs in the place of inputs, large shared memory, launches of the whole loop."""
+"""Properties that only a GPU shows: outputs that alias inputs, large shared memory, launches of the whole loop."""
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,9 @@ ONE = jnp.ones(1, jnp.int32)
 ROWS, LAYERS = 8, 3
 
 
-def only(op, **sweep):
-    (case,) = list_specs(Sweep(batch_sizes=(ROWS,), **sweep), [op])
-    return case, *jax.jit(case.make_inputs, static_argnums=0)(LAYERS)
+def build_spec(op, **sweep):
+    (spec,) = list_specs(Sweep(batch_sizes=(ROWS,), **sweep), [op])
+    return spec, *jax.jit(spec.make_inputs, static_argnums=0)(LAYERS)
 
 
 def test_the_call_for_ptx_works():
@@ -28,45 +28,47 @@ def test_the_call_for_ptx_works():
 
 
 def test_the_cache_is_written_in_place_and_nowhere_else():
-    case, given, state = only("queries", kinds=("int4",))
-    shape = state["cache"].codes.shape
+    spec, inputs, state = build_spec("queries", weight_kinds=("int4",))
+    shape = state["cache"].data.shape
     before = jax.jit(lambda: random_arrays.random_cache_rows(shape, "bfloat16", 9)[0])()
     copy, address = np.asarray(before), before.unsafe_buffer_pointer()
-    run = jax.jit(lambda g, s, p: case.run(g, s, p, None), donate_argnums=1)
-    _, after = run(given, {"cache": LatentCacheArrays(before)}, ONE)
+    run = jax.jit(spec.run, donate_argnums=1)
+    _, after = run(inputs, {"cache": LatentCacheArrays(before)}, ONE)
     assert before.is_deleted()
-    assert after["cache"].codes.unsafe_buffer_pointer() == address
-    changed = np.any(np.asarray(after["cache"].codes) != copy, axis=-1)
+    assert after["cache"].data.unsafe_buffer_pointer() == address
+    changed = np.any(np.asarray(after["cache"].data) != copy, axis=-1)
     expected = np.zeros_like(changed)
-    expected[1, np.arange(ROWS), np.asarray(given["positions"])] = True
+    expected[1, np.arange(ROWS), np.asarray(inputs["positions"])] = True
     np.testing.assert_array_equal(changed, expected)
 
 
 @pytest.mark.parametrize("op", ["linear", "down"])
 def test_counters_are_left_at_zero_in_their_place(op):
     match = {"linear": "/o/", "down": ""}[op]
-    (case,) = list_specs(Sweep(batch_sizes=(1,), weight_kinds=("int4",)), [op], match)
-    given, state = jax.jit(case.make_inputs, static_argnums=0)(LAYERS)
+    (spec,) = list_specs(Sweep(batch_sizes=(1,), weight_kinds=("int4",)), [op], match)
+    inputs, state = jax.jit(spec.make_inputs, static_argnums=0)(LAYERS)
     address = state["counters"].unsafe_buffer_pointer()
-    run = jax.jit(lambda g, s, p: case.run(g, s, p, None)[1], donate_argnums=1)
+    run = jax.jit(lambda inputs, state, index: spec.run(inputs, state, index)[1], donate_argnums=1)
     for _ in range(3):
-        state = run(given, state, ONE)
+        state = run(inputs, state, ONE)
         assert state["counters"].unsafe_buffer_pointer() == address
         assert not np.any(state["counters"])
 
 
-def test_a_kernel_with_more_shared_memory_than_a_program_has_without_asking():
-    case, given, state = only("attend", contexts=(1000,), cache_kinds=("bfloat16",))
+def test_a_kernel_with_more_shared_memory_than_needs_no_opt_in():
+    spec, inputs, state = build_spec("attend", context_lengths=(1000,), cache_kinds=("bfloat16",))
     with record_kernels() as kernels:
-        found = jax.jit(lambda g, s, p: case.comparable_outputs(g, *case.run(g, s, p, None), p))(given, state, ONE)
+        actual = jax.jit(
+            lambda inputs, state, index: spec.comparable_outputs(inputs, *spec.run(inputs, state, index), index)
+        )(inputs, state, ONE)
     assert max(kernel.shared_memory for kernel in kernels) > 48 * 1024
-    expected = case.comparable_outputs(given, *case.reference(given, state, ONE), ONE)
-    assert max(relative_errors(found, expected)) <= case.tolerance(jnp.float32)
+    expected = spec.comparable_outputs(inputs, *spec.reference(inputs, state, ONE), ONE)
+    assert max(relative_errors(actual, expected)) <= spec.tolerance(jnp.float32)
 
 
 @pytest.fixture(scope="module")
 def three_layers():
-    """A dense layer and two of experts have every kernel; full width, by kernels."""
+    """A dense layer and two of experts at full width, which have every kernel."""
     return GlmJaxBackend("synthetic:flash?layers=3&seed=0", "bfloat16", "int4", kernels="triton")
 
 
@@ -74,11 +76,16 @@ def test_the_whole_loop_is_one_graph_of_eight_kernels_for_a_layer(three_layers):
     ours = three_layers
     made = ours.compile_stats(ours.start_with_random_cache(1, 1024, 16))
     kernels, experts = made["kernels"], ours.cfg.num_hidden_layers - 1
-    assert kernels["queries_kernel"] == kernels["attend_kernel"] == kernels["values_kernel"] == experts + 1
+    assert (
+        kernels["absorbed_q_proj_kernel"]
+        == kernels["flash_decode_kernel"]
+        == kernels["combine_v_proj_kernel"]
+        == experts + 1
+    )
     assert kernels["gate_up_kernel"] == experts + 1
     assert kernels["down_kernel"] == experts
-    assert kernels["linear_kernel"] <= 3 * experts + 3  # and the dense layer's three
-    assert kernels["head_kernel"] == 1  # which draws, too
+    assert kernels["fused_linear_kernel"] <= 3 * experts + 3  # and the dense layer's three
+    assert kernels["lm_head_sample_kernel"] == 1  # which samples, too
     assert made["launches_per_token"] <= 8 * (experts + 1) + 15  # embedding, final norm, head, sampling
     assert (made["graph_pieces"], made["launches_outside_graphs"]) == (1, 0)
     assert (made["copies_per_token"], made["collectives"]) == (0, [])

@@ -1,4 +1,4 @@
-"""The sampler's kernels on a card: the tokens of the sampler in plain JAX, whatever the rows ask for, every time."""
+"""The sampler's kernels on a GPU give the tokens of the sampler in plain JAX, for all parameters, every time."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from pallas_kernels.tiles import dequantize_tiles
 
 pytestmark = pytest.mark.gpu
 WIDTH, TIMES = (300, 2) if is_interpreted() else (154_880, 50)
-ASKED = [
+PARAMS = [
     SamplingParams(temperature=0),
     SamplingParams(top_p=1),
     SamplingParams(temperature=1.3, top_k=40, top_p=0.7, min_p=0.02),
@@ -22,11 +22,11 @@ ASKED = [
 ]
 
 
-def asked(count, *, filters):
-    """State and positions of so many rows; without filters only their temperatures."""
-    params = [ASKED[i % len(ASKED)] for i in range(count)]
+def make_state(count, *, filters):
+    """Returns the state and positions of rows; without filters they have only temperatures."""
+    params = [PARAMS[i % len(PARAMS)] for i in range(count)]
     if not filters:
-        params = [SamplingParams(temperature=each.temperature, top_p=1) for each in params]
+        params = [SamplingParams(temperature=row.temperature, top_p=1) for row in params]
     features = SamplerFeatures(filters=filters, logprobs=0 if filters else None)
     state = SamplerState.create(
         params, [2**33 * i + i for i in range(count)], [()] * count, vocab_size=WIDTH, valid_vocab=WIDTH - 24,
@@ -41,19 +41,19 @@ def rows_of(state, positions):
 
 
 def same_every_time(run, counters):
-    """What all runs give, bit for bit; the counters must be zero after each."""
+    """Returns the output of all runs, which must be identical; the counters must be zero after each."""
     results = [run(counters) for _ in range(TIMES)]
     for _, after in results:
         assert not np.any(after)
-    for found, _ in results[1:]:
-        for one, other in zip(*map(jax.tree.leaves, (results[0][0], found)), strict=True):
-            np.testing.assert_array_equal(one, other)
+    for output, _ in results[1:]:
+        for first, other in zip(*map(jax.tree.leaves, (results[0][0], output)), strict=True):
+            np.testing.assert_array_equal(first, other)
     return results[0][0]
 
 
 @pytest.mark.parametrize("rows", [1, 6, 17])
 def test_filters(rows):
-    state, positions = asked(rows, filters=True)
+    state, positions = make_state(rows, filters=True)
     logits = random_arrays.random_normal((rows, WIDTH), 7, std=4.0)
     expected = sample(logits, state, positions)
     vocabulary = Vocabulary(state.valid_vocab, state.unused_ids)
@@ -62,16 +62,16 @@ def test_filters(rows):
             logits, rows_of(state, positions), vocabulary, c, has_random=True, has_filters=True, return_logprob=True
         )
     )
-    found = same_every_time(run, jnp.zeros(64, jnp.int32))
-    np.testing.assert_array_equal(found.tokens, expected.tokens)
-    np.testing.assert_array_equal(found.ok, expected.ok)
-    np.testing.assert_allclose(found.logprob, expected.logprob, atol=1e-4)
+    actual = same_every_time(run, jnp.zeros(64, jnp.int32))
+    np.testing.assert_array_equal(actual.tokens, expected.tokens)
+    np.testing.assert_array_equal(actual.ok, expected.ok)
+    np.testing.assert_allclose(actual.logprob, expected.logprob, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 17])
-def test_the_head_draws_what_its_logits_say(rows):
-    """Each token's key is the row's highest, but for the rounding of logits that the kernel never writes."""
-    state, positions = asked(rows, filters=False)
+def test_the_head_samples_from_its_logits(rows):
+    """Each token has the highest key of its row, up to the rounding of logits that the kernel never writes."""
+    state, positions = make_state(rows, filters=False)
     dtype, inputs = ("float32", 64) if is_interpreted() else ("bfloat16", 2048)
     x, weight = (
         random_arrays.random_normal((rows, inputs), 1, dtype),
@@ -79,8 +79,8 @@ def test_the_head_draws_what_its_logits_say(rows):
     )
     vocabulary = Vocabulary(state.valid_vocab, state.unused_ids)
     run = jax.jit(lambda c: lm_head_sample(x, weight, rows_of(state, positions), vocabulary, c, has_random=True))
-    found = same_every_time(run, jnp.zeros(64, jnp.int32))
-    assert found.ok.all()
+    actual = same_every_time(run, jnp.zeros(64, jnp.int32))
+    assert actual.ok.all()
     logits = jnp.matmul(x.astype(jnp.float32), dequantize_tiles(weight).T, precision="highest")
-    near = logits.at[jnp.arange(rows), found.tokens].add(2.0**-7 * jnp.abs(logits).max())
-    np.testing.assert_array_equal(sample(near, state, positions).tokens, found.tokens)
+    near = logits.at[jnp.arange(rows), actual.tokens].add(2.0**-7 * jnp.abs(logits).max())
+    np.testing.assert_array_equal(sample(near, state, positions).tokens, actual.tokens)

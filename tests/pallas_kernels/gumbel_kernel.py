@@ -1,4 +1,4 @@
-"""A kernel that writes the sampler's noise; imported by the test that runs it, and not before."""
+"""A kernel that writes the sampler's noise; imported only by the test that runs it."""
 
 import triton
 import triton.language as tl
@@ -8,6 +8,6 @@ from pallas_kernels.sample.triton import gumbel_noise
 
 @triton.jit
 def gumbel_noise_kernel(seed, position, out, N: tl.constexpr):
-    """Noise of the ids up to N."""
+    """Writes the noise of the first N ids."""
     ids = tl.arange(0, N)
     tl.store(out + ids, gumbel_noise(tl.load(seed), tl.load(seed + 1), tl.load(position), ids))

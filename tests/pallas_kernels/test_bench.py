@@ -45,10 +45,10 @@ def test_cases_are_found_by_operation_and_name():
 
 @pytest.mark.parametrize("case", list_specs(SMALL), ids=lambda case: case.full_name)
 def test_bytes_are_those_of_one_layer(case):
-    (given, state), (more, _) = (jax.eval_shape(lambda n=n: case.make(n)) for n in (1, 2))
+    (given, state), (more, _) = (jax.eval_shape(lambda n=n: case.make_inputs(n)) for n in (1, 2))
     one, two = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays)) for arrays in (given, more))
-    given, state = jax.jit(case.make, static_argnums=0)(2)
-    read = case.nbytes(given, state)
+    given, state = jax.jit(case.make_inputs, static_argnums=0)(2)
+    read = case.bytes_accessed(given, state)
     if case.op in ("gate_up", "down"):  # not all experts
         assert 0.2 * (two - one) < read < two - one + 50_000
     elif case.op == "values":  # shares of the attention are read as well
@@ -85,16 +85,16 @@ class Doubling:
     """A case that needs no kernel: it doubles a layer, and counts its calls."""
 
     def __init__(self):
-        self.moves, self.op, self.name = "x", "double", "all"
+        self.activation_key, self.op, self.name = "x", "double", "all"
 
-    def make(self, layers):
+    def make_inputs(self, layers):
         return {"x": jnp.ones(4), "w": jnp.arange(layers, dtype=jnp.float32)}, {"calls": jnp.zeros((), jnp.int32)}
 
     def run(self, given, state, place, shape):
         out = given["x"] * given["w"][place[0]] * 2
         return (out, out), {"calls": state["calls"] + 1}
 
-    def nbytes(self, given, state):
+    def bytes_accessed(self, given, state):
         return 1 << 26
 
 
@@ -144,9 +144,9 @@ def test_a_copy_counts_what_is_read_and_written(monkeypatch):
 
 def test_results_have_bandwidth_and_failures_a_reason():
     def seconds(arrays):
-        if arrays.case.op == "down":
+        if arrays.spec.op == "down":
             raise LaunchError("too much shared memory\nand more")
-        if arrays.case.op == "values":
+        if arrays.spec.op == "values":
             raise TypeError("wrong")
         return 1e-6
 

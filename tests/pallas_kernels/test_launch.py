@@ -1,5 +1,6 @@
-"""Which way kernels are launched, and where Triton keeps what it compiles; without a GPU, by stand-ins."""
+"""Backends, named operands and the compile cache of launches; without a GPU, by stand-ins."""
 
+import dataclasses
 import os
 import stat
 import sys
@@ -12,14 +13,24 @@ import pytest
 
 from pallas_kernels import LaunchError, Target, _device, _launch, _launch_backends, compiling_for
 from pallas_kernels._compile import compile_kernel, private_triton_cache
+from pallas_kernels._implementation import select_implementation
+from pallas_kernels._kernel import KernelModule
 
 triton = pytest.importorskip("triton")
 CARD = Target("a card", 90, 132)
+ADD_ONE = KernelModule("pallas_kernels._self_test.triton")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reserved:
+    """A constant whose field Triton would confuse with its own."""
+
+    value: int
 
 
 @pytest.fixture(autouse=True)
 def on_a_card(monkeypatch):
-    """A card is said to be there, on which nothing has been tried yet."""
+    """Pretends that there is a GPU, on which no backend was probed yet."""
     monkeypatch.setattr(_device, "_detect_target", lambda: CARD)
     monkeypatch.delenv("CUDA_CACHE_DISABLE", raising=False)
     _launch_backends._find_backend.cache_clear()
@@ -27,34 +38,34 @@ def on_a_card(monkeypatch):
     _launch_backends._find_backend.cache_clear()
 
 
-def adds(amount, tried):
-    def route(what, x):
-        tried.append(what)
+def adds(amount, launches):
+    def backend(launch, x):
+        launches.append(launch)
         return [x + jnp.float32(amount)]
 
-    return route
+    return backend
 
 
-def fails(what, x):
+def fails(launch, x):
     raise RuntimeError("no such call\nand more")
 
 
-def with_routes(monkeypatch, ptx, jax_triton):
+def use_backends(monkeypatch, ptx, jax_triton):
     monkeypatch.setattr(_launch_backends, "_BACKENDS", {"ptx": ptx, "jax-triton": jax_triton})
 
 
 def test_the_call_for_ptx_is_tried_once_and_taken(monkeypatch):
     tried = []
-    with_routes(monkeypatch, adds(1, tried), fails)
+    use_backends(monkeypatch, adds(1, tried), fails)
     assert [_launch_backends.select_backend() for _ in range(3)] == ["ptx"] * 3
-    (what,) = tried
-    assert what.compiled.shared_memory > 48 << 10  # more than a program has without asking
-    assert "add_one_kernel" in what.compiled.ptx
+    (launch,) = tried
+    assert launch.compiled.shared_memory > 48 << 10  # more than a program has without opting in
+    assert "add_one_kernel" in launch.compiled.ptx
 
 
 def test_it_is_tried_while_a_program_is_traced(monkeypatch):
     tried = []
-    with_routes(monkeypatch, adds(1, tried), fails)
+    use_backends(monkeypatch, adds(1, tried), fails)
 
     @jax.jit
     def program(x):
@@ -69,7 +80,7 @@ def test_it_is_tried_while_a_program_is_traced(monkeypatch):
     ("broken", "reason"), [(fails, "no such call"), (adds(2, []), "a kernel that adds one gave something else")]
 )
 def test_jax_triton_is_the_second_choice_and_said_once(monkeypatch, broken, reason):
-    with_routes(monkeypatch, broken, adds(1, []))
+    use_backends(monkeypatch, broken, adds(1, []))
     with pytest.warns(RuntimeWarning, match="launched by jax-triton") as warned:
         assert _launch_backends.select_backend() == "jax-triton"
     assert f"({reason})" in str(warned[0].message)
@@ -78,20 +89,20 @@ def test_jax_triton_is_the_second_choice_and_said_once(monkeypatch, broken, reas
 
 
 def test_without_any_way_it_is_said_what_to_do(monkeypatch):
-    with_routes(monkeypatch, fails, adds(3, []))
+    use_backends(monkeypatch, fails, adds(3, []))
     with pytest.raises(LaunchError, match="kernels='reference'") as error:
         _launch_backends.select_backend()
     assert "by ptx: no such call; by jax-triton: a kernel that adds one gave something else" in str(error.value)
 
 
 def test_for_a_card_that_is_not_here_nothing_is_tried(monkeypatch):
-    with_routes(monkeypatch, fails, fails)
+    use_backends(monkeypatch, fails, fails)
     with compiling_for(CARD):
         assert _launch_backends.select_backend() == "ptx"
 
 
 def test_a_driver_that_keeps_nothing_is_warned_of_once(monkeypatch):
-    with_routes(monkeypatch, adds(1, []), fails)
+    use_backends(monkeypatch, adds(1, []), fails)
     monkeypatch.setenv("CUDA_CACHE_DISABLE", "1")
     with pytest.warns(RuntimeWarning, match="CUDA_CACHE_DISABLE=1") as warned:
         _launch_backends.select_backend()
@@ -100,18 +111,55 @@ def test_a_driver_that_keeps_nothing_is_warned_of_once(monkeypatch):
 
 
 def add_one(x):
-    from pallas_kernels._self_test.triton import add_one_kernel
+    output = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return _launch.launch(ADD_ONE.add_one_kernel, {"x": x}, {"out": output}, {"N": x.size}, grid=(1,))["out"]
 
-    return _launch.launch(add_one_kernel, [x], [jax.ShapeDtypeStruct(x.shape, x.dtype)], grid=(1,), N=x.size)
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": {"y": jnp.ones(4)}}, r"missing \['x'\], unknown \['y'\]"),
+        ({"outputs": {}}, r"missing \['out'\], unknown \[\]"),
+        ({"constants": {"N": 4, "M": 4}}, r"unknown \['M'\]"),
+        ({"inputs": {"out": jnp.ones(4)}, "outputs": {"x": jnp.ones(4)}}, "outputs must follow its inputs"),
+        ({"aliases": {"x": "result"}}, "an alias is from an input to an output, and x -> result is not"),
+        ({"aliases": {"y": "out"}}, "an alias is from an input to an output, and y -> out is not"),
+        ({"constants": {"N": Reserved(4)}}, "the fields of the constant N cannot be called value or type"),
+    ],
+)
+def test_names_that_do_not_match_the_kernel_are_refused(change, message):
+    x = jnp.ones(4)
+    operands = {"inputs": {"x": x}, "outputs": {"out": jax.ShapeDtypeStruct(x.shape, x.dtype)}, "constants": {"N": 4}}
+    with pytest.raises(LaunchError, match=message):
+        _launch.launch(ADD_ONE.add_one_kernel, grid=(1,), **(operands | change))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "reason", "expected"),
+    [(None, None, "triton"), (None, "odd", "reference"), ("reference", None, "reference"), ("triton", None, "triton")],
+)
+def test_the_best_available_implementation_is_selected(implementation, reason, expected):
+    assert select_implementation(implementation, reason) == expected
+
+
+def test_a_named_implementation_that_cannot_run_is_an_error(monkeypatch):
+    with pytest.raises(NotImplementedError, match="'triton' cannot run: odd"):
+        select_implementation("triton", "odd")
+    with pytest.raises(ValueError, match="not 'cuda'"):
+        select_implementation("cuda")
+    monkeypatch.setattr(_launch, "has_triton", lambda: False)
+    assert select_implementation() == "reference"
+    with pytest.raises(NotImplementedError, match="install glm-jax"):
+        select_implementation("triton")
 
 
 @pytest.mark.skipif(_launch.is_interpreted(), reason="the interpreter launches nothing")
 def test_launches_go_by_the_route_that_was_found(monkeypatch):
     tried = []
-    with_routes(monkeypatch, fails, adds(1, tried))
+    use_backends(monkeypatch, fails, adds(1, tried))
     with pytest.warns(RuntimeWarning, match="jax-triton"):
-        (made,) = jax.jit(add_one)(jnp.arange(4, dtype=jnp.float32))
-    np.testing.assert_array_equal(made, [1, 2, 3, 4])
+        result = jax.jit(add_one)(jnp.arange(4, dtype=jnp.float32))
+    np.testing.assert_array_equal(result, [1, 2, 3, 4])
     assert (tried[-1].grid, tried[-1].constants, tried[-1].capability) == ((1, 1, 1), {"N": 4}, 90)
 
 
@@ -163,10 +211,10 @@ def home(tmp_path, monkeypatch):
 
 
 def test_what_triton_compiles_is_kept_where_nobody_else_can_write(home):
-    from pallas_kernels._self_test.triton import add_one_kernel
-
     before = triton.knobs.cache.dir
-    compile_kernel(add_one_kernel, ("fp32", "fp32"), (("N", 32),), 80, _launch.CompileOptions(num_warps=1))
+    compile_kernel(
+        ADD_ONE.add_one_kernel, (("x", "fp32"), ("out", "fp32")), (("N", 32),), 80, _launch.CompileOptions(num_warps=1)
+    )
     folder = home / "glm_jax" / "triton"
     assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder.parent)] == [0o700, 0o700]
     assert list(folder.rglob("*.ptx"))

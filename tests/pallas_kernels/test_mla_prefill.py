@@ -22,7 +22,7 @@ from tests.pallas_kernels.builders import assert_close, random_normal
 
 pytestmark = pytest.mark.kernels
 LAYERS, LAYER = 3, 1
-SMALL = FlashAttentionConfig(block_m=16, block_n=16, together=3)
+SMALL = FlashAttentionConfig(block_m=16, block_n=16, heads_per_wave=3)
 # Head width of its own, shared, of values: full tiles; tiles with room; one half of values; the real ones.
 WIDTHS = [(48, 16, 32), (40, 8, 20), (16, 16, 16), (192, 64, 256)]
 
@@ -163,7 +163,7 @@ def test_the_order_of_programs_changes_no_bit():
 
     def run(together):
         return flash_attention(
-            *arrays, positions, slot(0), scale=0.2, config=FlashAttentionConfig(block_m=16, together=together)
+            *arrays, positions, slot(0), scale=0.2, config=FlashAttentionConfig(block_m=16, heads_per_wave=together)
         )
 
     expected = run(4)
@@ -182,7 +182,9 @@ def test_any_shape(data):
     lowest = rng.integers(first - 5, first + keys + 5, (batch, 1))
     positions = jnp.asarray(lowest + np.arange(tokens), jnp.int32)
     block_m, block_n = data.draw(st.sampled_from([(16, 16), (32, 16), (16, 32)]))
-    shape = FlashAttentionConfig(block_m=block_m, block_n=block_n, together=data.draw(st.integers(1, batch * heads)))
+    shape = FlashAttentionConfig(
+        block_m=block_m, block_n=block_n, heads_per_wave=data.draw(st.integers(1, batch * heads))
+    )
     check(given_to(rng, batch, tokens, keys, heads, widths), positions, first, shape=shape)
 
 

@@ -1,4 +1,4 @@
-"""Products of few rows, in every storage, with all that goes before and after them."""
+"""Products of few rows, in every storage, with the operations that are fused with them."""
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +18,21 @@ GROUPS = {"int4": 64, "uint4": 32, "fp4": 32, "int8": 0, "uint8": 16, "fp8": 128
 ONE = jnp.ones(1, jnp.int32)
 
 
-def both(x, weight, place=ONE, shape=None, **options):
+def run_both(x, weight, layer_index=ONE, config=None, **options):
+    """Results of the kernel and of the reference."""
     counters = jnp.zeros(256, jnp.int32)
-    found, after = jax.jit(lambda x, c: fused_linear(x, weight, place, c, config=shape, **options))(x, counters)
+    actual, after = jax.jit(
+        lambda x, c: fused_linear(x, weight, layer_index, c, config=config, implementation="triton", **options)
+    )(x, counters)
     assert not np.any(after), "counters must be left at zero"
-    options.pop("other", None)
-    return found, fused_linear_ref(x, weight, place, **options)
+    expected, _ = fused_linear(x, weight, layer_index, counters, implementation="reference", **options)
+    return actual, expected
 
 
-def agree(found, expected):
-    assert_close(found.out, expected.out)
-    assert_close(jnp.sum(found.squares.parts, axis=1), expected.squares.parts[:, 0])
-    assert_close(found.scaled, expected.scaled)
+def assert_same_output(actual, expected):
+    assert_close(actual.out, expected.out)
+    assert_close(jnp.sum(actual.sum_sq.partials, axis=1), expected.sum_sq.partials[:, 0])
+    assert_close(actual.scaled, expected.scaled)
 
 
 @pytest.mark.parametrize("splits", [pytest.param(1, marks=pytest.mark.soak), 3])
@@ -41,18 +44,18 @@ def test_every_storage(kind, rows, outputs, inputs, splits):
     rng = np.random.default_rng([rows, splits])
     group = GROUPS.get(kind, 0)
     weight = make_random_tiles(rng, (2, outputs, inputs), kind, group if group <= inputs else 0)
-    shape = LinearConfig(block_n=32, splits=splits)
-    found, expected = both(
+    config = LinearConfig(block_n=32, splits=splits)
+    actual, expected = run_both(
         random_normal(rng, rows, inputs),
         weight,
-        shape=shape,
-        squares=random_sum_sq(rng, rows, 3, first=2),
+        config=config,
+        sum_sq=random_sum_sq(rng, rows, 3, first=2),
         eps=1e-5,
         residual=random_normal(rng, rows, outputs),
         next_norm=random_normal(rng, 4, outputs),
-        next_from=2,
+        next_norm_offset=2,
     )
-    agree(found, expected)
+    assert_same_output(actual, expected)
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8", "bfloat16"])
@@ -60,12 +63,12 @@ def test_every_storage(kind, rows, outputs, inputs, splits):
 def test_inputs_that_fill_no_chunk(kind, inputs):
     rng = np.random.default_rng(0)
     weight = make_random_tiles(rng, (2, 70, inputs), kind, 16 if kind == "int4" else 0)
-    agree(*both(random_normal(rng, 3, inputs), weight, shape=LinearConfig(block_n=64)))
+    assert_same_output(*run_both(random_normal(rng, 3, inputs), weight, config=LinearConfig(block_n=64)))
 
 
 def test_a_part_of_wider_rows():
     rng = np.random.default_rng(0)
-    agree(*both(random_normal(rng, 3, 200), make_random_tiles(rng, (2, 64, 128), "int8")))
+    assert_same_output(*run_both(random_normal(rng, 3, 200), make_random_tiles(rng, (2, 64, 128), "int8")))
 
 
 @pytest.mark.parametrize("kinds", [(64, 64), (64, 0)])
@@ -75,26 +78,31 @@ def test_two_matrices_side_by_side(kinds):
         make_random_tiles(rng, (2, n, 256), "int4", group) for n, group in zip((128, 96), kinds, strict=True)
     )
     x, norms = random_normal(rng, 2, 256), random_normal(rng, 2, 224)
-    given = random_sum_sq(rng, 2, 3)
+    options = {"sum_sq": random_sum_sq(rng, 2, 3), "eps": 1e-6}
     counters = jnp.zeros(64, jnp.int32)
-    for shape in (LinearConfig(block_n=32), LinearConfig(block_n=32, splits=2)):
-        found, _ = fused_linear(
-            x, first, ONE, counters, second_weight=second, sum_sq=given, eps=1e-6, next_norm=norms, config=shape
+    (left, _), (right, _) = (fused_linear_ref(x, w, ONE, counters, **options) for w in (first, second))
+    expected = jnp.concatenate([left.out, right.out], axis=1)
+    both, _ = fused_linear_ref(x, first, ONE, counters, second_weight=second, **options)
+    assert_close(both.out, expected)
+    for config in (LinearConfig(block_n=32), LinearConfig(block_n=32, splits=2)):
+        actual, _ = fused_linear(
+            x, first, ONE, counters, second_weight=second, next_norm=norms, config=config, **options
         )
-        left, right = (fused_linear_ref(x, w, ONE, sum_sq=given, eps=1e-6) for w in (first, second))
-        expected = jnp.concatenate([left.out, right.out], axis=1)
-        assert_close(found.out, expected)
-        assert_close(found.scaled, expected * norms[1:2])
-        # By blocks of columns, which a reader takes some of.
-        blocks = jnp.sum((expected**2).reshape(2, -1, 32), axis=-1)
-        assert_close(found.sum_sq.partials, blocks)
+        assert_close(actual.out, expected)
+        assert_close(actual.scaled, expected * norms[1:2])
+        # Sums of squares by blocks of columns, of which a reader uses some.
+        assert_close(actual.sum_sq.partials, jnp.sum((expected**2).reshape(2, -1, 32), axis=-1))
 
 
 @pytest.mark.parametrize("rows", [16, 33, 64])
 def test_many_rows(rows):
     rng = np.random.default_rng(rows)
     weight = make_random_tiles(rng, (1, 128, 256), "int4", 64)
-    agree(*both(random_normal(rng, rows, 256), weight, jnp.zeros(1, jnp.int32), residual=random_normal(rng, rows, 128)))
+    assert_same_output(
+        *run_both(
+            random_normal(rng, rows, 256), weight, jnp.zeros(1, jnp.int32), residual=random_normal(rng, rows, 128)
+        )
+    )
 
 
 @pytest.mark.parametrize("program", ["first", "last"])
@@ -102,42 +110,58 @@ def test_the_real_output_projection(program):
     """5,120 inputs in full, the outputs cut to two tiles."""
     rng = np.random.default_rng(0)
     weight = make_random_tiles(rng, (1, 128 if program == "first" else 64, 5120), "int4", 64)
-    shape = linear_heuristic(1, 2048, weight.num_chunks, 142)
-    agree(*both(random_normal(rng, 1, 5120), weight, jnp.zeros(1, jnp.int32), shape))
+    config = linear_heuristic(1, 2048, weight.num_chunks, 142)
+    assert_same_output(*run_both(random_normal(rng, 1, 5120), weight, jnp.zeros(1, jnp.int32), config))
 
 
 def test_results_do_not_depend_on_the_order_of_programs():
-    """Whichever program finishes a block last adds the shares, always in one order."""
+    """The program that finishes a block last adds the splits, always in one order."""
     rng = np.random.default_rng(0)
     weight, x = make_random_tiles(rng, (1, 128, 512), "int8"), random_normal(rng, 2, 512)
-    shape, counters = LinearConfig(splits=4), jnp.zeros(64, jnp.int32)
+    config, counters = LinearConfig(splits=4), jnp.zeros(64, jnp.int32)
     programs, results = [(0, split, block) for split in range(4) for block in range(2)], []
     for _ in range(4):
         with restrict_programs([programs[i] for i in rng.permutation(len(programs))]):
-            made, left = fused_linear(x, weight, jnp.zeros(1, jnp.int32), counters, config=shape)
-        assert not np.any(left)
-        results.append(made)
+            result, after = fused_linear(x, weight, jnp.zeros(1, jnp.int32), counters, config=config)
+        assert not np.any(after)
+        results.append(result)
     for other in results[1:]:
         np.testing.assert_array_equal(results[0].out, other.out)
-        np.testing.assert_array_equal(results[0].squares.parts, other.squares.parts)
+        np.testing.assert_array_equal(results[0].sum_sq.partials, other.sum_sq.partials)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"x": 100}, "rows of 100 columns for a matrix of 128 inputs"),
-        ({"other": 64}, "a second matrix cannot begin at output 96 with blocks of 64"),
         ({"splits": 2}, "2 blocks cannot be counted by 1 counters"),
     ],
 )
-def test_what_does_not_fit_is_refused(change, message):
+def test_shapes_that_do_not_match_are_refused(change, message):
     rng = np.random.default_rng(0)
-    other = make_random_tiles(rng, (1, change["other"], 128), "int8") if "other" in change else None
+    x, weight = random_normal(rng, 2, change.get("x", 128)), make_random_tiles(rng, (1, 96, 128), "int8")
+    zero, config = jnp.zeros(1, jnp.int32), LinearConfig(splits=change.get("splits", 1))
     with pytest.raises(LaunchError, match=message):
-        fused_linear(
-            random_normal(rng, 2, change.get("x", 128)), make_random_tiles(rng, (1, 96, 128), "int8"), jnp.zeros(1, jnp.int32),
-            jnp.zeros(1, jnp.int32), second_weight=other, config=LinearConfig(splits=change.get("splits", 1)),
-        )  # fmt: skip
+        fused_linear(x, weight, zero, zero, config=config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("int8", "a second matrix cannot begin at output 96 with blocks of 64"),
+        ("fp8", "two matrices side by side must have codes of one kind"),
+    ],
+)
+def test_a_second_weight_that_the_kernel_cannot_take(kind, message):
+    """By name this is an error; by default the reference runs."""
+    rng = np.random.default_rng(0)
+    first, second = make_random_tiles(rng, (2, 96, 128), "int8"), make_random_tiles(rng, (2, 64, 128), kind)
+    x, counters, config = random_normal(rng, 2, 128), jnp.zeros(64, jnp.int32), LinearConfig()
+    with pytest.raises(NotImplementedError, match=message):
+        fused_linear(x, first, ONE, counters, second_weight=second, config=config, implementation="triton")
+    actual, _ = fused_linear(x, first, ONE, counters, second_weight=second, config=config)
+    parts = [fused_linear_ref(x, weight, ONE, counters)[0].out for weight in (first, second)]
+    assert_close(actual.out, jnp.concatenate(parts, axis=1))
 
 
 def test_inside_a_loop_the_layer_is_data():
@@ -145,12 +169,13 @@ def test_inside_a_loop_the_layer_is_data():
     weight, x = make_random_tiles(rng, (3, 64, 128), "int8"), random_normal(rng, 2, 128)
 
     def step(carry, layer):
-        made, counters = fused_linear(x, weight, layer[None], carry, dtype=jnp.float32)
-        return counters, made.out
+        result, counters = fused_linear(x, weight, layer[None], carry, dtype=jnp.float32)
+        return counters, result.out
 
-    _, found = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(3, dtype=jnp.int32)))(jnp.zeros(64, jnp.int32))
+    _, actual = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(3, dtype=jnp.int32)))(jnp.zeros(64, jnp.int32))
     for layer in range(3):
-        assert_close(found[layer], fused_linear_ref(x, weight, jnp.full(1, layer)).out)
+        expected, _ = fused_linear_ref(x, weight, jnp.full(1, layer), jnp.zeros(1, jnp.int32))
+        assert_close(actual[layer], expected.out)
 
 
 def test_there_is_no_derivative():
@@ -164,20 +189,19 @@ def test_there_is_no_derivative():
         jax.grad(loss)(x)
 
 
-class TestShapes:
-    """Block sizes that are chosen without a measurement."""
+class TestHeuristic:
+    """Block sizes without a tuned entry."""
 
     @pytest.mark.parametrize("multiprocessors", [132, 142, 148, 188])
     @pytest.mark.parametrize(
         ("outputs", "inputs"), [(1344, 2048), (2048, 5120), (10240, 2048), (64, 2048), (154880, 2048)]
     )
     @pytest.mark.parametrize("rows", [1, 16, 17, 64])
-    def test_they_are_possible(self, rows, outputs, inputs, multiprocessors):
+    def test_it_is_possible(self, rows, outputs, inputs, multiprocessors):
         chunks = inputs // 64
-        shape = linear_heuristic(rows, outputs, chunks, multiprocessors)
-        assert shape.block_n in (32, 64)
-        assert shape.block_m >= 16
-        assert 1 <= shape.splits <= chunks
-        # No share is empty.
-        share = -(-chunks // shape.splits)
-        assert share * (shape.splits - 1) < chunks
+        config = linear_heuristic(rows, outputs, chunks, multiprocessors)
+        assert config.block_n in (32, 64)
+        assert config.block_m >= 16
+        assert 1 <= config.splits <= chunks
+        chunks_per_split = -(-chunks // config.splits)
+        assert chunks_per_split * (config.splits - 1) < chunks, "a split is empty"

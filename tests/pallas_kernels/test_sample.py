@@ -1,4 +1,4 @@
-"""The sampler by kernels: the same tokens as the sampler in plain JAX, from the same logits."""
+"""The sampler's kernels give the tokens of the sampler in plain JAX, for the same logits."""
 
 from typing import Any
 
@@ -16,11 +16,12 @@ from glm_jax.sampling.gumbel import gumbel_noise
 from glm_jax.sampling.numerics import token_ids_like
 from glm_jax.weights import TiledWeight
 from pallas_kernels._interpreter import interpret
+from pallas_kernels._kernel import Operands
 from pallas_kernels.quant_matmul.config import LinearConfig
 from pallas_kernels.quant_matmul.reference import inv_rms_ref
 from pallas_kernels.sample import SamplingTensors, Vocabulary, filter_thresholds, lm_head_sample, sample_logits
 from pallas_kernels.sample.config import SampleConfig
-from pallas_kernels.sample.reference import lm_head_sample_ref, sample_logits_ref, scaled_gaps_ref
+from pallas_kernels.sample.reference import gumbel_noise_ref, scaled_gaps_ref
 from pallas_kernels.tiles import dequantize_tiles, make_tiles
 from tests.pallas_kernels.builders import make_random_tiles, random_normal, random_sum_sq
 
@@ -36,28 +37,25 @@ def state_of(params, width, **options):
 
 
 def rows_of(state, positions):
-    """``positions`` are those that will be drawn, as the reference has them."""
+    """Sampling parameters of the kernels; ``positions`` are those of the sampled tokens, as in the sampler."""
     names = ("temperature", "top_k", "top_p", "min_p", "seeds")
     return SamplingTensors(**{name: getattr(state, name) for name in names}, positions=positions - 1)
-
-
-def noise_of(state, positions, width):
-    return gumbel_noise(state.seeds, positions, token_ids_like(jnp.zeros((len(positions), width))))
 
 
 def positions_of(count, first=5):
     return first + 1000 * jnp.arange(count, dtype=jnp.int32)
 
 
-def by_kernels(logits, state, positions, shape=SMALL, **options):
-    """The tokens of logits; the counters must be left at zero."""
-    options = {"filters": state.features.filters, "drawn": not state.features.greedy_only, **options}
+def by_kernels(logits, state, positions, config=SMALL, **options):
+    """Tokens of logits; the counters must be left at zero."""
+    features = state.features
+    options = {"has_filters": features.filters, "has_random": not features.greedy_only, "config": config, **options}
     vocabulary = Vocabulary(state.valid_vocab, state.unused_ids)
     counters = jnp.zeros(64, jnp.int32)
-    run = jax.jit(lambda x, c: sample_logits(x, rows_of(state, positions), vocabulary, c, config=shape, **options))
-    found, after = run(jnp.asarray(logits), counters)
+    run = jax.jit(lambda x, c: sample_logits(x, rows_of(state, positions), vocabulary, c, **options))
+    output, after = run(jnp.asarray(logits), counters)
     assert not np.any(after), "counters must be left at zero"
-    return found
+    return output
 
 
 MIXED = [
@@ -79,14 +77,13 @@ def test_tokens_of_logits(width):
     state = state_of(MIXED, width, features=SamplerFeatures(filters=True, logprobs=0), **known)
     positions = positions_of(len(MIXED))
     expected = jax.jit(sample)(logits, state, positions)
-    found = by_kernels(logits, state, positions, logprob=True)
+    found = by_kernels(logits, state, positions, return_logprob=True)
     assert found.tokens.tolist() == expected.tokens.tolist()
     assert found.ok.all()
     np.testing.assert_allclose(found.logprob, expected.logprob, rtol=0, atol=4e-6)
-    vocabulary = Vocabulary(state.valid_vocab, state.unused_ids)
-    noise = noise_of(state, positions, width)
-    plain = sample_logits_ref(jnp.asarray(logits), rows_of(state, positions), vocabulary, noise, has_filters=True)
-    assert plain.tokens.tolist() == expected.tokens.tolist()
+    reference = by_kernels(logits, state, positions, return_logprob=True, implementation="reference")
+    assert reference.tokens.tolist() == expected.tokens.tolist()
+    np.testing.assert_allclose(reference.logprob, expected.logprob, rtol=0, atol=4e-6)
 
 
 def test_noise_is_that_of_the_sampler():
@@ -95,8 +92,12 @@ def test_noise_is_that_of_the_sampler():
     width = 1 << 16
     for seed, position in [((0, 0), 0), ((1 << 30, 2**32 - 1), 131_072)]:
         given = (jnp.asarray(seed, jnp.uint32), jnp.full(1, position - 1, jnp.int32))
-        output = [jax.ShapeDtypeStruct((width,), jnp.float32)]
-        (found,) = interpret(gumbel_noise_kernel, output, (1,), {"N": width}, {}, *given)
+        operands = Operands(inputs=("seed", "position"), outputs={"out": jax.ShapeDtypeStruct((width,), jnp.float32)})
+        (found,) = interpret(gumbel_noise_kernel, operands, (1,), {"N": width}, *given)
+        np.testing.assert_array_equal(
+            gumbel_noise_ref(given[0][None], given[1], width)[0],
+            gumbel_noise(given[0][None], given[1] + 1, token_ids_like(jnp.zeros((1, width))))[0],
+        )
         expected = gumbel_noise(given[0][None], given[1] + 1, token_ids_like(jnp.zeros((1, width))))[0]
         # Two logarithms, of which the inner one is near 1 for most ids: nothing may be lost there.
         np.testing.assert_allclose(found, expected, rtol=4e-7, atol=4e-7)
@@ -122,7 +123,11 @@ def test_bad_logits_are_flagged_and_never_drawn(filters):
     logits = np.asarray([[*row, *[-INF] * (6 - len(row))] for row, *_ in BAD] * 2, np.float32)
     params = [SamplingParams(temperature=t, top_p=0.95 if filters else 1) for t in (0, 1) for _ in BAD]
     found = by_kernels(
-        logits, state_of(params, 6, valid_vocab=4), positions_of(len(params)), SampleConfig(block_v=16), logprob=True
+        logits,
+        state_of(params, 6, valid_vocab=4),
+        positions_of(len(params)),
+        SampleConfig(block_v=16),
+        return_logprob=True,
     )
     assert found.tokens.tolist() == [token for _, token, _ in BAD] * 2
     assert found.ok.tolist() == [ok for *_, ok in BAD] * 2
@@ -133,7 +138,7 @@ def test_bad_logits_are_flagged_and_never_drawn(filters):
 def test_no_id_at_all(drawn):
     state = state_of([SamplingParams(temperature=float(drawn), top_p=1)], 6, unused_ids=range(6))
     expected = sample(jnp.zeros((1, 6)), state, positions_of(1))
-    found = by_kernels(np.zeros((1, 6), np.float32), state, positions_of(1), SampleConfig(block_v=16), drawn=drawn)
+    found = by_kernels(np.zeros((1, 6), np.float32), state, positions_of(1), SampleConfig(block_v=16), has_random=drawn)
     assert (
         (found.tokens.tolist(), found.ok.tolist()) == (expected.tokens.tolist(), expected.ok.tolist()) == ([6], [False])
     )
@@ -157,11 +162,13 @@ def searched(scores, params):
     state = state_of(params, scores.shape[1], features=SamplerFeatures(filters=True))
     rows, vocabulary = rows_of(state, positions_of(len(params))), Vocabulary(scores.shape[1])
     counters = jnp.zeros(64, jnp.int32)
-    edges, after = filter_thresholds(
+    thresholds, after = filter_thresholds(
         jnp.asarray(scores), rows, vocabulary, counters, SampleConfig(block_v=64, blocks_per_sum=2)
     )
     assert not np.any(after)
-    first, second = (np.asarray(edge)[:, None] for edge in edges)
+    first, second = (np.asarray(threshold)[:, None] for threshold in thresholds)
+    (first_ref, _), _ = filter_thresholds(jnp.asarray(scores), rows, vocabulary, counters, implementation="reference")
+    np.testing.assert_array_equal(np.asarray(first_ref)[rows.top_k > 0], first[rows.top_k > 0, 0])
     top_k, top_p, min_p = (np.asarray(x)[:, None] for x in (rows.top_k, rows.top_p, rows.min_p))
     gap, ranks = np.asarray(scaled_gaps_ref(jnp.asarray(scores), rows)), ranks_of(scores)
     with np.errstate(divide="ignore"):
@@ -238,11 +245,11 @@ def head_case(rng, rows, ids, inputs=64):
 
 def from_the_head(x, weight, state, positions, **options):
     vocabulary = Vocabulary(state.valid_vocab, state.unused_ids)
-    rows, drawn = rows_of(state, positions), not state.features.greedy_only
-    run = jax.jit(lambda x, c: lm_head_sample(x, weight, rows, vocabulary, c, has_random=drawn, **options))
-    found, after = run(x, jnp.zeros(64, jnp.int32))
+    rows, has_random = rows_of(state, positions), not state.features.greedy_only
+    run = jax.jit(lambda x, c: lm_head_sample(x, weight, rows, vocabulary, c, has_random=has_random, **options))
+    output, after = run(x, jnp.zeros(64, jnp.int32))
     assert not np.any(after), "counters must be left at zero"
-    return found
+    return output
 
 
 PLAIN = [SamplingParams(temperature=t, top_p=1) for t in (0, 1, 0.4, 30)]
@@ -258,14 +265,12 @@ def test_tokens_from_the_head(rows, ids, block_n):
     unused = (0, 33) if ids > 40 else ()
     params = [PLAIN[i % 4 if rows > 1 else 1] for i in range(rows)]
     state, positions = state_of(params, ids, valid_vocab=ids - 1, unused_ids=unused), positions_of(rows)
-    shape = LinearConfig(block_m=16, block_n=block_n)
-    found = from_the_head(x, weight, state, positions, shape=shape)
+    found = from_the_head(x, weight, state, positions, config=LinearConfig(block_m=16, block_n=block_n))
     expected = sample(x @ dequantize_tiles(weight).T, state, positions)
     assert found.tokens.tolist() == expected.tokens.tolist()
     assert found.ok.all()
-    noise = noise_of(state, positions, ids)
-    plain = lm_head_sample_ref(x, weight, rows_of(state, positions), Vocabulary(ids - 1, unused), noise)
-    assert plain.tokens.tolist() == expected.tokens.tolist()
+    reference = from_the_head(x, weight, state, positions, implementation="reference")
+    assert reference.tokens.tolist() == expected.tokens.tolist()
 
 
 def test_greedy_takes_the_lowest_of_equals():
@@ -280,7 +285,7 @@ def test_more_blocks_than_are_looked_at_together():
     rng = np.random.default_rng(1)
     x, weight = head_case(rng, 18, 1100, inputs=8)
     state, positions = state_of([PLAIN[i % 4] for i in range(18)], 1100), positions_of(18)
-    found = from_the_head(x, weight, state, positions, shape=LinearConfig(block_m=32, block_n=32))
+    found = from_the_head(x, weight, state, positions, config=LinearConfig(block_m=32, block_n=32))
     assert found.tokens.tolist() == sample(x @ dequantize_tiles(weight).T, state, positions).tokens.tolist()
 
 
@@ -316,12 +321,11 @@ def test_the_norm_is_part_of_the_head(kind):
     weight = jax.tree.map(lambda x: x[0], make_random_tiles(rng, (1, 100, 128), kind, 64 if kind == "int4" else 0))
     x, given = random_normal(rng, 2, 128), random_sum_sq(rng, 2, 3, first=1)
     state, positions = state_of([PLAIN[0], PLAIN[1]], 100), positions_of(2)
-    found = from_the_head(x, weight, state, positions, squares=given, eps=1e-5)
+    found = from_the_head(x, weight, state, positions, sum_sq=given, eps=1e-5)
     logits = x * inv_rms_ref(given, 128, 1e-5) @ dequantize_tiles(weight).T
     assert found.tokens.tolist() == sample(logits, state, positions).tokens.tolist()
-    noise = noise_of(state, positions, 100)
-    other = lm_head_sample_ref(x, weight, rows_of(state, positions), Vocabulary(100), noise, sum_sq=given, eps=1e-5)
-    assert other.tokens.tolist() == found.tokens.tolist()
+    reference = from_the_head(x, weight, state, positions, sum_sq=given, eps=1e-5, implementation="reference")
+    assert reference.tokens.tolist() == found.tokens.tolist()
 
 
 # The sampler as decode steps call it.
@@ -353,8 +357,8 @@ def test_every_option(params):
     states: Any = ResidualStream(random_normal(rng, rows, 64), 4 * random_normal(rng, rows, 64), parts, None, counters)
     state = state_of(params, ids, valid_vocab=ids - 3, unused_ids=(9,))
     state = update_state(state, jnp.full(rows, 7, jnp.int32), jnp.ones(rows, bool))
-    factor = jax.lax.rsqrt(states.squares.sum(axis=1, keepdims=True) / 64 + eps)
-    logits = jnp.matmul(states.scaled * factor, dequantize_tiles(weight).T, precision=jax.lax.Precision.HIGHEST)
+    factor = jax.lax.rsqrt(states.sum_sq.sum(axis=1, keepdims=True) / 64 + eps)
+    logits = jnp.matmul(states.norm_scaled * factor, dequantize_tiles(weight).T, precision=jax.lax.Precision.HIGHEST)
     expected = sample(logits, state, positions_of(rows))
     found = jax.jit(lambda s: sample_from_residual(s, TiledWeight(weight), state, positions_of(rows) - 1, eps=eps))(
         states

@@ -73,9 +73,9 @@ class Sizes:
 class Scaled:
     """A case whose result, time and failures depend on its block sizes."""
 
-    moves, op, name, full_name = "x", "scaled", "all", "scaled/all"
+    activation_key, op, name, full_name = "x", "scaled", "all", "scaled/all"
 
-    def make(self, layers):
+    def make_inputs(self, layers):
         return {"x": jnp.arange(4, dtype=jnp.float32), "w": jnp.ones(layers)}, {}
 
     def run(self, given, state, place, shape):
@@ -86,10 +86,10 @@ class Scaled:
         wrong = 0.1 if shape.num_warps == 1 else 1e-5 * shape.num_warps
         return given["x"] * given["w"][place[0]] * (1 + wrong), state
 
-    def view(self, given, result, state, place):
+    def comparable_outputs(self, given, result, state, place):
         return (result,)
 
-    def nbytes(self, given, state):
+    def bytes_accessed(self, given, state):
         return 1 << 27
 
     def tolerance(self, dtype):
@@ -124,7 +124,7 @@ def linear_cases():
 def fake(case, problem):
     if case.name.endswith("m8"):
         raise RuntimeError("broken\nand more")
-    return SearchResult(dataclasses.replace(problem.rule, num_warps=8), 1e-6, 2e-6, 5, Counter(why=1))
+    return SearchResult(dataclasses.replace(problem.heuristic, num_warps=8), 1e-6, 2e-6, 5, Counter(why=1))
 
 
 def test_the_file_is_written_case_by_case_and_taken_up_again(folder, capsys):
@@ -143,7 +143,7 @@ def test_the_file_is_written_case_by_case_and_taken_up_again(folder, capsys):
 
     def other(case, problem):
         asked.append(case.name)
-        return SearchResult(problem.rule, 3e-6, 3e-6, 1, Counter())
+        return SearchResult(problem.heuristic, 3e-6, 3e-6, 1, Counter())
 
     assert tune.tune(linear_cases(), path, CARD.name, kept, search_spec=other) == 0
     assert asked == ["o/int4/m8"]  # the other was there
@@ -191,7 +191,7 @@ def test_what_was_measured_is_used_on_that_card_alone(folder):
     ],
 )
 def test_sizes_that_cannot_be_are_refused_by_name(folder, change, why):
-    write_file(folder, dataclasses.asdict(RULE) | change)
+    write_file(folder, tuned.config_to_json(RULE) | change)
     with compiling_for(CARD), pytest.raises(LaunchError, match=why) as error:
         tuned.lookup_config(PROBLEM)
     assert str(folder) in str(error.value)
@@ -206,7 +206,7 @@ def test_a_damaged_file_is_refused_by_name(folder, text):
 
 
 def test_a_file_of_another_card_is_refused(folder):
-    write_file(folder, dataclasses.asdict(RULE), device="NVIDIA Test 9")
+    write_file(folder, tuned.config_to_json(RULE), device="NVIDIA Test 9")
     with compiling_for(CARD), pytest.raises(LaunchError, match="it is of 'NVIDIA Test 9', not of 'NVIDIA Test 1'"):
         tuned.lookup_config(PROBLEM)
 
@@ -228,16 +228,18 @@ def test_a_file_of_another_card_is_refused(folder):
 def test_every_operation_asks_for_what_was_measured(folder, case):
     """With another number of warps than the rule's, which is seen in what is compiled."""
     pytest.importorskip("triton")
-    given, state = jax.eval_shape(lambda: case.make(2))
+    given, state = jax.eval_shape(lambda: case.make_inputs(2))
     with compiling_for(CARD):
-        problem = case.problem(given)
-        changed = next(n for n in problem.axes["num_warps"] if n != problem.rule.num_warps)
-        write_file(folder, dataclasses.asdict(problem.rule) | {"num_warps": changed}, op=case.op, key=problem.key)
+        problem = case.tuning_key(given)
+        changed = next(n for n in problem.search_space["num_warps"] if n != problem.heuristic.num_warps)
+        write_file(
+            folder, tuned.config_to_json(problem.heuristic) | {"num_warps": changed}, op=case.op, key=problem.key
+        )
         with record_kernels() as kernels:
             jax.eval_shape(lambda g, s: case.run(g, s, jnp.ones(1, jnp.int32), None)[0], given, state)
     assert {kernel.num_warps for kernel in kernels} == {changed}
     assert problem.op == case.op
-    assert set(problem.axes) <= {field.name for field in dataclasses.fields(problem.rule)}
+    assert set(problem.search_space) <= {field.name for field in dataclasses.fields(problem.heuristic)}
 
 
 def test_files_that_are_shipped_can_be_used():
