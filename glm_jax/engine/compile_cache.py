@@ -51,8 +51,8 @@ def enable_compile_cache() -> Path | None:
 class _CompileNotice:
     """Logs that a program compiles, once that has taken a moment; reading a cached program logs nothing.
 
-    The notice is a warning, like those of ``jax_log_compiles``: without a configured handler Python shows nothing below
-    that level, and a silent minute looks like a hang.
+    Start and end are warnings, like those of ``jax_log_compiles``: without a configured handler Python shows nothing
+    below that level, and a silent minute looks like a hang.
     """
 
     def __init__(self, description: str) -> None:
@@ -116,7 +116,7 @@ def compile_notice(
         if on_compiled:
             on_compiled(seconds)
         if notice.announced.is_set():
-            _LOGGER.info("compiling %s took %.1f s", description, seconds)
+            _LOGGER.warning("compiling %s took %.1f s", description, seconds)
 
 
 def _is_cache_enabled() -> bool:

@@ -288,9 +288,10 @@ def _output_of_row(output: DecodeOutput, row: int, num_top: int | None) -> tuple
     tokens: list[int] = padded[padded >= 0].tolist()
     if num_top is None or output.logprobs is None or output.top_ids is None or output.top_logprobs is None:
         return tokens, None
-    # The batch computes the largest number of top tokens that any of its requests needs.
+    # The buffers are as wide as the longest decode call, and as deep as the most top tokens that a request needs.
+    used = (row, slice(len(tokens)), slice(num_top))
     logprobs = output.logprobs[row].tolist()
-    top_ids, top_logprobs = output.top_ids[row, :, :num_top].tolist(), output.top_logprobs[row, :, :num_top].tolist()
+    top_ids, top_logprobs = output.top_ids[used].tolist(), output.top_logprobs[used].tolist()
     tops = [
         tuple((i, logprob) for i, logprob in zip(ids, values, strict=True) if i >= 0)
         for ids, values in zip(top_ids, top_logprobs, strict=True)
