@@ -1,4 +1,4 @@
-"""The real model's generation loop, compiled for cards that are not here: launches, graphs, memory."""
+"""The real model's generation loop, compiled for absent GPUs: launches, graphs, memory."""
 
 import dataclasses
 from collections import Counter
@@ -34,28 +34,33 @@ def compiled(gpu, quantize, batch, context, cache, **sampling):
 
 @pytest.mark.parametrize(("gpu", "quantize", "batch", "context", "cache"), CASES)
 def test_the_generation_loop(gpu, quantize, batch, context, cache):
-    made = compiled(gpu, quantize, batch, context, cache)
-    kernels = made["kernels"]
+    result = compiled(gpu, quantize, batch, context, cache)
+    kernels = result["kernels"]
     layers, experts = FLASH.num_hidden_layers, FLASH.num_hidden_layers - 1
-    # Eight for a layer of experts: two projections and the router are one kernel.
-    assert kernels["queries_kernel"] == kernels["attend_kernel"] == kernels["values_kernel"] == layers
+    # Eight in a layer of experts; three of them are projections or the router, by one kernel.
+    assert (
+        kernels["absorbed_q_proj_kernel"]
+        == kernels["flash_decode_kernel"]
+        == kernels["combine_v_proj_kernel"]
+        == layers
+    )
     assert kernels["gate_up_kernel"] == layers
     assert kernels["down_kernel"] == experts
-    assert kernels["linear_kernel"] <= 3 * experts + 3  # and the dense layer's three
-    assert kernels["head_kernel"] == 1  # which draws, too
-    assert made["launches_per_token"] <= 391
-    assert made["graph_pieces"] == 1
-    assert made["launches_outside_graphs"] == 0
-    assert made["copies_per_token"] == 0
-    assert made["collectives"] == []
-    # The cache and the state of the rows are taken over, nothing of them is copied; no second copy of any weight.
-    assert made["alias_bytes"] >= made["cache_bytes"]
-    assert made["temp_bytes"] < 64e6
-    assert made["fits"]
+    assert kernels["fused_linear_kernel"] <= 3 * experts + 3  # and the dense layer's three
+    assert kernels["lm_head_sample_kernel"] == 1  # which samples, too
+    assert result["launches_per_token"] <= 391
+    assert result["graph_pieces"] == 1
+    assert result["launches_outside_graphs"] == 0
+    assert result["copies_per_token"] == 0
+    assert result["collectives"] == []
+    # The cache and the sampler's state are updated in place, and no weight is copied.
+    assert result["alias_bytes"] >= result["cache_bytes"]
+    assert result["temp_bytes"] < 64e6
+    assert result["fits"]
 
 
 def test_the_generation_loop_on_four_cards():
-    """Heads, widths and vocabulary split: two sums over devices a layer, and what adds each to the residual stream."""
+    """Heads, widths and vocabulary are split: a layer has two sums over devices, each added to the residual stream."""
     argument = {
         "gpu": "b200",
         "config": dataclasses.asdict(FLASH),
@@ -65,37 +70,37 @@ def test_the_generation_loop_on_four_cards():
         "cache_dtype": "bfloat16",
         "devices": 4,
     }
-    made = aot.run_in_child("glm_jax.engine.aot:compile_decode", argument)
+    result = aot.run_in_child("glm_jax.engine.aot:compile_decode", argument)
     layers = FLASH.num_hidden_layers
-    # And one of the embedding; the logits are gathered.
-    assert Counter(made["collectives"]) == {"kAllReduce": 2 * layers + 1, "kAllGather": 1}
-    assert made["kernels"]["gate_up_kernel"] == made["kernels"]["attend_kernel"] == layers
-    assert made["launches_per_token"] <= 12 * layers + 60
-    assert made["graph_pieces"] <= 2  # the token's, and what is set up before the loop
-    assert made["launches_outside_graphs"] <= 1  # whether to go on, to the host
-    assert made["alias_bytes"] >= made["cache_bytes"]
-    assert made["temp_bytes"] < 64e6
-    assert made["argument_bytes"] < 17.5e9 / 3  # of 17 GB a quarter, the embedding and what is not split
+    # One more sum for the embedding; the logits are gathered.
+    assert Counter(result["collectives"]) == {"kAllReduce": 2 * layers + 1, "kAllGather": 1}
+    assert result["kernels"]["gate_up_kernel"] == result["kernels"]["flash_decode_kernel"] == layers
+    assert result["launches_per_token"] <= 12 * layers + 60
+    assert result["graph_pieces"] <= 2  # that of a token, and the setup before the loop
+    assert result["launches_outside_graphs"] <= 1  # the condition of the loop, copied to the host
+    assert result["alias_bytes"] >= result["cache_bytes"]
+    assert result["temp_bytes"] < 64e6
+    assert result["argument_bytes"] < 17.5e9 / 3  # a quarter of 17 GB, the embedding and replicated weights
 
 
 @pytest.mark.parametrize(("slots", "cache"), [(4096, "bfloat16"), (202_752, "bfloat16"), (202_752, "fp8")])
 def test_the_attention_of_a_prompt(slots, cache):
-    """A chunk of 512 tokens: what it needs does not grow with the context, and nothing is copied to be read."""
+    """A chunk of 512 tokens: its memory does not grow with the context, and nothing is copied to be read."""
     argument = {"gpu": "h200", "batch": 1, "tokens": 512, "slots": slots, "cache_dtype": cache}
-    made = aot.run_in_child("tests.aot.prefill_programs:program", argument)
-    # A short context, and a whole one or its first stretch.
-    assert made["before"].count("flash_kernel") == 2
-    assert made["of_a_stretch"].count("flash_kernel") == (slots > 4096)
-    assert len(made["of_a_stretch"]) <= 8
-    assert "kCopy" not in made["of_a_stretch"]
-    assert (made["graph_pieces"], made["launches_outside_graphs"]) == (1, 0)
-    # Keys and values of 4,096 slots are 73 MB; then come results in float32, 10 MB each.
-    assert made["temp_bytes"] < 110e6
+    result = aot.run_in_child("tests.aot.prefill_programs:compile_prefill", argument)
+    # A short context, and a whole one or its first chunk of keys.
+    assert result["before"].count("flash_attention_kernel") == 2
+    assert result["loop"].count("flash_attention_kernel") == (slots > 4096)
+    assert len(result["loop"]) <= 8
+    assert "kCopy" not in result["loop"]
+    assert (result["graph_pieces"], result["launches_outside_graphs"]) == (1, 0)
+    # Keys and values of 4,096 slots take 73 MB, and float32 results 10 MB each.
+    assert result["temp_bytes"] < 110e6
 
 
 @pytest.mark.parametrize(("gpu", "chunk"), [("rtx6000-ada", 2048), ("h200", 2048), ("h200", 128)])
 def test_a_chunk_of_a_prompt(gpu, chunk):
-    """No scores of all keys (5 GB of these), no expert that computes tokens of others, no matrix out of its tiles."""
+    """No scores of all keys (5 GB), no expert that computes tokens of others, no untiled matrix."""
     argument = {
         "gpu": gpu,
         "config": dataclasses.asdict(FLASH),
@@ -105,43 +110,43 @@ def test_a_chunk_of_a_prompt(gpu, chunk):
         "chunk": chunk,
         "cache_dtype": "bfloat16",
     }
-    made = aot.run_in_child("glm_jax.engine.aot:compile_prefill", argument)
-    # The dense layer's, and those of the loop over the others; attention over a first stretch and over more.
-    assert made["graph_pieces"] == 1
-    assert made["kernels"]["gated_kernel"] == 1 + 2
-    assert made["kernels"]["matmul_kernel"] == (4 + 1) + (4 + 2)
-    assert made["kernels"]["flash_kernel"] >= 2 * 2
-    assert made["alias_bytes"] >= made["cache_bytes"]
-    assert made["temp_bytes"] < 500e6
-    assert made["fits"]
+    result = aot.run_in_child("glm_jax.engine.aot:compile_prefill", argument)
+    # Those of the dense layer and of the loop over the others; attention over a first chunk of keys and over more.
+    assert result["graph_pieces"] == 1
+    assert result["kernels"]["gated_linear_unit_kernel"] == 1 + 2
+    assert result["kernels"]["grouped_matmul_kernel"] == (4 + 1) + (4 + 2)
+    assert result["kernels"]["flash_attention_kernel"] >= 2 * 2
+    assert result["alias_bytes"] >= result["cache_bytes"]
+    assert result["temp_bytes"] < 500e6
+    assert result["fits"]
 
 
 def test_filters_are_few_launches():
-    """Four for each of the two searches, one before and one after them; and the head leaves logits."""
-    made = compiled("rtx6000-ada", "int4", 1, 1024, "bfloat16", temperature=1.0, top_p=0.95)
-    kernels = made["kernels"]
-    assert [kernels[name] for name in ("survey_kernel", "narrow_kernel", "draw_kernel")] == [1, 8, 1]
-    assert made["launches_per_token"] <= 400
-    assert made["copies_per_token"] == 0
-    assert (made["graph_pieces"], made["launches_outside_graphs"]) == (1, 0)
+    """Four launches for each of two searches, one before and one after them; and the head writes logits."""
+    result = compiled("rtx6000-ada", "int4", 1, 1024, "bfloat16", temperature=1.0, top_p=0.95)
+    kernels = result["kernels"]
+    assert [kernels[name] for name in ("logits_stats_kernel", "radix_select_kernel", "sample_kernel")] == [1, 8, 1]
+    assert result["launches_per_token"] <= 400
+    assert result["copies_per_token"] == 0
+    assert (result["graph_pieces"], result["launches_outside_graphs"]) == (1, 0)
 
 
-def test_everything_that_can_be_asked_for_is_one_graph():
-    """Also for more rows than eight, whose pairs of token and expert a kernel sorts first."""
+def test_all_sampling_options_at_once_are_one_graph():
+    """Also for more than eight rows, whose (token, expert) pairs are sorted by a kernel first."""
     everything = {"temperature": 1.0, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1, "logprobs": 5}
-    made = compiled("h200", "int4", 16, 1024, "bfloat16", **everything)
-    assert made["kernels"]["plan_kernel"] == FLASH.num_hidden_layers - 1
-    assert made["launches_per_token"] <= 480
-    assert made["copies_per_token"] == 0
-    assert (made["graph_pieces"], made["launches_outside_graphs"]) == (1, 0)
+    result = compiled("h200", "int4", 16, 1024, "bfloat16", **everything)
+    assert result["kernels"]["dispatch_kernel"] == FLASH.num_hidden_layers - 1
+    assert result["launches_per_token"] <= 480
+    assert result["copies_per_token"] == 0
+    assert (result["graph_pieces"], result["launches_outside_graphs"]) == (1, 0)
 
 
-def test_a_card_that_nobody_described():
+def test_an_unknown_gpu_is_refused():
     with pytest.raises(aot.AotError, match="no description of a GPU called 'tpu'; there are rtx6000-ada"):
         aot.find_gpu_spec("tpu")
 
 
-def test_what_goes_wrong_in_the_child_is_said_in_one_line():
+def test_an_error_of_the_child_is_one_line():
     with pytest.raises(aot.AotError, match=r"^compiling failed: .*no description of a GPU called 'none'"):
         aot.run_in_child("glm_jax.engine.aot:compile_decode", {"gpu": "none", "config": dataclasses.asdict(FLASH)})
 

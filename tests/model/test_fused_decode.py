@@ -218,7 +218,7 @@ def test_a_prompt(monkeypatch):
 
     monkeypatch.setattr(_launch, "interpret", noted)
     found, written = step(cfg, params, True, cache, tokens, positions)
-    assert names == {"gated_kernel", "matmul_kernel", "flash_kernel"}
+    assert names == {"gated_linear_unit_kernel", "grouped_matmul_kernel", "flash_attention_kernel"}
     assert_close(found, expected, 5e-6)
     assert_close(written.data, after.data, 5e-6)
 

@@ -116,7 +116,7 @@ def test_experts_down():
 @pytest.mark.parametrize("length", [pytest.param(2048, marks=pytest.mark.soak), 4097])
 def test_attention(length):
     rng = np.random.default_rng(length)
-    att = AttentionDims(heads=20, nope=192, rope=64, latent=512, value=256, query_latent=768, interleave=True, eps=1e-6)
+    att = AttentionDims(heads=20, nope=192, rope=64, latent=512, value_dim=256, query_latent=768, interleave=True, eps=1e-6)
     cache, query = LatentCacheArrays(random_normal(rng, 1, 1, 4352, 576)), random_normal(rng, 1, 20, 576)
     positions = jnp.full(1, length - 1, jnp.int32)
     parts = flash_decode(att, query, cache, ZERO, positions, config=FlashDecodeConfig(splits=8))
