@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 from pallas_kernels._cache_dirs import private_cache_dir
 from pallas_kernels._kernel import Constant, LaunchError, TritonKernel
@@ -91,8 +92,7 @@ def compile_kernel(
     Raises:
         LaunchError: If the kernel needs scratch memory.
     """
-    from triton.compiler import compiler  # optional: the extra "cuda"
-
+    compiler = _import_triton().compiler.compiler
     pointer_types = {name: f"*{element_type}" for name, element_type in element_types}
     signature = {name: pointer_types.get(name, "constexpr") for name in kernel.arg_names}
     # XLA aligns every array to 128 bytes or more.
@@ -117,8 +117,6 @@ def private_triton_cache() -> Iterator[Path | None]:
 
     A folder named by the environment (TRITON_CACHE_DIR, TRITON_HOME) is the user's choice and stays.
     """
-    from triton import knobs  # optional: the extra "cuda"
-
     if any(os.environ.get(name) for name in ("TRITON_CACHE_DIR", "TRITON_HOME")):
         yield None
         return
@@ -128,6 +126,13 @@ def private_triton_cache() -> Iterator[Path | None]:
             folder = private_cache_dir("triton")
         except OSError:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        knobs = _import_triton().knobs
         stack.enter_context(knobs.cache.scope())
         knobs.cache.dir = str(folder)
         yield folder
+
+
+def _import_triton() -> ModuleType:
+    import triton  # optional: the extra "cuda"
+
+    return triton
