@@ -11,9 +11,15 @@ from convert.calibrate.signround import SignRoundConfig
 from glm_jax.checkpoint.sources.base import WeightSource
 from glm_jax.checkpoint.sources.open import open_source
 from glm_jax.checkpoint.sources.quantized import RequantizedSource
-from glm_jax.checkpoint.write.conversion import ConversionReport, OutputFormat, resolve_destination, write_checkpoint
+from glm_jax.checkpoint.write.conversion import (
+    ConversionReport,
+    OutputFormat,
+    reject_source_folder,
+    resolve_destination,
+    write_checkpoint,
+)
 from glm_jax.checkpoint.write.pack_quantized import NON_LINEAR_PARAMS
-from glm_jax.errors import CheckpointError, QuantError
+from glm_jax.errors import QuantError
 from glm_jax.weights import QuantRules
 from glm_jax.weights.params import ParamPath
 from glm_jax.weights.quantization import QuantMethod
@@ -61,8 +67,7 @@ def convert_checkpoint(
     """
     folder = resolve_destination(destination)
     weights = source if isinstance(source, WeightSource) else open_source(source, dtype=dtype)
-    if weights.info.folder and weights.info.folder.resolve() == folder:
-        raise CheckpointError(f"{folder} is the source: choose another destination")
+    reject_source_folder(weights, folder)  # before quantization, which may read text first
     if rules := QuantRules.resolve(quantize):
         # Parameters that the destination cannot hold quantized keep their exact values.
         exclude = NON_LINEAR_PARAMS if to == "safetensors" else ()

@@ -83,10 +83,12 @@ def write_checkpoint(
         method: How the source quantizes, as a phrase such as ", quantized int4 by mse"; part of the job's title.
 
     Raises:
-        CheckpointError: if the folder cannot be written, the disk is full, or arrays do not read back as written.
+        CheckpointError: if the folder is the source's own or cannot be written, the disk is full, or arrays do not read
+            back as written.
         MemoryPlanError: if the source computes its weights and the largest layer does not fit in memory.
     """
     folder = resolve_destination(destination)
+    reject_source_folder(source, folder)
     target = _TARGET_TYPES[to](source, None if dtype is None else FLOAT_DTYPES[dtype])
     bar: ProgressBarFactory = functools.partial(progress_bar, show=progress)
     title = f"a conversion of {source.info.name} to {to}, dtype {dtype or 'unchanged'}{method}"
@@ -118,6 +120,20 @@ def resolve_destination(destination: str | Path) -> Path:
         return Path(os.path.expanduser(text)).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a NUL character, or a loop of links
         raise CheckpointError(f"{printable(text)} cannot be a folder ({printable(str(error))})") from None
+
+
+def reject_source_folder(source: WeightSource, folder: Path) -> None:
+    """Checks that a destination is not the folder of its source, whose files a conversion would replace.
+
+    Args:
+        source: The weights. Parameters in memory have the folder that supplies their tokenizer.
+        folder: Absolute path of the destination.
+
+    Raises:
+        CheckpointError: if it is.
+    """
+    if source.info.folder and source.info.folder.resolve() == folder:
+        raise CheckpointError(f"{folder} is the source: choose another destination")
 
 
 def _conversion_key(source: WeightSource, to: str, dtype: str | None) -> str:
