@@ -97,7 +97,7 @@ def miniature():
         pytest.param(None, "bfloat16", marks=pytest.mark.soak),
     ],
 )
-def test_the_miniature(miniature, quantize, cache):
+def test_the_miniature(quantize, cache):
     """Presets and caches: the teacher-forced divergence is small, and the next token is the same."""
     options = {"dtype": "float32", "quantize": quantize, "cache_dtype": cache}
     plain = glm_jax.LLM.load("tiny", **options, kernels="reference")
@@ -105,7 +105,7 @@ def test_the_miniature(miniature, quantize, cache):
     assert has_tiled_weights(kernels.params)
     assert not has_tiled_weights(plain.params)
     cfg, text = plain.config, "def fib(n):\n    if n < 2:\n        return n"
-    ids = jnp.asarray([miniature.tokenizer.encode(text)], jnp.int32)
+    ids = jnp.asarray([plain.tokenizer.encode(text)], jnp.int32)
     start = LatentCache.create(cfg, 1, 64, cache, dequant_dtype="float32")
     seen = ids.shape[1] - 1
     positions = jnp.arange(seen, dtype=jnp.int32)[None]
