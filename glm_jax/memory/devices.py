@@ -8,7 +8,6 @@ import functools
 import json
 import os
 import re
-import resource
 import sys
 from importlib import resources
 from pathlib import Path
@@ -17,6 +16,11 @@ from typing import Protocol
 import jax
 
 from glm_jax.errors import MemoryPlanError
+
+try:
+    import resource
+except ImportError:  # not available on every system
+    resource = None
 
 _MEMINFO, _CGROUPS, _OWN_CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _MEMORY_FRACTION_VARIABLES = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
@@ -119,12 +123,15 @@ def peak_memory() -> tuple[int, str]:
     """Returns the peak memory use in bytes, and where it was measured.
 
     The peak is that of the first local device, named by its kind, if the device counts it. Otherwise it is the peak
-    resident size of this process, and the name is "process".
+    resident size of this process, and the name is "process"; where the system does not tell it, the result is 0 and
+    "unknown".
     """
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"], device.device_kind
+    if resource is None:
+        return 0, "unknown"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024), "process"
 

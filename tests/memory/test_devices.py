@@ -1,5 +1,9 @@
 """Known GPUs, and the memory that devices, machines and containers leave to a process."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -7,6 +11,8 @@ from glm_jax.errors import MemoryPlanError
 from glm_jax.memory import devices
 from glm_jax.memory.devices import known_gpus, parse_gpus
 from tests.memory.plans import fake_device, plan_on
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_known_gpus():
@@ -125,3 +131,14 @@ def test_peak_memory_on_a_cpu_is_that_of_the_process():
     peak, location = devices.peak_memory()
     assert location == "process"
     assert 50e6 < peak < 1e12
+
+
+def test_models_load_where_the_system_has_no_resource_module():
+    script = """
+import sys
+sys.modules["resource"] = None
+import glm_jax
+from glm_jax.memory import peak_memory
+assert glm_jax.LLM and peak_memory() == (0, "unknown")
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
