@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import pkgutil
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -41,7 +41,7 @@ class KernelModule:
         self._name = name
 
     def __getattr__(self, kernel: str) -> TritonKernel:
-        return getattr(importlib.import_module(self._name), kernel)
+        return pkgutil.resolve_name(f"{self._name}:{kernel}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

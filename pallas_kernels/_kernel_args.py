@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 
 import jax
 import jax.numpy as jnp
@@ -38,5 +38,5 @@ def compute_itemsize(dtype: DTypeLike) -> int:
 
 def compute_dtype(dtype: DTypeLike) -> Constant:
     """Returns Triton's dtype of a kernel's products: bfloat16, or float32 for float32 arrays and in the interpreter."""
-    language = importlib.import_module("triton.language")
-    return language.float32 if compute_itemsize(dtype) == 4 else language.bfloat16
+    name = "float32" if compute_itemsize(dtype) == 4 else "bfloat16"
+    return pkgutil.resolve_name(f"triton.language:{name}")  # optional and slow to import
