@@ -1,4 +1,4 @@
-"""A small model with the miniature's tokenizer."""
+"""A small checkpoint with the miniature's tokenizer, for calibration."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ TINY_FOLDER = Path(glm_jax.__file__).parent / "tiny"
 
 
 def write_calibration_checkpoint(folder, layers=2):
-    """A random checkpoint that knows the miniature's tokens; its widths have groups of 8 and more."""
+    """Writes a random checkpoint with the miniature's vocabulary; its widths divide into groups of 8 or more."""
     config = hf_configs.odd_size_config(
         vocab_size=2048, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=layers
     )

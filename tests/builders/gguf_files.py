@@ -1,6 +1,6 @@
-"""GGUF files for tests, written with the gguf package: of a whole small model, or of any tensors and fields.
+"""GGUF files for tests, written with the gguf package: whole small models, or chosen tensors and fields.
 
-`to_gguf` turns a Hugging Face checkpoint into GGUF's tensors by hand and on its own, so it also checks our names.
+`to_gguf_tensors` converts a Hugging Face checkpoint without our code, so it also checks our tensor names.
 """
 
 import re
@@ -14,7 +14,7 @@ from glm_jax.checkpoint.formats.gguf.ggml_types import GGML_TYPES
 from tests.builders.hf_configs import odd_size_config
 
 ARCHITECTURE = "deepseek2"
-# Where the float16 numbers lie in a block of each type whose other bytes may be anything.
+# Offsets of the float16 numbers in a block of each type; its other bytes may have any value.
 FLOAT16_OFFSETS = {
     "Q4_0": (0,),
     "Q4_1": (0, 2),
@@ -69,12 +69,12 @@ HF_TO_GGUF_NAMES = {
 
 
 def small_mtp_config(**changes):
-    """A config of odd sizes, with a prediction layer."""
+    """Returns a config with sizes that share no factors and with a prediction layer."""
     return odd_size_config(num_nextn_predict_layers=1, **changes)
 
 
 def architecture_fields(config):
-    """The fields that the converters write for a model."""
+    """Returns the metadata that llama.cpp's converters write for a model."""
     layers, predicted = config["num_hidden_layers"], config["num_nextn_predict_layers"]
     rank, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
     fields = {
@@ -115,28 +115,28 @@ def architecture_fields(config):
 
 
 def to_gguf_tensors(tensors, config, *, split_kv_b=True):
-    """GGUF's tensors of a Hugging Face checkpoint; `halves` says whether kv_b is split, as in newer files."""
-    made, experts = {}, {}
+    """Converts a Hugging Face checkpoint to GGUF tensors; newer files split kv_b into its halves."""
+    converted, experts = {}, {}
     for name, array in tensors.items():
         block, inner = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+?)(?:\.weight)?", name).groups()
         prefix = "" if block is None else f"blk.{block}."
-        if found := re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)_proj", inner):
-            experts.setdefault(f"{prefix}ffn_{found[2]}_exps.weight", []).append(array)
+        if expert := re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)_proj", inner):
+            experts.setdefault(f"{prefix}ffn_{expert[2]}_exps.weight", []).append(array)
         elif inner == "self_attn.kv_b_proj" and split_kv_b:
             nope = config["qk_nope_head_dim"]
             heads = array.reshape(config["num_attention_heads"], -1, config["kv_lora_rank"])
-            made[f"{prefix}attn_k_b.weight"] = np.ascontiguousarray(heads[:, :nope].swapaxes(1, 2))
-            made[f"{prefix}attn_v_b.weight"] = np.ascontiguousarray(heads[:, nope:])
+            converted[f"{prefix}attn_k_b.weight"] = np.ascontiguousarray(heads[:, :nope].swapaxes(1, 2))
+            converted[f"{prefix}attn_v_b.weight"] = np.ascontiguousarray(heads[:, nope:])
         else:
-            made[f"{prefix}{HF_TO_GGUF_NAMES[inner]}.{'bias' if inner.endswith('_bias') else 'weight'}"] = array
-    return made | {name: np.stack(arrays) for name, arrays in experts.items()}
+            converted[f"{prefix}{HF_TO_GGUF_NAMES[inner]}.{'bias' if inner.endswith('_bias') else 'weight'}"] = array
+    return converted | {name: np.stack(arrays) for name, arrays in experts.items()}
 
 
 def write_gguf(path: Path, tensors, fields, *, max_tensors_per_file=0, first_empty=False) -> Path:
-    """A GGUF file; a tensor is an array, or a pair of its bytes and the name of its type.
+    """Writes a GGUF file. A tensor is an array, or a pair of its bytes and the name of its type.
 
-    `split` is the most tensors in a file of a set, whose first file may have none. Numbers are written as the
-    converters do.
+    `max_tensors_per_file` splits the model over several files; with `first_empty` the first has no tensors. Numbers
+    have the types that the converters use.
     """
     writer = gguf.GGUFWriter(path, ARCHITECTURE, split_max_tensors=max_tensors_per_file, small_first_shard=first_empty)
     for key, value in fields.items():
@@ -168,7 +168,7 @@ def _add_field(writer, key, value):
 
 
 def random_blocks(kind, shape, seed=0):
-    """Random bytes of a tensor ``[*stack, O, I]`` of a type, its scales numbers of a common size."""
+    """Returns random bytes of a tensor ``[*stack, O, I]`` whose scales are finite and of similar size, and its type."""
     rng = np.random.default_rng([seed, len(kind), *kind.encode()])
     types = {t.name: t for t in GGML_TYPES.values()}
     block = types[kind]
@@ -178,12 +178,12 @@ def random_blocks(kind, shape, seed=0):
         raw[:, at : at + 2] = (rng.standard_normal((count, 1)) / 50).astype("<f2").view(np.uint8)
     if kind == "MXFP4":
         raw[:, 0] = rng.integers(0, 251, count)
-    if kind == "IQ1_M":  # the float16 scale is spread over the high four bits of four 16-bit numbers
+    if kind == "IQ1_M":  # the high four bits of four 16-bit numbers hold the float16 scale
         raw[:, 55] = raw[:, 55] & 0x0F | 0x20
     return raw.reshape(*shape[:-1], -1), kind
 
 
 def gguf_dequantize(tensor):
-    """What the gguf package makes of a pair of bytes and type."""
+    """Dequantizes a pair of bytes and type with the gguf package."""
     raw, kind = tensor
     return gguf.quants.dequantize(raw, Type[kind])

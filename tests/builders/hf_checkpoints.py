@@ -1,6 +1,6 @@
-"""Small Hugging Face checkpoints for tests: random tensors, files, and our parameter tree of them.
+"""Small Hugging Face checkpoints for tests: random tensors, files, and the parameter tree that they make.
 
-`to_params` maps tensors to the parameter tree by hand and on its own, so it also checks the real loader.
+`to_params` maps tensors to the parameter tree without our code, so it also checks the loader.
 """
 
 import json
@@ -21,7 +21,7 @@ Tensors = dict[str, np.ndarray[Any, Any]]
 
 
 def tensor_shapes(config: Mapping[str, Any], *, own_mtp: bool = True) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint; `own_mtp` adds the MTP layer's copies of embedding and head."""
+    """Returns the shape of every tensor; `own_mtp` adds the prediction layer's own embedding and head."""
     wide, vocab = config["hidden_size"], config["vocab_size"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, wide), "model.norm.weight": (wide,)}
     if not config.get("tie_word_embeddings", False):
@@ -88,9 +88,9 @@ def _mtp_shapes(config: Mapping[str, Any], own: bool) -> dict[str, tuple[int, ..
 
 
 def random_tensors(config: Mapping[str, Any], seed: int, *, own_mtp: bool = False, dtype: Any = np.float32) -> Tensors:
-    """Random tensors with non-trivial norms and router biases, and logits of about unit size.
+    """Returns random tensors with non-trivial norms and router biases; their logits have about unit size.
 
-    Without `own_mtp` the MTP layer's embedding and head are copies of the main ones, as in the original.
+    Without `own_mtp` the prediction layer's embedding and head are copies of the main ones, as in the original.
     """
     rng = np.random.default_rng(seed)
     tensors = {n: _random_tensor(rng, n, s, dtype) for n, s in tensor_shapes(config).items()}
@@ -113,7 +113,7 @@ def _random_tensor(rng: np.random.Generator, name: str, shape: tuple[int, ...], 
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Tensors, *, shards: int = 2) -> Path:
-    """A Hugging Face folder: config.json and `shards` safetensors files with their index."""
+    """Writes a Hugging Face folder: config.json, and `shards` safetensors files with their index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2))
     names = sorted(tensors)
@@ -128,7 +128,7 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Tensors, 
 
 
 def read_tensors(folder: Path) -> Tensors:
-    """Every tensor of a folder's safetensors files."""
+    """Reads every tensor of a folder's safetensors files."""
     tensors: Tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= safetensors.numpy.load_file(file)
@@ -136,7 +136,7 @@ def read_tensors(folder: Path) -> Tensors:
 
 
 def to_params(tensors: Mapping[str, Any], cfg: Config, dtype: Any = np.float32) -> dict[str, Any]:
-    """Our parameter tree of a checkpoint's tensors, as NumPy arrays."""
+    """Maps a checkpoint's tensors to the parameter tree, as NumPy arrays."""
     params: dict[str, Any] = {"embed": tensors["model.embed_tokens.weight"], "norm": tensors["model.norm.weight"]}
     if not cfg.tie_word_embeddings:
         params["head"] = tensors["lm_head.weight"]
@@ -200,7 +200,7 @@ def _block_params(tensors: Mapping[str, Any], cfg: Config, members: range, kind:
 
 
 def to_device(params: Any) -> Any:
-    """The same tree with jax arrays."""
+    """Returns the same tree with JAX arrays."""
     return jax.tree.map(jnp.asarray, params)
 
 

@@ -1,11 +1,11 @@
-"""The real spellings of the model's config.json, at the real size and at small odd sizes."""
+"""The spellings of the model's config.json that exist, at the real size and at small odd sizes."""
 
 from collections.abc import Mapping
 from typing import Any
 
 HfConfig = dict[str, Any]
 
-# config.json of the original checkpoint, every key.
+# Every key of the original checkpoint's config.json.
 FLASH_ORIGINAL: HfConfig = {
     "architectures": ["Glm4MoeLiteForCausalLM"],
     "model_type": "glm4_moe_lite",
@@ -46,7 +46,7 @@ FLASH_ORIGINAL: HfConfig = {
     "vocab_size": 154880,
 }
 
-# Sizes that share no factor where a mix-up could hide: heads, head parts, ranks and widths all differ.
+# Heads, head widths, ranks and widths all differ, so that no two can be confused.
 ODD_SIZES: HfConfig = {
     "vocab_size": 131,
     "hidden_size": 40,
@@ -70,12 +70,12 @@ ODD_SIZES: HfConfig = {
 
 
 def original_config(**changes: Any) -> HfConfig:
-    """The spelling of the original checkpoint, with changed values."""
+    """Returns the config as the original checkpoint spells it, with changed values."""
     return {**FLASH_ORIGINAL, **changes}
 
 
 def resaved_config(**changes: Any) -> HfConfig:
-    """The spelling after transformers 5 loaded and saved the original: rope moves, and old keys survive as extras."""
+    """Returns the config as transformers 5 saves the original: RoPE keys move, and old keys survive as extras."""
     config = original_config(**changes)
     rope = {"rope_type": "default", "rope_theta": config.pop("rope_theta"), "partial_rotary_factor": 1.0}
     del config["rope_scaling"]
@@ -95,7 +95,7 @@ def resaved_config(**changes: Any) -> HfConfig:
 
 
 def from_scratch_config(**changes: Any) -> HfConfig:
-    """The spelling of a config built by transformers 5 and saved: none of the original's own keys."""
+    """Returns the config as transformers 5 saves one of its own, without the original's extra keys."""
     config = resaved_config(**changes)
     for key in ("first_k_dense_replace", "num_nextn_predict_layers", "partial_rotary_factor", "topk_method"):
         config.pop(key, None)
@@ -103,12 +103,12 @@ def from_scratch_config(**changes: Any) -> HfConfig:
 
 
 def odd_size_config(**changes: Any) -> HfConfig:
-    """The original spelling at `ODD_SIZES`."""
+    """Returns the original spelling at `ODD_SIZES`."""
     return original_config(**{**ODD_SIZES, **changes})
 
 
 def layer_kinds(config: Mapping[str, Any]) -> list[str]:
-    """Kinds of the main layers, then "mtp" when the config has an MTP layer."""
+    """Returns the kinds of the main layers, then "mtp" if there is a prediction layer."""
     dense = config.get("first_k_dense_replace", 1)
     kinds = config.get("mlp_layer_types") or ["dense"] * dense + ["sparse"] * (config["num_hidden_layers"] - dense)
     return [*kinds, *["mtp"] * config.get("num_nextn_predict_layers", 0)]

@@ -1,4 +1,4 @@
-"""Runs our model on small inputs, compiled quickly and only once per kind of call."""
+"""A model under jit for small inputs: it compiles quickly, and once for each kind of call."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,20 +14,20 @@ from glm_jax.model import GLM
 
 Array = np.ndarray[Any, Any]
 
-# Half the compile time; the programs are small and run once or twice.
+# Halves the compile time; the programs are small and run once or twice.
 QUICK_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
 @dataclass(frozen=True)
 class JittedModel:
-    """A model and its parameters."""
+    """A model, its parameters, and its compiled calls."""
 
     cfg: Config
     params: Any
     compiled: dict[str, Any] = field(default_factory=dict)
 
     def apply(self, *inputs: Array, **options: Any) -> Any:
-        """`GLM.apply` under `jit`; options that are arrays are traced, the others static."""
+        """Calls `GLM.apply` under `jit`; options that are arrays are traced, the others static."""
         arrays = {k: v for k, v in options.items() if isinstance(v, jax.Array | np.ndarray | LatentCache)}
         static = {k: v for k, v in options.items() if k not in arrays}
         key = repr(sorted(static.items()))
@@ -38,27 +38,27 @@ class JittedModel:
         return self.compiled[key](self.params, inputs, arrays)
 
     def cache(self, batch: int, capacity: int, layers: int | None = None) -> LatentCache:
-        """An empty float32 cache."""
+        """Returns an empty float32 cache."""
         return LatentCache.create(self.cfg, batch, capacity, jnp.float32, layers=layers)
 
 
 def make_positions(tokens: Array, start: int | Sequence[int] | Array = 0) -> Array:
-    """Positions int32 [B, T] of tokens that begin at `start` (one for all rows, or one per row)."""
+    """Returns positions ``int32 [B, T]`` that begin at `start`, one number for all sequences or one for each."""
     first = np.broadcast_to(np.asarray(start, np.int32), (len(tokens),))
     return first[:, None] + np.arange(tokens.shape[1], dtype=np.int32)[None]
 
 
 def random_tokens(config: dict[str, Any], *shape: int, seed: int = 0) -> Array:
-    """Random token ids."""
+    """Returns random token ids ``int32 [*shape]``."""
     return np.random.default_rng(seed).integers(0, config["vocab_size"], shape).astype(np.int32)
 
 
 def tolerance_ratio(actual: Any, expected: Any) -> float:
-    """Largest difference as a share of what is allowed: 2e-5 x (1 + the largest expected value)."""
+    """Returns the largest difference as a fraction of the tolerance, 2e-5 x (1 + the largest expected value)."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     return float(np.abs(actual - expected).max() / (2e-5 * (1 + np.abs(expected).max())))
 
 
 def is_close(actual: Any, expected: Any) -> bool:
-    """Whether float32 values equal the exact ones as closely as transformers' would."""
+    """Whether float32 values are as close to the exact ones as those of transformers."""
     return tolerance_ratio(actual, expected) <= 1

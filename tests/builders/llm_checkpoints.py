@@ -1,6 +1,6 @@
-"""Two kinds of small checkpoint with a tokenizer: random ones, and ones that write what a test tells them to.
+"""Small checkpoints with a tokenizer: random ones, and ones that generate the text that a test dictates.
 
-All have one config, so that every test shares the compiled programs.
+All share one config, so that tests share compiled programs.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from tests.builders.hf_checkpoints import Tensors, random_tensors, write_checkpo
 from tests.builders.hf_configs import HfConfig, odd_size_config
 from tests.text.fixtures import write_byte_level_tokenizer
 
-CONTEXT_LENGTH = 1000  # no power of two
+CONTEXT_LENGTH = 1000  # not a power of two
 CONFIG: HfConfig = odd_size_config(
     vocab_size=384,
     hidden_size=64,
@@ -32,15 +32,15 @@ MISSING_VOCAB_TOKEN = "Q"  # the tokenizer loses this one, so its vocabulary has
 
 
 def write_random_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """Random weights, whose text is noise; `changes` to the config."""
+    """Writes a checkpoint of random weights, with `changes` to its config."""
     tokenizer, config = _tokenizer(folder, []), CONFIG | changes
     return _write(folder, random_tensors(config, seed), tokenizer, config)
 
 
 def write_scripted_model(folder: Path, scripts: dict[str, Sequence[str]]) -> Path:
-    """Weights that write a script: after the token named by each key, its pieces one token each, then the end.
+    """Writes a checkpoint that follows a script: after each key's token come the pieces of its value, then the end.
 
-    A piece is a token of its own, or a single byte given as "0xE2". No token may be in two places.
+    A piece is one token, or a single byte such as "0xE2". No token may occur twice.
     """
     pieces = [piece for script in scripts.values() for piece in script if not piece.startswith("0x")]
     tokenizer = _tokenizer(folder, pieces)
@@ -54,7 +54,7 @@ def write_scripted_model(folder: Path, scripts: dict[str, Sequence[str]]) -> Pat
 
 
 def _token_id(tokenizer: tokenizers.Tokenizer, text: str) -> int:
-    """The id of a piece; the byte-level alphabet maps bytes to characters."""
+    """Returns the id of a piece; the byte-level alphabet maps bytes to characters."""
     if text.startswith("0x"):
         value = int(text, 16)
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -66,7 +66,7 @@ def _token_id(tokenizer: tokenizers.Tokenizer, text: str) -> int:
 
 
 def _successor_weights(successors: dict[int, int]) -> Tensors:
-    """A model whose layers add nothing, and whose head points from each embedding to the token that follows."""
+    """Returns weights whose layers add nothing, and whose head maps each embedding to the token that follows."""
     tensors = random_tensors(CONFIG, 5)
     for name, tensor in tensors.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -98,7 +98,7 @@ def _tokenizer(folder: Path, pieces: Sequence[str]) -> tokenizers.Tokenizer:
 def _write(folder: Path, tensors: Tensors, tokenizer: tokenizers.Tokenizer, config: HfConfig = CONFIG) -> Path:
     first, *others = (tokenizer.token_to_id(token) for token in EOS_TOKENS)
     write_checkpoint(folder, {**config, "eos_token_id": others[:1], "pad_token_id": first}, tensors)
-    # The other two are known to this file alone.
+    # Only this file uses the other two.
     generation: dict[str, Any] = {"eos_token_id": [first, *others], "temperature": 0.8, "top_p": 0.9}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder

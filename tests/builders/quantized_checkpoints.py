@@ -1,4 +1,4 @@
-"""Small quantized checkpoints of every format on disk, beside plain ones with the values that they stand for."""
+"""Small quantized checkpoints of every format, each with an unquantized checkpoint of the same values."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.builders.quantized_formats import (
     pack_mlx_checkpoint,
 )
 
-# Multiples of the groups of 32 and of four devices, and different wherever they can be.
+# Multiples of groups of 32 and of four devices, and otherwise different.
 QUANTIZABLE_SIZES: HfConfig = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -39,7 +39,7 @@ QUANTIZABLE_SIZES: HfConfig = {
 
 
 class CheckpointPair(NamedTuple):
-    """Two folders of one model."""
+    """Folders of a quantized model, and of an unquantized model with the same values."""
 
     config: HfConfig
     quantized: Path
@@ -54,7 +54,7 @@ def write_checkpoint_pair(
     spelling: Any = original_config,
     **changes: Any,
 ) -> CheckpointPair:
-    """A checkpoint whose matrices of these kinds are packed in a format."""
+    """Writes a checkpoint whose matrices of these kinds are packed in a format."""
     config = spelling(**{**QUANTIZABLE_SIZES, **changes})
     tensors = random_tensors({"num_nextn_predict_layers": 0, **config}, sum(map(ord, form.name)))
     if form is MLX_FORMAT:

@@ -1,4 +1,4 @@
-"""Random quantized tensors of every kind, and what they stand for, element by element."""
+"""Random quantized tensors of every kind, and their values element by element."""
 
 import numpy as np
 
@@ -23,7 +23,7 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def random_quantized_tensor(spec: QuantSpec, shape: tuple[int, ...], seed: int = 0) -> QuantizedTensor:
-    """A NumPy tensor with codes over their whole range."""
+    """Returns a NumPy tensor whose codes cover their whole range."""
     rng = np.random.default_rng(seed)
     parts = {name: _random_component(rng, spec, name, *of) for name, of in spec.component_shapes(shape).items()}
     return QuantizedTensor(**parts, spec=spec)
@@ -33,7 +33,7 @@ def _random_component(rng, spec, name, shape, dtype):
     if name == "codes":
         low = -128 if dtype == np.int8 else 0
         codes = rng.integers(low, low + 256, shape).astype(dtype)
-        # Two of float8's patterns are NaN, which no weight has.
+        # Two bit patterns of float8 are NaN, which no weight contains.
         return np.where(codes & 0x7F == 0x7F, codes - 1, codes).astype(dtype) if spec.kind == "fp8" else codes
     if name == "permutation":
         rows = [rng.permutation(shape[-1]) for _ in range(int(np.prod(shape[:-1])))]
@@ -48,7 +48,7 @@ def _random_component(rng, spec, name, shape, dtype):
 
 
 def dequantized_values(tensor: QuantizedTensor) -> np.ndarray:
-    """float64, from the formulas of QuantSpec and nothing else."""
+    """Dequantizes to float64, from the formulas of QuantSpec alone."""
     spec, out = tensor.spec, np.empty(tensor.shape)
     rows, columns = (block or size for block, size in zip(spec.block, tensor.shape[-2:], strict=True))
     for index in np.ndindex(*tensor.shape):

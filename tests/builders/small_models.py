@@ -1,4 +1,4 @@
-"""Small models for the tests of the network: our module and the NumPy reference on the same random tensors."""
+"""Small models for the tests of the network: the module and the NumPy reference on the same random tensors."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,7 +52,7 @@ class SmallModel:
         return self.jitted_model.cache(batch, capacity, layers)
 
 
-# Three layers where a scan over two equal ones matters, two elsewhere: a traced forward spells every layer out.
+# Three layers where a scan over two equal ones matters, else two: hooks unroll the layers.
 MODEL_VARIANTS: dict[str, SmallModel] = {
     "odd": SmallModel(odd_size_config(), seed=0),
     "groups": SmallModel(odd_size_config(n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=4), seed=1),

@@ -1,4 +1,4 @@
-"""The miniature scaled down once more, where only the shape of things matters."""
+"""Changes that shrink the miniature's config, for tests in which only shapes matter."""
 
 TINY_OVERRIDES = {
     "hidden_size": 32,

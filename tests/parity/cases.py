@@ -1,4 +1,4 @@
-"""The checkpoints of the parity tests: one case per thing that can differ between real checkpoints."""
+"""The checkpoints of the parity tests: one case for each property in which real checkpoints can differ."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ CONFIG_STYLES = {"original": original_config, "resaved": resaved_config, "scratc
 
 @dataclass(frozen=True, slots=True)
 class ParityCase:
-    """A checkpoint that transformers makes: `changes` to `ODD_SIZES`, written in one of the three spellings."""
+    """A checkpoint for transformers to create: `changes` to `ODD_SIZES`, in one of the three spellings."""
 
     name: str
     config_style: str = "original"
@@ -20,7 +20,7 @@ class ParityCase:
 
     @property
     def config(self) -> HfConfig:
-        """The config.json that is put beside the weights."""
+        """The config.json that is written beside the weights."""
         return CONFIG_STYLES[self.config_style](**{**ODD_SIZES, **self.changes})
 
 

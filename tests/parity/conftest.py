@@ -1,4 +1,4 @@
-"""Checkpoints made and saved by transformers itself, once per session."""
+"""Checkpoints that transformers creates and saves, once per session."""
 
 from typing import TYPE_CHECKING
 
@@ -6,13 +6,13 @@ import pytest
 
 from tests.parity.cases import CASES
 
-if TYPE_CHECKING:  # the module needs torch, and this file is read without it too
+if TYPE_CHECKING:  # the module needs torch, which may be missing when this file is read
     from tests.parity.fixtures import SavedCheckpoint
 
 
 @pytest.fixture(scope="session", params=CASES, ids=lambda case: case.name)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "SavedCheckpoint":
-    """Each checkpoint in turn."""
+    """Every checkpoint of `CASES`."""
     from tests.parity.fixtures import save_checkpoint
 
     return save_checkpoint(request.param, tmp_path_factory.mktemp(request.param.name))

@@ -1,4 +1,4 @@
-"""A checkpoint that transformers made, on disk and as transformers' and our model of it."""
+"""A checkpoint that transformers created: on disk, as a transformers model, and as ours."""
 
 import json
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tests.reference import ReferenceModel
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """One checkpoint; each model of it is loaded on demand, once."""
+    """One checkpoint, whose models are loaded once, on first use."""
 
     case: ParityCase
     folder: Path
@@ -33,7 +33,7 @@ class SavedCheckpoint:
 
     @cached_property
     def jitted_model(self) -> JittedModel:
-        """Our float32 model, through the real loader."""
+        """Our float32 model, loaded by `glm_jax.checkpoint.load`."""
         cfg, params, _ = load(self.folder, dtype="float32")
         return JittedModel(cfg, params)
 
@@ -44,7 +44,7 @@ class SavedCheckpoint:
 
 
 def save_checkpoint(case: ParityCase, folder: Path) -> SavedCheckpoint:
-    """transformers builds a random model and saves it; then the config.json is put into the case's spelling."""
+    """Saves a random model of transformers, with the config.json in the case's spelling."""
     hf_models.build_random_model(case).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(case.config, indent=2))
     return SavedCheckpoint(case, folder)

@@ -1,4 +1,4 @@
-"""transformers' side: random models, cached forwards, and what enters and leaves each of their blocks."""
+"""Models of transformers: random ones, forward passes with a cache, and the activations of each block."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -15,9 +15,9 @@ Array = np.ndarray[Any, Any]
 
 
 def build_random_model(case: ParityCase) -> Glm4MoeLiteForCausalLM:
-    """A float32 model with every parameter and buffer random: norms round 1, router biases round 0."""
-    theirs = _with_explicit_layer_types(case.config)
-    model = Glm4MoeLiteForCausalLM(Glm4MoeLiteConfig(**theirs))
+    """Returns a float32 model with random parameters and buffers, norms around 1 and router biases around 0."""
+    config = _with_explicit_layer_types(case.config)
+    model = Glm4MoeLiteForCausalLM(Glm4MoeLiteConfig(**config))
     generator = torch.Generator().manual_seed(case.seed)
     for name, tensor in model.state_dict().items():
         tensor.copy_(_random_tensor(name, tensor.shape, generator))
@@ -44,7 +44,7 @@ def _random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> 
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Glm4MoeLiteForCausalLM:
-    """transformers' model of a folder, with plain attention and the layer kinds of its config.json."""
+    """Loads a folder in transformers, with eager attention and the layer kinds of its config.json."""
     config = Glm4MoeLiteConfig(**_with_explicit_layer_types(json.loads((folder / "config.json").read_text())))
     options: dict[str, Any] = {"attn_implementation": "eager", "dtype": dtype}
     return Glm4MoeLiteForCausalLM.from_pretrained(folder, config=config, **options).eval()
@@ -52,14 +52,14 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Glm4MoeLiteF
 
 @torch.no_grad()
 def compute_logits(model: Glm4MoeLiteForCausalLM, tokens: Array, lengths: Sequence[int] | None = None) -> Array:
-    """Logits [B, T, V]; rows are right-padded when lengths are given."""
+    """Returns logits ``float32 [B, T, V]``; with `lengths`, sequences are padded on the right."""
     mask = None if lengths is None else torch.arange(tokens.shape[1])[None] < torch.tensor(lengths)[:, None]
     return model(torch.from_numpy(tokens).long(), attention_mask=mask).logits.float().numpy()
 
 
 @torch.no_grad()
 def greedy_tokens(model: Glm4MoeLiteForCausalLM, tokens: Sequence[int], count: int) -> list[int]:
-    """`count` greedy tokens with transformers' own cache."""
+    """Generates `count` greedy tokens with transformers' own cache."""
     cache = DynamicCache(config=model.config)
     out = model(torch.tensor([list(tokens)]), past_key_values=cache).logits[0, -1]
     new = [int(out.argmax())]
@@ -70,7 +70,7 @@ def greedy_tokens(model: Glm4MoeLiteForCausalLM, tokens: Sequence[int], count: i
 
 @torch.no_grad()
 def block_activations(model: Glm4MoeLiteForCausalLM, layer: int, x: Array) -> dict[str, Array]:
-    """What layer `layer` makes of block input x [B, T, D]: attn, mlp or moe, moe.router, moe.experts, out."""
+    """Returns a layer's activations for its input x [B, T, D]: attn, mlp or moe, moe.router, moe.experts, out."""
     seen: dict[str, Any] = {}
     module = model.model.layers[layer]
     parts = {"attn": module.self_attn}
@@ -97,7 +97,7 @@ def _record_output(seen: dict[str, Any], name: str) -> Callable[..., None]:
 
 
 def _to_arrays(seen: dict[str, Any], experts: int, shape: tuple[int, ...]) -> dict[str, Array]:
-    """Hook outputs as [B, T, ...]; the router's weights are put at their experts."""
+    """Returns hook outputs as [B, T, ...], and the router's weights as one column per expert."""
     out = {name: value for name, value in seen.items() if isinstance(value, torch.Tensor)}
     out["attn"] = seen["attn"][0]
     if "moe.router" in seen:
@@ -107,7 +107,7 @@ def _to_arrays(seen: dict[str, Any], experts: int, shape: tuple[int, ...]) -> di
 
 
 def force_routing(model: Glm4MoeLiteForCausalLM, weights: dict[int, Array]) -> None:
-    """Makes the routers of these layers return given combination weights [B, T, E], whatever they see."""
+    """Makes the routers of these layers return fixed combination weights [B, T, E]."""
     for layer, dense in weights.items():
         router: Any = model.model.layers[layer].mlp.gate
         chosen = torch.from_numpy(dense.reshape(-1, dense.shape[-1])).topk(router.top_k)

@@ -1,7 +1,7 @@
 """bfloat16 checkpoints and bfloat16 arithmetic.
 
 Loaded as float32, a bfloat16 checkpoint must give transformers' float32 logits. Computed in bfloat16, random models
-flip expert choices, so the routing is forced to be equal there, and our distance from the exact result is held against
+select other experts, so the routing is forced to be equal, and our distance from the exact result is compared with
 transformers' own.
 """
 
@@ -35,7 +35,7 @@ CHOSEN = [
 
 @pytest.fixture(scope="module", params=CHOSEN, ids=lambda case: case.name)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ParityCase, Path]:
-    """A checkpoint of which every tensor, the router bias too, was saved in bfloat16."""
+    """A checkpoint with every tensor in bfloat16, the router bias included."""
     folder = tmp_path_factory.mktemp("bfloat16")
     hf_models.build_random_model(request.param).bfloat16().save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(request.param.config))

@@ -1,4 +1,4 @@
-"""What we write as config.json means the same to transformers as what we read."""
+"""A config.json that we write means the same to transformers as the one that we read."""
 
 import json
 from pathlib import Path

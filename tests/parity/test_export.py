@@ -1,4 +1,4 @@
-"""What is converted, saved and exported here loads in transformers, and is the model it was."""
+"""Converted, saved and exported checkpoints load in transformers and give the same model."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def test_exports_load_without_help(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_export_of_a_config_without_our_keys(tmp_path: Path) -> None:
-    """The keys that transformers drops from its configs are back, so that serving engines can read the folder."""
+    """The export restores the keys that transformers drops from its configs, so that serving engines can read it."""
     config = hf_configs.from_scratch_config(**hf_configs.ODD_SIZES)
     source = hf_checkpoints.write_checkpoint(tmp_path / "hf", config, hf_checkpoints.random_tensors(config, 0))
     convert_checkpoint(source, tmp_path / "out", to="safetensors")

@@ -1,4 +1,4 @@
-"""Our model against transformers on every checkpoint: loaded, whole, block by block, in chunks, padded and greedy."""
+"""Our model against transformers on every checkpoint: whole, block by block, in chunks, padded and greedy."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ def test_the_loader_agrees_with_a_mapping_by_hand(made: SavedCheckpoint) -> None
 
 
 def test_whole_and_block_by_block(made: SavedCheckpoint, record_property: Callable[[str, object], None]) -> None:
-    """Each block of transformers is fed our input of that block, so that no block's error hides in another's."""
+    """Each block of transformers gets our input of that block, so that no block's error hides in another's."""
     ids = random_tokens(made.config, 1, LENGTH)
     names = activation_names(made.jitted_model.cfg)
     logits, _, trace = made.jitted_model.apply(ids, trace=names, attention="expanded")
@@ -52,7 +52,7 @@ def test_absorbed(made: SavedCheckpoint) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_padded_batch_and_chunks(made: SavedCheckpoint, form: str) -> None:
-    """Rows of different lengths padded on the right equal each row alone, whole and in pieces with a cache."""
+    """Sequences padded on the right equal each sequence alone, whole and in chunks with a cache."""
     ids, lengths = random_tokens(made.config, 3, LENGTH, seed=2), np.array([LENGTH, 11, 1])
     expected = [hf_models.compute_logits(made.hf_model, row[None])[0] for row in ids]
     batched = hf_models.compute_logits(made.hf_model, ids, lengths.tolist())
@@ -65,7 +65,7 @@ def test_padded_batch_and_chunks(made: SavedCheckpoint, form: str) -> None:
 
 
 def in_pieces(made: SavedCheckpoint, ids: Array, pieces: list[Array], form: str) -> list[Array]:
-    """Logits of each row, given `pieces[i][row]` tokens at a time, padded to one length."""
+    """Returns each sequence's logits; step i processes `pieces[i][row]` of its tokens, padded to one length."""
     cache, at = made.jitted_model.cache(3, CAPACITY), np.zeros(3, int)
     seen: list[list[Array]] = [[], [], []]
     for lengths in pieces:
@@ -79,7 +79,7 @@ def in_pieces(made: SavedCheckpoint, ids: Array, pieces: list[Array], form: str)
 
 
 def test_greedy_tokens(made: SavedCheckpoint) -> None:
-    """A padded batch of prompts, then single tokens; each row gets the tokens that transformers gives it alone."""
+    """In a padded batch, each sequence gets the greedy tokens that transformers generates for it alone."""
     ids, lengths = random_tokens(made.config, 3, LENGTH, seed=3), np.array([LENGTH, 11, 1])
     cache = made.jitted_model.cache(3, CAPACITY)
     logits, cache = made.jitted_model.apply(ids, positions=make_positions(ids), cache=cache, attention="expanded")

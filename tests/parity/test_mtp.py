@@ -1,4 +1,4 @@
-"""The prediction layer, which transformers leaves out, against a block of transformers with that layer's weights."""
+"""The prediction layer, which transformers does not have, against a block of transformers with its weights."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[HfConfig
 
 
 def test_draft(checkpoint: tuple[HfConfig, Tensors, Path]) -> None:
-    """transformers runs the main model, and a model of one sparse layer whose block, norm and head are the MTP's."""
+    """transformers runs the main model, then a one-layer model with the prediction layer's block, norm and head."""
     config, tensors, folder = checkpoint
     cfg, params, _ = load(folder, dtype="float32")
     ids, ours = random_tokens(config, 2, LENGTH + 1), JittedModel(cfg, params)
@@ -41,7 +41,7 @@ def test_draft(checkpoint: tuple[HfConfig, Tensors, Path]) -> None:
 
 
 def join(tensors: Tensors, config: HfConfig, hidden: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-    """eh_proj of the normed embedding of the next token, then the normed state."""
+    """Applies eh_proj to the normalized embedding of the next token and the normalized hidden state."""
     own = {name.removeprefix("model.layers.2."): torch.from_numpy(np.array(t)) for name, t in tensors.items()}
     width, eps = (config["hidden_size"],), config["rms_norm_eps"]
     token = torch.nn.functional.rms_norm(own["embed_tokens.weight"][following], width, own["enorm.weight"], eps)
@@ -50,7 +50,7 @@ def join(tensors: Tensors, config: HfConfig, hidden: torch.Tensor, following: to
 
 
 def one_block(tensors: Tensors, config: HfConfig, folder: Path) -> Any:
-    """transformers' model of the MTP layer's block alone."""
+    """Returns a model of transformers that consists of the prediction layer's block."""
     own = {n.removeprefix("model.layers.2."): t for n, t in tensors.items() if n.startswith("model.layers.2.")}
     parts = ("self_attn.", "mlp.", "input_layernorm.", "post_attention_layernorm.")
     block = {f"model.layers.0.{name}": tensor for name, tensor in own.items() if name.startswith(parts)}

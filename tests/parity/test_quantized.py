@@ -1,4 +1,4 @@
-"""Quantized checkpoints of every format against transformers on the values that they stand for."""
+"""Quantized checkpoints of every format against transformers on their dequantized values."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ ALL = ("experts", "shared", "attention", "dense", "head", "mtp")
 
 
 def variants() -> list[Any]:
-    """Each format once, and over all of them every choice of modules and spelling."""
+    """Lists each format once; together they cover every choice of modules and spelling."""
     kinds = [("experts",), ALL[:3], ALL, ("experts", "attention"), ("shared", "dense")]
     spellings = [original_config, resaved_config, from_scratch_config]
     return [
@@ -57,7 +57,7 @@ def _check(config: dict[str, Any], ours: JittedModel, plain: Path) -> None:
 
 @pytest.mark.parametrize("name", ["compressed-tensors", "nvfp4"])
 def test_prediction_layer(name: str, tmp_path: Path) -> None:
-    """transformers has none; ours, plain, has been compared with a block of it."""
+    """The quantized prediction layer gives the logits of the unquantized one, which other parity tests cover."""
     pair = quantized_checkpoints.write_checkpoint_pair(tmp_path, FORMATS_BY_NAME[name], ALL)
     ids, drafts = random_tokens(pair.config, 2, LENGTH), []
     for folder in (pair.quantized, pair.dequantized):
@@ -67,13 +67,13 @@ def test_prediction_layer(name: str, tmp_path: Path) -> None:
     assert is_close(*drafts)
 
 
-# Types, and which tensors have them; K types need 256 inputs. Those of random blocks nobody has quantized.
+# GGUF types and the tensors that have them; K types need 256 inputs. Types without a quantizer get random blocks.
 GGUF = {"Q8_0": 1, "Q4_0": 1, "F16": 1, "Q4_K": 8, "Q6_K": 8}
 
 
 @pytest.mark.parametrize("kind", GGUF)
 def test_gguf(kind: str, tmp_path: Path) -> None:
-    """Matrices of one type, halves of kv_b among them; what the package makes of them is what transformers gets."""
+    """transformers gets the values that the gguf package dequantizes; kv_b is split into its halves."""
     sizes = {"moe_intermediate_size": 256, "intermediate_size": 256, "hidden_size": 256} if GGUF[kind] == 8 else {}
     config = original_config(**{**quantized_checkpoints.QUANTIZABLE_SIZES, "v_head_dim": 32, **sizes})
     tensors = hf_checkpoints.random_tensors(config, len(kind))
@@ -95,7 +95,7 @@ def _gguf_tensor(name: str, array: Array, kind: str) -> Any:
         return array
     raw, _ = gguf_files.random_blocks(kind, array.shape, len(name))
     blocks = raw.reshape(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])
-    # Scales at which the values are as large as those of a model.
+    # With these scales the values are as large as those of a model.
     large = gguf_files.gguf_dequantize((raw, kind)).std() * array.shape[-1] ** 0.5
     for at in gguf_files.FLOAT16_OFFSETS[kind]:
         half = np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16)
@@ -106,7 +106,7 @@ def _gguf_tensor(name: str, array: Array, kind: str) -> Any:
 def _from_gguf(
     values: dict[str, Array], tensors: hf_checkpoints.Tensors, config: dict[str, Any]
 ) -> hf_checkpoints.Tensors:
-    """The inverse of `to_gguf`, found by sending the number of every value through it."""
+    """Inverts `to_gguf_tensors` by sending the index of every value through it."""
     ends = np.cumsum([tensor.size for tensor in tensors.values()])
     numbers = {
         name: np.arange(end - tensor.size, end).reshape(tensor.shape)
@@ -132,7 +132,7 @@ EXPORTS = {
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_transformers_loads_our_export(name: str, tmp_path: Path) -> None:
-    """Without help: every weight is the one that we quantized to, bit for bit, and so are the logits."""
+    """transformers reads every weight of an export bit for bit, and gives the same logits."""
     folder, plain, config = _exported(tmp_path, EXPORTS[name])
     ids = random_tokens(config, 2, LENGTH)
     expected = hf_models.load_model(plain)
@@ -147,7 +147,7 @@ def test_transformers_loads_our_export(name: str, tmp_path: Path) -> None:
 
 
 def _exported(tmp_path: Path, rules: QuantRules | str) -> tuple[Path, Path, dict[str, Any]]:
-    """A quantized export, and a plain one of the same values."""
+    """Exports a quantized checkpoint, and an unquantized one of the same values."""
     config = original_config(**quantized_checkpoints.QUANTIZABLE_SIZES)
     source = hf_checkpoints.write_checkpoint(tmp_path / "hf", config, hf_checkpoints.random_tensors(config, 7))
     convert_checkpoint(source, tmp_path / "ours", quantize=rules, method="rtn", dtype="float32")
@@ -158,7 +158,7 @@ def _exported(tmp_path: Path, rules: QuantRules | str) -> tuple[Path, Path, dict
 
 
 def _named(params: Any, cfg: Config) -> hf_checkpoints.Tensors:
-    """The tensors of a checkpoint from our parameters, found by sending names through the mapping by hand."""
+    """Returns checkpoint tensors of our parameters, by sending names through `to_params`."""
     shapes = hf_checkpoints.tensor_shapes(
         json.loads(json.dumps(cfg.to_hf())) | {"num_nextn_predict_layers": 0}, own_mtp=False
     )
@@ -184,7 +184,7 @@ def _scatter(flat: Array, places: Any, params: Any) -> None:
 
 @pytest.mark.parametrize("rules", ["int4", "int8", "int4-small", QuantRules(experts=POINT4, attention=POINT4)])
 def test_compressed_tensors_reads_our_modules(rules: Any, tmp_path: Path) -> None:
-    """Its own functions, on every module that is packed: what transformers does not read (zero points) included."""
+    """compressed-tensors decompresses every packed module to our values, zero points included."""
     from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
     from compressed_tensors.utils.match import match_name
 
@@ -206,7 +206,7 @@ def test_compressed_tensors_reads_our_modules(rules: Any, tmp_path: Path) -> Non
         }
         weight = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
         if not module.startswith("model.layers.2."):
-            # It rounds to the dtype of the scales.
+            # compressed-tensors rounds to the dtype of the scales.
             assert torch.equal(weight, torch.from_numpy(values[f"{module}.weight"]).to(weight.dtype)), module
     assert len(modules) > 20
 
@@ -218,7 +218,7 @@ def _torch(array: Array) -> torch.Tensor:
 
 
 def test_an_export_of_a_download(tmp_path: Path) -> None:
-    """GPTQ in, compressed-tensors out, the same logits in transformers."""
+    """A GPTQ checkpoint exported as compressed-tensors gives the same logits in transformers."""
     pair = quantized_checkpoints.write_checkpoint_pair(
         tmp_path, FORMATS_BY_NAME["gptq-symmetric"], ALL[:4], resaved_config
     )

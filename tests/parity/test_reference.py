@@ -1,4 +1,4 @@
-"""The NumPy reference against transformers: what the other tests lean on."""
+"""The NumPy reference, on which the other tests rely, against transformers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The formulas of one layer, on plain arrays of one sequence (rows are tokens)."""
+"""The formulas of one layer, on plain arrays of one sequence; each row is a token."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ Array = np.ndarray[Any, Any]
 
 
 def linear(x: Array, weight: Array) -> Array:
-    """`x` [..., in] times a stored matrix [out, in]."""
+    """Multiplies `x` [..., in] by a stored matrix [out, in]."""
     return x @ weight.T
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Root mean square norm over the last axis, without a "+1" on the weight."""
+    """Root-mean-square norm over the last axis; no 1 is added to the weight."""
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
@@ -51,7 +51,7 @@ def apply_rope(x: Array, positions: Array, theta: float, interleave: bool) -> Ar
 
 
 def attend_expanded(q: Array, latent: Array, key: Array, value: Array, rank: int, start: int) -> Array:
-    """Keys and values of every head are built from the latent; [T, heads, v]."""
+    """Attention whose keys and values of every head are computed from the latent; returns [T, heads, v]."""
     content, position_part = latent[:, :rank], latent[:, rank:]
     nope = key.shape[1]
     k = np.einsum("sc,hnc->hsn", content, key)
@@ -61,7 +61,7 @@ def attend_expanded(q: Array, latent: Array, key: Array, value: Array, rank: int
 
 
 def attend_absorbed(q: Array, latent: Array, key: Array, value: Array, rank: int, start: int) -> Array:
-    """The same, with the key matrix moved to the query and the value matrix to the result; [T, heads, v]."""
+    """Attention with the key matrix absorbed into the query and the value matrix into the result; [T, heads, v]."""
     content = latent[:, :rank]
     nope = key.shape[1]
     absorbed = np.concatenate([np.einsum("thn,hnc->thc", q[..., :nope], key), q[..., nope:]], axis=-1)
@@ -71,17 +71,17 @@ def attend_absorbed(q: Array, latent: Array, key: Array, value: Array, rank: int
 
 
 def _attention_weights(scores: Array, head: int, start: int) -> Array:
-    """Causal softmax of [heads, T, S]; query t sits at position start + t; the scale is that of the expanded head."""
+    """Causal softmax of scores [heads, T, S]; query t has position start + t; the scale is the expanded head's."""
     _, queries, keys = scores.shape
     visible = np.arange(keys)[None, :] <= start + np.arange(queries)[:, None]
     return softmax(np.where(visible[None], scores / np.sqrt(np.asarray(head, scores.dtype)), -np.inf))
 
 
 def route(logits: Array, bias: Array, config: dict[str, Any]) -> Array:
-    """Combination weights [T, E] from router logits: 0 for every expert that is not chosen.
+    """Combination weights [T, E] from router logits: 0 for every expert that is not selected.
 
-    Sigmoid scores; the bias takes part in the choice only. With groups, a group counts as the sum of its two best
-    biased scores, and only experts of the `topk_group` best groups can be chosen.
+    The scores are sigmoids, and the bias only affects the selection. A group's score is the sum of its two best
+    biased scores, and only experts of the `topk_group` best groups can be selected.
     """
     weights = np.zeros_like(logits)
     for token, row in enumerate(logits):
@@ -95,7 +95,7 @@ def route(logits: Array, bias: Array, config: dict[str, Any]) -> Array:
 
 
 def select_experts(biased: Array, groups: int, kept_groups: int, count: int) -> list[int]:
-    """Expert ids chosen for one token from its biased scores [E]."""
+    """Expert ids selected for one token from its biased scores [E]."""
     size = len(biased) // groups
     members = [range(g * size, (g + 1) * size) for g in range(groups)]
     if groups > 1:

@@ -14,7 +14,7 @@ Edits = Mapping[str, Callable[[Array], Array]]
 
 
 class ReferenceModel:
-    """One checkpoint. Activations are [T, D] of one sequence; a cache is a list with one [S, R + P] array per layer."""
+    """One checkpoint's model. Activations are [T, D] of one sequence; a cache has one [S, R + P] array per layer."""
 
     def __init__(
         self,
@@ -40,10 +40,10 @@ class ReferenceModel:
         self.record: ActivationRecord | None = None
         self.edits: Edits = {}
 
-    # -- what a test calls ----------------------------------------------------------------------------------------
+    # -- interface ----------------------------------------------------------------------------------------
 
     def empty_cache(self) -> list[Array]:
-        """No position seen yet; the last entry is the MTP layer's."""
+        """Returns a cache without positions; the last entry belongs to the prediction layer."""
         width = self.config["kv_lora_rank"] + self.config["qk_rope_head_dim"]
         return [np.zeros((0, width), self.dtype) for _ in range(self.layers + 1)]
 
@@ -70,11 +70,11 @@ class ReferenceModel:
         return layers.linear(hidden, self.tensors["model.embed_tokens.weight" if tied else "lm_head.weight"])
 
     def logits(self, tokens: Sequence[int] | Array, cache: list[Array] | None = None, **options: Any) -> Array:
-        """Logits [T, V] of every position; options as in `hidden`."""
+        """Logits [T, V] of every position; the options are those of `hidden`."""
         return self.head(self.hidden(tokens, cache, **options))
 
     def greedy(self, tokens: Sequence[int] | Array, count: int) -> list[int]:
-        """`count` greedy tokens after the prompt, from the absorbed form and the cache."""
+        """Generates `count` greedy tokens after the prompt, with the absorbed form and the cache."""
         cache = self.empty_cache()
         new = [int(np.argmax(self.logits(tokens, cache)[-1]))]
         while len(new) < count:
@@ -167,7 +167,7 @@ class ReferenceModel:
         return self.tensors[first if first in self.tensors else second]
 
     def _hook(self, name: str, value: Array) -> Array:
-        """A named activation: edited when an edit is given for it, then recorded."""
+        """Edits a named activation if there is an edit for it, then records it."""
         if name in self.edits:
             value = self.edits[name](value)
         if self.record is not None:

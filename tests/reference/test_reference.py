@@ -1,4 +1,4 @@
-"""The NumPy reference against numbers that were worked out by hand, and against itself where two ways must agree."""
+"""The NumPy reference against numbers worked out by hand, and against itself where two forms must agree."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_router_golden() -> None:
 
 
 def test_router_groups() -> None:
-    # Group 1 holds the best single expert, groups 0 and 2 the best pairs: experts come from those two only.
+    # Group 1 has the best single expert, groups 0 and 2 the best pairs: experts come from groups 0 and 2 only.
     biased = np.array([0.6, 0.55, 0.99, 0.01, 0.7, 0.4])
     assert set(layers.select_experts(biased, 3, 2, 3)) == {4, 0, 1}
     assert set(layers.select_experts(biased, 1, 1, 3)) == {2, 4, 0}
