@@ -96,7 +96,7 @@ def test_other_types_are_expanded_by_the_package(kind, monkeypatch):
 
 
 def test_the_package_is_asked_for_by_name(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gguf.quants", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match=r'x is of type IQ2_S, .*pip install "glm-jax\[gguf\]"'):
         expand_blocks(random_blocks("IQ2_S", (1, 256))[0], BY_NAME["IQ2_S"], "x")
 

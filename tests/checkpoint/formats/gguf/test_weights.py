@@ -262,7 +262,7 @@ def test_the_package_is_asked_for_when_opening(tmp_path, wide, monkeypatch):
         wide | {"output.weight": random_blocks("IQ3_S", (64, 256))},
         architecture_fields(WIDE),
     )
-    monkeypatch.setitem(sys.modules, "gguf.quants", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match=r'output\.weight is of type IQ3_S, .* pip install "glm-jax\[gguf\]"'):
         open_gguf(path)
 
