@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from glm_jax.sharding import LogicalAxis
 from glm_jax.weights.dense_matmul import dense_matmul
@@ -37,7 +38,7 @@ class DenseWeight(WeightMatrix):
         return self.array.shape
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype[Any]:
         """Dtype of the array."""
         return self.array.dtype
 
@@ -81,15 +82,15 @@ class DenseWeight(WeightMatrix):
         bits = jax.lax.bitcast_convert_type(self.array, FLOAT_BITS_DTYPES[kind])
         return make_tiles(jnp.swapaxes(bits, -1, -2) if transposed else bits, kind), None
 
-    def as_param(self) -> Any:
+    def as_param(self) -> jax.Array:
         """The array itself."""
         return self.array
 
-    def untile(self) -> Any:
+    def untile(self) -> jax.Array:
         """The array itself."""
         return self.array
 
-    def to_local(self) -> Any:
+    def to_local(self) -> jax.Array:
         """The array itself."""
         return self.array
 

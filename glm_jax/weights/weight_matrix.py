@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
+import numpy as np
 
 from glm_jax.sharding import LogicalAxis
 from glm_jax.weights.dense_matmul import einsum_f32
@@ -35,7 +36,7 @@ class WeightMatrix(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype[Any]:
         """Dtype of the values where they are plain floats, else that of the model."""
 
     @property
