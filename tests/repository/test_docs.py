@@ -303,7 +303,7 @@ NAMES = sorted(
         name
         for text in (README, ARCHITECTURE, NUMERICS, KERNELS, CHECKPOINTS)
         for name in re.findall(r"`(?:glm_jax\.)?([A-Za-z_]+(?:\.[A-Za-z_]+)+)\b[^`]*`", without_code(text))
-        if name.split(".")[0] in OUR_FIRST_NAMES and not name.endswith(".json")
+        if name.split(".")[0] in OUR_FIRST_NAMES and not name.endswith((".json", ".py"))
     }
 )
 
