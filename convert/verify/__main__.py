@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
-from convert.quality.report_tables import render_quality_report
 from convert.verify.options import VerifyOptions, validate_options
 from glm_jax.cli.common import OK, read_prompt_text, run_and_exit
 
@@ -45,10 +44,10 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     validate_options(options)
     texts = [read_prompt_text(name) for name in options.text]
-    from convert.verify.run import run_verification  # imports JAX, which --help and usage errors need not wait for
+    from convert.verify import run  # imports JAX, which --help and usage errors need not wait for
 
-    report, positions = run_verification(options, texts)
-    tables = render_quality_report(report)
+    report, positions = run.run_verification(options, texts)
+    tables = run.render_quality_report(report)
     print(tables, end="")
     if options.markdown:
         options.markdown.write_text(tables, encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 
 from convert.quality import chat_tasks, divergence, models
 from convert.quality.position_metrics import PositionMetrics
+from convert.quality.report_tables import render_quality_report as render_quality_report
 from convert.quality.task_scoring import ChatTask, read_chat_tasks
 from convert.quality.weight_errors import model_sizes, weight_errors
 from convert.verify.options import VerifyOptions
