@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.quant_matmul import SumSq
-from pallas_kernels.tiles import BITS_PER_QVALUE, make_tiles
+from pallas_kernels.tiles import BITS_PER_QVALUE
+from tests.pallas_kernels.references import make_tiles
 
 # In the interpreter kernels compute in float32, in another order than the reference.
 TOLERANCE = 2e-6

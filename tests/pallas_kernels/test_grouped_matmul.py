@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pallas_kernels._launch import LaunchError
 from pallas_kernels.grouped_matmul import RowBlocks, choose_block_m, gated_linear_unit, grouped_matmul
 from pallas_kernels.grouped_matmul.config import GroupedMatmulConfig
-from pallas_kernels.grouped_matmul.reference import gated_linear_unit_ref, grouped_matmul_ref
 from tests.pallas_kernels.builders import assert_close, make_random_tiles, random_normal
+from tests.pallas_kernels.references import gated_linear_unit_ref, grouped_matmul_ref
 
 pytestmark = pytest.mark.kernels
 ONE = jnp.ones(1, jnp.int32)

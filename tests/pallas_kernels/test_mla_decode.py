@@ -7,8 +7,8 @@ import pytest
 
 from pallas_kernels.mla_decode import AttentionDims, LatentCacheArrays, absorbed_q_proj, combine_v_proj, flash_decode
 from pallas_kernels.mla_decode.config import FlashDecodeConfig, ProjectionConfig, flash_decode_heuristic
-from pallas_kernels.mla_decode.reference import absorbed_q_proj_ref, combine_v_proj_ref, flash_decode_ref
 from tests.pallas_kernels.builders import assert_close, make_random_tiles, random_normal, random_sum_sq
+from tests.pallas_kernels.references import absorbed_q_proj_ref, combine_v_proj_ref, flash_decode_ref
 
 pytestmark = pytest.mark.kernels
 LAYERS, ONE = 3, jnp.ones(1, jnp.int32)

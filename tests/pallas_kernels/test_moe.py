@@ -8,9 +8,8 @@ import pytest
 from pallas_kernels._launch import LaunchError
 from pallas_kernels.moe import RouterConfig, build_dispatch, down, gate_up
 from pallas_kernels.moe.config import MoeConfig
-from pallas_kernels.moe.reference import build_dispatch_ref, down_ref, gate_up_ref, route_ref
-from pallas_kernels.tiles import dequantize_tiles
 from tests.pallas_kernels.builders import assert_close, make_random_tiles, random_normal, random_sum_sq
+from tests.pallas_kernels.references import build_dispatch_ref, dequantize_tiles, down_ref, gate_up_ref, route_ref
 
 pytestmark = pytest.mark.kernels
 ONE = jnp.ones(1, jnp.int32)

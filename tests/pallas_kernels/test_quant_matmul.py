@@ -9,9 +9,9 @@ from pallas_kernels import LaunchError
 from pallas_kernels._interpreter import restrict_programs
 from pallas_kernels.quant_matmul import fused_linear
 from pallas_kernels.quant_matmul.config import LinearConfig, linear_heuristic
-from pallas_kernels.quant_matmul.reference import fused_linear_ref
 from pallas_kernels.tiles import BITS_PER_QVALUE
 from tests.pallas_kernels.builders import assert_close, make_random_tiles, random_normal, random_sum_sq
+from tests.pallas_kernels.references import fused_linear_ref
 
 pytestmark = pytest.mark.kernels
 GROUPS = {"int4": 64, "uint4": 32, "fp4": 32, "int8": 0, "uint8": 16, "fp8": 128}

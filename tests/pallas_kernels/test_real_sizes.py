@@ -12,13 +12,12 @@ from pallas_kernels.grouped_matmul import gated_linear_unit, grouped_matmul
 from pallas_kernels.grouped_matmul.config import GroupedMatmulConfig
 from pallas_kernels.mla_decode import AttentionDims, LatentCacheArrays, combine_v_proj, flash_decode
 from pallas_kernels.mla_decode.config import FlashDecodeConfig
-from pallas_kernels.mla_decode.reference import combine_v_proj_ref, flash_decode_ref
 from pallas_kernels.moe import Dispatch, RouterConfig, build_dispatch, down, gate_up
-from pallas_kernels.moe.reference import route_ref
 from pallas_kernels.quant_matmul import fused_linear
 from pallas_kernels.quant_matmul.config import LinearConfig
-from pallas_kernels.tiles import Tiles, chunk_inputs, dequantize_tiles
+from pallas_kernels.tiles import Tiles, chunk_inputs
 from tests.pallas_kernels.builders import assert_close, random_normal, random_sum_sq
+from tests.pallas_kernels.references import combine_v_proj_ref, dequantize_tiles, flash_decode_ref, route_ref
 
 pytestmark = pytest.mark.kernels
 ZERO = jnp.zeros(1, jnp.int32)
@@ -42,24 +41,32 @@ def block(tiles, *index):
     return np.asarray(dequantize_tiles(dataclasses.replace(one, outputs=64)))
 
 
-def some(rng, count):
+def some_columns(rng, count):
     return sorted({0, int(rng.integers(count)), count - 1})
 
 
+# Every launch copies the weights, so `make test-kernels` runs the last column alone, with the largest offsets.
+COLUMNS = pytest.mark.parametrize(
+    "which", [pytest.param(slice(-1), marks=pytest.mark.soak), slice(-1, None)], ids=["first columns", "last column"]
+)
 PROJECTIONS = [
-    ("kv_a", 576, 2048, "int8", 0), ("q_b", 5120, 768, "int4", 64), ("o", 2048, 5120, "int4", 64),
-    ("dense", 2048, 10_240, "int8", 0), ("head", 154_880, 2048, "int4", 64),
-]  # fmt: skip
+    ("kv_a", 576, 2048, "int8", 0),
+    ("q_b", 5120, 768, "int4", 64),
+    pytest.param("o", 2048, 5120, "int4", 64, marks=pytest.mark.soak),
+    pytest.param("dense", 2048, 10_240, "int8", 0, marks=pytest.mark.soak),
+    ("head", 154_880, 2048, "int4", 64),
+]
 
 
 @pytest.mark.parametrize(("name", "outputs", "inputs", "kind", "group"), PROJECTIONS)
 @pytest.mark.parametrize("rows", [1, pytest.param(64, marks=pytest.mark.soak)])
-def test_projections(name, outputs, inputs, kind, group, rows):
+@COLUMNS
+def test_projections(name, outputs, inputs, kind, group, rows, which):
     rng = np.random.default_rng([outputs, rows])
     weight, x = random_tiles(rng, (1,), outputs, inputs, kind, group), random_normal(rng, rows, inputs)
     shape = LinearConfig(block_m=16 if rows == 1 else 32, splits=2 if outputs < 6000 else 1)
     counters = jnp.zeros(8192, jnp.int32)
-    for column in some(rng, weight.num_tiles):
+    for column in some_columns(rng, weight.num_tiles)[which]:
         last = -(-rows // shape.block_m) - 1
         with restrict_programs([(last, split, column) for split in range(shape.splits)]):
             made, _ = fused_linear(x, weight, ZERO, counters, config=shape)
@@ -68,7 +75,8 @@ def test_projections(name, outputs, inputs, kind, group, rows):
 
 
 @pytest.mark.parametrize("tokens", [1, 64])
-def test_experts_of_a_step(tokens):
+@COLUMNS
+def test_experts_of_a_step(tokens, which):
     """One token, whose pairs are programs of their own, and 64, whose pairs are sorted."""
     rng = np.random.default_rng(tokens)
     gate, up = (random_tiles(rng, (1, 64), 1536, 2048, "int4", 64) for _ in range(2))
@@ -80,7 +88,7 @@ def test_experts_of_a_step(tokens):
     factor = 1 / np.sqrt(np.asarray(parts.partials).sum(axis=1, keepdims=True) / 2048 + 1e-5)
     rows = np.asarray(x) * factor
     filled = np.arange(4) if plan is None else np.flatnonzero(np.asarray(plan.block_sizes))
-    for column in some(rng, 24):
+    for column in some_columns(rng, 24)[which]:
         who = int(rng.choice(filled))
         with restrict_programs([(2 * column, who), (2 * column + 1, who)]):
             h, _ = gate_up(
@@ -94,13 +102,14 @@ def test_experts_of_a_step(tokens):
         assert_close(found, one / (1 + np.exp(-one)) * two)
 
 
-def test_experts_down():
+@COLUMNS
+def test_experts_down(which):
     rng = np.random.default_rng(5)
     weight, shared = (random_tiles(rng, (1, *n), 2048, 1536, "int4", 64) for n in ((64,), ()))
     h, residual = random_normal(rng, 5 * 1536), random_normal(rng, 1, 2048)
     plan = Dispatch(jnp.asarray([3, 63, 0, 17], jnp.int32), random_normal(rng, 4))
     counters = jnp.zeros(64, jnp.int32)
-    for column in some(rng, 32):
+    for column in some_columns(rng, 32)[which]:
         half = 2 * column + 1
         with restrict_programs([(half, who) for who in range(5)]):
             made, _ = down(ROUTED, h, plan, ZERO, weight, shared, residual, residual, counters)
@@ -116,7 +125,9 @@ def test_experts_down():
 @pytest.mark.parametrize("length", [pytest.param(2048, marks=pytest.mark.soak), 4097])
 def test_attention(length):
     rng = np.random.default_rng(length)
-    att = AttentionDims(heads=20, nope=192, rope=64, latent=512, value_dim=256, query_latent=768, interleave=True, eps=1e-6)
+    att = AttentionDims(
+        heads=20, nope=192, rope=64, latent=512, value_dim=256, query_latent=768, interleave=True, eps=1e-6
+    )
     cache, query = LatentCacheArrays(random_normal(rng, 1, 1, 4352, 576)), random_normal(rng, 1, 20, 576)
     positions = jnp.full(1, length - 1, jnp.int32)
     parts = flash_decode(att, query, cache, ZERO, positions, config=FlashDecodeConfig(splits=8))
@@ -133,12 +144,13 @@ def test_attention(length):
 
 
 @pytest.mark.parametrize(("kind", "group"), [("int4", 64), ("int8", 0)])
-def test_many_rows(kind, group):
+@COLUMNS
+def test_many_rows(kind, group, which):
     rng = np.random.default_rng(group)
     gate, up = (random_tiles(rng, (1,), 1536, 2048, kind, group) for _ in range(2))
     x = random_normal(rng, 300, 2048)
     shape = GroupedMatmulConfig()
-    for column in some(rng, 24)[1:]:
+    for column in some_columns(rng, 24)[which]:
         here = slice(256, 300), slice(column * 64, column * 64 + 64)
         one, two = (np.asarray(x)[here[0]] @ block(w, 0, column).T for w in (gate, up))
         with restrict_programs([(2, column)]):

@@ -22,8 +22,8 @@ from pallas_kernels.quant_matmul.reference import inv_rms_ref
 from pallas_kernels.sample import SamplingTensors, Vocabulary, filter_thresholds, lm_head_sample, sample_logits
 from pallas_kernels.sample.config import SampleConfig
 from pallas_kernels.sample.reference import gumbel_noise_ref, scaled_gaps_ref
-from pallas_kernels.tiles import dequantize_tiles, make_tiles
 from tests.pallas_kernels.builders import make_random_tiles, random_normal, random_sum_sq
+from tests.pallas_kernels.references import dequantize_tiles, make_tiles
 
 pytestmark = pytest.mark.kernels
 INF, NAN = float("inf"), float("nan")

@@ -8,16 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm_jax.weights import QuantizedTensor, QuantSpec, dequantize, quantize, tile_weight, untile_weight
-from pallas_kernels.tiles import (
-    BITS_PER_QVALUE,
-    CHUNK_ROWS,
-    TILE_WIDTH,
-    chunk_inputs,
-    dequantize_tiles,
-    make_tiles,
-    unpack_qvalues,
-)
+from pallas_kernels.tiles import BITS_PER_QVALUE, CHUNK_ROWS, TILE_WIDTH, chunk_inputs, unpack_qvalues
 from tests.pallas_kernels.builders import make_random_tiles
+from tests.pallas_kernels.references import dequantize_tiles, make_tiles
 
 UNSIGNED = {4: np.uint8, 8: np.uint8, 16: np.uint16, 32: np.uint32}
 
