@@ -152,7 +152,7 @@ def test_open_source_can_be_loaded_later(folders):
 def test_synthetic_models_are_the_initializers():
     from glm_jax.checkpoint.sources.synthetic import SyntheticSource, SyntheticSpec
     from glm_jax.config import Config
-    from glm_jax.weights.params import init_params
+    from glm_jax.weights.random_init import init_params
 
     cfg = Config.from_hf(hf_configs.odd_size_config(num_hidden_layers=2, num_nextn_predict_layers=0))
     source = SyntheticSource(SyntheticSpec(cfg, 5), np.dtype(np.float32), "synthetic:odd")
