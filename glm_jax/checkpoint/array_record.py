@@ -76,7 +76,7 @@ def records_from_json(value: Any) -> dict[str, ArrayRecord]:
         ValueError: If the value is not a JSON form of records.
     """
     if not isinstance(value, dict):
-        raise ValueError("a part must map array names to arrays")
+        raise ValueError("a layer checkpoint must map array names to arrays")
     return {name: ArrayRecord.from_json(record) for name, record in value.items()}
 
 

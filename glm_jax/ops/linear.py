@@ -1,12 +1,11 @@
-"""Products with weights. Every product of the model with a parameter goes through :func:`linear`.
+"""Products with weights in plain JAX: :func:`linear` and :func:`per_head_linear`.
 
 A weight may be a stack (layers, experts) from which an index picks one matrix. The whole stack and the index go into
 the product, so that it reads nothing but the one matrix. How a weight is stored is the business of
 :class:`glm_jax.weights.WeightMatrix`.
 
-To add LoRA, add it here: where a weight has adapters ``a [*stack, r, I]`` and ``b [*stack, O, r]``, :func:`linear`
-returns ``x @ weight.T + scale * (x @ a.T) @ b.T``, with the same ``index`` into both stacks.
-:func:`per_head_linear` (``k_b`` and ``v_b`` in absorbed attention) needs the same term per head.
+LoRA is a storage too: a subclass of ``WeightMatrix``, whose docstring says what it needs. The fused decode step and the
+batched experts do not call these functions, so a term that is added here would be missing there.
 """
 
 from __future__ import annotations

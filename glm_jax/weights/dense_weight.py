@@ -24,7 +24,7 @@ FLOAT_BITS_DTYPES = {"bfloat16": jnp.uint16, "float32": jnp.uint32}  # plain flo
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, slots=True)
 class DenseWeight(WeightMatrix):
-    """Adapter of a plain array ``[*stack, O, I]``; parameter trees hold the array itself.
+    """Wrapper of a plain array ``[*stack, O, I]``; parameter trees hold the array itself.
 
     Attributes:
         array: The values, in any float dtype.
@@ -52,7 +52,7 @@ class DenseWeight(WeightMatrix):
         return {"": self.array}
 
     def map_components(self, function: Callable[[str, ArrayLike], Any]) -> DenseWeight:
-        """The adapter of ``function("", array)``."""
+        """The wrapper of ``function("", array)``."""
         return DenseWeight(function("", self.array))
 
     def map_axes(self, axes: Sequence[LogicalAxis | None], function: Callable[..., Any]) -> Any:
@@ -96,5 +96,5 @@ class DenseWeight(WeightMatrix):
 
 
 def as_weight_matrix(weight: WeightMatrix | ArrayLike) -> WeightMatrix:
-    """The one adapter of parameters: a plain array becomes a :class:`DenseWeight`, any other weight is returned."""
+    """The one place that wraps parameters: a plain array becomes a :class:`DenseWeight`, any other weight is returned."""
     return weight if isinstance(weight, WeightMatrix) else DenseWeight(weight)

@@ -25,6 +25,11 @@ class WeightMatrix(abc.ABC):
     Subclasses are pytrees of their stored arrays. A new storage format is one new subclass; operations never ask which
     one they have. Where an ``index`` has one entry per stack axis, it picks one matrix, and the product reads nothing
     but that matrix.
+
+    LoRA would be a subclass that holds a base weight and adapters ``a [*stack, r, I]`` and ``b [*stack, O, r]``:
+    :meth:`matmul` adds ``scale * (x @ a.T) @ b.T`` to the base's product, :meth:`per_head_matmul` the same per head, and
+    :meth:`values` returns the merged matrix. As long as ``is_tiled`` is False, the kernels decline such a model and the
+    reference runs it.
     """
 
     __slots__ = ()
@@ -157,7 +162,7 @@ class WeightMatrix(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} has no layout in tiles")
 
     def as_param(self) -> WeightMatrix | jax.Array:
-        """The leaf of a parameter tree for this weight: itself, or the plain array of an adapter."""
+        """The leaf of a parameter tree for this weight: itself, or the plain array of a wrapper."""
         return self
 
     def untile(self) -> WeightMatrix | jax.Array:
