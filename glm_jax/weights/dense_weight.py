@@ -96,5 +96,5 @@ class DenseWeight(WeightMatrix):
 
 
 def as_weight_matrix(weight: WeightMatrix | ArrayLike) -> WeightMatrix:
-    """The one place that wraps parameters: a plain array becomes a :class:`DenseWeight`, any other weight is returned."""
+    """The one place that wraps parameters: plain arrays become :class:`DenseWeight`, others stay."""
     return weight if isinstance(weight, WeightMatrix) else DenseWeight(weight)

@@ -26,9 +26,9 @@ class WeightMatrix(abc.ABC):
     one they have. Where an ``index`` has one entry per stack axis, it picks one matrix, and the product reads nothing
     but that matrix.
 
-    LoRA would be a subclass that holds a base weight and adapters ``a [*stack, r, I]`` and ``b [*stack, O, r]``:
-    :meth:`matmul` adds ``scale * (x @ a.T) @ b.T`` to the base's product, :meth:`per_head_matmul` the same per head, and
-    :meth:`values` returns the merged matrix. As long as ``is_tiled`` is False, the kernels decline such a model and the
+    LoRA would be a subclass that holds a base weight and adapters ``a [*stack, r, I]`` and ``b [*stack, O, r]``.
+    ``matmul`` adds ``scale * (x @ a.T) @ b.T`` to the base's product, ``per_head_matmul`` the same per head, and
+    ``values`` returns the merged matrix. As long as ``is_tiled`` is False, the kernels decline such a model and the
     reference runs it.
     """
 
