@@ -210,7 +210,7 @@ def test_chunks_steps_and_rows_alone_are_the_reference_with_rounded_rows(
     assert is_close(alone[0], expected[1])
     assert not is_close(together, np.stack([small.reference.logits(row) for row in ids])), "nothing was rounded"
     assert cache.data.dtype == (jnp.int8 if kind == "int8" else jnp.uint8)
-    assert cache.kind == kind
+    assert cache.cache_dtype == kind
 
 
 def test_the_prediction_layer_has_such_a_cache_too() -> None:
