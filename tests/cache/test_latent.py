@@ -284,7 +284,7 @@ def test_long_contexts_in_blocks_of_keys(kind: str, form: str, monkeypatch: pyte
     blocks = np.asarray(call(rows))
     monkeypatch.setattr(mla, "KEY_BLOCK", 2500)
     assert is_close(blocks, call(rows))
-    values = LayerCache(rows.values(LATENT, jnp.float32))
+    values = LayerCache(rows.dequantize(LATENT, jnp.float32))
     assert is_close(blocks, call(values))
 
 
