@@ -22,14 +22,15 @@ ArrayLike = Any  # np.ndarray, jax.Array or jax.ShapeDtypeStruct
 class WeightMatrix(abc.ABC):
     """A matrix ``[*stack, O, I]`` in some storage, or a stack of them (layers, experts, heads).
 
-    Subclasses are pytrees of their stored arrays. A new storage format is one new subclass; operations never ask which
-    one they have. Where an ``index`` has one entry per stack axis, it picks one matrix, and the product reads nothing
+    Subclasses are pytrees of their stored arrays. A new storage format is one new subclass; operations never ask for
+    the class. Where an ``index`` has one entry per stack axis, it picks one matrix, and the product reads nothing
     but that matrix.
 
     LoRA would be a subclass that holds a base weight and adapters ``a [*stack, r, I]`` and ``b [*stack, O, r]``.
     ``matmul`` adds ``scale * (x @ a.T) @ b.T`` to the base's product, ``per_head_matmul`` the same per head, and
-    ``values`` returns the merged matrix. As long as ``is_tiled`` is False, the kernels decline such a model and the
-    reference runs it.
+    ``values`` returns the merged matrix; ``components``, ``map_components``, ``map_axes``, ``to_local`` and ``gather``
+    extend the base's. With ``is_tiled`` False, the fused decode step declines the model's layers and the reference
+    runs them. The setter of ``LLM.params`` is the way in.
     """
 
     __slots__ = ()
