@@ -17,7 +17,7 @@ from glm_jax.sharding import LogicalAxis
 from glm_jax.weights.dense_matmul import dense_matmul
 from glm_jax.weights.indexing import Index, take_slice
 from glm_jax.weights.quant_spec import QuantSpec
-from glm_jax.weights.weight_matrix import ArrayLike, WeightMatrix
+from glm_jax.weights.weight_matrix import StoredArray, WeightMatrix
 from pallas_kernels.tiles import Tiles, make_tiles
 
 
@@ -38,7 +38,7 @@ class Bfloat16Bits(WeightMatrix):
     bits: jax.Array
 
     @classmethod
-    def from_array(cls, values: npt.ArrayLike) -> Bfloat16Bits:
+    def from_array(cls, values: npt.StoredArray) -> Bfloat16Bits:
         """Holds a bfloat16 array (NumPy or JAX) as bits, without changing a value."""
         return cls(jnp.asarray(np.asarray(values, ml_dtypes.bfloat16).view(np.uint16)))
 
@@ -57,11 +57,11 @@ class Bfloat16Bits(WeightMatrix):
         """Sharding of the bits."""
         return self.bits.sharding
 
-    def components(self) -> dict[str, ArrayLike]:
+    def components(self) -> dict[str, StoredArray]:
         """The bits, under the empty name."""
         return {"": self.bits}
 
-    def map_components(self, function: Callable[[str, ArrayLike], Any]) -> Bfloat16Bits:
+    def map_components(self, function: Callable[[str, StoredArray], Any]) -> Bfloat16Bits:
         """A weight with the bits ``function("", bits)``."""
         return Bfloat16Bits(function("", self.bits))
 

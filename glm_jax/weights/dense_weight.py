@@ -15,7 +15,7 @@ from glm_jax.sharding import LogicalAxis
 from glm_jax.weights.dense_matmul import dense_matmul
 from glm_jax.weights.indexing import Index, take_slice
 from glm_jax.weights.quant_spec import QuantSpec
-from glm_jax.weights.weight_matrix import ArrayLike, WeightMatrix
+from glm_jax.weights.weight_matrix import StoredArray, WeightMatrix
 from pallas_kernels.tiles import Tiles, make_tiles
 
 FLOAT_BITS_DTYPES = {"bfloat16": jnp.uint16, "float32": jnp.uint32}  # plain floats that tiles hold, as bit patterns
@@ -30,7 +30,7 @@ class DenseWeight(WeightMatrix):
         array: The values, in any float dtype.
     """
 
-    array: ArrayLike
+    array: StoredArray
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,11 +47,11 @@ class DenseWeight(WeightMatrix):
         """True for a JAX array."""
         return isinstance(self.array, jax.Array)
 
-    def components(self) -> dict[str, ArrayLike]:
+    def components(self) -> dict[str, StoredArray]:
         """The array, under the empty name."""
         return {"": self.array}
 
-    def map_components(self, function: Callable[[str, ArrayLike], Any]) -> DenseWeight:
+    def map_components(self, function: Callable[[str, StoredArray], Any]) -> DenseWeight:
         """The wrapper of ``function("", array)``."""
         return DenseWeight(function("", self.array))
 
@@ -95,6 +95,6 @@ class DenseWeight(WeightMatrix):
         return self.array
 
 
-def as_weight_matrix(weight: WeightMatrix | ArrayLike) -> WeightMatrix:
+def as_weight_matrix(weight: WeightMatrix | StoredArray) -> WeightMatrix:
     """The one place that wraps parameters: plain arrays become :class:`DenseWeight`, others stay."""
     return weight if isinstance(weight, WeightMatrix) else DenseWeight(weight)

@@ -23,7 +23,7 @@ from glm_jax.weights.codes import (
 )
 from glm_jax.weights.indexing import Index, RowSlice, largest_divisor, take_slice
 from glm_jax.weights.quant_spec import QuantSpec, component_axes
-from glm_jax.weights.weight_matrix import ArrayLike, WeightMatrix
+from glm_jax.weights.weight_matrix import StoredArray, WeightMatrix
 from pallas_kernels.tiles import TILE_WIDTH, Tiles, is_tileable_group, make_tiles
 
 COMPONENTS = ("codes", "scales", "zeros", "outer", "permutation")
@@ -54,11 +54,11 @@ class QuantizedTensor(WeightMatrix):
         dtype: Dtype of the model that the weight is part of.
     """
 
-    codes: ArrayLike
-    scales: ArrayLike
-    zeros: ArrayLike = None
-    outer: ArrayLike = None
-    permutation: ArrayLike = None
+    codes: StoredArray
+    scales: StoredArray
+    zeros: StoredArray = None
+    outer: StoredArray = None
+    permutation: StoredArray = None
     spec: QuantSpec = dataclasses.field(kw_only=True)
     dtype: Any = dataclasses.field(default=np.dtype(np.float32), kw_only=True)
 
@@ -72,11 +72,11 @@ class QuantizedTensor(WeightMatrix):
         """Quantization of the values."""
         return self.spec
 
-    def components(self) -> dict[str, ArrayLike]:
+    def components(self) -> dict[str, StoredArray]:
         """The arrays that are not None, by name."""
         return {name: array for name in COMPONENTS if (array := getattr(self, name)) is not None}
 
-    def map_components(self, function: Callable[[str, ArrayLike], Any]) -> QuantizedTensor:
+    def map_components(self, function: Callable[[str, StoredArray], Any]) -> QuantizedTensor:
         """The same weight with ``function(name, array)`` in place of each array."""
         changed = {name: function(name, array) for name, array in self.components().items()}
         return dataclasses.replace(self, **changed)
@@ -152,7 +152,7 @@ class QuantizedTensor(WeightMatrix):
         return values if dtype is None else values.astype(dtype)
 
 
-def dequantize(tensor: QuantizedTensor) -> ArrayLike:
+def dequantize(tensor: QuantizedTensor) -> StoredArray:
     """The values ``float32 [*stack, O, I]`` of NumPy or JAX arrays, all at once: not for a hot path."""
     xp = array_namespace(tensor.codes)
     planes = dequantize_planes(tensor)
@@ -163,7 +163,7 @@ def dequantize(tensor: QuantizedTensor) -> ArrayLike:
     return xp.take_along_axis(values, xp.broadcast_to(inverse[..., None, :], values.shape), axis=-1)
 
 
-def dequantize_planes(tensor: QuantizedTensor) -> list[ArrayLike]:
+def dequantize_planes(tensor: QuantizedTensor) -> list[StoredArray]:
     """The values in stored order: ``float32 [*stack, O, I / values_per_byte]`` for each code of a byte.
 
     Plane i holds columns i, i + values_per_byte, …, so 4-bit codes need not be interleaved before a product.
@@ -178,7 +178,7 @@ def dequantize_planes(tensor: QuantizedTensor) -> list[ArrayLike]:
     return [u * s + z if spec.zero == "bias" else (u - z) * s for u, s, z in triples]
 
 
-def decode_scales(tensor: QuantizedTensor) -> ArrayLike:
+def decode_scales(tensor: QuantizedTensor) -> StoredArray:
     """The scales in float32, with the global scale applied."""
     xp, spec = array_namespace(tensor.codes), tensor.spec
     decode = {"e4m3": decode_e4m3, "e8m0": decode_e8m0}.get(spec.scale, lambda x: x.astype(xp.float32))

@@ -29,7 +29,7 @@ from glm_jax.weights.params import (
 from glm_jax.weights.presets import QuantRules, fit_group_size
 from glm_jax.weights.quant_spec import QuantSpec, component_axes
 from glm_jax.weights.quantized_tensor import QuantizedTensor
-from glm_jax.weights.weight_matrix import ArrayLike, WeightMatrix
+from glm_jax.weights.weight_matrix import StoredArray, WeightMatrix
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def abstract_params(
     return map_with_path(abstract, param_specs(cfg))
 
 
-def partition_specs(weight: WeightMatrix | ArrayLike, param: ParamSpec, rules: Rules) -> Any:
+def partition_specs(weight: WeightMatrix | StoredArray, param: ParamSpec, rules: Rules) -> Any:
     """Partition specs of a parameter, as a pytree of the structure in which the parameter is stored."""
     return as_weight_matrix(weight).map_axes(param.axes, rules.spec)
 

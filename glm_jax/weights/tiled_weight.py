@@ -19,7 +19,7 @@ from glm_jax.weights.dense_weight import FLOAT_BITS_DTYPES, as_weight_matrix
 from glm_jax.weights.indexing import Index, take_slice
 from glm_jax.weights.quant_spec import QuantSpec
 from glm_jax.weights.quantized_tensor import QuantizedTensor
-from glm_jax.weights.weight_matrix import ArrayLike, WeightMatrix
+from glm_jax.weights.weight_matrix import StoredArray, WeightMatrix
 from pallas_kernels import grouped_matmul, kernels_available
 from pallas_kernels.quant_matmul import fused_linear
 from pallas_kernels.tiles import (
@@ -86,11 +86,11 @@ class TiledWeight(WeightMatrix):
         """The tiles where kernels multiply with them as they are; None without kernels and for transposed tiles."""
         return None if self.transposed or not self.runs_in_kernels else self.tiles
 
-    def components(self) -> dict[str, ArrayLike]:
+    def components(self) -> dict[str, StoredArray]:
         """The arrays of the tiles that are not None, by name."""
         return {name: array for name in _TILE_ARRAYS if (array := getattr(self.tiles, name)) is not None}
 
-    def map_components(self, function: Callable[[str, ArrayLike], Any]) -> TiledWeight:
+    def map_components(self, function: Callable[[str, StoredArray], Any]) -> TiledWeight:
         """The same weight with ``function(name, array)`` in place of each array of the tiles."""
         changed = {name: function(name, array) for name, array in self.components().items()}
         return dataclasses.replace(self, tiles=dataclasses.replace(self.tiles, **changed))
@@ -187,7 +187,7 @@ def flatten_stack(tiles: Tiles, index: tuple[Index, ...]) -> tuple[Tiles, jax.Ar
     return flat, jnp.asarray(flat_index, jnp.int32).reshape(1)
 
 
-def tile_weight(weight: WeightMatrix | ArrayLike, *, transposed: bool = False) -> TiledWeight | None:
+def tile_weight(weight: WeightMatrix | StoredArray, *, transposed: bool = False) -> TiledWeight | None:
     """Lays a weight out in tiles; None where no kernel could read it. Values do not change.
 
     Args:
@@ -199,13 +199,13 @@ def tile_weight(weight: WeightMatrix | ArrayLike, *, transposed: bool = False) -
 
 
 @functools.partial(jax.jit, static_argnames="transposed")
-def _tile_stack(weight: WeightMatrix | ArrayLike, transposed: bool) -> TiledWeight:
+def _tile_stack(weight: WeightMatrix | StoredArray, transposed: bool) -> TiledWeight:
     """Lays a stack out layer by layer: on the way each code takes up to four bytes."""
     lay_out = functools.partial(_tile_matrix, transposed=transposed)
     return jax.lax.map(lay_out, weight) if len(weight.shape) > 2 else lay_out(weight)
 
 
-def _tile_matrix(weight: WeightMatrix | ArrayLike, transposed: bool) -> TiledWeight:
+def _tile_matrix(weight: WeightMatrix | StoredArray, transposed: bool) -> TiledWeight:
     tiles, spec = as_weight_matrix(weight).to_tiles(transposed=transposed)
     return TiledWeight(tiles, spec, dtype=jnp.dtype(weight.dtype), transposed=transposed)
 

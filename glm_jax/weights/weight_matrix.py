@@ -16,7 +16,7 @@ from glm_jax.weights.indexing import Index
 from glm_jax.weights.quant_spec import QuantSpec
 from pallas_kernels.tiles import Tiles
 
-ArrayLike = Any  # np.ndarray, jax.Array or jax.ShapeDtypeStruct
+StoredArray = Any  # np.ndarray, jax.Array or jax.ShapeDtypeStruct
 
 
 class WeightMatrix(abc.ABC):
@@ -86,11 +86,11 @@ class WeightMatrix(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def components(self) -> dict[str, ArrayLike]:
+    def components(self) -> dict[str, StoredArray]:
         """The stored arrays by name; an array that holds all values by itself has the empty name."""
 
     @abc.abstractmethod
-    def map_components(self, function: Callable[[str, ArrayLike], Any]) -> Self:
+    def map_components(self, function: Callable[[str, StoredArray], Any]) -> Self:
         """The same weight with ``function(name, array)`` in place of each stored array."""
 
     @abc.abstractmethod
