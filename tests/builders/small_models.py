@@ -16,7 +16,7 @@ from tests.reference import ReferenceModel
 
 @dataclass(frozen=True)
 class SmallModel:
-    """One random model; `router_bias_shift` moves every router bias, `own_mtp` gives the MTP layer its own embedding."""
+    """A random model; `router_bias_shift` moves every router bias, `own_mtp` gives the MTP layer its own embedding."""
 
     config: HfConfig
     seed: int = 0
