@@ -14,7 +14,6 @@ from glm_jax.model.fused_sampling import sample_from_residual
 from glm_jax.sampling import SamplerFeatures, SamplerState, SamplingParams, sample, update_state
 from glm_jax.sampling.gumbel import gumbel_noise
 from glm_jax.sampling.numerics import token_ids_like
-from glm_jax.weights import TiledWeight
 from pallas_kernels._interpreter import interpret
 from pallas_kernels._kernel import Operands
 from pallas_kernels.quant_matmul.config import LinearConfig
@@ -360,9 +359,7 @@ def test_every_option(params):
     factor = jax.lax.rsqrt(states.sum_sq.sum(axis=1, keepdims=True) / 64 + eps)
     logits = jnp.matmul(states.norm_scaled * factor, dequantize_tiles(weight).T, precision=jax.lax.Precision.HIGHEST)
     expected = sample(logits, state, positions_of(rows))
-    found = jax.jit(lambda s: sample_from_residual(s, TiledWeight(weight), state, positions_of(rows) - 1, eps=eps))(
-        states
-    )
+    found = jax.jit(lambda s: sample_from_residual(s, weight, state, positions_of(rows) - 1, eps=eps))(states)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for name in ("tokens", "ok", "top_ids"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
